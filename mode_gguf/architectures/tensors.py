@@ -1,0 +1,71 @@
+"""What a model family says about one GGUF tensor: where it comes from, how it is read, what may happen to it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray
+"""Weights as read from a checkpoint: float32, float16, or bfloat16 as its raw bits in uint16."""
+
+
+class Role(StrEnum):
+    """What may happen to a tensor."""
+
+    EXPERT = "expert"
+    """Routed experts of one layer and projection, (E, rows, n_in): the tensors the method is about."""
+    DENSE = "dense"
+    """Any other matrix of the text model that a linear layer applies, (rows, n_in)."""
+    EMBEDDING = "embedding"
+    """The token embedding, (vocabulary, n)."""
+    OUTPUT = "output"
+    """The output head, (vocabulary, n_in)."""
+    KEEP = "keep"
+    """Routers, norms, biases: always stored as F32."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """One tensor of the GGUF file, still in the checkpoint.
+
+    Attributes:
+        name: GGUF name, such as `blk.0.ffn_gate_exps.weight`.
+        shape: in NumPy order; (E, rows, n_in) for experts. The last dimension is the one that is quantized along.
+        role: what may happen to it.
+        sources: checkpoint names it is made from; a dense tensor's first source less `.weight` is its torch module.
+        activation: name under which calibration keeps the statistics of its input; None when it has none.
+        layer: decoder layer, None outside the layers.
+        projection: `gate`, `up` or `down` for experts, None otherwise.
+        read: read(e) gives expert e's (rows, n_in) matrix, read(0) the whole of any other tensor; lazy.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    sources: tuple[str, ...]
+    read: Callable[[int], Array]
+    activation: str | None = None
+    layer: int | None = None
+    projection: str | None = None
+
+    @property
+    def n_weights(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def row_width(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_experts(self) -> int:
+        """Matrices that are packed one by one: E for experts, 1 otherwise."""
+        return self.shape[0] if self.role is Role.EXPERT else 1
+
+
+def as_float32(array: Array) -> np.ndarray:
+    """`array` in float32; uint16 is taken for the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)

@@ -1,0 +1,101 @@
+"""What lies between the stages: files that appear whole or not at all, and say what they were made from.
+
+Every artefact carries `SCHEMA_VERSION` and the fingerprints of its inputs, so that a later stage can refuse a file
+that belongs to another model, and `convert` can skip a stage whose inputs have not changed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mode_gguf.errors import InputError
+
+SCHEMA_VERSION = 1
+_METADATA_KEY = "mode_gguf"
+
+
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it becomes `path`, on any error (Ctrl-C too) it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8."""
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` atomically as indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """Write arrays and JSON metadata to a safetensors file, atomically."""
+    header = {_METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **metadata})}
+    with replaced_atomically(path) as temporary:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, header)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON metadata of a file written by `write_arrays`.
+
+    Raises:
+        InputError: the file is missing, is not safetensors, or was written by another schema version.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as a safetensors artefact ({error})") from error
+    metadata: dict[str, Any] = json.loads(header.get(_METADATA_KEY, "{}"))
+    if metadata.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema version {metadata.get('schema_version')} found, {SCHEMA_VERSION} expected; "
+            "run the stage that writes it again"
+        )
+    return metadata
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and metadata of a file written by `write_arrays`; raises like `read_metadata`."""
+    metadata = read_metadata(path)
+    with safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable digest of JSON-able values."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """A digest of a file's whole content; meant for files that are small next to a model."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,66 @@
+"""The one table of GGUF tensor types: how many weights a block holds and how many bytes it takes.
+
+Sizes are spelled as ggml's structs read (`ggml-common.h`), so that the arithmetic can be checked by eye.
+"""
+
+from dataclasses import dataclass
+
+from gguf import GGMLQuantizationType
+
+from mode_gguf.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class QuantType:
+    """One GGUF tensor type.
+
+    `block_size` weights are stored together in `type_size` bytes; rows must be a multiple of `block_size`.
+    """
+
+    name: str
+    block_size: int
+    type_size: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.type_size / self.block_size
+
+    @property
+    def ggml_type(self) -> GGMLQuantizationType:
+        return GGMLQuantizationType[self.name]
+
+    def fits(self, row_width: int) -> bool:
+        """Whether a row of `row_width` weights can be stored in this type."""
+        return row_width % self.block_size == 0
+
+    def row_bytes(self, row_width: int) -> int:
+        """Bytes of one row of `row_width` weights; the width must fit."""
+        return row_width // self.block_size * self.type_size
+
+
+QUANT_TYPES: dict[str, QuantType] = {
+    quant_type.name: quant_type
+    for quant_type in (
+        QuantType("F32", 1, 4),
+        QuantType("F16", 1, 2),
+        QuantType("BF16", 1, 2),
+        QuantType("Q8_0", 32, 2 + 32),
+        QuantType("Q2_K", 256, 2 + 2 + 256 // 16 + 256 // 4),
+        QuantType("Q3_K", 256, 2 + 256 // 4 + 256 // 8 + 12),
+        QuantType("Q4_K", 256, 2 + 2 + 12 + 256 // 2),
+        QuantType("Q5_K", 256, 2 + 2 + 12 + 256 // 2 + 256 // 8),
+        QuantType("Q6_K", 256, 2 + 256 // 16 + 3 * 256 // 4),
+    )
+}
+
+
+def quant_type(name: str) -> QuantType:
+    """The type called `name`, in any letter case.
+
+    Raises:
+        UsageError: no such type is known here; the message lists those that are.
+    """
+    try:
+        return QUANT_TYPES[name.upper()]
+    except KeyError:
+        raise UsageError(f"unknown type {name!r}: choose from {', '.join(QUANT_TYPES)}") from None
