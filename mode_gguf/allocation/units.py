@@ -1,0 +1,74 @@
+"""What the integer programme chooses between: units, each with its candidate types, their sizes and their costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.errors import InfeasibleBudgetError
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+
+FALLBACK = QUANT_TYPES["Q8_0"]
+"""Takes over where a row is not a multiple of any candidate's block: 32 weights is the smallest block there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One type a unit may take, the bytes it then occupies, and what that costs (nats for Fisher sensitivity)."""
+
+    quant_type: QuantType
+    size_bytes: int
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationUnit:
+    """Weights that must share a type: one tensor, or one expert's projections (`expert` is then its number)."""
+
+    name: str
+    tensors: tuple[str, ...]
+    n_weights: int
+    candidates: tuple[Candidate, ...]
+    layer: int | None = None
+    expert: int | None = None
+
+
+def tensor_bytes(tensor: SourceTensor, quant_type: QuantType) -> int:
+    """Bytes of the whole tensor stored in `quant_type`, whose block its rows must be a multiple of."""
+    return tensor.n_weights // tensor.row_width * quant_type.row_bytes(tensor.row_width)
+
+
+def fitting_types(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tuple[QuantType, ...]:
+    """The candidates whose block divides the tensor's rows, smallest first; Q8_0 alone when none does.
+
+    Raises:
+        InfeasibleBudgetError: not even 32-weight blocks divide the rows.
+    """
+    fitting = [candidate for candidate in candidates if candidate.fits(tensor.row_width)]
+    if not fitting and FALLBACK.fits(tensor.row_width):
+        fitting = [FALLBACK]
+    if not fitting:
+        raise InfeasibleBudgetError(
+            f"{tensor.name}: rows of {tensor.row_width} weights are not a multiple of any candidate's block "
+            f"({', '.join(f'{c.name} {c.block_size}' for c in candidates)}); add F16 to the candidates"
+        )
+    return tuple(sorted(fitting, key=lambda quant_type: quant_type.bits_per_weight))
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateTypes:
+    """Types offered to the routed experts, and to attention, embedding and output ("dense")."""
+
+    expert: tuple[QuantType, ...]
+    dense: tuple[QuantType, ...]
+
+    def of(self, tensor: SourceTensor) -> tuple[QuantType, ...]:
+        """What `tensor` may be stored as; F32 alone for routers, norms and biases."""
+        if tensor.role is Role.KEEP:
+            return (QUANT_TYPES["F32"],)
+        return fitting_types(tensor, self.expert if tensor.role is Role.EXPERT else self.dense)
+
+
+DEFAULT_TYPES = CandidateTypes(
+    expert=tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K")),
+    dense=tuple(QUANT_TYPES[name] for name in ("Q4_K", "Q5_K", "Q6_K", "Q8_0")),
+)

@@ -1,0 +1,165 @@
+"""Plans: budget kept and used, policies obeyed, costs weighed as the presets say, files that survive editing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mode_gguf.allocation.costs import Measurements
+from mode_gguf.allocation.plan import Plan, Provenance
+from mode_gguf.allocation.planner import PRESETS, UNDERSHOOT, optimal_plan, uniform_plan
+from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes, tensor_bytes
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.errors import InfeasibleBudgetError, InputError
+from mode_gguf.quantization.types import QUANT_TYPES
+
+E, LAYERS = 4, 6
+EXPERT_TYPES, DENSE_TYPES = ("Q2_K", "Q3_K", "Q4_K"), ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
+MADE_FROM = Provenance(tool_version="0", model="m", model_fingerprint="f")
+
+
+def tensor(
+    name: str, shape: tuple[int, ...], role: Role, layer: int | None = None, projection: str | None = None
+) -> SourceTensor:
+    def read(expert: int) -> np.ndarray:
+        raise AssertionError("planning reads no weights")
+
+    return SourceTensor(name, shape, role, (name,), read, layer=layer, projection=projection)
+
+
+def model(expert_width: int = 256) -> list[SourceTensor]:
+    tensors = [tensor("token_embd.weight", (512, 256), Role.EMBEDDING)]
+    for layer in range(LAYERS):
+        tensors.append(tensor(f"blk.{layer}.attn_q.weight", (256, 256), Role.DENSE, layer))
+        tensors.append(tensor(f"blk.{layer}.ffn_gate_inp.weight", (E, 256), Role.KEEP, layer))
+        for projection, shape in (("gate", (E, expert_width, 256)), ("down", (E, 256, expert_width))):
+            name = f"blk.{layer}.ffn_{projection}_exps.weight"
+            tensors.append(tensor(name, shape, Role.EXPERT, layer, projection))
+    return tensors
+
+
+def measurements(tensors: list[SourceTensor], seed: int = 0) -> Measurements:
+    generator = np.random.default_rng(seed)
+    expert_drop, dense_drop = np.array([1.0, 0.25, 0.06]), np.array([1.0, 0.25, 0.06, 0.001])
+    arrays: dict[str, np.ndarray] = {}
+    for t in tensors:
+        if t.role is Role.EXPERT:
+            arrays[f"{t.name}.expert"] = generator.random((2, 3, E, 1)) * expert_drop
+            arrays[f"{t.name}.unit"] = arrays[f"{t.name}.expert"].sum(axis=2)
+            layer = f"blk.{t.layer}.ffn_exps.expert"
+            arrays[layer] = arrays.get(layer, 0) + arrays[f"{t.name}.expert"]
+        elif t.role is not Role.KEEP:
+            arrays[f"{t.name}.unit"] = generator.random((2, 3, 1)) * dense_drop * 0.1
+    frequency = {layer: np.full((3, E), 1 / E) for layer in range(LAYERS)}
+    return Measurements(arrays, EXPERT_TYPES, DENSE_TYPES, frequency)
+
+
+@pytest.mark.parametrize("preset", ["mode", "paper"])
+@pytest.mark.parametrize("bpw", [3.2, 3.5, 4.0])
+def test_budget_is_kept_and_used(preset: str, bpw: float) -> None:
+    tensors = model()
+    plan = optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=bpw, types=DEFAULT_TYPES, preset=PRESETS[preset])
+    assert bpw * (1 - UNDERSHOOT) <= plan.bpw <= bpw
+    weights = sum(t.n_weights for t in tensors)
+    assert plan.bpw == pytest.approx(8 * sum(tensor_bytes(t, plan.types[t.name]) for t in tensors) / weights)
+    assert plan.solver is not None
+    assert plan.solver.gap <= 1e-4
+
+
+def test_policies() -> None:
+    tensors = model()
+    plan = optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    for t in tensors:
+        allowed = {Role.KEEP: {"F32"}, Role.EXPERT: set(EXPERT_TYPES)}.get(t.role, set(DENSE_TYPES))
+        assert plan.types[t.name].name in allowed
+
+
+def test_what_is_sensitive_gets_the_bits() -> None:
+    tensors = model()
+    measured = measurements(tensors)
+    name = "blk.3.ffn_down_exps.weight"
+    measured.arrays[f"{name}.unit"][...] *= 1000
+    plan = optimal_plan(tensors, measured, MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    assert plan.types[name].name == "Q4_K"
+
+
+def test_redundant_vision_counts_for_nothing_in_the_paper_preset() -> None:
+    tensors = model()
+    measured = measurements(tensors)
+    plans = []
+    for factor in (1.0, 1000.0):
+        for t in tensors:
+            if t.role is Role.EXPERT and t.layer == 2:
+                measured.arrays[f"{t.name}.expert"][:, 2] *= factor
+                measured.arrays[f"{t.name}.unit"][:, 2] *= factor
+        plans.append(
+            [
+                optimal_plan(tensors, measured, MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS[preset])
+                for preset in ("paper", "mode")
+            ]
+        )
+    experts = [t.name for t in tensors if t.role is Role.EXPERT]
+    assert [plans[0][0].types[n] for n in experts] == [plans[1][0].types[n] for n in experts]
+    assert [plans[0][1].types[n] for n in experts] != [plans[1][1].types[n] for n in experts]
+
+
+def test_a_type_per_expert_predicts_no_more_than_a_type_per_tensor() -> None:
+    tensors = model()
+    measured = measurements(tensors)
+    plan = optimal_plan(tensors, measured, MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    assert plan.expert_granularity is not None
+    assert {len(types) for types in plan.expert_granularity.types.values()} == {E}
+    assert set(plan.expert_granularity.types) == {str(layer) for layer in range(LAYERS)}
+
+
+def test_out_of_reach_names_the_range_and_the_reason() -> None:
+    tensors = model(expert_width=704)
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"--bpw 2 .* \d\.\d+ to \d\.\d+ .*rows of 704 in 6 tensors"
+    ) as caught:
+        optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=2, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    assert caught.value.exit_code == 3
+
+
+def test_rows_no_candidate_fits_fall_back_or_fail() -> None:
+    narrow = tensor("blk.0.ffn_down_exps.weight", (E, 256, 704), Role.EXPERT, 0, "down")
+    assert [t.name for t in DEFAULT_TYPES.of(narrow)] == ["Q8_0"]
+    with pytest.raises(InfeasibleBudgetError, match="rows of 100 weights"):
+        DEFAULT_TYPES.of(tensor("odd", (4, 100), Role.DENSE))
+
+
+@pytest.mark.parametrize(("name", "dense"), [("Q2_K", "Q4_K"), ("Q8_0", "Q8_0"), ("BF16", "BF16")])
+def test_uniform_plan_keeps_the_dense_floor(name: str, dense: str) -> None:
+    plan = uniform_plan(model(), MADE_FROM, QUANT_TYPES[name])
+    assert plan.types["blk.0.ffn_gate_exps.weight"].name == name
+    assert plan.types["token_embd.weight"].name == dense
+    assert plan.types["blk.0.ffn_gate_inp.weight"].name == "F32"
+    assert plan.main_type == name
+
+
+def test_unmeasured_type_is_refused() -> None:
+    tensors = model()
+    types = CandidateTypes((QUANT_TYPES["Q2_K"], QUANT_TYPES["Q6_K"]), DEFAULT_TYPES.dense)
+    with pytest.raises(InputError, match="not measured at Q6_K"):
+        optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=3.5, types=types, preset=PRESETS["mode"])
+
+
+def test_plan_file_round_trip_and_refusals(tmp_path: Path) -> None:
+    tensors = model()
+    plan = optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+
+    edited = json.loads(path.read_text())
+    edited["tensors"][0]["type"] = "Q9_K"
+    path.write_text(json.dumps(edited))
+    with pytest.raises(InputError, match="Q9_K"):
+        Plan.load(path)
+    path.write_text(json.dumps({**edited, "surprise": 1}))
+    with pytest.raises(InputError, match="surprise"):
+        Plan.load(path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="cannot be read as a plan"):
+        Plan.load(path)
