@@ -1,0 +1,202 @@
+"""What stands at the head of a GGUF file, read in milliseconds: metadata and tensor infos, no tensor data.
+
+gguf-py's reader maps the whole file and builds an object per metadata value, seconds for a vocabulary of 150 k tokens.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from mode_gguf.errors import InputError
+
+MAGIC: Final = b"GGUF"
+VERSIONS: Final = (2, 3)
+DEFAULT_ALIGNMENT: Final = 32
+MAX_DIMENSIONS: Final = 4
+_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+_STRING, _ARRAY = 8, 9
+_SCALARS: Final = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+_U32, _U64 = _SCALARS[4], _SCALARS[10]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the file declares it; `shape` is in NumPy order, `offset` counts from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    size_bytes: int
+    file: Path
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """Metadata and tensors of one GGUF file; of all its shards when it is split."""
+
+    files: tuple[Path, ...]
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files on disk."""
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(tensor.n_weights for tensor in self.tensors.values())
+
+    @property
+    def bpw(self) -> float:
+        """All bits of all tensors over all weights."""
+        return bits_per_weight(self.tensors.values())
+
+
+def bits_per_weight(tensors: Iterable[TensorInfo]) -> float:
+    """Bits of `tensors` over their weights."""
+    listed = list(tensors)
+    return 8 * sum(tensor.size_bytes for tensor in listed) / sum(tensor.n_weights for tensor in listed)
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read `path`, and its other shards when it is the first of a split file.
+
+    Raises:
+        InputError: missing, not GGUF, truncated, or damaged; the message names the file and what was found.
+    """
+    metadata, tensors = _read_file(path)
+    files = [path]
+    for shard in _other_shards(path, metadata):
+        files.append(shard)
+        tensors |= _read_file(shard)[1]
+    return GgufHeader(tuple(files), metadata, tensors)
+
+
+def _other_shards(path: Path, metadata: dict[str, Any]) -> Iterator[Path]:
+    count = metadata.get("split.count", 1)
+    if count == 1:
+        return
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None or int(match["number"]) != 1 or int(match["count"]) != count:
+        raise InputError(f"{path}: one of {count} shards; give the first one, named ...-00001-of-{count:05d}.gguf")
+    for number in range(2, count + 1):
+        yield path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    try:
+        with path.open("rb") as file:
+            return _Reader(path, file, path.stat().st_size).read()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+class _Reader:
+    """Reads one file front to back; every length is checked against the file's size before it is believed."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path, self.file, self.size = path, file, size
+
+    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        magic = self.file.read(4)
+        if magic != MAGIC:
+            raise InputError(f"{self.path}: not a GGUF file (it starts with {magic!r} instead of {MAGIC!r})")
+        version = self._number(_U32)
+        if version not in VERSIONS:
+            raise InputError(f"{self.path}: GGUF version {version} found, {VERSIONS} can be read")
+        n_tensors, n_keys = self._count(), self._count()
+        metadata = {self._string(): self._value(self._number(_U32)) for _ in range(n_keys)}
+        infos = [self._tensor_info() for _ in range(n_tensors)]
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise self._damaged(f"alignment {alignment!r}")
+        start = -(-self.file.tell() // alignment) * alignment
+        tensors = {}
+        for name, shape, quant_type, offset in infos:
+            block, block_bytes = GGML_QUANT_SIZES[quant_type]
+            if shape[-1] % block or name in tensors or offset % alignment:
+                raise self._damaged(f"tensor {name}")
+            n_bytes = math.prod(shape) // block * block_bytes
+            if start + offset + n_bytes > self.size:
+                raise InputError(
+                    f"{self.path}: truncated: tensor {name} ends at byte {start + offset + n_bytes} and the file at "
+                    f"{self.size}; download or export it again"
+                )
+            tensors[name] = TensorInfo(name, shape, quant_type.name, start + offset, n_bytes, self.path)
+        return metadata, tensors
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = self._string()
+        dimensions = self._number(_U32)
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise self._damaged(f"tensor {name} with {dimensions} dimensions")
+        shape = tuple(reversed([self._number(_U64) for _ in range(dimensions)]))
+        number = self._number(_U32)
+        try:
+            quant_type = GGMLQuantizationType(number)
+        except ValueError:
+            raise InputError(f"{self.path}: tensor {name} has type number {number}, which is not known here") from None
+        return name, shape, quant_type, self._number(_U64)
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._number(self._scalar(kind))
+        element = self._number(_U32)
+        count = self._count()
+        if element == _STRING:
+            return [self._string() for _ in range(count)]
+        layout = self._scalar(element)
+        return [value for (value,) in layout.iter_unpack(self._bytes(count * layout.size))]
+
+    def _scalar(self, kind: int) -> struct.Struct:
+        if kind not in _SCALARS:
+            raise self._damaged(f"value type {kind}")
+        return _SCALARS[kind]
+
+    def _number(self, layout: struct.Struct) -> Any:
+        return layout.unpack(self._bytes(layout.size))[0]
+
+    def _count(self) -> int:
+        count: int = self._number(_U64)
+        if count > self.size:
+            raise self._damaged(f"a count of {count}")
+        return count
+
+    def _string(self) -> str:
+        return self._bytes(self._count()).decode("utf-8", "surrogateescape")
+
+    def _bytes(self, count: int) -> bytes:
+        data = self.file.read(count)
+        if len(data) != count:
+            raise InputError(f"{self.path}: truncated: its header ends after {self.size} bytes")
+        return data
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(f"{self.path}: damaged GGUF header at byte {self.file.tell()}: {what}")

@@ -1,0 +1,156 @@
+"""Held-out texts and questions about images, and when an answer counts as right."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from mode_gguf.errors import InputError
+from mode_gguf.validation.llama_cpp import open_image
+
+MATCHES: Final = ("exact", "contains", "number")
+Z_95: Final = 1.959964
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about one image.
+
+    Attributes:
+        image: a picture's file.
+        answer: the right answer; None asks only how far the candidate is from the reference.
+        match: `exact`, `contains` or `number`, see `is_right`.
+        kind: what accuracy is grouped by.
+        origin: file and line, for messages.
+    """
+
+    image: Path
+    question: str
+    answer: str | None
+    match: str
+    kind: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a file is judged on; `name` goes into the report."""
+
+    name: str
+    texts: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A share of right answers with its 95 % Wilson score interval."""
+
+    right: int
+    asked: int
+    share: float
+    low: float
+    high: float
+
+
+def load_held_out(folder: Path) -> HeldOut:
+    """Read `text.jsonl` ({"text"}) and `questions.jsonl` ({"image", "question", "answer", "match", "kind"}).
+
+    Either file may be absent, not both. Images are named relative to the folder; `match` is `exact` and `kind` is
+    `question` unless given; other keys are ignored.
+
+    Raises:
+        InputError: naming file and line: not JSON, a missing or wrong key, an image that cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; it should hold text.jsonl, questions.jsonl and images/")
+    texts = tuple(_text(row, origin) for row, origin in _rows(folder / "text.jsonl"))
+    questions = tuple(_question(row, origin, folder) for row, origin in _rows(folder / "questions.jsonl"))
+    if not texts and not questions:
+        raise InputError(f"{folder}: holds neither text.jsonl nor questions.jsonl with any line")
+    return HeldOut(folder.resolve().name, texts, questions)
+
+
+def is_right(answer: str, expected: str, match: str) -> bool:
+    """Whether `answer` counts.
+
+    Letter case, outer punctuation and runs of white space never matter. `exact`: the same text. `contains`: `expected`
+    occurs in it as whole words. `number`: the first number in it has the value of `expected`.
+    """
+    if match == "number":
+        return _first_number(answer) == _first_number(expected)
+    given, wanted = _normalised(answer), _normalised(expected)
+    if match == "exact":
+        return given == wanted
+    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given) is not None
+
+
+def wilson_interval(right: int, asked: int) -> Interval:
+    """Wilson's score interval at 95 % (E. B. Wilson, 1927): sensible for few questions and for all right, too."""
+    share = right / asked
+    scale = 1 + Z_95**2 / asked
+    centre = (share + Z_95**2 / (2 * asked)) / scale
+    half = Z_95 / scale * math.sqrt(share * (1 - share) / asked + Z_95**2 / (4 * asked**2))
+    low = 0.0 if right == 0 else centre - half
+    high = 1.0 if right == asked else centre + half
+    return Interval(right, asked, share, low, high)
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    if not path.exists():
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        origin = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{origin}: not a JSON object ({error.msg} at column {error.colno})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{origin}: a JSON object was expected, {type(row).__name__} found")
+        yield row, origin
+
+
+def _text(row: dict[str, Any], origin: str) -> str:
+    return _string(row, "text", origin)
+
+
+def _question(row: dict[str, Any], origin: str, folder: Path) -> Question:
+    match = _string(row, "match", origin, default="exact")
+    answer = None if row.get("answer") is None else _string(row, "answer", origin)
+    if match not in MATCHES:
+        raise InputError(f"{origin}: match is {match!r}, expected one of {', '.join(MATCHES)}")
+    if match == "number" and answer is not None and _first_number(answer) is None:
+        raise InputError(f"{origin}: match is number, and the answer {answer!r} holds none")
+    image = folder / _string(row, "image", origin)
+    try:
+        open_image(image)
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from error
+    return Question(
+        image, _string(row, "question", origin), answer, match, _string(row, "kind", origin, default="question"), origin
+    )
+
+
+def _string(row: dict[str, Any], key: str, origin: str, default: str | None = None) -> str:
+    value = row.get(key, default)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{origin}: {key!r} must be a text that is not empty, {value!r} found")
+    return value
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'`*()[]")
+
+
+def _first_number(text: str) -> float | None:
+    found = _NUMBER.search(text)
+    return float(found[0].replace(",", "")) if found else None

@@ -1,0 +1,143 @@
+"""report.json: what was measured about one file in llama.cpp."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from pydantic import ValidationError as PydanticError
+
+from mode_gguf.artifacts import write_text
+from mode_gguf.errors import InputError
+from mode_gguf.validation.divergence import Scores
+from mode_gguf.validation.questions import Interval
+from mode_gguf.validation.runtimes import SmokeTest
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileFacts(_Record):
+    """One GGUF file; `bpw` is all tensor bits over all weights."""
+
+    name: str
+    size_bytes: int
+    bpw: float
+    experts_bpw: float | None
+
+
+class Divergence(_Record):
+    """Distances over all scored positions of one kind of answer; those from the reference are None without one.
+
+    Attributes:
+        kl_mean: nats per scored token, full vocabulary, from the reference to the candidate.
+        kl_mean_error: standard error of that mean over positions.
+        kl_p99: 99th percentile over positions.
+        top1_agreement: share of positions where both would pick the same token.
+        perplexity: of the scored tokens; for answers the reference chose itself, of those.
+    """
+
+    positions: int
+    kl_mean: float | None
+    kl_mean_error: float | None
+    kl_p99: float | None
+    top1_agreement: float | None
+    perplexity: float
+    reference_perplexity: float | None
+
+    @staticmethod
+    def of(scores: Scores, *, with_reference: bool) -> "Divergence":
+        kl = scores.kl
+        return Divergence(
+            positions=len(kl),
+            kl_mean=float(kl.mean()) if with_reference else None,
+            kl_mean_error=float(kl.std() / np.sqrt(len(kl))) if with_reference else None,
+            kl_p99=float(np.percentile(kl, 99)) if with_reference else None,
+            top1_agreement=float(scores.same_top1.mean()) if with_reference else None,
+            perplexity=float(np.exp(scores.nll.mean())),
+            reference_perplexity=float(np.exp(scores.reference_nll.mean())) if with_reference else None,
+        )
+
+
+class Accuracy(_Record):
+    """Share of right greedy answers with a 95 % Wilson interval."""
+
+    right: int
+    asked: int
+    share: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(interval: Interval) -> "Accuracy":
+        return Accuracy(**asdict(interval))
+
+
+class Answer(_Record):
+    """One question about a picture, and what the models say."""
+
+    image: str
+    kind: str
+    question: str
+    expected: str | None
+    answer: str
+    right: bool | None
+    reference_answer: str | None
+
+
+class Smoke(_Record):
+    """The answer of the smoke test, and what ran it."""
+
+    runtime: str
+    question: str
+    answer: str
+    seconds: float
+
+    @staticmethod
+    def of(test: SmokeTest) -> "Smoke":
+        return Smoke(**asdict(test))
+
+
+class ValidationReport(_Record):
+    """Everything `validate` found; `accuracy` is by kind, and over everything under `all`."""
+
+    schema_version: Literal[1] = 1
+    tool_version: str
+    runtime: str
+    held_out: str
+    candidate: FileFacts
+    mmproj: FileFacts | None
+    reference: FileFacts | None
+    text: Divergence | None
+    image: Divergence | None
+    accuracy: dict[str, Accuracy]
+    reference_accuracy: dict[str, Accuracy]
+    answers: list[Answer]
+    smoke: Smoke | None
+    seconds: dict[str, float]
+
+    @property
+    def example(self) -> Answer | None:
+        """A question to show, preferably one that asks for a description."""
+        return min(self.answers, key=lambda answer: answer.expected is not None, default=None)
+
+    def save(self, path: Path) -> None:
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> "ValidationReport":
+        """Read a report.
+
+        Raises:
+            InputError: not there, not JSON, or of another form.
+        """
+        try:
+            return ValidationReport.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as a report ({error})") from error
+        except PydanticError as error:
+            first = error.errors()[0]
+            raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -1,0 +1,106 @@
+"""Held-out folders, and when an answer is right."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mode_gguf.errors import InputError
+from mode_gguf.validation.default_set import default_held_out
+from mode_gguf.validation.llama_cpp import open_image
+from mode_gguf.validation.questions import MATCHES, is_right, load_held_out, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "match", "right"),
+    [
+        (" Red.\n", "red", "exact", True),
+        ("It is red", "red", "exact", False),
+        ("It is  dark red!", "Dark red", "contains", True),
+        ("It is redder", "red", "contains", False),
+        ("a cat", "c.t", "contains", False),
+        ("There are 3 of 5", "3", "number", True),
+        ("There are 5 of 3", "3", "number", False),
+        ("1,250.0 g", "1250", "number", True),
+        ("-2", "2", "number", False),
+        ("none", "0", "number", False),
+        ("", "red", "contains", False),
+    ],
+)
+def test_is_right(answer: str, expected: str, match: str, right: bool) -> None:
+    assert is_right(answer, expected, match) is right
+
+
+def test_wilson_interval_by_the_book() -> None:
+    interval = wilson_interval(8, 10)
+    assert (interval.low, interval.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+@given(asked=st.integers(1, 500), data=st.data())
+def test_wilson_interval_holds_the_share(asked: int, data: st.DataObject) -> None:
+    right = data.draw(st.integers(0, asked))
+    interval = wilson_interval(right, asked)
+    assert 0 <= interval.low <= interval.share <= interval.high <= 1
+
+
+def test_folder(held_out_folder: Path) -> None:
+    held_out = load_held_out(held_out_folder)
+    assert held_out.name == "pictures"
+    assert len(held_out.texts) == 2
+    count, colour, describe = held_out.questions
+    assert (count.match, count.kind, count.answer) == ("number", "count", "3 shapes")
+    assert (colour.match, colour.kind) == ("exact", "colour")
+    assert describe.answer is None
+    assert describe.origin.endswith("questions.jsonl:3")
+
+
+def test_either_file_is_enough(held_out_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(held_out_folder / "text.jsonl", tmp_path)
+    assert load_held_out(tmp_path).questions == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"questions\.jsonl:2: not a JSON object"),
+        ("[1]", r"questions\.jsonl:2: a JSON object was expected, list found"),
+        ({"question": "What?"}, r"questions\.jsonl:2: 'image' must be a text"),
+        ({"image": "images/0.png"}, r"questions\.jsonl:2: 'question' must be a text"),
+        ({"image": "images/9.png", "question": "?"}, r"questions\.jsonl:2: .*9\.png: cannot be read as an image"),
+        ({"image": "images/0.png", "question": "?", "answer": 3}, r"questions\.jsonl:2: 'answer' must be a text"),
+        ({"image": "images/0.png", "question": "?", "match": "fuzzy"}, r"questions\.jsonl:2: match is 'fuzzy'"),
+        (
+            {"image": "images/0.png", "question": "?", "match": "number", "answer": "two"},
+            r"questions\.jsonl:2: match is number",
+        ),
+    ],
+)
+def test_bad_lines(held_out_folder: Path, tmp_path: Path, line: str | dict[str, object], message: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(held_out_folder, folder)
+    text = line if isinstance(line, str) else json.dumps(line)
+    (folder / "questions.jsonl").write_text(f"\n{text}\n")
+    with pytest.raises(InputError, match=message):
+        load_held_out(folder)
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        load_held_out(tmp_path / "absent")
+    with pytest.raises(InputError, match="neither"):
+        load_held_out(tmp_path)
+    (tmp_path / "text.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="UTF-8"):
+        load_held_out(tmp_path)
+
+
+def test_built_in_set() -> None:
+    held_out = default_held_out()
+    assert all(len(text) > 80 for text in held_out.texts)
+    for question in held_out.questions:
+        open_image(question.image)
+        assert question.match in MATCHES
+    assert any(question.answer is None for question in held_out.questions)
