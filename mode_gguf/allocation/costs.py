@@ -47,16 +47,16 @@ class Measurements:
 def tensor_units(
     tensors: Sequence[SourceTensor], types: CandidateTypes, measured: Measurements, model: CostModel
 ) -> list[AllocationUnit]:
-    """One unit per tensor that has a choice; tensors with a single possible type are not units."""
+    """One unit per tensor of the text model but those that always stay F32."""
     units = []
     for tensor in tensors:
-        offered = types.of(tensor)
         if tensor.role is Role.KEEP:
             continue
-        costs = _tensor_costs(tensor, measured, model)
+        offered = types.of(tensor)
         axis = measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types
+        costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name)
         candidates = tuple(
-            Candidate(offer, tensor_bytes(tensor, offer), _cost(costs, axis, offer, tensor.name)) for offer in offered
+            Candidate(offer, tensor_bytes(tensor, offer), cost) for offer, cost in zip(offered, costs, strict=True)
         )
         units.append(AllocationUnit(tensor.name, (tensor.name,), tensor.n_weights, candidates, tensor.layer))
     return units
@@ -65,30 +65,49 @@ def tensor_units(
 def expert_units(
     tensors: Sequence[SourceTensor], types: CandidateTypes, measured: Measurements, model: CostModel
 ) -> list[AllocationUnit]:
-    """One unit per (layer, expert), its projections tied; other tensors as in `tensor_units`."""
-    units = tensor_units([t for t in tensors if t.role is not Role.EXPERT], types, measured, model)
+    """One unit per (layer, expert), its projections tied; other tensors as in `tensor_units`.
+
+    A projection whose rows fit no candidate keeps its fallback, whatever the others of its expert take.
+    """
+    units = tensor_units([tensor for tensor in tensors if tensor.role is not Role.EXPERT], types, measured, model)
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     for layer in sorted({tensor.layer for tensor in experts if tensor.layer is not None}):
         projections = [tensor for tensor in experts if tensor.layer == layer]
-        # Types must suit all projections; a width that fits none of them falls back as a tensor would.
-        common = set.intersection(*(set(types.of(tensor)) for tensor in projections)) or set(
-            types.of(max(projections, key=lambda tensor: len(types.of(tensor))))
-        )
-        offered = sorted(common, key=lambda quant_type: quant_type.bits_per_weight)
-        per_expert = _weighted(measured.arrays[f"blk.{layer}.ffn_exps.expert"], model, _share(measured, model, layer))
-        for expert, costs in enumerate(per_expert):
+        free = [tensor for tensor in projections if len(types.of(tensor)) > 1]
+        shared = set.intersection(*(set(types.of(tensor)) for tensor in free or projections))
+        offered = sorted(shared, key=lambda quant_type: quant_type.bits_per_weight)
+        costs = _expert_costs(layer, projections, free, measured, model)
+        for expert in range(projections[0].n_experts):
+            name = f"blk.{layer}.expert.{expert}"
+            choices = zip(offered, _offered(costs[expert], measured.expert_types, offered, name), strict=True)
             candidates = tuple(
-                Candidate(
-                    offer,
-                    sum(tensor_bytes(tensor, offer) // tensor.n_experts for tensor in projections),
-                    _cost(costs, measured.expert_types, offer, f"blk.{layer} expert {expert}"),
-                )
-                for offer in offered
+                Candidate(offer, sum(_expert_bytes(tensor, offer, types) for tensor in projections), cost)
+                for offer, cost in choices
             )
-            names = tuple(tensor.name for tensor in projections)
+            tensor_names = tuple(tensor.name for tensor in projections)
             n_weights = sum(tensor.n_weights // tensor.n_experts for tensor in projections)
-            units.append(AllocationUnit(f"blk.{layer}.expert.{expert}", names, n_weights, candidates, layer, expert))
+            units.append(AllocationUnit(name, tensor_names, n_weights, candidates, layer, expert))
     return units
+
+
+def _expert_bytes(tensor: SourceTensor, offer: QuantType, types: CandidateTypes) -> int:
+    offered = types.of(tensor)
+    return tensor_bytes(tensor, offer if offer in offered else offered[0]) // tensor.n_experts
+
+
+def _expert_costs(
+    layer: int,
+    projections: Sequence[SourceTensor],
+    free: Sequence[SourceTensor],
+    measured: Measurements,
+    model: CostModel,
+) -> np.ndarray:
+    """Cost of every expert of a layer per type, (E, T): its projections measured together where all have a choice."""
+    share = _share(measured, model, layer)
+    if len(free) == len(projections):
+        return _weighted(_array(measured, f"blk.{layer}.ffn_exps.expert"), model, share)
+    parts = [_weighted(_array(measured, f"{tensor.name}.expert"), model, share) for tensor in free or projections]
+    return np.asarray(np.sum(parts, axis=0))
 
 
 def _tensor_costs(tensor: SourceTensor, measured: Measurements, model: CostModel) -> np.ndarray:
@@ -120,9 +139,14 @@ def _array(measured: Measurements, name: str) -> np.ndarray:
     return measured.arrays[name]
 
 
-def _cost(costs: np.ndarray, axis: Sequence[str], offer: QuantType, name: str) -> float:
-    if offer.name not in axis:
+def _offered(costs: np.ndarray, axis: Sequence[str], offered: Sequence[QuantType], name: str) -> list[float]:
+    """Costs of the offered types; where there is no choice the cost does not matter and need not be known."""
+    if len(offered) == 1:
+        return [0.0]
+    missing = [offer.name for offer in offered if offer.name not in axis]
+    if missing:
         raise InputError(
-            f"sensitivity: {name} was not measured at {offer.name}, only at {', '.join(axis)}; measure it again"
+            f"sensitivity: {name} was not measured at {', '.join(missing)}, only at {', '.join(axis)}; "
+            "measure it again with these types"
         )
-    return float(max(costs[axis.index(offer.name)], 0.0))
+    return [max(float(costs[axis.index(offer.name)]), 0.0) for offer in offered]

@@ -77,7 +77,13 @@ class Plan(_Strict):
     def types(self) -> dict[str, QuantType]:
         return {tensor.name: QUANT_TYPES[tensor.type] for tensor in self.tensors}
 
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether nothing is packed, so that an importance matrix would mean nothing."""
+        return all(quant_type.block_size == 1 for quant_type in self.types.values())
+
     def save(self, path: Path) -> None:
+        """Write the plan, atomically."""
         write_text(path, self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
     @staticmethod

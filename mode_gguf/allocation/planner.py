@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mode_gguf.allocation.budget import budget_bytes, check_reachable
 from mode_gguf.allocation.costs import CostModel, Measurements, expert_units, tensor_units
@@ -33,7 +33,7 @@ class Preset:
     """A named way of measuring and weighing; `method` is the sensitivity it needs."""
 
     name: str
-    method: str
+    method: Literal["fisher", "expert-mse"]
     costs: CostModel
 
 

@@ -64,3 +64,15 @@ def quant_type(name: str) -> QuantType:
         return QUANT_TYPES[name.upper()]
     except KeyError:
         raise UsageError(f"unknown type {name!r}: choose from {', '.join(QUANT_TYPES)}") from None
+
+
+def parse_types(names: str) -> tuple[QuantType, ...]:
+    """The types of a comma-separated list, without repetitions, in the order given.
+
+    Raises:
+        UsageError: the list is empty or a name is unknown.
+    """
+    parsed = tuple(dict.fromkeys(quant_type(name.strip()) for name in names.split(",") if name.strip()))
+    if not parsed:
+        raise UsageError(f"no type in {names!r}: expected a comma-separated list such as Q2_K,Q3_K")
+    return parsed

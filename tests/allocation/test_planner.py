@@ -122,6 +122,15 @@ def test_out_of_reach_names_the_range_and_the_reason() -> None:
     assert caught.value.exit_code == 3
 
 
+def test_a_projection_that_fits_no_candidate_does_not_stop_the_others() -> None:
+    tensors = model(expert_width=704)
+    measured = measurements(tensors)
+    plan = optimal_plan(tensors, measured, MADE_FROM, bpw=6.0, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    assert {plan.types[f"blk.{layer}.ffn_down_exps.weight"].name for layer in range(LAYERS)} == {"Q8_0"}
+    assert plan.expert_granularity is not None
+    assert plan.expert_granularity.experts_bpw == pytest.approx(plan.experts_bpw, rel=0.05)
+
+
 def test_rows_no_candidate_fits_fall_back_or_fail() -> None:
     narrow = tensor("blk.0.ffn_down_exps.weight", (E, 256, 704), Role.EXPERT, 0, "down")
     assert [t.name for t in DEFAULT_TYPES.of(narrow)] == ["Q8_0"]

@@ -1,0 +1,44 @@
+"""mode-gguf calibrate: samples to statistics and importance matrix."""
+
+from dataclasses import asdict
+
+from mode_gguf_cli import options
+from mode_gguf_cli.console import emit_json, progress, say, stdout
+
+
+def command(
+    model: options.Model,
+    out: options.Out = None,
+    calibration: options.Calibration = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    image_samples: options.ImageSamples = 128,
+    text_samples: options.TextSamples = 128,
+    key_ratio: options.KeyRatio = 0.2,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Run MODEL on text and images; count expert use per modality and write the importance matrix.
+
+    Writes calibration.safetensors and a stock imatrix GGUF, good for any budget afterwards.
+    """
+    from mode_gguf import pipeline
+
+    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed)
+    checkpoint, folder = pipeline.open_model(model, out)
+    statistics = pipeline.run_calibration(checkpoint, folder, chosen, progress())
+    counts = asdict(statistics.samples)
+    never = {layer.layer: layer.never_routed for layer in statistics.coverage() if any(layer.never_routed.values())}
+    if json:
+        files = {"calibration": str(folder.calibration), "imatrix": str(folder.imatrix)}
+        emit_json({**files, "samples": counts, "never_routed": never})
+        return
+    stdout.print(f"statistics  {folder.calibration}", highlight=False)
+    stdout.print(f"imatrix     {folder.imatrix}", highlight=False)
+    stdout.print(
+        "samples     " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()), highlight=False
+    )
+    for layer, modalities in never.items():
+        for modality, experts in modalities.items():
+            if experts:
+                tokens, names = modality.replace("_", " "), ", ".join(map(str, experts))
+                say(f"layer {layer}: no {tokens} token reached expert {names}; the layer's mean stands in")

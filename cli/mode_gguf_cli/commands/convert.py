@@ -1,0 +1,106 @@
+"""mode-gguf convert: all stages."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mode_gguf_cli import options
+from mode_gguf_cli.console import emit_json, progress, say, stdout
+
+if TYPE_CHECKING:
+    from mode_gguf.pipeline import Estimate
+
+
+def command(
+    model: options.Model,
+    bpw: options.Bpw = 3.0,
+    out: options.Out = None,
+    calibration: options.Calibration = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the model and the budget, say what would be done, write nothing.")
+    ] = False,
+    validate: Annotated[
+        bool,
+        typer.Option(help="Compare the result with a BF16 file of the same model in llama.cpp; writes that file too."),
+    ] = True,
+    samples: options.HeldOut = None,
+    preset: options.PresetOption = options.PresetName.MODE,
+    types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
+    dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
+    mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
+    image_samples: options.ImageSamples = 128,
+    text_samples: options.TextSamples = 128,
+    key_ratio: options.KeyRatio = 0.2,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    pre_tokenizer: options.PreTokenizer = None,
+    llama_cpp: options.LlamaCpp = None,
+    json: options.Json = False,
+) -> None:
+    """Calibrate, measure, plan, pack and check MODEL: a GGUF at --bpw bits per weight, and its projector.
+
+    Everything lands in one work folder; running the command again reuses whatever is still right, so another --bpw
+    costs a plan and a packing run only.
+    """
+    from mode_gguf import pipeline
+
+    chosen = pipeline.ConvertOptions(
+        bpw=bpw,
+        calibration=options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed),
+        preset=preset.value,
+        types=options.candidate_types(types, dense_types),
+        projector_type=mmproj_type.value,
+        pre_tokenizer=pre_tokenizer,
+        threads=threads,
+        validate=validate,
+        held_out=samples,
+        llama_cpp=llama_cpp,
+    )
+    checkpoint, folder = pipeline.open_model(model, out)
+    estimate = pipeline.estimate(checkpoint, folder, chosen)
+    if dry_run:
+        _show_estimate(estimate, chosen.bpw, as_json=json)
+        return
+    result = pipeline.convert(checkpoint, folder, chosen, progress())
+    if json:
+        emit_json(
+            {
+                "model": str(result.model),
+                "mmproj": str(result.mmproj),
+                "imatrix": str(result.imatrix),
+                "plan": str(result.plan),
+                "bpw": result.bpw,
+                "size_bytes": result.size_bytes,
+                "seconds": dict(result.seconds),
+            }
+        )
+        return
+    stdout.print(f"model    {result.model}  ({result.bpw:.3f} bpw, {result.size_bytes / 1e6:,.1f} MB)", highlight=False)
+    stdout.print(f"mmproj   {result.mmproj}", highlight=False)
+    if result.report:
+        stdout.print(f"report   {result.report}", highlight=False)
+    reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
+    if reused:
+        say(f"reused from the last run in this folder: {', '.join(reused)}")
+
+
+def _show_estimate(estimate: "Estimate", bpw: float, *, as_json: bool) -> None:
+    facts = {
+        "model": estimate.model_name,
+        "family": estimate.family,
+        "n_weights": estimate.n_weights,
+        "expert_share": estimate.expert_weights / estimate.n_weights,
+        "layers": estimate.layers,
+        "experts": estimate.experts,
+        "bpw": bpw,
+        "reachable_bpw": [estimate.reachable.lowest_bpw, estimate.reachable.highest_bpw],
+        "limits": list(estimate.reachable.limits),
+        "model_bytes": estimate.model_bytes,
+        "free_disk_bytes": estimate.free_disk_bytes,
+    }
+    if as_json:
+        emit_json(facts)
+        return
+    for name, value in facts.items():
+        stdout.print(f"{name:<16} {value}", highlight=False, soft_wrap=True)

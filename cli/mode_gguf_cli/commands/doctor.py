@@ -1,0 +1,42 @@
+"""mode-gguf doctor: what is installed here and what will be used."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from mode_gguf_cli import options
+from mode_gguf_cli.console import emit_json, stdout
+
+PACKAGES = (
+    "gguf",
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "numba",
+    "pulp",
+    "highspy",
+    "xllamacpp",
+    "datasets",
+)
+
+
+def command(llama_cpp: options.LlamaCpp = None, json: options.Json = False) -> None:
+    """Show versions, the compute device, and which llama.cpp would be used to validate."""
+    from mode_gguf import __version__
+    from mode_gguf.pipeline import environment
+
+    facts: dict[str, object] = {"mode-gguf": __version__, "python": platform.python_version()}
+    facts |= {name: _installed(name) for name in PACKAGES}
+    facts |= environment(llama_cpp)
+    if json:
+        emit_json(facts)
+        return
+    for name, value in facts.items():
+        stdout.print(f"{name:<18} {value}", highlight=False, soft_wrap=True)
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,46 @@
+"""mode-gguf export: plan to files."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mode_gguf_cli import options
+from mode_gguf_cli.console import emit_json, progress, stdout
+
+
+def command(
+    model: options.Model,
+    out: options.Out = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan to follow; default: plan.json in the work folder.", show_default=False)
+    ] = None,
+    mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
+    pre_tokenizer: options.PreTokenizer = None,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Pack MODEL's weights as the plan says; writes the text GGUF and the projector.
+
+    Uses the importance matrix in the work folder when there is one.
+    """
+    from mode_gguf import pipeline
+    from mode_gguf.allocation.plan import Plan
+
+    checkpoint, folder = pipeline.open_model(model, out)
+    loaded = Plan.load(plan or folder.plan)
+    text, mmproj = pipeline.run_export(
+        checkpoint,
+        folder,
+        loaded,
+        projector_type=mmproj_type.value,
+        pre_tokenizer=pre_tokenizer,
+        threads=threads,
+        progress=progress(),
+    )
+    if json:
+        size = text.stat().st_size
+        emit_json({"model": str(text), "mmproj": str(mmproj), "bpw": loaded.bpw, "size_bytes": size})
+        return
+    stdout.print(f"model    {text}  ({loaded.bpw:.3f} bpw, {text.stat().st_size / 1e6:,.1f} MB)", highlight=False)
+    stdout.print(f"mmproj   {mmproj}", highlight=False)

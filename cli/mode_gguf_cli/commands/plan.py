@@ -1,0 +1,60 @@
+"""mode-gguf plan: types under a budget."""
+
+from typing import Annotated
+
+import typer
+
+from mode_gguf_cli import options
+from mode_gguf_cli.console import emit_json, stdout
+
+
+def command(
+    model: options.Model,
+    bpw: options.Bpw = 3.0,
+    out: options.Out = None,
+    preset: options.PresetOption = options.PresetName.MODE,
+    types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
+    dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
+    uniform: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Ignore sensitivity and budget: every expert in TYPE, the rest in TYPE but not below Q4_K.",
+        ),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Choose the types of all tensors for --bpw bits per weight; writes plan.json and tensor-types.txt.
+
+    Needs the results of `sensitivity` in the work folder, except with --uniform. The plan may be edited by hand.
+    """
+    from mode_gguf import pipeline
+    from mode_gguf.quantization.types import quant_type
+
+    checkpoint, folder = pipeline.open_model(model, out)
+    if uniform:
+        made = pipeline.save_plan(folder, pipeline.make_uniform_plan(checkpoint, folder, quant_type(uniform)))
+    else:
+        candidates = options.candidate_types(types, dense_types)
+        made = pipeline.run_plan(checkpoint, folder, bpw, preset.value, candidates)
+    if json:
+        emit_json(
+            {
+                "plan": str(folder.plan),
+                "tensor_types": str(folder.tensor_types),
+                "bpw": made.bpw,
+                "experts_bpw": made.experts_bpw,
+                "size_bytes": made.size_bytes,
+                "predicted_cost": made.solver.objective if made.solver else None,
+                "gap": made.solver.gap if made.solver else None,
+            }
+        )
+        return
+    stdout.print(f"plan          {folder.plan}", highlight=False)
+    stdout.print(f"tensor types  {folder.tensor_types}", highlight=False)
+    stdout.print(f"bpw           {made.bpw:.4f} (experts {made.experts_bpw:.4f})", highlight=False)
+    if made.solver:
+        stdout.print(f"cost          {made.solver.objective:.6g}, proven to {made.solver.gap:.1e}", highlight=False)
+    if made.expert_granularity:
+        by_expert = made.expert_granularity.record.objective
+        stdout.print(f"              {by_expert:.6g} if experts of a layer could differ", highlight=False)

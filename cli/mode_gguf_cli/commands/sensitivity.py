@@ -1,0 +1,37 @@
+"""mode-gguf sensitivity: what every type would cost every tensor and expert."""
+
+from mode_gguf_cli import options
+from mode_gguf_cli.console import emit_json, progress, stdout
+
+
+def command(
+    model: options.Model,
+    out: options.Out = None,
+    calibration: options.Calibration = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    preset: options.PresetOption = options.PresetName.MODE,
+    types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
+    dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
+    image_samples: options.ImageSamples = 128,
+    text_samples: options.TextSamples = 128,
+    key_ratio: options.KeyRatio = 0.2,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Measure, per expert, projection, modality and type, what quantization would do to MODEL's answers.
+
+    Needs the results of `calibrate` in the work folder, and the same samples again.
+    """
+    from mode_gguf import pipeline
+    from mode_gguf.allocation.planner import PRESETS
+
+    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed)
+    checkpoint, folder = pipeline.open_model(model, out)
+    method = PRESETS[preset.value].method
+    pipeline.run_sensitivity(
+        checkpoint, folder, chosen, method, options.candidate_types(types, dense_types), progress()
+    )
+    if json:
+        emit_json({"sensitivity": str(folder.sensitivity), "method": method})
+    else:
+        stdout.print(f"sensitivity  {folder.sensitivity}  ({method})", highlight=False)

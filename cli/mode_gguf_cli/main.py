@@ -1,0 +1,45 @@
+"""Entry point: gathers the commands and turns expected failures into one line and an exit code."""
+
+import errno
+import sys
+
+import typer
+
+from mode_gguf.errors import ModeGgufError
+from mode_gguf_cli.commands import calibrate, convert, doctor, export, inspect, plan, sensitivity, validate
+from mode_gguf_cli.console import log_to_stderr, say
+
+app = typer.Typer(
+    help="Turn a Mixture-of-Experts vision-language checkpoint into a mixed-precision GGUF and its projector, "
+    "ready for stock llama.cpp. Start with [bold]mode-gguf convert MODEL --bpw 3.0[/bold].",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for module in (convert, calibrate, sensitivity, plan, export, validate, inspect, doctor):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+def main() -> None:
+    """Run the command line; exit codes are in `mode_gguf.errors`, 130 is Ctrl-C."""
+    log_to_stderr()
+    try:
+        app()
+    except ModeGgufError as error:
+        say(f"[bold red]error:[/bold red] {_escaped(str(error))}")
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            say("[bold red]error:[/bold red] the disk is full; free some space or choose another folder with --out")
+        else:
+            say(f"[bold red]error:[/bold red] {_escaped(str(error))}")
+        sys.exit(4)
+    except KeyboardInterrupt:
+        say("interrupted; finished stages are kept and will be reused")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    """Brackets in messages are not markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,436 @@
+"""Runs the stages on one work folder: calibrate, sensitivity, plan, export, validate.
+
+Each `run_` function reads what earlier stages left in the folder, writes its own artefacts, and can be called alone.
+`convert` chains them and skips those whose inputs have not changed. Stages that need torch are imported when they
+run, so that planning and exporting start at once.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mode_gguf import __version__
+from mode_gguf.allocation.budget import ReachableRange, check_reachable
+from mode_gguf.allocation.costs import Measurements
+from mode_gguf.allocation.plan import Plan, Provenance
+from mode_gguf.allocation.planner import PRESETS, optimal_plan, uniform_plan
+from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes
+from mode_gguf.architectures import find_family, text_tensors
+from mode_gguf.architectures.tensors import Role
+from mode_gguf.artifacts import file_fingerprint, fingerprint, write_text
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError, UsageError
+from mode_gguf.export.imatrix import read_imatrix, write_imatrix
+from mode_gguf.export.metadata import imatrix_keys, model_file_name, projector_file_name
+from mode_gguf.export.projector import write_projector
+from mode_gguf.export.tensor_types import tensor_types_text
+from mode_gguf.export.text_model import write_text_model
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.validation.c_api import library_version
+from mode_gguf.validation.questions import load_held_out
+from mode_gguf.validation.report import ValidationReport
+from mode_gguf.validation.runtimes import find_llama_cpp
+from mode_gguf.validation.validate import validate
+from mode_gguf.workfolder import StageLedger, WorkFolder
+
+if TYPE_CHECKING:
+    from mode_gguf.calibration.sample import Sample
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.importance.table import Method
+
+REFERENCE_TYPE = QUANT_TYPES["BF16"]
+"""What a result is compared with: the checkpoint's own weights, unless they are stored in more."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """What the model is run on, and where.
+
+    `source` is as in `load_samples`; `key_ratio` is the share of an image's tokens that count as key vision tokens.
+    """
+
+    source: str | None = None
+    image_samples: int = 128
+    text_samples: int = 128
+    key_ratio: float = 0.2
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """Everything `convert` can be told; each stage takes the part it needs."""
+
+    bpw: float
+    calibration: CalibrationOptions = CalibrationOptions()
+    preset: str = "mode"
+    types: CandidateTypes = DEFAULT_TYPES
+    projector_type: str = "F16"
+    pre_tokenizer: str | None = None
+    threads: int | None = None
+    validate: bool = True
+    held_out: Path | None = None
+    llama_cpp: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertResult:
+    """What a conversion wrote, and how long each stage took (0 for one that was reused)."""
+
+    model: Path
+    mmproj: Path
+    imatrix: Path
+    plan: Path
+    report: Path | None
+    bpw: float
+    size_bytes: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a conversion will do, known from shapes alone."""
+
+    model_name: str
+    family: str
+    reachable: ReachableRange
+    model_bytes: int
+    n_weights: int
+    expert_weights: int
+    layers: int
+    experts: int
+    free_disk_bytes: int
+
+
+def open_model(model: Path, out: Path | None) -> tuple[Checkpoint, WorkFolder]:
+    """The checkpoint, and the work folder for it: `out`, or `<name>-mode-gguf` in the current folder."""
+    checkpoint = Checkpoint.open(model)
+    return checkpoint, WorkFolder(out or Path.cwd() / f"{checkpoint.name}-mode-gguf", checkpoint.name)
+
+
+def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions) -> Estimate:
+    """Check that the model is supported and the budget can be met, before anything is computed.
+
+    Raises:
+        InputError: the checkpoint cannot be converted.
+        InfeasibleBudgetError: the bits per weight are out of reach.
+    """
+    tensors = text_tensors(checkpoint)
+    reachable = check_reachable(tensors, options.types, options.bpw)
+    experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
+    n_weights = sum(tensor.n_weights for tensor in tensors)
+    return Estimate(
+        model_name=checkpoint.name,
+        family=find_family(checkpoint).hf_class,
+        reachable=reachable,
+        model_bytes=int(options.bpw * n_weights / 8),
+        n_weights=n_weights,
+        expert_weights=sum(tensor.n_weights for tensor in experts),
+        layers=len({tensor.layer for tensor in experts}),
+        experts=max(tensor.n_experts for tensor in experts),
+        free_disk_bytes=shutil.disk_usage(_existing_parent(folder.path)).free,
+    )
+
+
+def convert(
+    checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress = silent
+) -> ConvertResult:
+    """All stages; those whose inputs have not changed since the last run in this folder are skipped.
+
+    Raises:
+        ModeGgufError: whatever the stages raise; what earlier stages wrote stays and is reused next time.
+    """
+    estimate(checkpoint, folder, options)
+    ledger = StageLedger(folder)
+    method = PRESETS[options.preset].method
+
+    calibrated = fingerprint(checkpoint.fingerprint, asdict(options.calibration), __version__)
+    if not ledger.is_current("calibrate", calibrated):
+        with ledger.running("calibrate", calibrated, [folder.calibration, folder.imatrix]):
+            run_calibration(checkpoint, folder, options.calibration, progress)
+
+    measured = fingerprint(calibrated, method, _type_names(options.types))
+    if not ledger.is_current("sensitivity", measured):
+        with ledger.running("sensitivity", measured, [folder.sensitivity]):
+            run_sensitivity(checkpoint, folder, options.calibration, method, options.types, progress)
+
+    planned = fingerprint(measured, options.bpw, options.preset)
+    if not ledger.is_current("plan", planned):
+        with ledger.running("plan", planned, [folder.plan, folder.tensor_types]):
+            run_plan(checkpoint, folder, options.bpw, options.preset, options.types)
+
+    plan = Plan.load(folder.plan)
+    model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
+    exported = fingerprint(file_fingerprint(folder.plan), calibrated, options.projector_type, options.pre_tokenizer)
+    if not ledger.is_current("export", exported):
+        with ledger.running("export", exported, [model, mmproj]):
+            run_export(
+                checkpoint,
+                folder,
+                plan,
+                projector_type=options.projector_type,
+                pre_tokenizer=options.pre_tokenizer,
+                threads=options.threads,
+                progress=progress,
+            )
+    if options.validate:
+        validated = fingerprint(exported, str(options.held_out), str(options.llama_cpp))
+        if not ledger.is_current("validate", validated):
+            with ledger.running("validate", validated, [folder.report]):
+                reference = run_reference(checkpoint, folder, options, progress)
+                run_validation(
+                    model,
+                    mmproj,
+                    reference,
+                    folder.report,
+                    plan=plan,
+                    held_out=options.held_out,
+                    llama_cpp=options.llama_cpp,
+                    reference_folder=folder.path / "reference",
+                    progress=progress,
+                )
+    return ConvertResult(
+        model=model,
+        mmproj=mmproj,
+        imatrix=folder.imatrix,
+        plan=folder.plan,
+        report=folder.report if options.validate else None,
+        bpw=plan.bpw,
+        size_bytes=model.stat().st_size,
+        seconds=dict(ledger.seconds),
+    )
+
+
+def run_calibration(
+    checkpoint: Checkpoint, folder: WorkFolder, options: CalibrationOptions, progress: Progress = silent
+) -> "CalibrationStatistics":
+    """Write calibration.safetensors and the importance matrix."""
+    from mode_gguf.calibration.calibrate import calibrate
+    from mode_gguf.importance.imatrix import balanced_imatrix
+
+    samples = _samples(options)
+    statistics = calibrate(checkpoint, samples, device=options.device, key_ratio=options.key_ratio, progress=progress)
+    statistics.save(folder.calibration)
+    write_imatrix(
+        folder.imatrix,
+        balanced_imatrix(statistics, text_tensors(checkpoint)),
+        datasets=statistics.datasets,
+        chunk_count=len(samples),
+        chunk_size=(statistics.samples.text_tokens + statistics.samples.vision_tokens) // len(samples),
+    )
+    return statistics
+
+
+def run_sensitivity(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    options: CalibrationOptions,
+    method: "Method",
+    types: CandidateTypes,
+    progress: Progress = silent,
+) -> None:
+    """Write sensitivity.safetensors, measured with the weights the packer will really write.
+
+    Raises:
+        InputError: `calibrate` has not run in this folder, or ran for another model.
+    """
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.importance.sensitivity import measure_sensitivity
+
+    measure_sensitivity(
+        checkpoint,
+        _samples(options),
+        read_imatrix(folder.imatrix),
+        statistics=CalibrationStatistics.load(folder.calibration),
+        method=method,
+        expert_types=types.expert,
+        dense_types=types.dense,
+        device=options.device,
+        seed=options.seed,
+        progress=progress,
+    ).save(folder.sensitivity)
+
+
+def run_plan(checkpoint: Checkpoint, folder: WorkFolder, bpw: float, preset: str, types: CandidateTypes) -> Plan:
+    """Write plan.json and tensor-types.txt for a budget of `bpw` bits per weight.
+
+    Raises:
+        InfeasibleBudgetError: `bpw` is out of reach.
+        InputError: the measurements are missing or belong to another model.
+        UsageError: they were made for another preset.
+    """
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.importance.table import SensitivityTable
+
+    tensors = text_tensors(checkpoint)
+    check_reachable(tensors, types, bpw)
+    table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
+    _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
+    _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
+    if table.method != PRESETS[preset].method:
+        raise UsageError(
+            f"{folder.sensitivity}: measured with {table.method}, but --preset {preset} needs "
+            f"{PRESETS[preset].method}; run `mode-gguf sensitivity --preset {preset}`"
+        )
+    frequency = {layer: statistics.frequency(layer) for layer in statistics.moe_layers}
+    plan = optimal_plan(
+        tensors,
+        Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), frequency),
+        _provenance(checkpoint, folder, table.method),
+        bpw=bpw,
+        types=types,
+        preset=PRESETS[preset],
+    )
+    return save_plan(folder, plan)
+
+
+def make_uniform_plan(checkpoint: Checkpoint, folder: WorkFolder, quant_type: QuantType) -> Plan:
+    """The plan that stores every expert in `quant_type`; nothing need be measured for it, and nothing is written."""
+    return uniform_plan(text_tensors(checkpoint), _provenance(checkpoint, folder), quant_type)
+
+
+def save_plan(folder: WorkFolder, plan: Plan) -> Plan:
+    """Write plan.json, and tensor-types.txt for llama-quantize."""
+    plan.save(folder.plan)
+    write_text(folder.tensor_types, tensor_types_text(plan.types))
+    return plan
+
+
+def run_export(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    plan: Plan,
+    *,
+    projector_type: str = "F16",
+    pre_tokenizer: str | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> tuple[Path, Path]:
+    """Write the text model as planned, and the projector; returns their paths.
+
+    Raises:
+        InputError: the plan belongs to another model, or a weight cannot be packed.
+    """
+    _check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
+    text, projector = model_path(folder, plan), projector_path(folder, projector_type)
+    with_imatrix = folder.imatrix.exists() and not plan.is_full_precision
+    write_text_model(
+        text,
+        checkpoint,
+        plan.types,
+        read_imatrix(folder.imatrix) if with_imatrix else None,
+        metadata=imatrix_keys(folder.imatrix) if with_imatrix else None,
+        pre_tokenizer=pre_tokenizer,
+        threads=threads or os.cpu_count() or 1,
+        progress=progress,
+    )
+    write_projector(projector, checkpoint, projector_type, progress=progress)
+    return text, projector
+
+
+def run_reference(
+    checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress = silent
+) -> Path:
+    """Write, unless it is there already, the full-precision text model that results are compared with."""
+    plan = make_uniform_plan(checkpoint, folder, REFERENCE_TYPE)
+    path = model_path(folder, plan)
+    ledger = StageLedger(folder)
+    inputs = fingerprint(checkpoint.fingerprint, options.pre_tokenizer, __version__)
+    if not ledger.is_current("reference", inputs):
+        with ledger.running("reference", inputs, [path]):
+            write_text_model(path, checkpoint, plan.types, pre_tokenizer=options.pre_tokenizer, progress=progress)
+    return path
+
+
+def run_validation(
+    candidate: Path,
+    mmproj: Path | None,
+    reference: Path | None,
+    report: Path,
+    *,
+    plan: Plan | None = None,
+    held_out: Path | None = None,
+    llama_cpp: Path | None = None,
+    reference_folder: Path | None = None,
+    progress: Progress = silent,
+) -> ValidationReport:
+    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`."""
+    result = validate(
+        candidate,
+        reference,
+        mmproj,
+        load_held_out(held_out) if held_out else None,
+        planned=plan.types if plan else None,
+        tools=find_llama_cpp(llama_cpp),
+        reference_folder=reference_folder,
+        progress=progress,
+    )
+    result.save(report)
+    return result
+
+
+def environment(llama_cpp: Path | None = None) -> dict[str, object]:
+    """What computes and what validates here: the device torch would use, and the llama.cpp that is found."""
+    from mode_gguf.calibration.streaming import choose_device
+
+    tools = find_llama_cpp(llama_cpp)
+    return {
+        "device": str(choose_device("auto")),
+        "cores": os.cpu_count(),
+        "llama.cpp": {"version": tools.version, "programs": {name: str(path) for name, path in tools.programs.items()}},
+        "embedded llama.cpp": library_version(),
+    }
+
+
+def model_path(folder: WorkFolder, plan: Plan) -> Path:
+    """Where the text model of `plan` goes."""
+    if plan.target_bpw is None:
+        return folder.path / f"{folder.name}-{plan.main_type}.gguf"
+    return folder.path / model_file_name(folder.name, plan.target_bpw, QUANT_TYPES[plan.main_type])
+
+
+def projector_path(folder: WorkFolder, projector_type: str) -> Path:
+    """Where the projector goes."""
+    return folder.path / projector_file_name(folder.name, projector_type)
+
+
+def _samples(options: CalibrationOptions) -> "Sequence[Sample]":
+    from mode_gguf.calibration.samples import load_samples
+
+    return load_samples(
+        options.source,
+        max_image_samples=options.image_samples,
+        max_text_samples=options.text_samples,
+        seed=options.seed,
+    )
+
+
+def _check_same_model(checkpoint: Checkpoint, path: Path, found: str) -> None:
+    if found != checkpoint.fingerprint:
+        raise InputError(
+            f"{path}: made from a model with fingerprint {found}, but {checkpoint.path} has {checkpoint.fingerprint}; "
+            "run the stage that writes it again, or choose another work folder"
+        )
+
+
+def _provenance(checkpoint: Checkpoint, folder: WorkFolder, method: str | None = None) -> Provenance:
+    return Provenance(
+        tool_version=__version__,
+        model=checkpoint.name,
+        model_fingerprint=checkpoint.fingerprint,
+        imatrix=file_fingerprint(folder.imatrix) if folder.imatrix.exists() else None,
+        sensitivity_method=method,
+        sensitivity_fingerprint=file_fingerprint(folder.sensitivity) if method else None,
+    )
+
+
+def _type_names(types: CandidateTypes) -> list[list[str]]:
+    return [[quant_type.name for quant_type in group] for group in (types.expert, types.dense)]
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -1,0 +1,103 @@
+"""The whole way from a checkpoint to files that llama.cpp answers from."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mode_gguf.allocation.plan import Plan
+from mode_gguf_cli.main import main
+
+SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command; returns its stdout."""
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["mode-gguf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        assert ended.value.code == 0, captured.err
+        return captured.out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("convert") / "work"
+
+
+def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: Run) -> None:
+    result = json.loads(run("convert", pico, "--bpw", "4.0", "--out", out, "--json", *SMALL))
+    assert set(result) == {"model", "mmproj", "imatrix", "plan", "bpw", "size_bytes", "seconds"}
+    assert 4.0 * 0.995 <= result["bpw"] <= 4.0
+    model = Path(result["model"])
+    assert model.name.startswith(f"{pico.name}-MODE-4.00bpw-Q")
+    assert model.name.endswith("K_MODE.gguf")
+    assert Path(result["mmproj"]).name == f"mmproj-{pico.name}-F16.gguf"
+    assert Path(result["imatrix"]).name == f"imatrix-{pico.name}.gguf"
+    assert model.stat().st_size == result["size_bytes"]
+    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "export", "validate"}
+    for name in ("plan.json", "tensor-types.txt", "calibration.safetensors", "sensitivity.safetensors", "report.json"):
+        assert (out / name).exists(), name
+    report = json.loads((out / "report.json").read_text())
+    assert report["text"]["kl_mean"] > 0
+    assert report["image"]["kl_mean"] > 0
+
+
+def test_second_run_reuses_every_stage(pico: Path, out: Path, run: Run) -> None:
+    result = json.loads(run("convert", pico, "--bpw", "4.0", "--out", out, "--json", *SMALL))
+    assert set(result["seconds"].values()) == {0.0}
+
+
+def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run) -> None:
+    result = json.loads(run("convert", pico, "--bpw", "3.7", "--out", out, "--json", "--no-validate", *SMALL))
+    assert 3.7 * 0.995 <= result["bpw"] <= 3.7
+    assert result["seconds"]["calibrate"] == result["seconds"]["sensitivity"] == 0.0
+    assert result["seconds"]["plan"] > 0
+
+
+def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, run: Run) -> None:
+    whole = json.loads(run("convert", pico, "--bpw", "4.0", "--out", out, "--json", "--no-validate", *SMALL))
+    run("calibrate", pico, "--out", tmp_path, *SMALL)
+    run("sensitivity", pico, "--out", tmp_path, *SMALL)
+    planned = json.loads(run("plan", pico, "--bpw", "4.0", "--out", tmp_path, "--json"))
+    exported = json.loads(run("export", pico, "--out", tmp_path, "--json"))
+    assert planned["bpw"] == whole["bpw"]
+    assert Plan.load(tmp_path / "plan.json").types == Plan.load(out / "plan.json").types
+    assert Path(exported["model"]).read_bytes() == Path(whole["model"]).read_bytes()
+    assert Path(exported["mmproj"]).read_bytes() == Path(whole["mmproj"]).read_bytes()
+
+
+def test_paper_preset_makes_a_file_too(pico: Path, tmp_path: Path, run: Run) -> None:
+    arguments = ("--preset", "paper", "--bpw", "4.0", "--out", tmp_path, "--json", "--no-validate", *SMALL)
+    result = json.loads(run("convert", pico, *arguments))
+    assert Plan.load(Path(result["plan"])).preset == "paper"
+    assert result["bpw"] <= 4.0
+
+
+def test_dry_run_writes_nothing(pico: Path, tmp_path: Path, run: Run) -> None:
+    facts = json.loads(run("convert", pico, "--bpw", "4.0", "--out", tmp_path / "dry", "--dry-run", "--json"))
+    assert facts["reachable_bpw"][0] < 4.0 < facts["reachable_bpw"][1]
+    assert not (tmp_path / "dry").exists()
+
+
+def test_inspect_and_doctor(pico: Path, tmp_path: Path, run: Run) -> None:
+    run("plan", pico, "--uniform", "Q4_K", "--out", tmp_path, "--json")
+    exported = json.loads(run("export", pico, "--out", tmp_path, "--json"))
+    facts = json.loads(run("inspect", exported["model"], "--json"))
+    assert facts["bpw"] == pytest.approx(exported["bpw"])
+    assert facts["metadata"]["general.architecture"] == "qwen3vlmoe"
+    assert {tensor["type"] for tensor in facts["tensors"]} == {"F32", "Q4_K"}
+    assert "Q4_K" in run("inspect", exported["model"])
+    environment = json.loads(run("doctor", "--json"))
+    assert environment["xllamacpp"] != "not installed"
+    assert "llama.cpp" in environment

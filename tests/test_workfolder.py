@@ -1,0 +1,43 @@
+"""A stage runs again exactly when its inputs changed or its outputs are not what it left."""
+
+from pathlib import Path
+
+import pytest
+
+from mode_gguf.workfolder import StageLedger, WorkFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> WorkFolder:
+    folder = WorkFolder(tmp_path, "pico")
+    with StageLedger(folder).running("plan", "inputs", [folder.plan]):
+        folder.plan.write_text("{}")
+    return folder
+
+
+def test_finished_stage_is_remembered_by_a_new_run(folder: WorkFolder) -> None:
+    ledger = StageLedger(folder)
+    assert ledger.is_current("plan", "inputs")
+    assert ledger.seconds == {"plan": 0.0}
+
+
+def test_other_inputs_or_outputs_make_it_run_again(folder: WorkFolder) -> None:
+    assert not StageLedger(folder).is_current("plan", "other inputs")
+    assert not StageLedger(folder).is_current("calibrate", "inputs")
+    folder.plan.write_text("{ }")
+    assert not StageLedger(folder).is_current("plan", "inputs")
+    folder.plan.unlink()
+    assert not StageLedger(folder).is_current("plan", "inputs")
+
+
+def test_failed_stage_is_not_remembered(folder: WorkFolder) -> None:
+    ledger = StageLedger(folder)
+    with pytest.raises(RuntimeError), ledger.running("export", "inputs", [folder.plan]):
+        raise RuntimeError
+    assert not StageLedger(folder).is_current("export", "inputs")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_unreadable_ledger_means_starting_over(folder: WorkFolder, text: str) -> None:
+    folder.stages.write_text(text)
+    assert not StageLedger(folder).is_current("plan", "inputs")
