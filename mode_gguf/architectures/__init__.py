@@ -1,0 +1,67 @@
+"""Model families: which checkpoints can be converted, and how their tensors become GGUF tensors.
+
+A family is one module of data; to add one, write it and list it in `FAMILIES`.
+"""
+
+from mode_gguf.architectures import qwen3_vl_moe
+from mode_gguf.architectures.family import Metadata, MetadataValue, ModelFamily, check_all_used, source_tensors
+from mode_gguf.architectures.tensors import SourceTensor
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError
+
+__all__ = [
+    "FAMILIES",
+    "Metadata",
+    "MetadataValue",
+    "ModelFamily",
+    "find_family",
+    "projector_tensors",
+    "text_tensors",
+]
+
+FAMILIES: tuple[ModelFamily, ...] = (qwen3_vl_moe.FAMILY,)
+
+_EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def find_family(checkpoint: Checkpoint) -> ModelFamily:
+    """The family of a checkpoint, by the class config.json names.
+
+    Raises:
+        InputError: the model is dense, its class is not supported, or it has settings llama.cpp cannot run.
+    """
+    config = checkpoint.config
+    classes = config.get("architectures")
+    for family in FAMILIES:
+        if isinstance(classes, list) and family.hf_class in classes:
+            family.check(checkpoint)
+            return family
+    text = config.get("text_config")
+    settings = {**config, **text} if isinstance(text, dict) else config
+    if not any(settings.get(key) for key in _EXPERT_COUNT_KEYS):
+        raise InputError(
+            f"{checkpoint.path}: {classes} is not a Mixture-of-Experts model (no experts in config.json); "
+            "use llama.cpp's own convert_hf_to_gguf.py and llama-quantize for dense models"
+        )
+    raise InputError(
+        f"{checkpoint.path}: model class {classes} is not supported; "
+        f"supported are {', '.join(family.hf_class for family in FAMILIES)}"
+    )
+
+
+def text_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
+    """Tensors of the text model, in file order; nothing is read until `SourceTensor.read` is called.
+
+    Raises:
+        InputError: as `find_family`, and when a tensor is missing, misshapen, or has no place in the file.
+    """
+    family = find_family(checkpoint)
+    check_all_used(family, checkpoint)
+    return source_tensors(family, family.text_rules, checkpoint)
+
+
+def projector_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
+    """Tensors of the projector, in file order; raises like `text_tensors`."""
+    family = find_family(checkpoint)
+    check_all_used(family, checkpoint)
+    return source_tensors(family, family.projector_rules, checkpoint)

@@ -1,0 +1,47 @@
+"""Typed access to config.json, which comes from elsewhere and may lack or mistype anything."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError
+
+T = TypeVar("T")
+
+
+def section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
+    """The object `name` of config.json, such as `text_config`.
+
+    Raises:
+        InputError: it is missing or not an object.
+    """
+    value = checkpoint.config.get(name)
+    if not isinstance(value, dict):
+        raise InputError(f"{checkpoint.path / 'config.json'}: expected an object {name}, found {value!r}")
+    return value
+
+
+def setting(checkpoint: Checkpoint, where: Mapping[str, Any], expected: type[T], *names: str) -> T:
+    """The first of `names` that `where` (a section of config.json) has, as an `expected`; ints pass for floats.
+
+    Raises:
+        InputError: none of the names is there, or the value has another type.
+    """
+    for name in names:
+        if where.get(name) is None:
+            continue
+        value = where[name]
+        if expected is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
+            break
+        return value
+    else:
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: {' or '.join(names)} ({expected.__name__}) is missing; "
+            "use the configuration published with the model"
+        )
+    raise InputError(
+        f"{checkpoint.path / 'config.json'}: {name} is {value!r}, expected {expected.__name__}; "
+        "use the configuration published with the model"
+    )

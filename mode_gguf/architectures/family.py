@@ -1,0 +1,162 @@
+"""What a model family is: tables that lead from checkpoint tensors to GGUF tensors, and what llama.cpp must be told."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from string import Formatter
+from typing import TypeAlias
+
+from mode_gguf.architectures.tensors import Array, Role, SourceTensor
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError
+
+MetadataValue: TypeAlias = str | bool | int | float | list[str] | list[bool] | list[int] | list[float]
+"""A GGUF value: int is stored as uint32, float as float32, and a list of int as an int32 array."""
+
+Metadata: TypeAlias = Mapping[str, MetadataValue]
+
+View: TypeAlias = tuple[tuple[int, ...], Callable[[int], Array]]
+"""Shape of a GGUF tensor in NumPy order, and the function that reads it (see `SourceTensor.read`)."""
+
+Transform: TypeAlias = Callable[[Checkpoint, str], View]
+"""From the checkpoint tensor of that name to a GGUF tensor; reads nothing but headers until its `read` is called."""
+
+
+def as_stored(checkpoint: Checkpoint, source: str) -> View:
+    """The tensor as it is."""
+    return checkpoint.shape(source), lambda _: checkpoint.read(source)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One GGUF tensor for each value of the placeholder in its names, such as `{layer}`.
+
+    Attributes:
+        source: checkpoint name.
+        name: GGUF name.
+        role: what may happen to it.
+        transform: how the one becomes the other.
+        projection: of experts.
+        activation: statistics of its input; None when it has none.
+    """
+
+    source: str
+    name: str
+    role: Role
+    transform: Transform = as_stored
+    projection: str | None = None
+    activation: str | None = None
+
+    @property
+    def placeholder(self) -> str | None:
+        """The name between braces in `source`, if there is one."""
+        return next((field for _, field, _, _ in Formatter().parse(self.source) if field is not None), None)
+
+    def filled(self, values: Mapping[str, int]) -> "TensorRule":
+        """The rule of one layer: placeholders replaced."""
+        return replace(
+            self,
+            source=self.source.format_map(values),
+            name=self.name.format_map(values),
+            activation=self.activation and self.activation.format_map(values),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """Everything that differs between model families.
+
+    Attributes:
+        hf_class: transformers' class, as `architectures` in config.json names it.
+        gguf_arch: general.architecture of the text model.
+        projector_type: clip.projector_type.
+        text_rules: tensors of the text model, in file order.
+        projector_rules: tensors of the projector, in file order.
+        ignored: checkpoint tensors that have no place in GGUF on purpose.
+        image_token_key: config.json's key of the token that stands for a piece of an image.
+        video_token_key: the same for video.
+        check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
+        ranges: for each placeholder, the values that fill it, one mapping per repetition.
+        text_metadata: keys of the text model beyond general.* and tokenizer.*.
+        projector_metadata: clip.* keys.
+        tied_output: checkpoint name of the output head that a checkpoint with tied embeddings lacks.
+    """
+
+    hf_class: str
+    gguf_arch: str
+    projector_type: str
+    text_rules: tuple[TensorRule, ...]
+    projector_rules: tuple[TensorRule, ...]
+    ignored: frozenset[str]
+    image_token_key: str
+    video_token_key: str
+    check: Callable[[Checkpoint], None]
+    ranges: Callable[[Checkpoint], Mapping[str, Sequence[Mapping[str, int]]]]
+    text_metadata: Callable[[Checkpoint], Metadata]
+    projector_metadata: Callable[[Checkpoint], Metadata]
+    tied_output: str
+
+
+def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint: Checkpoint) -> list[SourceTensor]:
+    """Apply `rules` to a checkpoint: one `SourceTensor` per rule and repetition.
+
+    Layers are kept together: neighbouring rules with one placeholder are repeated as a block.
+
+    Raises:
+        InputError: a tensor is missing, or has a shape its transform cannot read.
+    """
+    tied = is_tied(checkpoint)
+    tensors = []
+    for rule, values in _repeated(rules, family.ranges(checkpoint)):
+        if tied and rule.source == family.tied_output:
+            continue
+        shape, read = rule.transform(checkpoint, rule.source)
+        tensors.append(
+            SourceTensor(
+                name=rule.name,
+                shape=shape,
+                role=rule.role,
+                sources=(rule.source,),
+                read=read,
+                activation=rule.activation,
+                layer=values.get("layer"),
+                projection=rule.projection,
+            )
+        )
+    return tensors
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the output head is the token embedding (transformers reads the outermost setting, default False)."""
+    return bool(checkpoint.config.get("tie_word_embeddings", False))
+
+
+def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint with tensors that no rule reads: a file without them would be another model.
+
+    Raises:
+        InputError: naming the first such tensor.
+    """
+    ranges = family.ranges(checkpoint)
+    rules = (*family.text_rules, *family.projector_rules)
+    known = {rule.source for rule, _ in _repeated(rules, ranges)} | family.ignored
+    for name in checkpoint.tensors:
+        if name not in known:
+            raise InputError(
+                f"{checkpoint.path}: tensor {name} {list(checkpoint.shape(name))} has no place in a "
+                f"{family.gguf_arch} GGUF file; expected the original {family.hf_class} weights"
+            )
+
+
+def _repeated(
+    rules: Sequence[TensorRule], ranges: Mapping[str, Sequence[Mapping[str, int]]]
+) -> list[tuple[TensorRule, Mapping[str, int]]]:
+    filled: list[tuple[TensorRule, Mapping[str, int]]] = []
+    start = 0
+    for end in range(1, len(rules) + 1):
+        if end < len(rules) and rules[end].placeholder == rules[start].placeholder:
+            continue
+        placeholder = rules[start].placeholder
+        for values in ranges[placeholder] if placeholder else ({},):
+            filled += [(rule.filled(values), values) for rule in rules[start:end]]
+        start = end
+    return filled

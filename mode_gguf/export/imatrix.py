@@ -1,0 +1,129 @@
+"""Importance matrices in llama.cpp's GGUF format, so that stock llama-quantize reads ours and we read stock ones.
+
+A tensor T has `T.in_sum2`, the sums of squares of its inputs, and `T.counts`, how many tokens are in each sum.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader, GGUFWriter, Keys
+
+from mode_gguf.artifacts import replaced_atomically
+from mode_gguf.errors import InputError
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_MAX_COUNT = 2**24
+"""Above it float32 does not hold every whole number."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImatrixHeader:
+    """What an importance matrix says about itself; `chunk_size` in tokens."""
+
+    datasets: tuple[str, ...]
+    chunk_count: int
+    chunk_size: int
+    n_entries: int
+
+
+def write_imatrix(
+    path: Path,
+    entries: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    datasets: Sequence[str],
+    chunk_count: int,
+    chunk_size: int,
+) -> None:
+    """Write an importance matrix, atomically.
+
+    Args:
+        entries: by GGUF tensor name: in_sum2 (E, n) and counts (E,), with E = 1 for other tensors than experts.
+            Counts are whole: llama-quantize rounds them before it divides, so that others would change the values.
+        datasets: where the samples came from.
+
+    Raises:
+        InputError: sums or counts that are negative, not finite, misshapen, or counts that are not whole.
+    """
+    writer = GGUFWriter(None, "")  # no general.architecture, as in the files of llama-imatrix
+    writer.add_type("imatrix")
+    writer.add_array(Keys.IMatrix.DATASETS, list(datasets) or ["unknown"])
+    writer.add_uint32(Keys.IMatrix.CHUNK_COUNT, chunk_count)
+    writer.add_uint32(Keys.IMatrix.CHUNK_SIZE, chunk_size)
+    for name, (in_sum2, counts) in entries.items():
+        sums32, counts32 = np.asarray(in_sum2, np.float32), np.asarray(counts, np.float32).reshape(-1, 1)
+        _check(path, name, sums32, counts32)
+        if (counts32 != np.rint(counts32)).any():
+            raise InputError(f"{path}: counts of {name} are not whole numbers, and llama-quantize would round them")
+        writer.add_tensor(name + _SUMS, sums32)
+        writer.add_tensor(name + _COUNTS, counts32)
+    with replaced_atomically(path) as temporary:
+        try:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def read_imatrix(path: Path) -> dict[str, np.ndarray]:
+    """Importance of every input channel by GGUF tensor name: float32 (E, n), the mean of squares.
+
+    Divides as llama-quantize does, so that packing gives the same bytes: float32 sums by counts rounded to whole
+    numbers; 1 for an expert whose count is 0.
+
+    Raises:
+        InputError: not an importance matrix, or sums and counts that do not belong together.
+    """
+    reader, _ = _open(path)
+    arrays = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
+    importance = {}
+    for name in (name.removesuffix(_SUMS) for name in arrays if name.endswith(_SUMS)):
+        if name + _COUNTS not in arrays:
+            raise InputError(f"{path}: {name + _SUMS} has no {name + _COUNTS}; make the importance matrix again")
+        sums, counts = arrays[name + _SUMS], arrays[name + _COUNTS].reshape(-1, 1)
+        sums = sums.reshape(-1, sums.shape[-1])
+        _check(path, name, sums, counts)
+        whole = np.floor(counts + np.float32(0.5))
+        importance[name] = np.where(whole > 0, sums / np.maximum(whole, 1), np.float32(1)).astype(np.float32)
+    return importance
+
+
+def read_imatrix_header(path: Path) -> ImatrixHeader:
+    """Data sets and sizes of an importance matrix; raises like `read_imatrix`."""
+    return _open(path)[1]
+
+
+def _open(path: Path) -> tuple[GGUFReader, ImatrixHeader]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected an importance matrix (imatrix GGUF)")
+    try:
+        reader = GGUFReader(path)
+        return reader, _header(path, reader)
+    except (ValueError, TypeError, LookupError, OSError, OverflowError) as error:
+        raise InputError(f"{path}: cannot be read as GGUF ({error}); make the importance matrix again") from error
+
+
+def _header(path: Path, reader: GGUFReader) -> ImatrixHeader:
+    values = {}
+    for key in (Keys.IMatrix.DATASETS, Keys.IMatrix.CHUNK_COUNT, Keys.IMatrix.CHUNK_SIZE):
+        field = reader.get_field(key)
+        if field is None:
+            raise InputError(f"{path}: key {key} is missing; expected an importance matrix in GGUF format")
+        values[key] = field.contents()
+    return ImatrixHeader(
+        datasets=tuple(map(str, values[Keys.IMatrix.DATASETS])),
+        chunk_count=int(values[Keys.IMatrix.CHUNK_COUNT]),
+        chunk_size=int(values[Keys.IMatrix.CHUNK_SIZE]),
+        n_entries=sum(tensor.name.endswith(_SUMS) for tensor in reader.tensors),
+    )
+
+
+def _check(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> None:
+    if sums.dtype != np.float32 or counts.dtype != np.float32:
+        raise InputError(f"{path}: sums and counts of {name} are {sums.dtype} and {counts.dtype}, expected float32")
+    if sums.ndim != 2 or len(sums) != len(counts):
+        raise InputError(f"{path}: {name} has sums {sums.shape} and {len(counts)} counts; expected one count per row")
+    for what, values in (("sums", sums), ("counts", counts)):
+        if not (np.isfinite(values).all() and (values >= 0).all()):
+            raise InputError(f"{path}: {what} of {name} are negative or not finite; make the importance matrix again")

@@ -1,0 +1,124 @@
+"""general.* and quantize.* keys, and the names of the files: how hubs and front ends find out what a file is."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import gguf
+import yaml  # type: ignore[import-untyped]  # what gguf reads model cards with
+from gguf import GGUFWriter, LlamaFileType
+
+from mode_gguf.architectures import Metadata
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError
+from mode_gguf.export.imatrix import read_imatrix_header
+from mode_gguf.quantization.types import QuantType
+
+QUANTIZED_BY = "mode-gguf"
+
+_FILE_TYPES = {
+    "F32": LlamaFileType.ALL_F32,
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "Q2_K": LlamaFileType.MOSTLY_Q2_K,
+    "Q3_K": LlamaFileType.MOSTLY_Q3_K_M,
+    "Q4_K": LlamaFileType.MOSTLY_Q4_K_M,
+    "Q5_K": LlamaFileType.MOSTLY_Q5_K_M,
+    "Q6_K": LlamaFileType.MOSTLY_Q6_K,
+}
+
+
+def model_file_name(name: str, bpw: float, main_type: QuantType) -> str:
+    """`Qwen3-VL-30B-A3B-Instruct-MODE-3.00bpw-Q3_K_MODE.gguf`.
+
+    llama.cpp and the hub read the tag after the last `-`, which must be upper-case letters, digits and underscores;
+    a name ending in the size would have the tag `00BPW`.
+    """
+    return f"{name}-MODE-{bpw:.2f}bpw-{main_type.name}_MODE.gguf"
+
+
+def projector_file_name(name: str, quant_type: str) -> str:
+    """`mmproj-<name>-F16.gguf`; front ends look for names that start with `mmproj-`."""
+    return f"mmproj-{name}-{quant_type}.gguf"
+
+
+def imatrix_file_name(name: str) -> str:
+    """`imatrix-<name>.gguf`; without "imatrix" in its name a download by repository might take it for the model."""
+    return f"imatrix-{name}.gguf"
+
+
+def main_expert_type(tensors: Sequence[SourceTensor], types: Mapping[str, QuantType]) -> QuantType:
+    """The type that holds the most expert weights; of equals, the one met first."""
+    weights: Counter[QuantType] = Counter()
+    for tensor in tensors:
+        if tensor.role is Role.EXPERT:
+            weights[types[tensor.name]] += tensor.n_weights
+    return weights.most_common(1)[0][0]
+
+
+def file_type(main_type: QuantType) -> int:
+    """general.file_type: llama.cpp's nearest name for a file that is mostly `main_type`."""
+    return int(_FILE_TYPES[main_type.name])
+
+
+def size_label(tensors: Sequence[SourceTensor]) -> str:
+    """Parameters in short, `128x1.5B`, as llama.cpp's converter counts them."""
+    total = sum(tensor.n_weights for tensor in tensors)
+    experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
+    in_experts = sum(tensor.n_weights for tensor in experts)
+    n_experts = experts[0].n_experts if experts else 0
+    per_expert = in_experts // n_experts if n_experts else 0
+    return str(gguf.size_label(total, total - in_experts, per_expert, n_experts))
+
+
+def add_general_keys(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[SourceTensor], kind: str) -> None:
+    """general.*: what the model card, the generation settings and the folder's name say about the model.
+
+    Args:
+        kind: general.type, `model` or `mmproj`.
+
+    Raises:
+        InputError: the model card's front matter or generation_config.json cannot be read.
+    """
+    try:
+        about = gguf.Metadata.load(model_path=checkpoint.path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{checkpoint.path}: README.md or generation_config.json cannot be read ({error}); correct or remove it"
+        ) from error
+    if checkpoint.repository:  # the folder's name, which gguf reads, is a hash
+        full_name, _, *parts = gguf.Metadata.get_model_id_components(checkpoint.repository)
+        about.name = gguf.Metadata.id_to_title(full_name)
+        about.basename, about.finetune, about.version, about.size_label = parts
+    about.quantized_by = QUANTIZED_BY
+    about.size_label = about.size_label or size_label(tensors)
+    about.base_models = [_base_model(checkpoint)]
+    writer.add_type(kind)
+    about.set_gguf_meta_model(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _base_model(checkpoint: Checkpoint) -> dict[str, str]:
+    """The checkpoint itself is what the file was made from."""
+    entry = {"name": checkpoint.name}
+    if checkpoint.repository:
+        entry["organization"] = checkpoint.repository.partition("/")[0]
+        entry["repo_url"] = f"https://huggingface.co/{checkpoint.repository}"
+    return entry
+
+
+def imatrix_keys(path: Path) -> Metadata:
+    """quantize.imatrix.* for a model packed with the importance matrix in `path`, as llama-quantize writes them.
+
+    Raises:
+        InputError: the file is not an importance matrix.
+    """
+    header = read_imatrix_header(path)
+    return {
+        "quantize.imatrix.file": path.name,
+        "quantize.imatrix.dataset": ", ".join(header.datasets),
+        "quantize.imatrix.entries_count": header.n_entries,
+        "quantize.imatrix.chunks_count": header.chunk_count,
+    }

@@ -1,0 +1,74 @@
+"""The projector file: vision tower and merger, for llama.cpp's --mmproj."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, Keys, quants
+
+from mode_gguf.architectures import find_family, projector_tensors
+from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError, UsageError
+from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, write_gguf
+from mode_gguf.export.metadata import add_general_keys, file_type
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+
+PROJECTOR_TYPES = ("F16", "BF16", "F32", "Q8_0")
+ARCHITECTURE = "clip"
+
+
+def write_projector(
+    path: Path, checkpoint: Checkpoint, quant_type: str = "F16", *, progress: Progress = silent
+) -> None:
+    """Write the projector of `checkpoint` to `path`, atomically.
+
+    Args:
+        quant_type: of the matrices, one of `PROJECTOR_TYPES`. F16 runs everywhere and holds nearly all of BF16; norms,
+            biases and positions stay F32, and rows that Q8_0 does not fit become F16, as in llama.cpp's converter.
+
+    Raises:
+        UsageError: another type.
+        InputError: the checkpoint cannot be converted, or a weight is not finite or overflows F16.
+        MissingResourceError: not enough disk space.
+    """
+    if quant_type.upper() not in PROJECTOR_TYPES:
+        raise UsageError(f"unknown projector type {quant_type!r}: choose from {', '.join(PROJECTOR_TYPES)}")
+    file_quant_type = QUANT_TYPES[quant_type.upper()]
+    family = find_family(checkpoint)
+    tensors = projector_tensors(checkpoint)
+
+    def add_keys(writer: GGUFWriter) -> None:
+        add_general_keys(writer, checkpoint, tensors, kind="mmproj")
+        writer.add_file_type(file_type(file_quant_type))
+        add_metadata(writer, {Keys.Clip.HAS_VISION_ENCODER: True, Keys.Clip.PROJECTOR_TYPE: family.projector_type})
+        add_metadata(writer, family.projector_metadata(checkpoint))
+
+    outgoing = [_outgoing(checkpoint, tensor, _stored_type(tensor, file_quant_type)) for tensor in tensors]
+    write_gguf(path, ARCHITECTURE, add_keys, outgoing, description="writing projector", progress=progress)
+
+
+def _stored_type(tensor: SourceTensor, file_quant_type: QuantType) -> QuantType:
+    if tensor.role is Role.KEEP:
+        return QUANT_TYPES["F32"]
+    if len(tensor.shape) > 2:  # a convolution: ggml takes F16 or F32 kernels only
+        return QUANT_TYPES["F16" if file_quant_type.name == "F16" else "F32"]
+    return file_quant_type if file_quant_type.fits(tensor.row_width) else QUANT_TYPES["F16"]
+
+
+def _outgoing(checkpoint: Checkpoint, tensor: SourceTensor, quant_type: QuantType) -> OutgoingTensor:
+    return OutgoingTensor(tensor.name, tensor.shape, quant_type, partial(_packed, checkpoint, tensor, quant_type))
+
+
+def _packed(checkpoint: Checkpoint, tensor: SourceTensor, quant_type: QuantType) -> Iterator[np.ndarray]:
+    weights = finite(checkpoint, tensor, as_float32(tensor.read(0)))
+    with np.errstate(over="ignore"):
+        packed = quants.quantize(weights, quant_type.ggml_type)
+    if quant_type.ggml_type is GGMLQuantizationType.F16 and not np.isfinite(packed).all():
+        raise InputError(
+            f"{checkpoint.path}: tensor {tensor.sources[0]} has weights up to {np.abs(weights).max():.3g}, which "
+            "overflow F16; write the projector as BF16 or F32"
+        )
+    yield packed

@@ -1,0 +1,121 @@
+"""The text model's file: every tensor packed in the type the plan gives it, expert by expert."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter
+
+from mode_gguf.architectures import Metadata, find_family, text_tensors
+from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError
+from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, write_gguf
+from mode_gguf.export.metadata import add_general_keys, file_type, main_expert_type
+from mode_gguf.export.tokenizer import add_tokenizer_keys
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.packer import packed_experts
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+
+
+def write_text_model(
+    path: Path,
+    checkpoint: Checkpoint,
+    types: Mapping[str, QuantType],
+    importance: Mapping[str, np.ndarray] | None = None,
+    *,
+    metadata: Metadata | None = None,
+    pre_tokenizer: str | None = None,
+    threads: int = 1,
+    progress: Progress = silent,
+) -> None:
+    """Write the text model of `checkpoint` to `path`, atomically and in the memory of one expert.
+
+    Args:
+        types: of every matrix by GGUF name; norms and routers may be left out, they stay F32.
+        importance: float32 (E, n) by GGUF name, as `read_imatrix` gives it; a tensor without is packed plainly.
+        metadata: further keys, such as `imatrix_keys`.
+        pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
+        threads: that pack one expert.
+
+    Raises:
+        InputError: the checkpoint, the types, the importance or a weight cannot be used.
+        MissingResourceError: not enough disk space.
+    """
+    family = find_family(checkpoint)
+    tensors = text_tensors(checkpoint)
+    importance = importance or {}
+    stored = stored_types(tensors, types)
+    _check_importance(tensors, importance)
+    vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
+
+    def add_keys(writer: GGUFWriter) -> None:
+        add_general_keys(writer, checkpoint, tensors, kind="model")
+        writer.add_file_type(file_type(main_expert_type(tensors, stored)))
+        add_metadata(writer, family.text_metadata(checkpoint))
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer)
+        add_metadata(writer, metadata or {})
+
+    outgoing = [
+        OutgoingTensor(
+            tensor.name,
+            tensor.shape,
+            stored[tensor.name],
+            partial(_packed, checkpoint, tensor, stored[tensor.name], importance.get(tensor.name), threads),
+            tensor.n_experts,
+        )
+        for tensor in tensors
+    ]
+    write_gguf(path, family.gguf_arch, add_keys, outgoing, description="packing", progress=progress)
+
+
+def stored_types(tensors: Sequence[SourceTensor], types: Mapping[str, QuantType]) -> dict[str, QuantType]:
+    """The type of every tensor of the file: the plan's, and F32 for what must stay.
+
+    Raises:
+        InputError: the plan leaves out a matrix, names an unknown tensor, changes one that must stay F32, or gives a
+            tensor a type whose blocks do not fit its rows.
+    """
+    unknown = types.keys() - {tensor.name for tensor in tensors}
+    if unknown:
+        raise InputError(f"the plan has a type for {min(unknown)}, which the model does not have; make a new plan")
+    f32 = QUANT_TYPES["F32"]
+    stored = {}
+    for tensor in tensors:
+        keep = tensor.role is Role.KEEP
+        quant_type = types.get(tensor.name, f32 if keep else None)
+        if quant_type is None:
+            raise InputError(f"the plan has no type for {tensor.name}; make a new plan")
+        if keep and quant_type != f32:
+            raise InputError(f"the plan gives {tensor.name} type {quant_type.name}, but it must stay F32")
+        if not quant_type.fits(tensor.row_width):
+            raise InputError(
+                f"the plan gives {tensor.name} type {quant_type.name}, whose blocks of {quant_type.block_size} do not "
+                f"fit rows of {tensor.row_width} weights; choose a type with smaller blocks"
+            )
+        stored[tensor.name] = quant_type
+    return stored
+
+
+def _check_importance(tensors: Sequence[SourceTensor], importance: Mapping[str, np.ndarray]) -> None:
+    for tensor in tensors:
+        found = importance.get(tensor.name)
+        expected = (tensor.n_experts, tensor.row_width)
+        if found is not None and found.shape != expected:
+            raise InputError(
+                f"the importance matrix has shape {found.shape} for {tensor.name}, expected {expected}; "
+                "use one made from this model"
+            )
+
+
+def _packed(
+    checkpoint: Checkpoint,
+    tensor: SourceTensor,
+    quant_type: QuantType,
+    importance: np.ndarray | None,
+    threads: int,
+) -> Iterator[np.ndarray]:
+    if tensor.role is Role.KEEP:
+        return iter([finite(checkpoint, tensor, as_float32(tensor.read(0)))])
+    return packed_experts(tensor, quant_type, importance, threads)

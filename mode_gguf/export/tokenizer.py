@@ -1,0 +1,131 @@
+"""tokenizer.* keys from a checkpoint's tokenizer.json: byte-level BPE, which llama.cpp calls `gpt2`."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, SpecialVocab, TokenType
+
+from mode_gguf.checkpoint import read_json
+from mode_gguf.errors import InputError
+
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_PRE_TOKENIZERS = {("NFC", QWEN2_SPLIT): "qwen2"}
+"""llama.cpp's name of a pre-tokenizer, by normaliser and split expression.
+
+llama.cpp's converter finds the name by hashing the ids of a fixed text, which knows each public vocabulary but no
+retrained one; what the name stands for is these two.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Tokens and their kinds by id, and llama.cpp's name of the pre-tokenizer."""
+
+    tokens: list[str]
+    kinds: list[TokenType]
+    pre_tokenizer: str
+
+
+def add_tokenizer_keys(
+    writer: GGUFWriter, folder: Path, vocabulary_size: int, pre_tokenizer: str | None = None
+) -> None:
+    """Add every tokenizer.* key of a checkpoint: tokens, merges, special ids, chat template.
+
+    Args:
+        vocabulary_size: rows of the token embedding; ids without a token are padded.
+        pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
+
+    Raises:
+        InputError: a tokenizer file cannot be used, or the pre-tokenizer is not known and not given.
+    """
+    vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer)
+    try:
+        special = SpecialVocab(folder, load_merges=True, n_vocab=vocabulary_size)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise InputError(
+            f"{folder}: special tokens or merges cannot be read from tokenizer.json and tokenizer_config.json "
+            f"({error!r}); download them again"
+        ) from error
+    if not special.merges:
+        raise InputError(f"{folder / 'tokenizer.json'}: no merges found, expected byte-level BPE; download it again")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -> Vocabulary:
+    """Tokens 0 to `size` - 1; raises like `add_tokenizer_keys`."""
+    path = folder / "tokenizer.json"
+    tokenizer = read_json(path)
+    model = tokenizer.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise InputError(f"{path}: expected a BPE model with a vocabulary; other tokenizers are not supported")
+    kinds = dict.fromkeys(model["vocab"], TokenType.NORMAL)
+    ids = dict(model["vocab"])
+    for token, number, special in _added_tokens(folder, tokenizer):
+        ids[token] = number
+        kinds[token] = TokenType.CONTROL if special or _looks_special(token) else TokenType.USER_DEFINED
+    by_id: dict[int, str] = {}
+    for token, number in ids.items():
+        if not isinstance(number, int) or not 0 <= number < size:
+            raise InputError(
+                f"{path}: token {token!r} has id {number!r}, expected less than the {size} rows of the token "
+                "embedding; use the tokenizer published with these weights"
+            )
+        if number in by_id:
+            raise InputError(f"{path}: tokens {by_id[number]!r} and {token!r} share id {number}; download it again")
+        by_id[number] = token
+    return Vocabulary(
+        tokens=[by_id.get(i, f"[PAD{i}]") for i in range(size)],
+        kinds=[kinds[by_id[i]] if i in by_id else TokenType.UNUSED for i in range(size)],
+        pre_tokenizer=pre_tokenizer or recognised_pre_tokenizer(path, tokenizer),
+    )
+
+
+def recognised_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for the normaliser and split expression of a tokenizer.json.
+
+    Raises:
+        InputError: they are none that is known.
+    """
+    normalizer = tokenizer.get("normalizer") or {}
+    steps = tokenizer.get("pre_tokenizer") or {}
+    match steps.get("pretokenizers", [steps]):
+        case [
+            {"type": "Split", "pattern": {"Regex": str(split)}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            known = _PRE_TOKENIZERS.get((str(normalizer.get("type")), split))
+        case _:
+            known = None
+    if known is None:
+        raise InputError(
+            f"{path}: the pre-tokenizer is not one known here ({', '.join(_PRE_TOKENIZERS.values())}); name "
+            "llama.cpp's pre-tokenizer with --pre-tokenizer, such as qwen2 or llama-bpe"
+        )
+    return known
+
+
+def _added_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int, bool]]:
+    """Token, id and whether it is special, from tokenizer.json and tokenizer_config.json, which may know more."""
+    config_path = folder / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.exists() else {}
+    try:
+        for token in tokenizer.get("added_tokens", ()):
+            yield str(token["content"]), int(token["id"]), bool(token["special"])
+        for number, token in config.get("added_tokens_decoder", {}).items():
+            yield str(token["content"]), int(number), bool(token.get("special", False))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: added tokens cannot be read ({error!r}); download the tokenizer again") from error
+
+
+def _looks_special(token: str) -> bool:
+    """Qwen marks some control tokens, such as <|fim_prefix|>, as not special; llama.cpp treats them as control."""
+    return token.startswith("<|") and token.endswith("|>")

@@ -1,0 +1,112 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import Role, as_float32
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError
+from mode_gguf.export.text_model import write_text_model
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from tests.pico import write_pico_qwen3vlmoe
+
+EXPERTS = "blk.0.ffn_down_exps.weight"
+
+
+def all_in(checkpoint: Checkpoint, name: str) -> dict[str, QuantType]:
+    """The plan that gives every matrix one type."""
+    return {tensor.name: QUANT_TYPES[name] for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP}
+
+
+def test_full_precision_is_the_checkpoint(pico: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(pico)
+    path = tmp_path / "model.gguf"
+    write_text_model(path, checkpoint, all_in(checkpoint, "F32"), metadata={"mode.plan": "test"})
+    reader = GGUFReader(path)
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert list(found) == [tensor.name for tensor in text_tensors(checkpoint)]
+    for tensor in text_tensors(checkpoint):
+        weights = np.stack([as_float32(tensor.read(expert)) for expert in range(tensor.n_experts)])
+        np.testing.assert_array_equal(found[tensor.name], weights.reshape(tensor.shape), err_msg=tensor.name)
+    keys = {key: field.contents() for key, field in reader.fields.items()}
+    assert keys["general.architecture"] == "qwen3vlmoe"
+    assert keys["general.file_type"] == 0
+    assert keys["tokenizer.ggml.pre"] == "qwen2"
+    assert keys["mode.plan"] == "test"
+
+
+def test_both_layouts_give_the_same_tensors(pico: Path, pico_module: Path, tmp_path: Path) -> None:
+    files = []
+    for folder in (pico, pico_module):
+        checkpoint = Checkpoint.open(folder)
+        path = tmp_path / folder.name
+        write_text_model(path, checkpoint, all_in(checkpoint, "BF16"), threads=2)
+        files.append({tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors})
+    assert files[0] == files[1]
+
+
+def test_types_and_importance_reach_the_packer(pico: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(pico)
+    types = all_in(checkpoint, "BF16") | {EXPERTS: QUANT_TYPES["Q3_K"]}
+    importance = {EXPERTS: np.ones((4, 512), np.float32)}
+    importance[EXPERTS][2, :256] = 1000
+    data = []
+    for name, used in (("plain", None), ("weighted", importance)):
+        write_text_model(tmp_path / name, checkpoint, types, used)
+        tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / name).tensors}
+        assert tensors[EXPERTS].tensor_type.name == "Q3_K"
+        assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+        data.append(tensors[EXPERTS].data)
+    assert (data[0][2] != data[1][2]).any()
+
+
+class TestRefusals:
+    def refused(self, pico: Path, tmp_path: Path, words: str, **changes: QuantType | None) -> None:
+        checkpoint = Checkpoint.open(pico)
+        types = all_in(checkpoint, "F32")
+        for name, quant_type in changes.items():
+            name = name.replace("__", ".")
+            types.pop(name, None)
+            if quant_type is not None:
+                types[name] = quant_type
+        with pytest.raises(InputError, match=words):
+            write_text_model(tmp_path / "m.gguf", checkpoint, types)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_tensor_without_a_type(self, pico: Path, tmp_path: Path) -> None:
+        self.refused(pico, tmp_path, r"no type for output\.weight", output__weight=None)
+
+    def test_unknown_tensor(self, pico: Path, tmp_path: Path) -> None:
+        self.refused(pico, tmp_path, r"other\.weight, which the model does not have", other__weight=QUANT_TYPES["F32"])
+
+    def test_quantized_norm(self, pico: Path, tmp_path: Path) -> None:
+        self.refused(pico, tmp_path, r"output_norm\.weight .*must stay F32", output_norm__weight=QUANT_TYPES["F16"])
+
+    def test_blocks_that_do_not_fit(self, tmp_path: Path) -> None:
+        folder = write_pico_qwen3vlmoe(tmp_path / "narrow", expert_width=96)
+        checkpoint = Checkpoint.open(folder)
+        types = all_in(checkpoint, "Q8_0") | {EXPERTS: QUANT_TYPES["Q3_K"]}
+        with pytest.raises(InputError, match=r"ffn_down_exps.*blocks of 256 do not fit rows of 96"):
+            write_text_model(tmp_path / "m.gguf", checkpoint, types)
+
+    def test_importance_of_another_model(self, pico: Path, tmp_path: Path) -> None:
+        checkpoint = Checkpoint.open(pico)
+        with pytest.raises(InputError, match=r"shape \(8, 512\) for blk\.0\.ffn_down_exps"):
+            write_text_model(
+                tmp_path / "m.gguf", checkpoint, all_in(checkpoint, "F32"), {EXPERTS: np.ones((8, 512), np.float32)}
+            )
+
+    @pytest.mark.parametrize("tensor", ["model.language_model.norm.weight", "lm_head.weight"])
+    def test_nan_weights(self, pico: Path, tmp_path: Path, tensor: str) -> None:
+        checkpoint = Checkpoint.open(shutil.copytree(pico, tmp_path / "damaged"))
+        stored = checkpoint.tensors[tensor]
+        with stored.file.open("r+b") as file:
+            file.seek(stored.offset + 20)
+            file.write(b"\xc0\x7f")
+        gguf_name = next(t.name for t in text_tensors(checkpoint) if tensor in t.sources)
+        with pytest.raises(InputError, match=f"{tensor}|{gguf_name}".replace(".", r"\.")):
+            write_text_model(tmp_path / "out" / "m.gguf", checkpoint, all_in(checkpoint, "F32"))
+        assert list((tmp_path / "out").iterdir()) == []

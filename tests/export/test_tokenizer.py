@@ -1,0 +1,121 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFWriter, TokenType
+
+from mode_gguf.errors import InputError
+from mode_gguf.export.tokenizer import add_tokenizer_keys, read_vocabulary
+from tests import pico as sizes
+
+
+@pytest.fixture
+def folder(pico: Path, tmp_path: Path) -> Path:
+    """A copy of the pico checkpoint whose tokenizer a test may change."""
+    return shutil.copytree(pico, tmp_path / "checkpoint")
+
+
+def edit(folder: Path, change: Any) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    change(tokenizer)
+    path.write_text(json.dumps(tokenizer))
+
+
+def keys(folder: Path, **options: Any) -> dict[str, Any]:
+    writer = GGUFWriter(None, "test")
+    add_tokenizer_keys(writer, folder, sizes.VOCAB, **options)
+    return {key: value.value for key, value in writer.kv_data[0].items()}
+
+
+def test_vocabulary(pico: Path) -> None:
+    vocabulary = read_vocabulary(pico, sizes.VOCAB)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    assert vocabulary.tokens[:407] == tokenizer.convert_ids_to_tokens(range(407))
+    assert vocabulary.kinds[399:408] == [TokenType.NORMAL, *[TokenType.CONTROL] * 7, TokenType.UNUSED]
+    assert vocabulary.tokens[407:] == [f"[PAD{i}]" for i in range(407, sizes.VOCAB)]
+    assert vocabulary.pre_tokenizer == "qwen2"
+
+
+def test_keys(pico: Path) -> None:
+    found = keys(pico)
+    assert found["tokenizer.ggml.model"] == "gpt2"
+    assert found["tokenizer.ggml.pre"] == "qwen2"
+    assert found["tokenizer.ggml.eos_token_id"] == 402
+    assert found["tokenizer.ggml.padding_token_id"] == 400
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    assert len(found["tokenizer.ggml.merges"]) == 400 - 256
+    assert found["tokenizer.chat_template"] == sizes.CHAT_TEMPLATE
+
+
+def test_chat_template_file(folder: Path) -> None:
+    """transformers 5 saves it beside the tokenizer's configuration."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["chat_template"]
+    path.write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert keys(folder)["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_tokens_that_are_added_but_not_special(folder: Path) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer["added_tokens"] += [
+            {"id": 407, "content": "<tool_call>", "special": False},
+            {"id": 408, "content": "<|fim_prefix|>", "special": False},
+        ]
+
+    edit(folder, change)
+    vocabulary = read_vocabulary(folder, sizes.VOCAB)
+    assert vocabulary.tokens[407:409] == ["<tool_call>", "<|fim_prefix|>"]
+    assert vocabulary.kinds[407:409] == [TokenType.USER_DEFINED, TokenType.CONTROL]
+
+
+class TestPreTokenizer:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"),
+            lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+            lambda t: t["pre_tokenizer"]["pretokenizers"].pop(0),
+            lambda t: t.update(normalizer=None),
+            lambda t: t.update(normalizer={"type": "NFKC"}),
+            lambda t: t.update(pre_tokenizer=None),
+        ],
+    )
+    def test_unknown_is_refused_unless_named(self, folder: Path, change: Any) -> None:
+        edit(folder, change)
+        with pytest.raises(InputError, match="--pre-tokenizer"):
+            keys(folder)
+        assert keys(folder, pre_tokenizer="llama-bpe")["tokenizer.ggml.pre"] == "llama-bpe"
+
+
+class TestRefusals:
+    def test_missing_tokenizer(self, folder: Path) -> None:
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
+            keys(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda t: t["model"].update(type="Unigram"), "BPE"),
+            (lambda t: t["model"].update(vocab=[]), "BPE"),
+            (lambda t: t["model"]["vocab"].update(a=sizes.VOCAB), "512 rows"),
+            (lambda t: t["model"]["vocab"].update(a="x"), "512 rows"),
+            (lambda t: t["model"]["vocab"].update(brandnew=0), "share id 0"),
+            (lambda t: t["added_tokens"].append({"content": "x"}), "added tokens"),
+            (lambda t: t.update(added_tokens=3), "added tokens"),
+            (lambda t: t["model"].update(merges=[]), "merges"),
+            (lambda t: t["model"].update(merges=[1, 2]), "merges"),
+        ],
+    )
+    def test_broken_tokenizer(self, folder: Path, change: Any, words: str) -> None:
+        edit(folder, change)
+        (folder / "merges.txt").unlink()
+        with pytest.raises(InputError, match=words):
+            keys(folder)

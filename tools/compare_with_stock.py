@@ -1,0 +1,146 @@
+"""Compare our export of a checkpoint with that of llama.cpp's own converter, tensor by tensor and key by key.
+
+    python tools/compare_with_stock.py CHECKPOINT --llama-cpp FOLDER
+
+FOLDER is a source tree of llama.cpp. Both write the text model and the projector in full precision; tensors must be
+equal bit for bit, and every differing key must be listed in `EXPECTED` with a reason. Exit code 1 otherwise.
+
+The stock converter reads fused experts in the layout of the public checkpoints only: of a folder that transformers 5
+saved again, it writes experts of the wrong shape without a word. Give it the published one.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader, ReaderTensor
+from rich.console import Console
+from rich.table import Table
+
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import Role
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.export.projector import write_projector
+from mode_gguf.export.text_model import write_text_model
+from mode_gguf.quantization.types import QUANT_TYPES
+
+EXPECTED = {
+    "general.quantized_by": "says which tool wrote the file",
+    "general.base_model.count": "the checkpoint itself; stock writes what its model card says it is based on",
+    "general.base_model.0.name": "as above",
+    "general.base_model.0.organization": "as above",
+    "general.base_model.0.repo_url": "as above",
+    "GGUF.kv_count": "counts the keys below",
+}
+
+_RUN_CONVERTER = """
+import runpy, sys
+from conversion.base import TextModel
+
+pre_tokenizer, script = sys.argv[1:3]
+by_hash = TextModel.get_vocab_base_pre
+
+def by_hash_or_given(self, tokenizer):
+    try:
+        return by_hash(self, tokenizer)
+    except NotImplementedError:
+        return pre_tokenizer
+
+TextModel.get_vocab_base_pre = by_hash_or_given
+sys.argv = sys.argv[2:]
+runpy.run_path(script, run_name="__main__")
+"""
+"""Stock knows a pre-tokenizer by a hash over the vocabulary, and stops at one it has not met: name it there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One line of the table; `reason` is empty for what nobody expects."""
+
+    where: str
+    ours: str
+    stock: str
+    reason: str = ""
+
+
+def compare(ours: Path, stock: Path) -> Iterator[Difference]:
+    """Differences between two GGUF files: keys, then tensors (set, type, shape, bytes)."""
+    our_file, stock_file = GGUFReader(ours), GGUFReader(stock)
+    our_keys, stock_keys = _keys(our_file), _keys(stock_file)
+    for key in sorted(our_keys.keys() | stock_keys.keys()):
+        found, wanted = our_keys.get(key), stock_keys.get(key)
+        if found != wanted:
+            yield Difference(key, _short(found), _short(wanted), EXPECTED.get(key, ""))
+    our_tensors = {tensor.name: tensor for tensor in our_file.tensors}
+    stock_tensors = {tensor.name: tensor for tensor in stock_file.tensors}
+    for name in sorted(our_tensors.keys() | stock_tensors.keys()):
+        ours_, stock_ = our_tensors.get(name), stock_tensors.get(name)
+        if _layout(ours_) != _layout(stock_):
+            yield Difference(name, _layout(ours_), _layout(stock_))
+        elif ours_ is not None and stock_ is not None and ours_.data.tobytes() != stock_.data.tobytes():
+            yield Difference(name, "other values", "")
+
+
+def convert_with_stock(source: Path, checkpoint: Path, out: Path, pre_tokenizer: str, *options: str) -> None:
+    """Run the stock converter in a process of its own, with its own gguf package."""
+    command = [sys.executable, "-c", _RUN_CONVERTER, pre_tokenizer, str(source / "convert_hf_to_gguf.py")]
+    command += [str(checkpoint), "--outtype", "f32", "--outfile", str(out), *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(source / "gguf-py")])}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise SystemExit(f"the stock converter fails:\n{run.stderr[-3000:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="source tree of llama.cpp")
+    parser.add_argument("--pre-tokenizer", default="qwen2", help="for a vocabulary the stock converter has not met")
+    options = parser.parse_args()
+
+    checkpoint = Checkpoint.open(options.checkpoint)
+    types = {t.name: QUANT_TYPES["F32"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text_model(folder / "text.gguf", checkpoint, types, pre_tokenizer=options.pre_tokenizer)
+        write_projector(folder / "projector.gguf", checkpoint, "F32")
+        stock = (options.llama_cpp.resolve(), options.checkpoint.resolve())
+        convert_with_stock(*stock, folder / "stock-text.gguf", options.pre_tokenizer)
+        convert_with_stock(*stock, folder / "stock-projector.gguf", options.pre_tokenizer, "--mmproj")
+        table = Table("file", "key or tensor", "ours", "stock", "reason", title=str(options.checkpoint))
+        differences = [
+            (file, difference)
+            for file in ("text", "projector")
+            for difference in compare(folder / f"{file}.gguf", folder / f"stock-{file}.gguf")
+        ]
+    for file, difference in differences:
+        reason = difference.reason or "[red]unexpected[/red]"
+        table.add_row(file, difference.where, difference.ours, difference.stock, reason)
+    unexpected = sum(not difference.reason for _, difference in differences)
+    console = Console()
+    console.print(table)
+    console.print(f"{unexpected} unexpected differences")
+    return min(unexpected, 1)
+
+
+def _keys(file: GGUFReader) -> dict[str, Any]:
+    return {key: (field.types, field.contents()) for key, field in file.fields.items()}
+
+
+def _layout(tensor: ReaderTensor | None) -> str:
+    return "absent" if tensor is None else f"{tensor.tensor_type.name} {tensor.shape.tolist()}"
+
+
+def _short(entry: Any, width: int = 60) -> str:
+    text = "absent" if entry is None else str(entry[1])
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
