@@ -1,0 +1,12 @@
+"""Packing kernels: matrices to GGUF's K-quants and Q8_0 and back, byte for byte what libggml writes, many times faster.
+
+The searches for scales and levels are ggml's (MIT licence); see `search`. Nothing is compiled before the first call
+for a type; compiled kernels are kept on disk, see `compilation`.
+
+The kernels need nothing but NumPy and Numba. On x86-64 they use AVX-512 or AVX2; elsewhere LLVM makes what it can of
+16 lanes.
+"""
+
+from mode_gguf_kernels.registry import TYPES, Kernels, NonFiniteError, PackingError, pack, unpack
+
+__all__ = ["TYPES", "Kernels", "NonFiniteError", "PackingError", "pack", "unpack"]

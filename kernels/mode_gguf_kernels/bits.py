@@ -1,0 +1,53 @@
+"""Small integers into the words of a block, and out again.
+
+ggml's layouts are all of one kind: a byte holds values that stand `stride` apart, the first in its lowest bits. With
+8 / n_bits = k values to a byte, each group of k * stride values fills stride bytes:
+
+    byte[g * stride + m] = sum over j < k of field(value[g * k * stride + j * stride + m]) << (j * n_bits)
+"""
+
+from mode_gguf_kernels.compilation import device
+from mode_gguf_kernels.simd import Ints, Tile, load, splat, store
+
+
+@device
+def pack_bits(values: Tile, count: int, shift: int, n_bits: int, stride: int, words: Tile, first_word: int) -> None:
+    """Lay bits [shift, shift + n_bits) of values 0..count-1 out from word `first_word` on."""
+    per_byte = 8 // n_bits
+    mask = (1 << n_bits) - 1
+    for group in range(count // (per_byte * stride)):
+        for m in range(0, stride, 4):
+            word = splat(0)
+            for byte in range(4):
+                for j in range(per_byte):
+                    value = load(values, (group * per_byte + j) * stride + m + byte)
+                    word = word | (((value >> shift) & mask) << (8 * byte + j * n_bits))
+            store(words, first_word + (group * stride + m) // 4, word)
+
+
+@device
+def unpack_bits(words: Tile, first_word: int, count: int, shift: int, n_bits: int, stride: int, values: Tile) -> None:
+    """The inverse of `pack_bits`: OR the fields into bits [shift, shift + n_bits) of values 0..count-1."""
+    per_byte = 8 // n_bits
+    mask = (1 << n_bits) - 1
+    for group in range(count // (per_byte * stride)):
+        for m in range(0, stride, 4):
+            word = load(words, first_word + (group * stride + m) // 4)
+            for byte in range(4):
+                for j in range(per_byte):
+                    item = (group * per_byte + j) * stride + m + byte
+                    field = ((word >> (8 * byte + j * n_bits)) & mask) << shift
+                    store(values, item, load(values, item) | field)
+
+
+@device
+def clear(values: Tile, count: int) -> None:
+    """Set values 0..count-1 to zero, ready for `unpack_bits`."""
+    for i in range(count):
+        store(values, i, splat(0))
+
+
+@device
+def byte_of(words: Tile, first_word: int, i: int) -> Ints:
+    """Byte i after word `first_word`, as 0..255."""
+    return (load(words, first_word + i // 4) >> (8 * (i % 4))) & 255

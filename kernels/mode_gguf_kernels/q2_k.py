@@ -1,0 +1,123 @@
+"""Q2_K: weight = d * scale * level - dmin * min, levels of 2 bits, scale and min of 4 bits per 16 weights.
+
+A super-block of 256 weights, `block_q2_K` of ggml:
+
+| bytes  | what                                                                                            |
+|--------|-------------------------------------------------------------------------------------------------|
+| 0-15   | byte j: sub-block j's scale (bits 0-3) and min (bits 4-7)                                       |
+| 16-79  | levels: byte 32 h + m holds weights 128 h + m, + 32, + 64, + 96 in bits 0-1, 2-3, 4-5, 6-7      |
+| 80-81  | d, float16                                                                                      |
+| 82-83  | dmin, float16                                                                                   |
+"""
+
+import numpy as np
+
+from mode_gguf_kernels.bits import byte_of, clear, pack_bits, unpack_bits
+from mode_gguf_kernels.compilation import device, kernel
+from mode_gguf_kernels.halves import half_bits, half_value
+from mode_gguf_kernels.search import (
+    F,
+    encode_with_min,
+    make_qkx_quants,
+    make_qp_quants,
+    scale_to_largest,
+    sum_of,
+    sum_of_squares,
+    weigh_by_size,
+)
+from mode_gguf_kernels.simd import LANES, Tile, absolute, load, store, to_float
+from mode_gguf_kernels.tiles import (
+    float_tile,
+    int_tile,
+    load_blocks,
+    load_importance,
+    load_weights,
+    staging_words,
+    store_blocks,
+    store_weights,
+)
+
+BLOCK_SIZE = 256
+BLOCK_BYTES = 256 // 16 + 256 // 4 + 2 + 2
+_SCALES, _LEVELS, _HALVES = 0, 4, 20  # first 32-bit word of each field
+
+
+@device
+def pack_tile(x: Tile, w: Tile, weighted: bool, words: Tile) -> None:
+    """Pack one super-block per lane; with `weighted`, w holds the importance (it is overwritten)."""
+    scales, mins, sums = float_tile(16), float_tile(16), float_tile(16)
+    inverses, offsets = float_tile(16), float_tile(16)
+    trial, level, code, min_code = float_tile(16), int_tile(256), int_tile(16), int_tile(16)
+    if weighted:
+        weigh_by_size(x, w, sum_of_squares(x, 0, 256) / F(256))
+    else:
+        for i in range(256):
+            store(w, i, absolute(load(x, i)))
+    for j in range(16):
+        if weighted:
+            found = make_qkx_quants(x, w, trial, 16 * j, 16, 3, F(-0.9), F(0.05), 36, False, True)
+            store(sums, j, sum_of(w, 16 * j, 16))
+        else:
+            found = make_qkx_quants(x, w, trial, 16 * j, 16, 3, F(-0.5), F(0.1), 15, True, False)
+        store(scales, j, found[0])
+        store(mins, j, found[1])
+        store(inverses, j, found[2])
+        store(offsets, j, found[3])
+    if weighted:
+        d = half_bits(make_qp_quants(scales, sums, code, 16, 15))
+        dmin = half_bits(make_qp_quants(mins, sums, min_code, 16, 15))
+    else:
+        d = half_bits(scale_to_largest(scales, code, 16, 15))
+        dmin = half_bits(scale_to_largest(mins, min_code, 16, 15))
+    for j in range(16):
+        # A code beyond 4 bits spills into its neighbour here as it does in C, so read back what was stored.
+        both = (load(code, j) | (load(min_code, j) << 4)) & 255
+        store(code, j, both)
+        scale = half_value(d) * to_float(both & 15)
+        low = half_value(dmin) * to_float(both >> 4)
+        encode_with_min(x, level, 16 * j, 16, 3, scale, low, load(inverses, j), load(offsets, j), weighted)
+    pack_bits(code, 16, 0, 8, 16, words, _SCALES)
+    pack_bits(level, 256, 0, 2, 32, words, _LEVELS)
+    store(words, _HALVES, d | (dmin << 16))
+
+
+@device
+def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
+    """The inverse of `pack_tile`."""
+    clear(level, 256)
+    unpack_bits(words, _LEVELS, 256, 0, 2, 32, level)
+    halves = load(words, _HALVES)
+    for j in range(16):
+        both = byte_of(words, _SCALES, j)
+        scale = half_value(halves) * to_float(both & 15)
+        low = half_value(halves >> 16) * to_float(both >> 4)
+        for i in range(16 * j, 16 * j + 16):
+            store(x, i, scale * to_float(load(level, i)) - low)
+
+
+@kernel
+def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
+    """Pack a whole matrix; see `registry.Kernels`."""
+    x, w = float_tile(BLOCK_SIZE), float_tile(BLOCK_SIZE)
+    words, staging = int_tile(staging_words(BLOCK_BYTES)), int_tile(staging_words(BLOCK_BYTES))
+    n_blocks = packed.size // BLOCK_BYTES
+    for first in range(0, n_blocks, LANES):
+        if not load_weights(source, kind, first, n_blocks, BLOCK_SIZE, x):
+            return first
+        if importance.size > 0:
+            load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, w)
+        pack_tile(x, w, importance.size > 0, words)
+        store_blocks(words, BLOCK_BYTES, first, n_blocks, staging, packed)
+    return n_blocks
+
+
+@kernel
+def unpack(packed: np.ndarray, weights: np.ndarray) -> None:
+    """Unpack a whole matrix; see `registry.Kernels`."""
+    x, level = float_tile(BLOCK_SIZE), int_tile(BLOCK_SIZE)
+    words, staging = int_tile(staging_words(BLOCK_BYTES)), int_tile(staging_words(BLOCK_BYTES))
+    n_blocks = packed.size // BLOCK_BYTES
+    for first in range(0, n_blocks, LANES):
+        load_blocks(packed, BLOCK_BYTES, first, n_blocks, staging, words)
+        unpack_tile(words, level, x)
+        store_weights(x, first, n_blocks, BLOCK_SIZE, weights)

@@ -1,0 +1,77 @@
+"""Q4_K: levels of 4 bits, scale and min of 6 bits per 32 weights; see `scale_min`.
+
+A super-block of 256 weights, `block_q4_K` of ggml:
+
+| bytes  | what                                                                                  |
+|--------|---------------------------------------------------------------------------------------|
+| 0-1    | d, float16                                                                            |
+| 2-3    | dmin, float16                                                                         |
+| 4-15   | eight scales and eight mins of 6 bits, see `scale_min`                                |
+| 16-143 | levels: byte 32 h + m holds weights 64 h + m (bits 0-3) and 64 h + m + 32 (bits 4-7)  |
+"""
+
+import numpy as np
+
+from mode_gguf_kernels.bits import clear, pack_bits, unpack_bits
+from mode_gguf_kernels.compilation import device, kernel
+from mode_gguf_kernels.scale_min import decode_tile, encode_tile
+from mode_gguf_kernels.search import F
+from mode_gguf_kernels.simd import LANES, Tile
+from mode_gguf_kernels.tiles import (
+    float_tile,
+    int_tile,
+    load_blocks,
+    load_importance,
+    load_weights,
+    staging_words,
+    store_blocks,
+    store_weights,
+)
+
+BLOCK_SIZE = 256
+BLOCK_BYTES = 2 + 2 + 12 + 256 // 2
+_LEVELS = 4  # first 32-bit word
+
+
+@device
+def pack_tile(x: Tile, w: Tile, weighted: bool, words: Tile) -> None:
+    """Pack one super-block per lane; with `weighted`, w holds the importance (it is overwritten)."""
+    level = int_tile(256)
+    encode_tile(x, w, weighted, 15, F(-1.0), 20, words, level)
+    pack_bits(level, 256, 0, 4, 32, words, _LEVELS)
+
+
+@device
+def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
+    """The inverse of `pack_tile`."""
+    clear(level, 256)
+    unpack_bits(words, _LEVELS, 256, 0, 4, 32, level)
+    decode_tile(words, level, x)
+
+
+@kernel
+def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
+    """Pack a whole matrix; see `registry.Kernels`."""
+    x, w = float_tile(BLOCK_SIZE), float_tile(BLOCK_SIZE)
+    words, staging = int_tile(staging_words(BLOCK_BYTES)), int_tile(staging_words(BLOCK_BYTES))
+    n_blocks = packed.size // BLOCK_BYTES
+    for first in range(0, n_blocks, LANES):
+        if not load_weights(source, kind, first, n_blocks, BLOCK_SIZE, x):
+            return first
+        if importance.size > 0:
+            load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, w)
+        pack_tile(x, w, importance.size > 0, words)
+        store_blocks(words, BLOCK_BYTES, first, n_blocks, staging, packed)
+    return n_blocks
+
+
+@kernel
+def unpack(packed: np.ndarray, weights: np.ndarray) -> None:
+    """Unpack a whole matrix; see `registry.Kernels`."""
+    x, level = float_tile(BLOCK_SIZE), int_tile(BLOCK_SIZE)
+    words, staging = int_tile(staging_words(BLOCK_BYTES)), int_tile(staging_words(BLOCK_BYTES))
+    n_blocks = packed.size // BLOCK_BYTES
+    for first in range(0, n_blocks, LANES):
+        load_blocks(packed, BLOCK_BYTES, first, n_blocks, staging, words)
+        unpack_tile(words, level, x)
+        store_weights(x, first, n_blocks, BLOCK_SIZE, weights)

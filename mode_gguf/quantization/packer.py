@@ -1,0 +1,211 @@
+"""Weights to the bytes of a GGUF tensor and back: the K-quants and Q8_0 by our kernels, the float types right here.
+
+Quantized bytes are those x86-64 libggml would write. Everything works matrix by matrix: what is in memory at any time
+is a few experts, or one dense matrix.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from mode_gguf.architectures.tensors import Array, Role, SourceTensor, as_float32
+from mode_gguf.errors import InputError
+from mode_gguf.quantization.types import QuantType
+from mode_gguf_kernels import NonFiniteError, PackingError, pack, unpack
+
+_CHUNK_WEIGHTS = 1 << 20  # weights that a conversion to a float type widens at a time
+_ROWS_PER_TASK = 32  # fewer rows than this are not worth another task
+_SOURCE_DTYPES = (np.float32, np.float16, np.uint16)
+
+
+def pack_matrix(matrix: Array, quant_type: QuantType, importance: np.ndarray | None, *, name: str) -> np.ndarray:
+    """Pack a matrix to `quant_type`.
+
+    Args:
+        matrix: (rows, n_in); float32, float16, or bfloat16 as its bits in uint16.
+        quant_type: one of `QUANT_TYPES`.
+        importance: float32 (n_in,), finite and not negative; Q8_0 and the float types ignore it.
+        name: what to call the matrix in errors.
+
+    Returns:
+        uint8 (rows, quant_type.row_bytes(n_in)).
+
+    Raises:
+        InputError: rows do not fit the type, a value is not finite or too large for F16 or BF16, or the dtype or the
+            importance does not fit.
+    """
+    packed = _room_for(matrix, quant_type, name)
+    _pack_into(packed, matrix, quant_type, importance, name)
+    return packed
+
+
+def unpack_matrix(packed: np.ndarray, quant_type: QuantType, n: int) -> np.ndarray:
+    """The float32 (rows, n) weights of packed uint8 (rows, row_bytes), as libggml reads them.
+
+    Raises:
+        InputError: the rows do not hold n weights of this type.
+    """
+    if packed.ndim != 2 or not quant_type.fits(n) or packed.shape[1] != quant_type.row_bytes(n):
+        raise InputError(f"packed array of shape {packed.shape}: rows of {n} weights in {quant_type.name} expected")
+    contiguous = np.ascontiguousarray(packed)
+    match quant_type.name:
+        case "F32":
+            return contiguous.view(np.float32).copy()
+        case "F16":
+            return contiguous.view(np.float16).astype(np.float32)
+        case "BF16":
+            return as_float32(contiguous.view(np.uint16))
+        case _:
+            return unpack(contiguous, quant_type.name, n)
+
+
+def packed_experts(
+    tensor: SourceTensor, quant_type: QuantType, importance: np.ndarray | None, threads: int
+) -> Iterator[np.ndarray]:
+    """Read and pack a tensor's matrices, in order: E of them for experts, one for any other tensor.
+
+    Experts are spread over threads, with at most `threads + 1` in memory (the one last yielded included); a single
+    matrix is split by rows. The bytes do not depend on the number of threads.
+
+    Args:
+        tensor: read expert by expert, from several threads.
+        quant_type: one of `QUANT_TYPES`.
+        importance: float32 (E, n_in), or None.
+        threads: at least 1.
+
+    Yields:
+        uint8 (rows, row_bytes) per matrix; a vector counts as a matrix of one row.
+
+    Raises:
+        InputError: like `pack_matrix`; the message names tensor and expert.
+    """
+    if importance is not None and importance.shape != (tensor.n_experts, tensor.row_width):
+        raise InputError(
+            f"{tensor.name}: importance of shape {(tensor.n_experts, tensor.row_width)} (experts, columns) expected, "
+            f"{importance.shape} found; use an importance matrix of this model"
+        )
+    if tensor.role is not Role.EXPERT:
+        weights = None if importance is None else importance[0]
+        yield _pack_rows(_read(tensor, 0, tensor.name), quant_type, weights, tensor.name, threads)
+        return
+
+    def pack_expert(expert: int) -> np.ndarray:
+        name = f"{tensor.name}, expert {expert}"
+        weights = None if importance is None else importance[expert]
+        return pack_matrix(_read(tensor, expert, name), quant_type, weights, name=name)
+
+    yield from _in_order(pack_expert, tensor.n_experts, threads)
+
+
+def _read(tensor: SourceTensor, index: int, name: str) -> Array:
+    """A tensor's matrix, with whatever dimensions it has before the last made one."""
+    array = tensor.read(index)
+    expected = tensor.shape[1:] if tensor.role is Role.EXPERT else tensor.shape
+    if array.shape != expected:
+        raise InputError(f"{name}: shape {expected} expected, {array.shape} found in the checkpoint")
+    return array.reshape(-1, tensor.row_width)
+
+
+def _in_order(task: Callable[[int], np.ndarray], count: int, threads: int) -> Iterator[np.ndarray]:
+    """Results of task(0) ... task(count - 1), with at most `threads` of them under way or waiting to be taken."""
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="packing")
+    pending: deque[Future[np.ndarray]] = deque()
+    try:
+        for index in range(count):
+            pending.append(executor.submit(task, index))
+            if len(pending) == threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _pack_rows(
+    matrix: Array, quant_type: QuantType, importance: np.ndarray | None, name: str, threads: int
+) -> np.ndarray:
+    """`pack_matrix` with the rows spread over threads."""
+    packed = _room_for(matrix, quant_type, name)
+    rows = matrix.shape[0]
+    step = max(_ROWS_PER_TASK, -(-rows // (4 * threads)))
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="packing")
+    try:
+        futures = [
+            executor.submit(
+                _pack_into, packed[row : row + step], matrix[row : row + step], quant_type, importance, name, row
+            )
+            for row in range(0, rows, step)
+        ]
+        for future in futures:
+            future.result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    return packed
+
+
+def _room_for(matrix: Array, quant_type: QuantType, name: str) -> np.ndarray:
+    """An uninitialised array for the packed matrix, once it is known to fit."""
+    if matrix.dtype not in _SOURCE_DTYPES:
+        raise InputError(f"{name}: dtype {matrix.dtype} found, float32, float16 or bfloat16 (as uint16) expected")
+    rows, width = matrix.shape
+    if not quant_type.fits(width):
+        raise InputError(
+            f"{name}: rows of {width} weights do not fit {quant_type.name}, which needs a multiple of "
+            f"{quant_type.block_size}; choose another type for this tensor"
+        )
+    return np.empty((rows, quant_type.row_bytes(width)), np.uint8)
+
+
+def _pack_into(
+    packed: np.ndarray,
+    matrix: Array,
+    quant_type: QuantType,
+    importance: np.ndarray | None,
+    name: str,
+    first_row: int = 0,
+) -> None:
+    """Fill `packed` with the packed rows of `matrix`, the first of which errors call `first_row`."""
+    if quant_type.name in _FLOAT_DTYPES:
+        _convert_into(packed, matrix, quant_type.name, name, first_row)
+        return
+    try:
+        pack(matrix, quant_type.name, importance, out=packed)
+    except NonFiniteError as error:
+        raise _value_error(error.value, name, first_row + error.row, error.column, quant_type.name) from error
+    except PackingError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+_FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def _convert_into(packed: np.ndarray, matrix: Array, type_name: str, name: str, first_row: int) -> None:
+    """`_pack_into` for the float types."""
+    step = max(1, _CHUNK_WEIGHTS // matrix.shape[1])
+    target = packed.view(_FLOAT_DTYPES[type_name])
+    for start in range(0, matrix.shape[0], step):
+        values = as_float32(matrix[start : start + step])
+        stored = target[start : start + step]
+        if type_name == "BF16":
+            stored[...] = _bfloat16_bits(values)
+        else:
+            with np.errstate(over="ignore"):
+                stored[...] = values
+        finite = np.isfinite(values) & np.isfinite(as_float32(stored))
+        if not finite.all():
+            row, column = np.unravel_index(np.argmin(finite), finite.shape)
+            value = float(values[row, column])
+            raise _value_error(value, name, first_row + start + int(row), int(column), type_name)
+
+
+def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """float32 to the bits of bfloat16 in uint16, nearest, ties to even (ggml's `ggml_compute_fp32_to_bf16`)."""
+    bits = values.view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def _value_error(value: float, name: str, row: int, column: int, type_name: str) -> InputError:
+    way_out = "choose F32 for this tensor" if np.isfinite(value) else "the checkpoint may be damaged"
+    return InputError(f"{name}: {value} in row {row}, column {column} cannot be stored as {type_name}; {way_out}")

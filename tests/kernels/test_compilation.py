@@ -1,0 +1,128 @@
+"""When kernels are compiled, where they are kept, and what makes them stale."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mode_gguf_kernels
+from mode_gguf_kernels.compilation import cache_folder, sources_digest
+
+PACKAGE = Path(mode_gguf_kernels.__file__).parent
+
+
+def run(script: str, cache: Path, **environment: str) -> str:
+    """Standard output of a Python script run from the repository root with an empty kernel cache in `cache`."""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(cache), **environment},
+        cwd=PACKAGE.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package's sources."""
+    copy = tmp_path / "package"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def test_an_equal_copy_of_the_sources_has_the_same_digest(package: Path) -> None:
+    assert sources_digest(package) == sources_digest()
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in PACKAGE.glob("*.py")))
+def test_an_edit_of_any_source_changes_the_digest(package: Path, source: str) -> None:
+    path = package / source
+    path.write_text(path.read_text() + "\n")
+    assert sources_digest(package) != sources_digest()
+
+
+def test_a_new_source_changes_the_digest(package: Path) -> None:
+    (package / "another.py").touch()
+    assert sources_digest(package) != sources_digest()
+
+
+def test_the_first_folder_that_can_be_written_to_holds_the_cache(tmp_path: Path) -> None:
+    unusable = tmp_path / "a file"
+    unusable.touch()
+    folder = cache_folder([unusable, tmp_path / "user", tmp_path / "last"], "0123")
+    assert folder == tmp_path / "user" / "mode_gguf_kernels-0123"
+    assert folder.is_dir()
+    assert not (tmp_path / "last").exists()
+
+
+def test_kernels_go_uncached_where_nothing_can_be_written_to(tmp_path: Path) -> None:
+    unusable = tmp_path / "a file"
+    unusable.touch()
+    assert cache_folder([unusable], "0123") is None
+
+
+THREADS_COMPILE = """
+import threading
+import numba
+import numpy as np
+from mode_gguf_kernels import TYPES, pack
+from mode_gguf_kernels.compilation import sources_digest
+
+chosen = numba.config.CACHE_DIR
+assert not any(kernels.pack.signatures or kernels.unpack.signatures for kernels in TYPES.values())
+matrix = np.random.default_rng(0).standard_normal((8, 256)).astype(np.float32)
+start = threading.Barrier(4)
+results = []
+
+def work():
+    start.wait()
+    results.append(pack(matrix, "Q8_0").tobytes())
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(results) == 4
+assert len(set(results)) == 1
+assert numba.config.CACHE_DIR == chosen
+print(sources_digest(), sum(TYPES["Q8_0"].pack.stats.cache_misses.values()))
+"""
+
+
+def test_threads_may_share_the_first_call_and_later_processes_what_it_compiled(tmp_path: Path) -> None:
+    digest, compiled = run(THREADS_COMPILE, tmp_path).split()
+    assert compiled == "1"
+    cached = {path.name.split("-")[0] for path in (tmp_path / f"mode_gguf_kernels-{digest}").rglob("*.nbc")}
+    assert cached == {"q8_0.pack"}
+    assert run(THREADS_COMPILE, tmp_path).split() == [digest, "0"]
+
+
+SIXTEEN_LANES = """
+import llvmlite.binding
+import numpy as np
+
+llvmlite.binding.get_host_cpu_features = lambda: {"avx2": True}
+from mode_gguf_kernels import pack, simd, unpack
+from tests.kernels import ggml_oracle
+
+assert simd.LANES == 16
+generator = np.random.default_rng(0)
+matrix = generator.standard_normal((37, 512)).astype(np.float32)
+importance = generator.standard_normal(512).astype(np.float32) ** 2
+for type_name in ("Q4_K", "Q8_0"):
+    packed = pack(matrix, type_name, importance)
+    assert np.array_equal(packed, ggml_oracle.quantize(matrix, type_name, importance))
+    assert np.array_equal(unpack(packed, type_name, 512), ggml_oracle.dequantize(packed, type_name, 512))
+"""
+
+
+def test_the_bytes_are_the_same_with_the_lanes_of_avx2(tmp_path: Path) -> None:
+    features = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+sse4.1,+sse4.2"
+    run(SIXTEEN_LANES, tmp_path, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features)
