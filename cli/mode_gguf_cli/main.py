@@ -17,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+INTERRUPTED = 130
+
 for module in (convert, calibrate, sensitivity, plan, export, validate, inspect, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
@@ -35,9 +38,10 @@ def main() -> None:
         else:
             say(f"[bold red]error:[/bold red] {_escaped(str(error))}")
         sys.exit(4)
-    except KeyboardInterrupt:
-        say("interrupted; finished stages are kept and will be reused")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # how Typer ends on Ctrl-C
+            say("interrupted; finished stages are kept and will be reused")
+        raise
 
 
 def _escaped(text: str) -> str:

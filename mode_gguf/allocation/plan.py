@@ -62,7 +62,7 @@ class Plan(_Strict):
     schema_version: Literal[1] = 1
     made_from: Provenance
     preset: str
-    target_bpw: float | None
+    target_bpw: float | None = None
     bpw: float
     experts_bpw: float
     size_bytes: int

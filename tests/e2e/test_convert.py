@@ -1,33 +1,16 @@
 """The whole way from a checkpoint to files that llama.cpp answers from."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mode_gguf.allocation.plan import Plan
-from mode_gguf_cli.main import main
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
 
 Run = Callable[..., str]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command; returns its stdout."""
-
-    def run(*arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["mode-gguf", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert ended.value.code == 0, captured.err
-        return captured.out
-
-    return run
 
 
 @pytest.fixture(scope="module")

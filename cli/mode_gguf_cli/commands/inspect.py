@@ -50,5 +50,5 @@ def _tensors(rows: list[dict[str, Any]]) -> Table:
 def _types(types: dict[str, dict[str, int]]) -> Table:
     table = Table("type", "tensors", "weights", "bytes", box=None)
     for name, totals in types.items():
-        table.add_row(name, *(f"{totals[column]:,}" for column in ("tensors", "weights", "bytes")))
+        table.add_row(name, *(f"{totals[column]:,}" for column in ("tensors", "n_weights", "size_bytes")))
     return table

@@ -1,0 +1,134 @@
+"""The streamed model computes what the whole model does, and key tokens are those of eager attention."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
+from mode_gguf.calibration.key_tokens import key_vision_tokens, vision_scores
+from mode_gguf.calibration.lockstep import run_in_lockstep
+from mode_gguf.calibration.sample import Sample
+from mode_gguf.calibration.streaming import StreamedModel, choose_device, open_streamed
+from mode_gguf.calibration.watch import KEY_VISION, REDUNDANT_VISION, TEXT, Pass, Watch, watching
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def build(folder: Path, samples: list[Sample]) -> list[ModelInputs]:
+    builder = InputBuilder.open(Checkpoint.open(folder))
+    return [builder.build(sample) for sample in samples]
+
+
+def whole_model(folder: Path, attention: str) -> torch.nn.Module:
+    """Hugging Face's own loading; it reads the module layout only."""
+    model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    )
+    return model.eval()
+
+
+def streamed_logits(streamed: StreamedModel, inputs: list[ModelInputs]) -> dict[int, torch.Tensor]:
+    logits = {}
+
+    def forward(number: int) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                logits[number] = streamed.model(**inputs[number].model_arguments(CPU, torch.float32)).logits
+
+        return run
+
+    run_in_lockstep(
+        streamed.layers,
+        [forward(number) for number in range(len(inputs))],
+        load=streamed.load_layer,
+        free=streamed.free_layer,
+        enter=lambda number: None,
+        leave=lambda number, layer: None,
+        description="test",
+    )
+    return logits
+
+
+@pytest.mark.parametrize("layout", ["pico", "pico_module"])
+def test_streamed_forward_equals_the_plain_one(
+    layout: str, pico_module: Path, samples: list[Sample], request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(layout)
+    inputs = build(folder, samples)
+    streamed = open_streamed(Checkpoint.open(folder), "cpu")
+    logits = streamed_logits(streamed, inputs)
+    plain = whole_model(pico_module, "sdpa")
+    for number, one in enumerate(inputs):
+        with torch.no_grad():
+            expected = plain(**one.model_arguments(CPU, torch.float32)).logits
+        torch.testing.assert_close(logits[number], expected, rtol=0, atol=2e-5)
+    assert all(parameter.is_meta for layer in streamed.layers for parameter in layer.parameters())
+
+
+def test_key_tokens_are_those_of_eager_attention(pico: Path, pico_module: Path, samples: list[Sample]) -> None:
+    ratio = 0.3
+    streamed = open_streamed(Checkpoint.open(pico), "cpu")
+    eager = whole_model(pico_module, "eager")
+    for one in build(pico, samples)[2:]:
+        passed = Pass.of(one, CPU)
+        modalities: list[torch.Tensor] = []
+
+        def forward(one: ModelInputs = one) -> None:
+            streamed.model(**one.model_arguments(CPU, torch.float32))
+
+        def leave(number: int, layer: int, passed: Pass = passed, modalities: list[torch.Tensor] = modalities) -> None:
+            modalities.append(passed.modality)
+
+        with watching(streamed.model, {}, Watch(ratio, keep_hidden=False, current=passed)), torch.no_grad():
+            run_in_lockstep(
+                streamed.layers,
+                [forward],
+                load=streamed.load_layer,
+                free=streamed.free_layer,
+                enter=lambda number: None,
+                leave=leave,
+                description="test",
+            )
+            attentions = eager(**one.model_arguments(CPU, torch.float32), output_attentions=True).attentions
+        vision = torch.nonzero(one.is_vision)[:, 0]
+        chosen = set()
+        for modality, attention in zip(modalities, attentions, strict=True):
+            scores = attention[0][:, one.is_query][:, :, vision].mean((0, 1))
+            best = vision[scores.topk(max(1, int(ratio * len(vision)))).indices]
+            expected = torch.where(one.is_vision, REDUNDANT_VISION, TEXT)
+            expected[best] = KEY_VISION
+            assert torch.equal(modality, expected)
+            chosen.add(tuple(best.sort().values.tolist()))
+        assert len(chosen) > 1, "every layer chose the same tokens: the test could not tell layers apart"
+
+
+def test_vision_scores_in_blocks_and_with_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(4, 12, 8), torch.randn(2, 12, 8)
+    is_vision = torch.arange(12) < 5
+    is_query = torch.arange(12) > 6
+    causal = torch.ones(12, 12).tril().bool()
+    whole = vision_scores(query, key, is_query, is_vision, None, 0.3)
+    logits = (query @ key.repeat_interleave(2, 0).mT * 0.3).masked_fill(~causal, -torch.inf)
+    torch.testing.assert_close(whole, logits.softmax(-1)[:, is_query][:, :, is_vision].mean((0, 1)))
+    for mask in (causal[None, None], torch.where(causal, 0.0, -1e9)[None, None]):
+        torch.testing.assert_close(vision_scores(query, key, is_query, is_vision, mask, 0.3), whole)
+    monkeypatch.setattr("mode_gguf.calibration.key_tokens._BLOCK_ELEMENTS", 4 * 12 * 2)
+    torch.testing.assert_close(vision_scores(query, key, is_query, is_vision, None, 0.3), whole)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.2, 1), (0.5, 2), (1.0, 5), (0.01, 1)])
+def test_number_of_key_tokens(ratio: float, count: int) -> None:
+    is_vision = torch.tensor([False, True, True, True, True, True, False])
+    chosen = key_vision_tokens(torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3]), is_vision, ratio)
+    assert chosen.tolist() == [4, 2, 5, 3, 1][:count]
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(UsageError, match="unknown device 'tpu'"):
+        choose_device("tpu")
