@@ -5,6 +5,7 @@ Each `run_` function reads what earlier stages left in the folder, writes its ow
 run, so that planning and exporting start at once.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from mode_gguf.calibration.sample import Sample
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.table import Method
+
+log = logging.getLogger(__name__)
 
 REFERENCE_TYPE = QUANT_TYPES["BF16"]
 """What a result is compared with: the checkpoint's own weights, unless they are stored in more."""
@@ -181,7 +184,9 @@ def convert(
         validated = fingerprint(exported, str(options.held_out), str(options.llama_cpp))
         if not ledger.is_current("validate", validated):
             with ledger.running("validate", validated, [folder.report]):
-                reference = run_reference(checkpoint, folder, options, progress)
+                reference = None
+                if _reference_fits(checkpoint):
+                    reference = run_reference(checkpoint, folder, options, progress)
                 run_validation(
                     model,
                     mmproj,
@@ -396,6 +401,22 @@ def model_path(folder: WorkFolder, plan: Plan) -> Path:
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:
     """Where the projector goes."""
     return folder.path / projector_file_name(folder.name, projector_type)
+
+
+def _reference_fits(checkpoint: Checkpoint) -> bool:
+    """Whether the full-precision file would leave half of this machine's memory free; says so when it would not."""
+    needed = sum(tensor.n_weights for tensor in text_tensors(checkpoint)) * REFERENCE_TYPE.type_size
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = needed <= memory / 2
+    if not fits:
+        log.warning(
+            "the %s file to compare with would take %.0f GiB of this machine's %.0f GiB of memory, so the result is "
+            "only loaded and asked; compare it with `mode-gguf validate --reference` on a larger machine",
+            REFERENCE_TYPE.name,
+            needed / 2**30,
+            memory / 2**30,
+        )
+    return fits
 
 
 def _samples(options: CalibrationOptions) -> "Sequence[Sample]":
