@@ -23,11 +23,17 @@ def log_to_stderr() -> None:
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
     logging.getLogger("mode_gguf").setLevel(logging.INFO)
+    logging.getLogger("mode_gguf.llama_cpp").setLevel(logging.WARNING)  # it remarks on every model it loads
 
 
 def progress() -> Progress:
     """Bars where somebody watches, one line per step and quarter where the output goes to a file."""
     return _Bars() if stderr.is_terminal else _Lines()
+
+
+def show(line: str) -> None:
+    """A line of a command's result, never wrapped or coloured, so that paths can be copied and piped."""
+    stdout.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def say(message: str) -> None:

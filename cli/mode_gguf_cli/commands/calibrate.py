@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, progress, say, stdout
+from mode_gguf_cli.console import emit_json, progress, say, show
 
 
 def command(
@@ -32,11 +32,9 @@ def command(
         files = {"calibration": str(folder.calibration), "imatrix": str(folder.imatrix)}
         emit_json({**files, "samples": counts, "never_routed": never})
         return
-    stdout.print(f"statistics  {folder.calibration}", highlight=False)
-    stdout.print(f"imatrix     {folder.imatrix}", highlight=False)
-    stdout.print(
-        "samples     " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()), highlight=False
-    )
+    show(f"statistics  {folder.calibration}")
+    show(f"imatrix     {folder.imatrix}")
+    show("samples     " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
     for layer, modalities in never.items():
         for modality, experts in modalities.items():
             if experts:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, progress, say, stdout
+from mode_gguf_cli.console import emit_json, progress, say, show
 
 if TYPE_CHECKING:
     from mode_gguf.pipeline import Estimate
@@ -76,10 +76,10 @@ def command(
             }
         )
         return
-    stdout.print(f"model    {result.model}  ({result.bpw:.3f} bpw, {result.size_bytes / 1e6:,.1f} MB)", highlight=False)
-    stdout.print(f"mmproj   {result.mmproj}", highlight=False)
+    show(f"model    {result.model}  ({result.bpw:.3f} bpw, {result.size_bytes / 1e6:,.1f} MB)")
+    show(f"mmproj   {result.mmproj}")
     if result.report:
-        stdout.print(f"report   {result.report}", highlight=False)
+        show(f"report   {result.report}")
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
     if reused:
         say(f"reused from the last run in this folder: {', '.join(reused)}")
@@ -103,4 +103,4 @@ def _show_estimate(estimate: "Estimate", bpw: float, *, as_json: bool) -> None:
         emit_json(facts)
         return
     for name, value in facts.items():
-        stdout.print(f"{name:<16} {value}", highlight=False, soft_wrap=True)
+        show(f"{name:<16} {value}")

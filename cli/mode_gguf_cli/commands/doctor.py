@@ -4,7 +4,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, stdout
+from mode_gguf_cli.console import emit_json, show
 
 PACKAGES = (
     "gguf",
@@ -32,7 +32,7 @@ def command(llama_cpp: options.LlamaCpp = None, json: options.Json = False) -> N
         emit_json(facts)
         return
     for name, value in facts.items():
-        stdout.print(f"{name:<18} {value}", highlight=False, soft_wrap=True)
+        show(f"{name:<18} {value}")
 
 
 def _installed(package: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, progress, stdout
+from mode_gguf_cli.console import emit_json, progress, show
 
 
 def command(
@@ -42,5 +42,5 @@ def command(
         size = text.stat().st_size
         emit_json({"model": str(text), "mmproj": str(mmproj), "bpw": loaded.bpw, "size_bytes": size})
         return
-    stdout.print(f"model    {text}  ({loaded.bpw:.3f} bpw, {text.stat().st_size / 1e6:,.1f} MB)", highlight=False)
-    stdout.print(f"mmproj   {mmproj}", highlight=False)
+    show(f"model    {text}  ({loaded.bpw:.3f} bpw, {text.stat().st_size / 1e6:,.1f} MB)")
+    show(f"mmproj   {mmproj}")

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, stdout
+from mode_gguf_cli.console import emit_json, show, stdout
 
 LONGEST_VALUE = 100
 
@@ -27,17 +27,12 @@ def command(
         return
     for key, value in facts["metadata"].items():
         text = str(value)
-        stdout.print(
-            f"{key} = {text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + '...'}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        show(f"{key} = {text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + '...'}")
     stdout.print(_tensors(facts["tensors"]))
     stdout.print(_types(facts["types"]))
     if facts["bpw"] is not None:
         experts = f", experts {facts['experts_bpw']:.4f}" if facts["experts_bpw"] is not None else ""
-        stdout.print(f"{facts['size_bytes']:,} bytes, {facts['bpw']:.4f} bpw{experts}", highlight=False)
+        show(f"{facts['size_bytes']:,} bytes, {facts['bpw']:.4f} bpw{experts}")
 
 
 def _tensors(rows: list[dict[str, Any]]) -> Table:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, stdout
+from mode_gguf_cli.console import emit_json, show
 
 
 def command(
@@ -50,11 +50,11 @@ def command(
             }
         )
         return
-    stdout.print(f"plan          {folder.plan}", highlight=False)
-    stdout.print(f"tensor types  {folder.tensor_types}", highlight=False)
-    stdout.print(f"bpw           {made.bpw:.4f} (experts {made.experts_bpw:.4f})", highlight=False)
+    show(f"plan          {folder.plan}")
+    show(f"tensor types  {folder.tensor_types}")
+    show(f"bpw           {made.bpw:.4f} (experts {made.experts_bpw:.4f})")
     if made.solver:
-        stdout.print(f"cost          {made.solver.objective:.6g}, proven to {made.solver.gap:.1e}", highlight=False)
+        show(f"cost          {made.solver.objective:.6g}, proven to {made.solver.gap:.1e}")
     if made.expert_granularity:
         by_expert = made.expert_granularity.record.objective
-        stdout.print(f"              {by_expert:.6g} if experts of a layer could differ", highlight=False)
+        show(f"              {by_expert:.6g} if experts of a layer could differ")

@@ -1,7 +1,7 @@
 """mode-gguf sensitivity: what every type would cost every tensor and expert."""
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, progress, stdout
+from mode_gguf_cli.console import emit_json, progress, show
 
 
 def command(
@@ -34,4 +34,4 @@ def command(
     if json:
         emit_json({"sensitivity": str(folder.sensitivity), "method": method})
     else:
-        stdout.print(f"sensitivity  {folder.sensitivity}  ({method})", highlight=False)
+        show(f"sensitivity  {folder.sensitivity}  ({method})")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, progress, stdout
+from mode_gguf_cli.console import emit_json, progress, show
 
 
 def command(
@@ -38,14 +38,12 @@ def command(
             continue
         distance = "" if part.kl_mean is None else f", KL {part.kl_mean:.6f} (p99 {part.kl_p99:.6f})"
         agreement = "" if part.top1_agreement is None else f", top-1 {100 * part.top1_agreement:.2f} %"
-        stdout.print(f"{name:<9} perplexity {part.perplexity:.4f}{distance}{agreement}", highlight=False)
+        show(f"{name:<9} perplexity {part.perplexity:.4f}{distance}{agreement}")
     if "all" in result.accuracy:
         total = result.accuracy["all"]
         interval = f"95 % interval {100 * total.low:.1f} to {100 * total.high:.1f} %"
-        stdout.print(
-            f"accuracy  {total.right} of {total.asked} = {100 * total.share:.1f} %, {interval}", highlight=False
-        )
+        show(f"accuracy  {total.right} of {total.asked} = {100 * total.share:.1f} %, {interval}")
     if result.example:
-        stdout.print(f"example   {result.example.image}: {result.example.question}", markup=False, highlight=False)
-        stdout.print(f"          {result.example.answer}", markup=False, highlight=False)
-    stdout.print(f"report    {report}", highlight=False)
+        show(f"example   {result.example.image}: {result.example.question}")
+        show(f"          {result.example.answer}")
+    show(f"report    {report}")
