@@ -1,0 +1,137 @@
+"""The calibration stage: samples through the model, layer by layer; statistics per expert and modality out."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder, ModelInputs
+from mode_gguf.calibration.lockstep import run_in_lockstep
+from mode_gguf.calibration.observers import Observer, unseen_activations
+from mode_gguf.calibration.sample import Sample
+from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
+from mode_gguf.calibration.streaming import StreamedModel, open_streamed
+from mode_gguf.calibration.watch import Pass, Watch, watching
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError, UsageError
+from mode_gguf.progress import Progress, silent
+
+DEFAULT_KEY_RATIO = 0.2
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    *,
+    device: str = "auto",
+    key_ratio: float = DEFAULT_KEY_RATIO,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+    progress: Progress = silent,
+) -> CalibrationStatistics:
+    """Statistics of `samples`; one decoder layer's weights are in memory at a time.
+
+    Args:
+        device: `auto`, `cpu` (float32) or `cuda` (bfloat16).
+        key_ratio: share of the vision tokens that are key, 0 < ratio <= 1.
+        max_tokens: text tokens per sample; longer texts and answers are cut.
+        max_image_pixels: images are scaled down to this area.
+
+    Raises:
+        UsageError: no samples, a ratio out of range, or an unknown device.
+        InputError: model or sample cannot be used, or an activation was never seen.
+    """
+    if not samples:
+        raise UsageError("calibration needs at least one sample")
+    check_key_ratio(key_ratio)
+    builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
+    inputs = [builder.build(sample) for sample in samples]
+    streamed = open_streamed(checkpoint, device)
+    observer = Observer(streamed.tensors, streamed.device)
+    run_watched(
+        streamed,
+        inputs,
+        key_ratio=key_ratio,
+        leave=observer.observe,
+        finish=lambda layer: observer.finish_layer(),
+        description="calibrating",
+        progress=progress,
+    )
+    unseen = unseen_activations(observer.arrays, streamed.tensors)
+    if unseen:
+        raise InputError(f"{checkpoint.path}: calibration saw nothing of {', '.join(unseen)}")
+    return CalibrationStatistics(
+        model=checkpoint.name,
+        fingerprint=checkpoint.fingerprint,
+        arrays=observer.arrays,
+        samples=count_samples(inputs),
+        key_ratio=key_ratio,
+        datasets=tuple(dict.fromkeys(sample.dataset for sample in samples)),
+    )
+
+
+def run_watched(
+    streamed: StreamedModel,
+    inputs: Sequence[ModelInputs],
+    *,
+    key_ratio: float,
+    leave: Callable[[Pass, int], None],
+    finish: Callable[[int], None],
+    description: str,
+    progress: Progress = silent,
+) -> None:
+    """All samples forward, layer by layer, with experts, linear layers and key tokens watched.
+
+    Args:
+        leave: leave(pass, i) after a sample has left layer i (the last one includes the output head); it must take
+            what it needs, the records are dropped afterwards.
+        finish: finish(i) after all samples have left layer i, while its weights are still loaded.
+    """
+    passes = [Pass.of(one, streamed.device) for one in inputs]
+    watch = Watch(key_ratio, keep_hidden=True)
+
+    def enter(number: int) -> None:
+        watch.current = passes[number]
+
+    def left(number: int, layer: int) -> None:
+        leave(passes[number], layer)
+        passes[number].forget()
+
+    def free(layer: int) -> None:
+        finish(layer)
+        streamed.free_layer(layer)
+
+    with watching(streamed.model, streamed.watched_linears(), watch):
+        run_in_lockstep(
+            streamed.layers,
+            [partial(_forward, streamed, one) for one in inputs],
+            load=streamed.load_layer,
+            free=free,
+            enter=enter,
+            leave=left,
+            description=description,
+            progress=progress,
+        )
+
+
+def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:
+    with torch.no_grad():
+        streamed.model(**inputs.model_arguments(streamed.device, streamed.dtype))
+
+
+def check_key_ratio(key_ratio: float) -> None:
+    """Raises UsageError unless 0 < key_ratio <= 1."""
+    if not 0 < key_ratio <= 1:
+        raise UsageError(f"key ratio {key_ratio} is out of range: choose a share of the vision tokens above 0, up to 1")
+
+
+def count_samples(inputs: Sequence[ModelInputs]) -> SampleCounts:
+    """Samples and tokens of each kind."""
+    n_image = sum(one.has_image for one in inputs)
+    n_vision = sum(int(one.is_vision.sum()) for one in inputs)
+    return SampleCounts(
+        text_samples=len(inputs) - n_image,
+        image_samples=n_image,
+        text_tokens=sum(len(one.input_ids) for one in inputs) - n_vision,
+        vision_tokens=n_vision,
+    )

@@ -1,0 +1,74 @@
+"""From what passed through a layer to the sums calibration keeps."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.statistics import EXPERTS_HIDDEN, EXPERTS_INPUT
+from mode_gguf.calibration.watch import MODALITIES, ExpertsCall, Pass
+
+N_MODALITIES = len(MODALITIES)
+
+
+class Observer:
+    """Adds up counts, routing weights and sums of squares (float64) over samples, per modality and expert.
+
+    Sums of the layer in work lie on the model's device; `finish_layer` moves them to `arrays`.
+    """
+
+    def __init__(self, tensors: Sequence[SourceTensor], device: torch.device) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._experts = {tensor.layer: tensor.n_experts for tensor in tensors if tensor.role is Role.EXPERT}
+
+    def observe(self, passed: Pass, layer: int) -> None:
+        """Add one sample's pass through one decoder layer (the last one's includes the output head)."""
+        for activation, call in passed.linears.items():
+            self._add_squares(activation, passed.modality, call.input[0], groups=1)
+        if passed.experts is not None:
+            self._add_experts(passed.experts, passed.modality, layer)
+
+    def finish_layer(self) -> None:
+        """Move the sums to `arrays`."""
+        self.arrays |= {name: tensor.cpu().numpy() for name, tensor in self._sums.items()}
+        self._sums.clear()
+
+    def _add_experts(self, call: ExpertsCall, modality: Tensor, layer: int) -> None:
+        n_experts = self._experts[layer]
+        for slot in range(call.index.shape[1]):
+            group = modality * n_experts + call.index[:, slot]
+            self._add_squares(EXPERTS_INPUT.format(layer=layer), group, call.input, groups=n_experts)
+            weight = call.weight[:, slot].double()
+            for name, value in (("weight", weight), ("weight2", weight.square())):
+                total = self._sum(f"blk.{layer}.ffn_exps.{name}", (N_MODALITIES, n_experts))
+                total.view(-1).index_add_(0, group, value)
+        for expert, token, hidden in call.hidden:
+            group = modality[token] * n_experts + expert
+            self._add_squares(EXPERTS_HIDDEN.format(layer=layer), group, hidden, groups=n_experts)
+
+    def _add_squares(self, activation: str, group: Tensor, values: Tensor, *, groups: int) -> None:
+        """Add squares of `values` (S, n) and counts to group `modality * groups + expert` of each token."""
+        width = values.shape[1]
+        squares = self._sum(f"{activation}.sum2", (N_MODALITIES, groups, width))
+        squares.view(-1, width).index_add_(0, group, values.double().square())
+        counts = self._sum(f"{activation}.count", (N_MODALITIES, groups), torch.int64)
+        counts.view(-1).add_(torch.bincount(group, minlength=counts.numel()))
+
+    def _sum(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+        return self._sums[name]
+
+
+def unseen_activations(arrays: Mapping[str, np.ndarray], tensors: Sequence[SourceTensor]) -> list[str]:
+    """Activations of `tensors` that no token reached; an empty list means that every capture worked."""
+    expected = {tensor.activation for tensor in tensors if tensor.activation is not None}
+    return sorted(
+        activation
+        for activation in expected
+        if f"{activation}.count" not in arrays or not arrays[f"{activation}.count"].any()
+    )

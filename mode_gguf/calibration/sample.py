@@ -1,0 +1,53 @@
+"""One calibration sample: a text, or a chat about one image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from mode_gguf.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A text (`text` set) or a chat (`messages` set), the latter with or without an image in its first user turn.
+
+    Attributes:
+        origin: file and line, or whatever else tells a user which sample is meant.
+        dataset: name of the data set, recorded in everything made from it.
+        image: a file that is opened when needed, or a picture already in memory.
+    """
+
+    origin: str
+    dataset: str
+    text: str | None = None
+    messages: tuple[Message, ...] = ()
+    image: Path | Image.Image | None = None
+
+    @property
+    def has_image(self) -> bool:
+        return self.image is not None
+
+    def open_image(self) -> Image.Image:
+        """The picture, decoded, in RGB.
+
+        Raises:
+            InputError: the sample has no image, or its file cannot be read as one.
+        """
+        if self.image is None:
+            raise InputError(f"{self.origin}: sample has no image")
+        if isinstance(self.image, Image.Image):
+            return self.image.convert("RGB")
+        try:
+            with Image.open(self.image) as image:
+                return image.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"{self.origin}: image {self.image} cannot be read ({error})") from error

@@ -1,0 +1,164 @@
+"""What calibration measured: sums and counts per layer, expert and modality, which add up over runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mode_gguf import __version__
+from mode_gguf.artifacts import read_arrays, write_arrays
+from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.errors import InputError
+
+EXPERTS_INPUT = "blk.{layer}.ffn_exps.input"
+"""Activation that gate and up read."""
+EXPERTS_HIDDEN = "blk.{layer}.ffn_exps.hidden"
+"""Activation that down reads: the gated one."""
+
+CRITERION = "mean attention from text tokens after the image, per layer (SparseVLM)"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleCounts:
+    """What the model was shown: samples without and with an image, and their text and vision tokens."""
+
+    text_samples: int
+    image_samples: int
+    text_tokens: int
+    vision_tokens: int
+
+    def __add__(self, other: "SampleCounts") -> "SampleCounts":
+        return SampleCounts(
+            self.text_samples + other.text_samples,
+            self.image_samples + other.image_samples,
+            self.text_tokens + other.text_tokens,
+            self.vision_tokens + other.vision_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCoverage:
+    """Experts of one layer that no token of a modality was routed to; a modality without tokens is left out."""
+
+    layer: int
+    n_experts: int
+    never_routed: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationStatistics:
+    """Statistics of a model's activations; arrays are named and shaped as docs/DESIGN.md says.
+
+    Attributes:
+        model: name of the model.
+        fingerprint: of its checkpoint.
+        arrays: `{activation}.sum2`, `{activation}.count`, `blk.L.ffn_exps.weight`, `blk.L.ffn_exps.weight2`.
+        samples: what it was shown.
+        key_ratio: share of the vision tokens that are key.
+        datasets: names of the data sets.
+    """
+
+    model: str
+    fingerprint: str
+    arrays: Mapping[str, np.ndarray]
+    samples: SampleCounts
+    key_ratio: float
+    datasets: Sequence[str]
+
+    @property
+    def activations(self) -> list[str]:
+        """Names of everything a sum of squares was taken of."""
+        return [name.removesuffix(".sum2") for name in self.arrays if name.endswith(".sum2")]
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Layers with routed experts, ascending."""
+        suffix = EXPERTS_INPUT.partition("{layer}")[2]
+        names = (name for name in self.activations if name.endswith(suffix))
+        return sorted(int(name.removeprefix("blk.").removesuffix(suffix)) for name in names)
+
+    def counts(self, layer: int) -> np.ndarray:
+        """Routed tokens of one layer, int64 (M, E); a token counts once for each of its top-k experts."""
+        return self.arrays[f"{EXPERTS_INPUT.format(layer=layer)}.count"]
+
+    def frequency(self, layer: int) -> np.ndarray:
+        """f_m(l, e), MODE's step 1: counts normalised per modality, float64 (M, E); zero for a modality unseen."""
+        counts = self.counts(layer).astype(np.float64)
+        total = counts.sum(axis=1, keepdims=True)
+        share: np.ndarray = counts / np.maximum(total, 1)
+        return share
+
+    def coverage(self) -> list[LayerCoverage]:
+        """Per layer, the experts that calibration says nothing about."""
+        report = []
+        for layer in self.moe_layers:
+            counts = self.counts(layer)
+            never = {
+                name: tuple(int(expert) for expert in np.flatnonzero(row == 0))
+                for name, row in zip(MODALITIES, counts, strict=True)
+                if row.any()
+            }
+            report.append(LayerCoverage(layer, counts.shape[1], never))
+        return report
+
+    def save(self, path: Path) -> None:
+        """Write everything to a safetensors file, atomically."""
+        metadata = {
+            "kind": "calibration",
+            "tool_version": __version__,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "samples": asdict(self.samples),
+            "key_ratio": self.key_ratio,
+            "key_criterion": CRITERION,
+            "datasets": list(self.datasets),
+            "modalities": list(MODALITIES),
+            "never_routed": {str(layer.layer): layer.never_routed for layer in self.coverage()},
+        }
+        write_arrays(path, self.arrays, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "CalibrationStatistics":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, or is no calibration file of this version.
+        """
+        arrays, metadata = read_arrays(path)
+        if metadata.get("kind") != "calibration":
+            raise InputError(f"{path}: a calibration file was expected, found {metadata.get('kind') or 'another kind'}")
+        return cls(
+            model=metadata["model"],
+            fingerprint=metadata["fingerprint"],
+            arrays=arrays,
+            samples=SampleCounts(**metadata["samples"]),
+            key_ratio=metadata["key_ratio"],
+            datasets=tuple(metadata["datasets"]),
+        )
+
+
+def merge(first: CalibrationStatistics, second: CalibrationStatistics) -> CalibrationStatistics:
+    """Statistics of both runs together, as if their samples had been one set.
+
+    Raises:
+        InputError: they belong to different models, or chose key tokens differently.
+    """
+    if first.fingerprint != second.fingerprint or set(first.arrays) != set(second.arrays):
+        raise InputError(
+            f"calibration files of {first.model} ({first.fingerprint}) and {second.model} ({second.fingerprint}) "
+            "cannot be merged: they belong to different checkpoints"
+        )
+    if first.key_ratio != second.key_ratio:
+        raise InputError(
+            f"calibration files with key ratios {first.key_ratio} and {second.key_ratio} cannot be merged: "
+            "run one of them again"
+        )
+    return CalibrationStatistics(
+        model=first.model,
+        fingerprint=first.fingerprint,
+        arrays={name: array + second.arrays[name] for name, array in first.arrays.items()},
+        samples=first.samples + second.samples,
+        key_ratio=first.key_ratio,
+        datasets=tuple(dict.fromkeys((*first.datasets, *second.datasets))),
+    )

@@ -1,0 +1,184 @@
+"""The transformers model of a checkpoint with at most one decoder layer's weights in memory."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import Array, Role, SourceTensor
+from mode_gguf.calibration.watch import ATTENTION, EXPERTS
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError, MissingResourceError, UsageError
+
+LAYERS = "model.language_model.layers"
+"""Where every supported family keeps its decoder layers, in the module tree and in the checkpoint."""
+
+
+def choose_device(device: str) -> torch.device:
+    """The device named `auto` (CUDA where there is one), `cpu` or `cuda`.
+
+    Raises:
+        UsageError: another name.
+        MissingResourceError: `cuda`, and there is none.
+    """
+    if device not in {"auto", "cpu", "cuda"}:
+        raise UsageError(f"unknown device {device!r}: choose from auto, cpu, cuda")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise MissingResourceError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedModel:
+    """The model on one device: everything but the decoder layers resident, those on the meta device until loaded.
+
+    Attributes:
+        model: Hugging Face's module, in eval mode, with the watched experts and attention functions selected.
+        layers: its decoder layers.
+        tensors: the text tensors of the checkpoint.
+        device: where weights and activations lie.
+        dtype: float32 on the CPU, bfloat16 on CUDA.
+    """
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    layers: Sequence[nn.Module]
+    tensors: Sequence[SourceTensor]
+    device: torch.device
+    dtype: torch.dtype
+
+    def load_layer(self, index: int) -> None:
+        """Read decoder layer `index` from the checkpoint."""
+        for name, parameter in list(self.layers[index].named_parameters()):
+            self._set(f"{LAYERS}.{index}.{name}", self._weights(f"{LAYERS}.{index}.{name}", index, parameter.shape))
+
+    def free_layer(self, index: int) -> None:
+        """Forget the weights of decoder layer `index`."""
+        for name, parameter in list(self.layers[index].named_parameters()):
+            self._set(f"{LAYERS}.{index}.{name}", torch.empty_like(parameter, device="meta"))
+
+    @contextmanager
+    def loaded_layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights, for as long as the context lasts."""
+        self.load_layer(index)
+        try:
+            yield self.layers[index]
+        finally:
+            self.free_layer(index)
+
+    def layer_tensors(self, index: int, role: Role) -> list[SourceTensor]:
+        """The tensors of one role in layer `index`."""
+        return [tensor for tensor in self.tensors if tensor.layer == index and tensor.role is role]
+
+    def experts_module(self, index: int) -> Any:
+        """The module that holds the fused experts of layer `index`; it must have some."""
+        return next(module for module in self.layers[index].modules() if is_experts(module))
+
+    def watched_linears(self) -> dict[str, nn.Module]:
+        """Modules of all dense matrices and the output head, by the activation their input is recorded under."""
+        return {
+            tensor.activation: self.model.get_submodule(tensor.sources[0].removesuffix(".weight"))
+            for tensor in self.tensors
+            if tensor.role in (Role.DENSE, Role.OUTPUT) and tensor.activation is not None
+        }
+
+    def to_device(self, array: Array) -> torch.Tensor:
+        """Checkpoint weights as a tensor of the model's device and dtype."""
+        return as_tensor(array).to(self.device, self.dtype)
+
+    def load_outside_layers(self) -> None:
+        """Read everything that is not in a decoder layer, and give non-persistent buffers their values."""
+        for name, parameter in list(self.model.named_parameters()):
+            if not name.startswith(f"{LAYERS}."):
+                self._set(name, self._weights(name, None, parameter.shape))
+        self.model.tie_weights()  # type: ignore[operator]
+        for name, buffer in self.model.named_buffers():
+            if name in self.checkpoint.tensors:
+                self._set_buffer(name, as_tensor(self.checkpoint.read(name)).to(self.device, buffer.dtype))
+
+    def _weights(self, name: str, layer: int | None, shape: torch.Size) -> torch.Tensor:
+        if layer is not None and ".experts." in name:
+            weights = self._experts(name.rpartition(".")[2], layer)
+        elif name not in self.checkpoint.tensors and name == "lm_head.weight":
+            weights = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        else:
+            weights = self.to_device(self.checkpoint.read(name))
+        if weights.shape != shape:
+            raise InputError(
+                f"{self.checkpoint.path}: tensor {name} has shape {tuple(weights.shape)}, its configuration says "
+                f"{tuple(shape)}"
+            )
+        return weights
+
+    def _experts(self, parameter: str, layer: int) -> torch.Tensor:
+        """Fused experts in the module's layout, (E, 2I, H) or (E, H, I), however the checkpoint stores them."""
+        by_projection = {tensor.projection: tensor for tensor in self.layer_tensors(layer, Role.EXPERT)}
+        projections = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(parameter)
+        if projections is None or not all(projection in by_projection for projection in projections):
+            raise InputError(f"{self.checkpoint.path}: expert parameter {parameter} of layer {layer} is not known")
+        parts = [by_projection[projection] for projection in projections]
+        rows, n_in = sum(part.shape[1] for part in parts), parts[0].shape[2]
+        fused = torch.empty(parts[0].n_experts, rows, n_in, dtype=self.dtype, device=self.device)
+        for expert in range(parts[0].n_experts):
+            start = 0
+            for part in parts:
+                fused[expert, start : start + part.shape[1]] = self.to_device(part.read(expert))
+                start += part.shape[1]
+        return fused
+
+    def _set(self, name: str, value: torch.Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        self.model.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+    def _set_buffer(self, name: str, value: torch.Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(owner), leaf, value)
+
+
+def open_streamed(checkpoint: Checkpoint, device: str = "auto") -> StreamedModel:
+    """Build the model of `checkpoint` without its decoder layers.
+
+    Raises:
+        InputError: the family is not supported, or a tensor is missing or has another shape than configured.
+        UsageError, MissingResourceError: see `choose_device`.
+    """
+    tensors = text_tensors(checkpoint)
+    chosen = choose_device(device)
+    dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.eval()
+    # Rotary frequencies and the like are computed, not stored: give them memory, then let the model's own
+    # initialisation fill them, as from_pretrained does. Parameters are on the meta device, where it costs nothing.
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device=chosen))
+    model.initialize_weights()
+    experts: list[Any] = [module for module in model.modules() if is_experts(module)]
+    if any(m.is_transposed or m.has_bias or not m.has_gate or m.has_post_expert_norm for m in experts):
+        raise InputError(f"{checkpoint.path}: experts of this form are not supported by calibration")
+    model.set_experts_implementation(EXPERTS)
+    model.set_attn_implementation({"text_config": ATTENTION})
+    streamed = StreamedModel(checkpoint, model, model.get_submodule(LAYERS), tensors, chosen, dtype)
+    streamed.load_outside_layers()
+    return streamed
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` holds fused experts that take part in transformers' experts interface."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "gate_up_proj")
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """`array` as a CPU tensor of the type it stands for; bfloat16 when it is uint16."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

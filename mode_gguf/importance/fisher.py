@@ -1,0 +1,390 @@
+"""Fisher sensitivity: what every expert and matrix, stored in every candidate type, does to the model's predictions.
+
+MODE's equation 1 is a KL divergence between the model and the model with one expert quantized, which taken literally
+needs a forward per layer, expert, type, modality and sample. For small changes KL is quadratic, KL ~ 1/2 d' F d with
+the Fisher matrix F = E[g g'], so a few backward passes answer for all of them: draw labels from the model's own
+distribution, let g(t) be the gradient of their summed negative log-likelihood at a matrix's (or MoE block's) output for
+token t, and d(t) the change of that output when the weights are the packed ones; then
+
+    KL ~ 1 / (2 N) * sum over tokens t of (g(t) . d(t))^2,    N = scored positions,
+
+averaged over the draws. For an expert d is times its routing weight, so frequency is inside the sum. For a whole expert
+tensor g . d is summed over a token's experts before it is squared. For other matrices it is summed over all of a
+sample's tokens: attention adds up what changes at many tokens (least of all can the value projection do without, whose
+cost comes out two to four times too small otherwise). At the output head the expectation over labels is taken exactly:
+it is the variance of the change of the logits under the model's distribution.
+
+The forward stores every layer's input; the backward takes the layers in reverse order, recomputes one layer for all
+samples, and carries the gradients across it. Additions between layers (DeepStack) pass gradients on unchanged. Every
+layer is read twice in all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.inputs import ModelInputs
+from mode_gguf.calibration.lockstep import run_in_lockstep
+from mode_gguf.calibration.streaming import StreamedModel
+from mode_gguf.calibration.watch import TEXT, Pass, Watch, watching
+from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES, group_of, group_sums
+from mode_gguf.importance.measurement import Measurement, MeasurementSettings
+from mode_gguf.importance.unseen import fill_unseen, unseen_experts
+from mode_gguf.importance.weight_changes import PARTS, change_of_weights, expert_changes
+from mode_gguf.progress import Progress, silent
+
+_HEAD = "head"
+
+
+@dataclass(slots=True)
+class _LayerCall:
+    """What one layer was called with for one sample."""
+
+    hidden: Tensor
+    options: Mapping[str, Any]
+    modality: Tensor
+
+
+@dataclass(slots=True)
+class _Trace:
+    """One sample: its way forward, and the gradients on their way back."""
+
+    inputs: ModelInputs
+    passed: Pass
+    layers: list[_LayerCall] = field(default_factory=list)
+    last: Tensor | None = None
+    head_input: Tensor | None = None
+    gradients: list[Tensor] = field(default_factory=list)
+    """Per draw (1, S, H), at the output of the layer the backward has reached."""
+
+
+def fisher_sensitivity(
+    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: MeasurementSettings, progress: Progress = silent
+) -> Measurement:
+    """Fisher sensitivity of every expert, matrix and the embedding, at every candidate type.
+
+    Hidden states of all samples and layers are kept in host memory: samples x tokens x layers x H values.
+    """
+    positions = np.zeros(N_ANSWERS)
+    for one in inputs:
+        positions[one.answer] += len(one.scored)
+    result = Measurement({}, tuple(int(n) for n in positions), {})
+    per_position = 1 / np.maximum(positions, 1)[:, None]
+    traces = [_Trace(one, Pass.of(one, streamed.device)) for one in inputs]
+    _forward_all(streamed, traces, settings, progress)
+    by_role = {role: [tensor for tensor in streamed.tensors if tensor.role is role] for role in Role}
+    head = (by_role[Role.OUTPUT] or by_role[Role.EMBEDDING])[0]
+    head_cost = _head_cost(streamed, head, traces, settings) * per_position[..., None]
+    _backward_all(streamed, traces, settings, per_position, result, progress)
+    embedding = by_role[Role.EMBEDDING][0]
+    embedding_cost = _embedding_cost(streamed, embedding, traces, settings) * per_position[..., None]
+    result.arrays[f"{embedding.name}.unit"] = embedding_cost
+    # A tied embedding is the head as well: one tensor, both costs.
+    result.arrays[f"{head.name}.unit"] = head_cost + (embedding_cost if head is embedding else 0.0)
+    return result
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def _forward_all(
+    streamed: StreamedModel, traces: Sequence[_Trace], settings: MeasurementSettings, progress: Progress
+) -> None:
+    """Fill the traces: every layer's call, the head's input, and the gradients at the last layer's output."""
+    watch = Watch(settings.key_ratio, keep_hidden=False)
+    running: list[_Trace] = []
+
+    def enter(number: int) -> None:
+        running[:] = [traces[number]]
+        watch.current = traces[number].passed
+
+    def leave(number: int, layer: int) -> None:
+        trace = traces[number]
+        trace.layers[layer].modality = trace.passed.modality
+        if layer == len(streamed.layers) - 1:
+            head_input = trace.passed.linears[_HEAD].input[0].detach()
+            trace.head_input = head_input[trace.inputs.scored.to(head_input.device)]
+        trace.passed.forget()
+
+    def keep_call(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        trace = running[0]
+        trace.layers.append(_LayerCall(arguments[0].cpu(), options, trace.passed.modality))
+
+    def start_of_gradient(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        # Only what follows the last layer is recorded for autograd; `_gradients` ends the thread's gradient mode.
+        last = output.detach().requires_grad_()
+        running[0].last = last
+        torch.set_grad_enabled(True)
+        return last
+
+    last_layer = streamed.layers[len(streamed.layers) - 1]
+    head: nn.Module = streamed.model.get_output_embeddings()  # type: ignore[operator]
+    with watching(streamed.model, {_HEAD: head}, watch):
+        hooks = [last_layer.register_forward_hook(start_of_gradient)]
+        # Within `run_in_lockstep`, a layer's hooks run in the order of their registration: keep the call first.
+        hooks += [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in streamed.layers]
+        try:
+            run_in_lockstep(
+                streamed.layers,
+                [partial(_gradients, streamed, trace, settings, number) for number, trace in enumerate(traces)],
+                load=streamed.load_layer,
+                free=streamed.free_layer,
+                enter=enter,
+                leave=leave,
+                description="sensitivity, forward",
+                progress=progress,
+            )
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+
+def _gradients(streamed: StreamedModel, trace: _Trace, settings: MeasurementSettings, number: int) -> None:
+    """One sample's forward, and the gradients of its drawn labels' negative log-likelihood at the last layer."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+    with torch.no_grad():
+        logits = streamed.model(**trace.inputs.model_arguments(streamed.device, streamed.dtype)).logits
+    if trace.last is None:
+        raise RuntimeError("the model's forward did not pass its last decoder layer")
+    scored = logits[0, trace.inputs.scored.to(logits.device)].float()
+    probabilities = scored.detach().softmax(-1).cpu()
+    for draw in range(settings.draws):
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(scored.device)
+        with torch.enable_grad():
+            loss = cross_entropy(scored, labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, trace.last, retain_graph=draw + 1 < settings.draws)
+        trace.gradients.append(gradient.cpu())
+    trace.last = None
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def _backward_all(
+    streamed: StreamedModel,
+    traces: Sequence[_Trace],
+    settings: MeasurementSettings,
+    per_position: np.ndarray,
+    result: Measurement,
+    progress: Progress,
+) -> None:
+    """Carry the traces' gradients to the embedding, measuring every layer on the way."""
+    n_layers = len(streamed.layers)
+    linears = streamed.watched_linears()
+    with progress.step("sensitivity, backward", n_layers * len(traces)) as done:
+        for index in reversed(range(n_layers)):
+            with streamed.loaded_layer(index) as layer:
+                changes = {
+                    tensor.name: [
+                        change_of_weights(tensor, 0, quant_type, settings.importance, streamed.device)
+                        if quant_type.fits(tensor.row_width)
+                        else None
+                        for quant_type in settings.dense_types
+                    ]
+                    for tensor in streamed.layer_tensors(index, Role.DENSE)
+                }
+                modules = {
+                    tensor.name: linears[str(tensor.activation)] for tensor in streamed.layer_tensors(index, Role.DENSE)
+                }
+                dense = {name: np.zeros((N_ANSWERS, N_MODALITIES, len(types))) for name, types in changes.items()}
+                routed: list[_Routed] = []
+                for trace in traces:
+                    calls = _backward_layer(streamed, index, layer, modules, trace)
+                    if calls.routed is not None:
+                        routed.append(calls.routed)
+                    for name, (x, gradients) in calls.linears.items():
+                        for t, change in enumerate(changes[name]):
+                            dense[name][..., t] += _linear_cost(x, gradients, change, calls.group)
+                    done(1)
+                for name, cost in dense.items():
+                    result.arrays[f"{name}.unit"] = cost * per_position[..., None]
+                if routed:
+                    _measure_experts(streamed, index, _concatenated(routed), settings, per_position, result)
+
+
+@dataclass(frozen=True, slots=True)
+class _Routed:
+    """Routed tokens: inputs (n, H), index and weight (n, k), group (n,), gradients at the block's output (D, n, H)."""
+
+    inputs: Tensor
+    index: Tensor
+    weight: Tensor
+    group: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _BackwardCalls:
+    """One sample's layer: per dense tensor (input (S, n), gradients (D, S, rows)), routed tokens, groups (S,)."""
+
+    linears: dict[str, tuple[Tensor, Tensor]]
+    routed: _Routed | None
+    group: Tensor
+
+
+def _backward_layer(
+    streamed: StreamedModel, index: int, layer: nn.Module, modules: dict[str, nn.Module], trace: _Trace
+) -> _BackwardCalls:
+    """Recompute one layer for one sample and move the trace's gradients from its output to its input."""
+    call = trace.layers[index]
+    trace.layers[index] = _LayerCall(torch.empty(0), {}, call.modality)  # its memory is not needed again
+    passed = Pass(trace.inputs, call.modality)
+    watch = Watch(key_ratio=None, keep_hidden=False, current=passed)
+    hidden = call.hidden.to(streamed.device).requires_grad_()
+    with watching(layer, modules, watch), torch.enable_grad():
+        output = layer(hidden, **call.options)
+    outputs = {name: linear.output for name, linear in passed.linears.items()}
+    if passed.experts is not None:
+        outputs[_EXPERTS] = passed.experts.output
+    collected: dict[str, list[Tensor]] = {name: [] for name in outputs}
+    for draw, gradient in enumerate(trace.gradients):
+        to_input, *found = torch.autograd.grad(
+            output,
+            [hidden, *outputs.values()],
+            gradient.to(streamed.device),
+            retain_graph=draw + 1 < len(trace.gradients),
+        )
+        trace.gradients[draw] = to_input.cpu()
+        for name, value in zip(outputs, found, strict=True):
+            collected[name].append(value.flatten(0, -2))
+    group = group_of(trace.inputs.answer, call.modality)
+    experts = passed.experts
+    routed = None
+    if experts is not None:
+        gradients = torch.stack(collected.pop(_EXPERTS))
+        routed = _Routed(experts.input.detach(), experts.index, experts.weight.detach(), group, gradients)
+    linears = {
+        name: (linear.input[0].detach(), torch.stack(collected[name])) for name, linear in passed.linears.items()
+    }
+    return _BackwardCalls(linears, routed, group)
+
+
+_EXPERTS = "experts"
+
+
+def _concatenated(parts: Sequence[_Routed]) -> _Routed:
+    return _Routed(
+        torch.cat([part.inputs for part in parts]),
+        torch.cat([part.index for part in parts]),
+        torch.cat([part.weight for part in parts]),
+        torch.cat([part.group for part in parts]),
+        torch.cat([part.gradients for part in parts], dim=1),
+    )
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def _half_mean_square(products: Tensor) -> Tensor:
+    """(g . d)^2 / 2, averaged over draws: (D, n) to (n,)."""
+    return products.square().mean(0) / 2
+
+
+def _linear_cost(x: Tensor, gradients: Tensor, change: Tensor | None, group: Tensor) -> np.ndarray:
+    """Summed cost (A, M) of one matrix on one sample; NaN for a type that does not fit."""
+    if change is None:
+        return np.full((N_ANSWERS, N_MODALITIES), np.nan)
+    products = (gradients.float() * linear(x.float(), change)).sum(-1)
+    return _half_square_of_sums(products, group)
+
+
+def _half_square_of_sums(products: Tensor, group: Tensor) -> np.ndarray:
+    """Half the square of the sum of g . d (D, S) over the tokens of each group, averaged over draws; (A, M)."""
+    sums = torch.zeros(len(products), N_ANSWERS * N_MODALITIES, device=products.device).index_add_(1, group, products)
+    return _half_mean_square(sums).double().view(N_ANSWERS, N_MODALITIES).cpu().numpy()
+
+
+def _measure_experts(
+    streamed: StreamedModel,
+    layer: int,
+    routed: _Routed,
+    settings: MeasurementSettings,
+    per_position: np.ndarray,
+    result: Measurement,
+) -> None:
+    """Arrays of one layer's experts, from all samples' routed tokens at once."""
+    projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
+    module = streamed.experts_module(layer)
+    n_experts, n_types = module.num_experts, len(settings.expert_types)
+    shape = (N_ANSWERS, N_MODALITIES, n_experts, n_types)
+    cost = {part: np.full(shape, np.nan) for part in PARTS}
+    error = {part: np.full((n_experts, n_types), np.nan) for part in PARTS}
+    draws, n_tokens = routed.gradients.shape[:2]
+    block = {
+        part: torch.zeros(n_types, draws, n_tokens, device=streamed.device) for part in projections
+    }  # g . d of a token, summed over its experts
+    for change in expert_changes(
+        streamed, module, projections, settings.expert_types, settings.importance, routed.inputs, routed.index
+    ):
+        token, t = change.token, change.type_index
+        weight = routed.weight[token, change.slot].float()
+        products = (routed.gradients[:, token].float() * change.output).sum(-1) * weight
+        cost[change.part][:, :, change.expert, t] = group_sums(_half_mean_square(products), routed.group[token])
+        error[change.part][change.expert, t] = change.weight_error
+        if change.part in block:
+            block[change.part][t][:, token] += products
+    counts = np.stack(
+        [group_sums((routed.index == expert).any(-1), routed.group) for expert in range(n_experts)], axis=-1
+    )
+    for part in PARTS:
+        filled = fill_unseen(cost[part], counts, error[part], summed=True)
+        name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
+        result.arrays[f"{name}.expert"] = filled * per_position[..., None, None]
+    for projection, tensor in projections.items():
+        unit = np.stack(
+            [group_sums(_half_mean_square(block[projection][t]), routed.group) for t in range(n_types)], axis=-1
+        )
+        unit[..., [not quant_type.fits(tensor.row_width) for quant_type in settings.expert_types]] = np.nan
+        result.arrays[f"{tensor.name}.unit"] = unit * per_position[..., None]
+    result.estimated.update(unseen_experts(layer, counts))
+
+
+def _head_cost(
+    streamed: StreamedModel, head: SourceTensor, traces: Sequence[_Trace], settings: MeasurementSettings
+) -> np.ndarray:
+    """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model."""
+    cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
+    weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
+    for t, quant_type in enumerate(settings.dense_types):
+        if not quant_type.fits(head.row_width):
+            continue
+        change = change_of_weights(head, 0, quant_type, settings.importance, streamed.device)
+        cost[..., t] = 0.0
+        for trace in traces:
+            if trace.head_input is None:
+                raise RuntimeError("the output head was not watched")
+            probabilities = linear(trace.head_input, weight).float().softmax(-1)
+            moved = linear(trace.head_input.float(), change)
+            mean = (probabilities * moved).sum(-1, keepdim=True)
+            variance = (probabilities * (moved - mean).square()).sum(-1)
+            scored = trace.inputs.scored.to(streamed.device)
+            group = group_of(trace.inputs.answer, trace.layers[-1].modality[scored])
+            cost[..., t] += group_sums(variance / 2, group)
+    return cost
+
+
+def _embedding_cost(
+    streamed: StreamedModel, embedding: SourceTensor, traces: Sequence[_Trace], settings: MeasurementSettings
+) -> np.ndarray:
+    """Summed cost (A, M, T) of the token embedding: its gradients are those at the first layer's input."""
+    cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
+    for t, quant_type in enumerate(settings.dense_types):
+        if not quant_type.fits(embedding.row_width):
+            continue
+        change = change_of_weights(embedding, 0, quant_type, settings.importance, streamed.device)
+        cost[..., t] = 0.0
+        for trace in traces:
+            is_text = ~trace.inputs.is_vision  # placeholders' embeddings are replaced by the image's
+            gradients = torch.stack(trace.gradients)[:, 0, is_text].to(streamed.device).float()
+            moved = change[trace.inputs.input_ids[is_text].to(streamed.device)]
+            products = (gradients * moved).sum(-1)
+            group = group_of(trace.inputs.answer, torch.full((products.shape[1],), TEXT, device=streamed.device))
+            cost[..., t] += _half_square_of_sums(products, group)
+    return cost

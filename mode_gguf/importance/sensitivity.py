@@ -1,0 +1,80 @@
+"""The sensitivity stage: a checkpoint, samples and an importance matrix in; the damage of every candidate type out."""
+
+from collections.abc import Sequence
+
+from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder
+from mode_gguf.calibration.sample import Sample
+from mode_gguf.calibration.statistics import CalibrationStatistics
+from mode_gguf.calibration.streaming import open_streamed
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError, UsageError
+from mode_gguf.importance.expert_mse import expert_mse
+from mode_gguf.importance.fisher import fisher_sensitivity
+from mode_gguf.importance.imatrix import Importance
+from mode_gguf.importance.measurement import MeasurementSettings
+from mode_gguf.importance.table import METHODS, Method, SensitivityTable
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.types import QuantType
+
+__all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
+
+DEFAULT_LABEL_DRAWS = 3
+
+
+def measure_sensitivity(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    importance: Importance,
+    *,
+    expert_types: Sequence[QuantType],
+    dense_types: Sequence[QuantType],
+    statistics: CalibrationStatistics,
+    method: Method = "fisher",
+    label_draws: int = DEFAULT_LABEL_DRAWS,
+    seed: int = 0,
+    device: str = "auto",
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+    progress: Progress = silent,
+) -> SensitivityTable:
+    """Measure every expert tensor and expert at `expert_types`, every other matrix at `dense_types`.
+
+    Args:
+        importance: the very one the file will be packed with; a tensor without is packed plainly.
+        statistics: of the same checkpoint; its key ratio is used again.
+        method: `fisher` (KL, see `fisher`) or `expert-mse` (the paper's recipe, see `expert_mse`).
+        label_draws: per scored position; Fisher only.
+        device, max_tokens, max_image_pixels: as for `calibrate`.
+
+    Raises:
+        UsageError: no samples, an unknown method, or no draws.
+        InputError: model or sample cannot be used, or the statistics belong to another checkpoint.
+    """
+    if not samples:
+        raise UsageError("sensitivity needs at least one sample")
+    if method not in METHODS:
+        raise UsageError(f"unknown sensitivity method {method!r}: choose from {', '.join(METHODS)}")
+    if label_draws < 1:
+        raise UsageError(f"label draws is {label_draws}: at least one is needed")
+    if statistics.fingerprint != checkpoint.fingerprint:
+        raise InputError(
+            f"calibration of {statistics.model} ({statistics.fingerprint}) belongs to another checkpoint than "
+            f"{checkpoint.path} ({checkpoint.fingerprint}): calibrate this one"
+        )
+    builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
+    inputs = [builder.build(sample) for sample in samples]
+    settings = MeasurementSettings(expert_types, dense_types, importance, statistics.key_ratio, label_draws, seed)
+    measure = fisher_sensitivity if method == "fisher" else expert_mse
+    measurement = measure(open_streamed(checkpoint, device), inputs, settings, progress)
+    return SensitivityTable(
+        model=checkpoint.name,
+        fingerprint=checkpoint.fingerprint,
+        method=method,
+        expert_types=tuple(quant_type.name for quant_type in expert_types),
+        dense_types=tuple(quant_type.name for quant_type in dense_types),
+        arrays=measurement.arrays,
+        positions=measurement.positions,
+        draws=label_draws if method == "fisher" else 0,
+        seed=seed,
+        estimated=measurement.estimated,
+    )

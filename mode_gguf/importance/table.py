@@ -1,0 +1,87 @@
+"""What sensitivity measurement found: the damage of every candidate type to every tensor and expert."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from mode_gguf import __version__
+from mode_gguf.artifacts import read_arrays, write_arrays
+from mode_gguf.calibration.inputs import ANSWERS
+from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.errors import InputError
+
+Method: TypeAlias = Literal["fisher", "expert-mse"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityTable:
+    """Arrays named and shaped as docs/DESIGN.md says; NaN where a tensor's rows do not fit a type's blocks.
+
+    Attributes:
+        model: name of the model.
+        fingerprint: of its checkpoint.
+        method: `fisher` (KL in nats per scored position) or `expert-mse`.
+        expert_types: names along the last axis of expert tensors' arrays.
+        dense_types: names along the last axis of all other arrays.
+        arrays: `{tensor}.unit`, `{tensor}.expert`, `blk.L.ffn_exps.expert`.
+        positions: scored positions per kind of answer.
+        draws: label draws per position; 0 for `expert-mse`.
+        seed: of the draws.
+        estimated: experts per (layer, answer, modality) that no token reached, whose values are estimates.
+    """
+
+    model: str
+    fingerprint: str
+    method: Method
+    expert_types: Sequence[str]
+    dense_types: Sequence[str]
+    arrays: Mapping[str, np.ndarray]
+    positions: Sequence[int]
+    draws: int
+    seed: int
+    estimated: Mapping[str, Sequence[int]]
+
+    def save(self, path: Path) -> None:
+        """Write everything to a safetensors file, atomically."""
+        metadata = {
+            "kind": "sensitivity",
+            "tool_version": __version__,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "method": self.method,
+            "types": {"expert": list(self.expert_types), "dense": list(self.dense_types)},
+            "positions": list(self.positions),
+            "draws": self.draws,
+            "seed": self.seed,
+            "estimated": self.estimated,
+            "answers": list(ANSWERS),
+            "modalities": list(MODALITIES),
+        }
+        write_arrays(path, self.arrays, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "SensitivityTable":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, or is no sensitivity file of this version.
+        """
+        arrays, metadata = read_arrays(path)
+        if metadata.get("kind") != "sensitivity":
+            raise InputError(f"{path}: a sensitivity file was expected, found {metadata.get('kind') or 'another kind'}")
+        return cls(
+            model=metadata["model"],
+            fingerprint=metadata["fingerprint"],
+            method=metadata["method"],
+            expert_types=tuple(metadata["types"]["expert"]),
+            dense_types=tuple(metadata["types"]["dense"]),
+            arrays=arrays,
+            positions=tuple(metadata["positions"]),
+            draws=metadata["draws"],
+            seed=metadata["seed"],
+            estimated={key: tuple(value) for key, value in metadata["estimated"].items()},
+        )

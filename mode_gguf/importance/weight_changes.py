@@ -1,0 +1,134 @@
+"""How weights, and through them outputs, change when a matrix is stored in a candidate type.
+
+The types are the real ones: every matrix goes through the packer with its importance, and back.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mode_gguf.architectures.tensors import SourceTensor, as_float32
+from mode_gguf.calibration.streaming import StreamedModel
+from mode_gguf.importance.imatrix import Importance
+from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
+from mode_gguf.quantization.types import QuantType
+
+Part: TypeAlias = Literal["gate", "up", "down", "expert"]
+"""What is quantized: one projection, or all three of an expert."""
+PARTS: tuple[Part, ...] = ("gate", "up", "down", "expert")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChange:
+    """One expert at one candidate type.
+
+    Attributes:
+        expert: its number in the layer.
+        part: which of its projections are quantized.
+        type_index: of the candidate type.
+        token: (n,) positions among the tokens whose change is given.
+        slot: (n,) which of their top-k choices the expert was.
+        output: (n, H) change of the expert's output, before the routing weight.
+        weight_error: sum of squared changes of its weights, each relative to its matrix's sum of squares.
+    """
+
+    expert: int
+    part: Part
+    type_index: int
+    token: Tensor
+    slot: Tensor
+    output: Tensor
+    weight_error: float
+
+
+def change_of_weights(
+    tensor: SourceTensor, expert: int, quant_type: QuantType, importance: Importance, device: torch.device
+) -> Tensor:
+    """Weights as unpacked from `quant_type` less the original ones, float32 (rows, n_in); rows must fit the type."""
+    matrix = as_float32(tensor.read(expert))
+    columns = importance[tensor.name][expert] if tensor.name in importance else None
+    packed = pack_matrix(matrix, quant_type, columns, name=tensor.name)
+    return torch.from_numpy(unpack_matrix(packed, quant_type, matrix.shape[1]) - matrix).to(device)
+
+
+def expert_changes(
+    streamed: StreamedModel,
+    module: Any,
+    projections: Mapping[str, SourceTensor],
+    types: Sequence[QuantType],
+    importance: Importance,
+    inputs: Tensor,
+    index: Tensor,
+) -> Iterator[ExpertChange]:
+    """The changes of all experts of a layer, at all types that their rows fit, on all tokens routed to them.
+
+    Every matrix is packed once per type. Experts without tokens are given, too, with n = 0.
+
+    Args:
+        module: transformers' experts module, loaded: gate_up_proj (E, 2I, H), down_proj (E, H, I), `_apply_gate`.
+        projections: the layer's tensors by projection.
+        inputs: (N, H) of the block; index: (N, k) chosen experts.
+    """
+    expert_weights = _weight_changes_ahead(projections, types, importance, streamed.device)
+    for expert, by_type in enumerate(expert_weights):
+        token, slot = torch.where(index == expert)
+        x = inputs[token].float()
+        gate_up, down = module.gate_up_proj[expert].float(), module.down_proj[expert].float()
+        before = linear(x, gate_up)
+        gate, up = before.chunk(2, dim=-1)
+        hidden = module._apply_gate(before)
+        for type_index, change in enumerate(by_type):
+            original = {"gate": gate_up.chunk(2)[0], "up": gate_up.chunk(2)[1], "down": down}
+            error = {
+                name: float(value.square().sum() / original[name].square().sum()) for name, value in change.items()
+            }
+            outputs: dict[Part, Tensor] = {}
+            if "gate" in change and "up" in change:
+                new_gate, new_up = gate + linear(x, change["gate"]), up + linear(x, change["up"])
+                outputs["gate"] = linear(module._apply_gate(torch.cat([new_gate, up], -1)) - hidden, down)
+                outputs["up"] = linear(module._apply_gate(torch.cat([gate, new_up], -1)) - hidden, down)
+            if "down" in change:
+                outputs["down"] = linear(hidden, change["down"])
+            if len(change) == len(projections):
+                new_hidden = module._apply_gate(torch.cat([new_gate, new_up], -1))
+                outputs["expert"] = linear(new_hidden - hidden, down) + linear(new_hidden, change["down"])
+            for part, output in outputs.items():
+                total = sum(error.values()) if part == "expert" else error[part]
+                yield ExpertChange(expert, part, type_index, token, slot, output, total)
+
+
+def _weight_changes_ahead(
+    projections: Mapping[str, SourceTensor], types: Sequence[QuantType], importance: Importance, device: torch.device
+) -> Iterator[list[dict[str, Tensor]]]:
+    """Expert by expert, per type and projection that fits, the change of its weights; packed on all cores, ahead."""
+    n_experts = next(iter(projections.values())).n_experts
+    cores = os.cpu_count() or 1
+
+    def pack_expert(expert: int) -> list[dict[str, Tensor]]:
+        return [
+            {
+                name: change_of_weights(tensor, expert, quant_type, importance, device)
+                for name, tensor in projections.items()
+                if quant_type.fits(tensor.row_width)
+            }
+            for quant_type in types
+        ]
+
+    with ThreadPoolExecutor(cores, thread_name_prefix="packing") as executor:
+        pending: deque[Future[list[dict[str, Tensor]]]] = deque()
+        try:
+            for expert in range(n_experts):
+                pending.append(executor.submit(pack_expert, expert))
+                if len(pending) > cores:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
