@@ -1,4 +1,7 @@
-"""Pictures that scikit-image and scikit-learn carry in their wheels: photographs, scans and micrographs."""
+"""Pictures that scikit-image and scikit-learn carry in their wheels: photographs, scans and micrographs.
+
+Some are left out on purpose: validation asks about them when no held-out set is given.
+"""
 
 from collections.abc import Iterator
 from functools import cache
@@ -12,31 +15,22 @@ from mode_gguf.errors import MissingResourceError
 _LONGEST_SIDE = 640
 
 _CAPTIONS = {
-    "astronaut.png": "A smiling astronaut with short light hair poses in an orange space suit, her helmet in front of "
-    "her; on the left hangs a United States flag, on the right stands a model of the Space Shuttle.",
     "brick.png": "Long bricks laid in staggered rows with pale joints, seen at a slant, in black and white.",
     "camera.png": "A black and white photograph of a man in a dark coat who looks through a film camera on a tripod; "
     "behind him lie a lawn and, far away, tall buildings.",
     "cell.png": "A microscope image of one bright, round cell with a dark rim on a grey background.",
-    "chelsea.png": "A close portrait of a tabby cat with orange and brown fur, pointed ears and greenish eyes.",
     "clock_motion.png": "A grey picture in which nothing is sharp: a bright disc, smeared by motion.",
-    "coffee.png": "A red cup of espresso on a red saucer with a small spoon, standing on a wooden table.",
     "coins.png": "Twenty-four old coins lie in four rows on a dark surface, each worn and showing another relief.",
     "grass.png": "Blades of grass and small leaves fill the whole picture, densely and without any order.",
     "gravel.png": "Small angular stones cover the ground from edge to edge, in black and white.",
-    "horse.png": "The black silhouette of a standing horse on a white background, facing right.",
     "hubble_deep_field.jpg": "Hundreds of distant galaxies of different shapes and colours on a black sky, seen by a "
     "space telescope.",
     "ihc.png": "A stained slice of tissue under the microscope: brown gland cells, and blue nuclei between them.",
     "logo.png": "A round logo in green and orange, in which the head of a scaly snake curls through the middle.",
     "microaneurysms.png": "A small grey detail of a retina with thin dark vessels and a few dark spots.",
-    "moon.png": "The surface of the moon with craters and their shadows, in black and white.",
     "motorcycle_left.png": "A red motorcycle stands in a garage in front of shelves full of boxes.",
-    "page.png": "A photographed page of a manual. Its heading reads 'Region-based segmentation'; below are a paragraph "
-    "about markers of coins and background, and a line of code.",
     "phantom.png": "A drawing of grey and black ellipses inside a white ring, used to test tomography software.",
     "retina.jpg": "The back of an eye: a bright disc at the left, from which red vessels branch over an orange ground.",
-    "rocket.jpg": "A white rocket on its launch pad at dusk, lit by floodlights and surrounded by lattice towers.",
     "text.png": "Handwritten signs on ruled paper, photographed at a slant in black and white.",
     "china.jpg": "A Chinese tower of several storeys with curved roofs stands above trees; a wide lake lies behind it.",
     "flower.jpg": "An orange dahlia with many small petals in front of dark green leaves.",

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mode_gguf.calibration import hub_dataset
+from mode_gguf.calibration.default_set import default_samples
 from mode_gguf.calibration.sample import Message, Sample
 from mode_gguf.calibration.samples import cut, load_samples
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
+from mode_gguf.validation.default_set import default_held_out
 
 
 def write_lines(path: Path, *rows: object) -> Path:
@@ -165,3 +167,10 @@ def test_cutting_loses_only_blank_pieces(text: str, size: int) -> None:
     pieces = list(cut(text, size))
     assert all(0 < len(piece) <= size for piece in pieces)
     assert "".join("".join(pieces).split()) == "".join(text.split())
+
+
+def test_built_in_pictures_are_not_those_that_validation_asks_about() -> None:
+    used = {sample.origin.rpartition(" ")[2] for sample in default_samples()}
+    asked = {question.image.name for question in default_held_out().questions}
+    assert asked
+    assert not asked & used
