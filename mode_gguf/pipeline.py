@@ -315,16 +315,33 @@ def run_export(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> tuple[Path, Path]:
-    """Write the text model as planned, and the projector; returns their paths.
+    """Write the text model as planned, and the projector; returns their paths. Raises like `export_text`."""
+    text = export_text(checkpoint, folder, plan, pre_tokenizer=pre_tokenizer, threads=threads, progress=progress)
+    projector = projector_path(folder, projector_type)
+    write_projector(projector, checkpoint, projector_type, progress=progress)
+    return text, projector
+
+
+def export_text(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    plan: Plan,
+    *,
+    pre_tokenizer: str | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Write the text model as planned, with the importance matrix in the folder if there is one; returns its path.
 
     Raises:
         InputError: the plan belongs to another model, or a weight cannot be packed.
+        MissingResourceError: not enough disk space.
     """
     _check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
-    text, projector = model_path(folder, plan), projector_path(folder, projector_type)
+    path = model_path(folder, plan)
     with_imatrix = folder.imatrix.exists() and not plan.is_full_precision
     write_text_model(
-        text,
+        path,
         checkpoint,
         plan.types,
         read_imatrix(folder.imatrix) if with_imatrix else None,
@@ -333,8 +350,7 @@ def run_export(
         threads=threads or os.cpu_count() or 1,
         progress=progress,
     )
-    write_projector(projector, checkpoint, projector_type, progress=progress)
-    return text, projector
+    return path
 
 
 def run_reference(
@@ -342,12 +358,11 @@ def run_reference(
 ) -> Path:
     """Write, unless it is there already, the full-precision text model that results are compared with."""
     plan = make_uniform_plan(checkpoint, folder, REFERENCE_TYPE)
-    path = model_path(folder, plan)
-    ledger = StageLedger(folder)
+    path, ledger = model_path(folder, plan), StageLedger(folder)
     inputs = fingerprint(checkpoint.fingerprint, options.pre_tokenizer, __version__)
     if not ledger.is_current("reference", inputs):
         with ledger.running("reference", inputs, [path]):
-            write_text_model(path, checkpoint, plan.types, pre_tokenizer=options.pre_tokenizer, progress=progress)
+            export_text(checkpoint, folder, plan, pre_tokenizer=options.pre_tokenizer, progress=progress)
     return path
 
 

@@ -55,13 +55,12 @@ class StageLedger:
 
     def __init__(self, folder: WorkFolder) -> None:
         self._path = folder.stages
-        self._entries: dict[str, dict[str, Any]] = self._read()
         self.seconds: dict[str, float] = {}
         """Wall-clock seconds of each stage in this run; 0 for one that was reused."""
 
     def is_current(self, stage: str, inputs: str) -> bool:
         """Whether the outputs of `stage` are there and were made from `inputs`."""
-        entry = self._entries.get(stage)
+        entry = self._read().get(stage)
         current = entry is not None and entry["inputs"] == inputs and entry["outputs"] == _sizes(entry["outputs"])
         if current:
             self.seconds[stage] = 0.0
@@ -74,8 +73,8 @@ class StageLedger:
         yield
         self.seconds[stage] = round(time.monotonic() - started, 3)
         sizes = _sizes([str(path) for path in outputs])
-        self._entries[stage] = {"inputs": inputs, "outputs": sizes, "seconds": self.seconds[stage]}
-        write_json(self._path, self._entries)
+        entry = {"inputs": inputs, "outputs": sizes, "seconds": self.seconds[stage]}
+        write_json(self._path, {**self._read(), stage: entry})
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:

@@ -41,3 +41,11 @@ def test_failed_stage_is_not_remembered(folder: WorkFolder) -> None:
 def test_unreadable_ledger_means_starting_over(folder: WorkFolder, text: str) -> None:
     folder.stages.write_text(text)
     assert not StageLedger(folder).is_current("plan", "inputs")
+
+
+def test_two_ledgers_of_one_folder_keep_each_others_entries(folder: WorkFolder) -> None:
+    outer = StageLedger(folder)
+    with outer.running("validate", "inputs", []), StageLedger(folder).running("reference", "inputs", []):
+        pass
+    assert StageLedger(folder).is_current("reference", "inputs")
+    assert StageLedger(folder).is_current("validate", "inputs")

@@ -1,0 +1,171 @@
+"""The demo: convert the shipped checkpoint at 3.0 bits per weight and measure it beside uniform types in llama.cpp.
+
+    python tools/demo.py --out demo-output
+
+Everything below is measured in this run, on the held-out set in demo/heldout; nothing is stored beforehand. KL is the
+divergence from the BF16 file in nats per token over the full vocabulary: of the texts' tokens, and of the tokens of
+BF16's answers about pictures. Uniform files store every expert in one type and everything else in Q4_K, with the same
+importance matrix as the MODE file.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from rich.console import Console
+from rich.table import Table
+
+from mode_gguf import pipeline
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.progress import Progress
+from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.validation.report import ValidationReport
+from mode_gguf.workfolder import WorkFolder
+from mode_gguf_cli.console import log_to_stderr, progress, say, show, stdout
+
+DEMO = Path(__file__).parent.parent / "demo"
+BITS = 3.0
+BASELINES = ("Q2_K", "Q3_K")
+MODE = f"MODE {BITS:.1f} bpw"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    report: ValidationReport
+
+
+def main() -> None:
+    """Convert, measure, print, draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for everything written")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO / "checkpoint", help="another checkpoint to run it on")
+    arguments = parser.parse_args()
+    log_to_stderr()
+    started = time.monotonic()
+
+    checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
+    options = pipeline.ConvertOptions(
+        bpw=BITS,
+        calibration=pipeline.CalibrationOptions(source=str(DEMO / "calibration")),
+        held_out=DEMO / "heldout",
+    )
+    say(f"converting {checkpoint.path} to {BITS} bits per weight")
+    result = pipeline.convert(checkpoint, folder, options, progress())
+    rows = [Row(MODE, ValidationReport.load(folder.report))]
+    for name in BASELINES:
+        say(f"for comparison: every expert in {name}")
+        rows.insert(-1, Row(f"uniform {name}", uniform(checkpoint, folder, name, options, progress())))
+
+    print_table(rows)
+    draw(rows, arguments.out / "comparison.png")
+    show_example(rows[-1].report)
+    show(f"\nmodel       {result.model}\nprojector   {result.mmproj}")
+    show(f"comparison  {arguments.out / 'comparison.png'}")
+    show(f"{time.monotonic() - started:.0f} seconds in all")
+
+
+def uniform(
+    checkpoint: Checkpoint, folder: WorkFolder, name: str, options: pipeline.ConvertOptions, watch: Progress
+) -> ValidationReport:
+    """Export and measure the file that stores every expert in one type."""
+    plan = pipeline.make_uniform_plan(checkpoint, folder, QUANT_TYPES[name])
+    return pipeline.run_validation(
+        pipeline.export_text(checkpoint, folder, plan, progress=watch),
+        pipeline.projector_path(folder, options.projector_type),
+        pipeline.run_reference(checkpoint, folder, options, watch),
+        folder.path / f"report-{name}.json",
+        plan=plan,
+        held_out=options.held_out,
+        reference_folder=folder.path / "reference",
+        progress=watch,
+    )
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Print the table; the first line is the reference itself."""
+    table = Table("", "size", "bpw", "experts' bpw", "text KL", "image KL", "text top-1", "image top-1", "accuracy")
+    reference = rows[0].report.reference
+    assert reference is not None
+    right = rows[0].report.reference_accuracy["all"]
+    table.add_row(
+        "BF16",
+        megabytes(reference.size_bytes),
+        f"{reference.bpw:.3f}",
+        f"{reference.experts_bpw:.3f}",
+        "0",
+        "0",
+        "100 %",
+        "100 %",
+        f"{right.right}/{right.asked} = {100 * right.share:.1f} %",
+    )
+    for row in rows:
+        report, accuracy = row.report, row.report.accuracy["all"]
+        assert report.text is not None
+        assert report.image is not None
+        table.add_row(
+            row.name,
+            megabytes(report.candidate.size_bytes),
+            f"{report.candidate.bpw:.3f}",
+            f"{report.candidate.experts_bpw:.3f}",
+            f"{report.text.kl_mean:.4f} ± {report.text.kl_mean_error:.4f}",
+            f"{report.image.kl_mean:.4f} ± {report.image.kl_mean_error:.4f}",
+            f"{100 * (report.text.top1_agreement or 0):.1f} %",
+            f"{100 * (report.image.top1_agreement or 0):.1f} %",
+            f"{accuracy.right}/{accuracy.asked} = {100 * accuracy.share:.1f} %",
+        )
+    # Where nobody watches, lines need not fit a window.
+    Console(width=None if stdout.is_terminal else 140).print(table)
+    text, image = rows[0].report.text, rows[0].report.image
+    assert text is not None
+    assert image is not None
+    show(
+        f"KL in nats per token, ± standard error, over {text.positions} text and {image.positions} answer tokens; "
+        f"llama.cpp: {rows[0].report.runtime}",
+    )
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Plot KL over size, text and image apart."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axis, kind in zip(axes, ("text", "image"), strict=True):
+        for row in rows:
+            part = getattr(row.report, kind)
+            colour = "tab:red" if row.name == MODE else "tab:blue"
+            axis.errorbar(row.report.candidate.bpw, part.kl_mean, part.kl_mean_error, fmt="o", color=colour, capsize=3)
+            axis.annotate(row.name, (row.report.candidate.bpw, part.kl_mean), xytext=(8, 6), textcoords="offset points")
+        axis.set(title=f"{kind} answers" if kind == "image" else "text", xlabel="bits per weight of the text model")
+        axis.set_ylabel("KL divergence from BF16, nats per token")
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0.3, y=0.2)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def show_example(report: ValidationReport) -> None:
+    """Show one question about a picture, preferably one that needs knowledge, and what the MODE file answers."""
+    answer = next((a for a in report.answers if a.right and a.kind in {"sign", "emblem"}), report.example)
+    if answer is None:
+        return
+    show(f"\npicture     {DEMO / 'heldout' / 'images' / answer.image}")
+    show(f"question    {answer.question}")
+    show(f"BF16        {answer.reference_answer}")
+    show(f"{MODE:<11} {answer.answer}")
+
+
+def megabytes(size: int) -> str:
+    """Bytes in units of 10^6."""
+    return f"{size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    main()
