@@ -44,7 +44,7 @@ def main() -> None:
     """Convert, measure, print, draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for everything written")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO / "checkpoint", help="another checkpoint to run it on")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO / "Demo-VL-MoE", help="another checkpoint to run it on")
     arguments = parser.parse_args()
     log_to_stderr()
     started = time.monotonic()

@@ -44,6 +44,7 @@ def add_tokenizer_keys(
         InputError: a tokenizer file cannot be used, or the pre-tokenizer is not known and not given.
     """
     vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer)
+    post_processor = read_json(folder / "tokenizer.json").get("post_processor") or {}
     try:
         special = SpecialVocab(folder, load_merges=True, n_vocab=vocabulary_size)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
@@ -57,6 +58,9 @@ def add_tokenizer_keys(
     writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
+    if post_processor.get("type") == "ByteLevel":  # it adds no token, which gguf's reader does not conclude
+        for kind in ("bos", "eos"):
+            special.add_special_token.setdefault(kind, False)
     special.add_to_gguf(writer, quiet=True)
 
 

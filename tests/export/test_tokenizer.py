@@ -48,6 +48,7 @@ def test_keys(pico: Path) -> None:
     assert found["tokenizer.ggml.eos_token_id"] == 402
     assert found["tokenizer.ggml.padding_token_id"] == 400
     assert found["tokenizer.ggml.add_bos_token"] is False
+    assert found["tokenizer.ggml.add_eos_token"] is False
     assert len(found["tokenizer.ggml.merges"]) == 400 - 256
     assert found["tokenizer.chat_template"] == sizes.CHAT_TEMPLATE
 
