@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,7 @@ from mode_gguf import pipeline
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.progress import Progress
 from mode_gguf.quantization.types import QUANT_TYPES
-from mode_gguf.validation.report import ValidationReport
+from mode_gguf.validation.report import Divergence, ValidationReport
 from mode_gguf.workfolder import WorkFolder
 from mode_gguf_cli.console import log_to_stderr, progress, say, show, stdout
 
@@ -88,46 +89,70 @@ def uniform(
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print the table; the first line is the reference itself."""
-    table = Table("", "size", "bpw", "experts' bpw", "text KL", "image KL", "text top-1", "image top-1", "accuracy")
-    reference = rows[0].report.reference
+    """Print the table, a column per file; the first is the reference itself."""
+    reference, before = rows[0].report.reference, rows[0].report.reference_accuracy["all"]
     assert reference is not None
-    right = rows[0].report.reference_accuracy["all"]
-    table.add_row(
-        "BF16",
-        megabytes(reference.size_bytes),
-        f"{reference.bpw:.3f}",
-        f"{reference.experts_bpw:.3f}",
-        "0",
-        "0",
-        "100 %",
-        "100 %",
-        f"{right.right}/{right.asked} = {100 * right.share:.1f} %",
-    )
+    columns: list[tuple[str, ...]] = [
+        (
+            "BF16",
+            *(f"{reference.size_bytes / 1e6:.1f} MB", f"{reference.bpw:.3f}", f"{reference.experts_bpw:.3f}"),
+            *("", "", "", ""),
+            f"{before.right}/{before.asked} = {100 * before.share:.1f} %",
+            "",
+        )
+    ]
     for row in rows:
         report, accuracy = row.report, row.report.accuracy["all"]
-        assert report.text is not None
-        assert report.image is not None
-        table.add_row(
-            row.name,
-            megabytes(report.candidate.size_bytes),
-            f"{report.candidate.bpw:.3f}",
-            f"{report.candidate.experts_bpw:.3f}",
-            f"{report.text.kl_mean:.4f} ± {report.text.kl_mean_error:.4f}",
-            f"{report.image.kl_mean:.4f} ± {report.image.kl_mean_error:.4f}",
-            f"{100 * (report.text.top1_agreement or 0):.1f} %",
-            f"{100 * (report.image.top1_agreement or 0):.1f} %",
-            f"{accuracy.right}/{accuracy.asked} = {100 * accuracy.share:.1f} %",
+        text, image = divergences(report)
+        columns.append(
+            (
+                row.name,
+                f"{report.candidate.size_bytes / 1e6:.1f} MB",
+                f"{report.candidate.bpw:.3f}",
+                f"{report.candidate.experts_bpw:.3f}",
+                *(f"{part.kl_mean:.4f} ± {part.kl_mean_error:.4f}" for part in (text, image)),
+                *(f"{100 * (part.top1_agreement or 0):.1f} %" for part in (text, image)),
+                f"{accuracy.right}/{accuracy.asked} = {100 * accuracy.share:.1f} %",
+                "{} / {}".format(*changed_answers(report)),
+            )
         )
-    # Where nobody watches, lines need not fit a window.
-    Console(width=None if stdout.is_terminal else 140).print(table)
-    text, image = rows[0].report.text, rows[0].report.image
-    assert text is not None
-    assert image is not None
-    show(
-        f"KL in nats per token, ± standard error, over {text.positions} text and {image.positions} answer tokens; "
-        f"llama.cpp: {rows[0].report.runtime}",
+    table = Table("", *(column[0] for column in columns), box=box.SIMPLE_HEAD)
+    labels = (
+        "size",
+        "bpw",
+        "experts' bpw",
+        "text KL",
+        "image KL",
+        "text top-1",
+        "image top-1",
+        "accuracy",
+        "lost / won",
     )
+    for number, label in enumerate(labels, start=1):
+        table.add_row(label, *(column[number] for column in columns))
+    # Where nobody watches, lines need not fit a window.
+    Console(width=None if stdout.is_terminal else 120).print(table)
+    text, image = divergences(rows[0].report)
+    show(
+        f"KL: nats per token from BF16 ± standard error; {text.positions} tokens of text, {image.positions} of answers"
+    )
+    show(f"accuracy: exact answers to {before.asked} questions about pictures; lost / won: against BF16's answers")
+    show(f"measured in {rows[0].report.runtime}")
+
+
+def divergences(report: ValidationReport) -> tuple[Divergence, Divergence]:
+    """Of text and of image answers; the demo's held-out set has both."""
+    assert report.text is not None
+    assert report.image is not None
+    return report.text, report.image
+
+
+def changed_answers(report: ValidationReport) -> tuple[int, int]:
+    """Questions the reference answers right and the file does not, and the other way round."""
+    before = [answer.reference_answer == answer.expected for answer in report.answers]
+    after = [bool(answer.right) for answer in report.answers]
+    pairs = list(zip(before, after, strict=True))
+    return pairs.count((True, False)), pairs.count((False, True))
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -141,11 +166,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             part = getattr(row.report, kind)
             colour = "tab:red" if row.name == MODE else "tab:blue"
             axis.errorbar(row.report.candidate.bpw, part.kl_mean, part.kl_mean_error, fmt="o", color=colour, capsize=3)
-            axis.annotate(row.name, (row.report.candidate.bpw, part.kl_mean), xytext=(8, 6), textcoords="offset points")
+            top = (row.report.candidate.bpw, part.kl_mean + part.kl_mean_error)
+            axis.annotate(row.name, top, xytext=(0, 6), textcoords="offset points", ha="center")
         axis.set(title=f"{kind} answers" if kind == "image" else "text", xlabel="bits per weight of the text model")
         axis.set_ylabel("KL divergence from BF16, nats per token")
+        axis.margins(x=0.3, y=0.15)
         axis.set_ylim(bottom=0)
-        axis.margins(x=0.3, y=0.2)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -160,11 +186,6 @@ def show_example(report: ValidationReport) -> None:
     show(f"question    {answer.question}")
     show(f"BF16        {answer.reference_answer}")
     show(f"{MODE:<11} {answer.answer}")
-
-
-def megabytes(size: int) -> str:
-    """Bytes in units of 10^6."""
-    return f"{size / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

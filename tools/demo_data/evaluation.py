@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,14 +146,26 @@ def cross_entropy(scored: list[tuple[Tensor, Tensor]]) -> float:
     return float(torch.cat([-p.gather(1, ids[:, None])[:, 0] for p, ids in scored]).mean())
 
 
+def right_answers(scored: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Whether each answer is right to the letter; greedy decoding is right exactly if every argmax is."""
+    return [bool((p.argmax(-1) == ids).all()) for p, ids in scored]
+
+
 def exact(scored: list[tuple[Tensor, Tensor]], samples: list[Sample]) -> dict[str, float]:
-    """Exact-match accuracy by kind and over all; greedy decoding is right exactly if every argmax is."""
+    """Exact-match accuracy by kind and over all."""
     hits = defaultdict(list)
-    for (p, ids), sample in zip(scored, samples, strict=True):
-        right = bool((p.argmax(-1) == ids).all())
+    for right, sample in zip(right_answers(scored), samples, strict=True):
         hits[sample.kind].append(right)
         hits["all"].append(right)
     return {kind: round(float(np.mean(values)), 4) for kind, values in sorted(hits.items())}
+
+
+def changes(reference: list[bool], other: list[bool]) -> dict[str, float]:
+    """Answers lost and won, and the two-sided p-value of the sign test that neither is the rule."""
+    lost = sum(before and not after for before, after in zip(reference, other, strict=True))
+    won = sum(after and not before for before, after in zip(reference, other, strict=True))
+    tail = sum(math.comb(lost + won, i) for i in range(min(lost, won) + 1)) / 2 ** (lost + won)
+    return {"lost": lost, "won": won, "p": min(1.0, 2 * tail)}
 
 
 @torch.no_grad()
@@ -207,6 +220,7 @@ def evaluate(checkpoint: Path, held_out: Path) -> dict[str, Any]:
         "text_loss": {"bf16": cross_entropy(text_base), "q2_k": cross_entropy(text_low)},
         "image_answer_loss": {"bf16": cross_entropy(asked_base), "q2_k": cross_entropy(asked_low)},
         "image_accuracy": {"bf16": exact(asked_base, asked), "q2_k": exact(asked_low, asked)},
+        "image_answers_changed": changes(right_answers(asked_base), right_answers(asked_low)),
         "routing_cosine_per_layer": cosines,
         "routing_cosine_mean": float(np.mean(cosines)),
         "vision_to_text_tokens_min": min(ratios),
@@ -225,6 +239,7 @@ def evaluate(checkpoint: Path, held_out: Path) -> dict[str, Any]:
 def verdicts(result: dict[str, Any]) -> list[tuple[str, str, bool]]:
     """The criteria: what, the measured value, whether it holds."""
     high, low = result["image_accuracy"]["bf16"]["all"], result["image_accuracy"]["q2_k"]["all"]
+    changed = result["image_answers_changed"]
     ratio, background = result["vision_to_text_tokens_min"], result["background_share_of_vision_tokens"]
     return [
         ("text KL at Q2_K >= 0.05", f"{result['text_kl_q2_k']:.4f}", result["text_kl_q2_k"] >= 0.05),
@@ -234,7 +249,11 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, str, bool]]:
             result["image_kl_q2_k"] >= 0.02,
         ),
         ("BF16 image accuracy >= 80 %", f"{high:.1%}", high >= 0.8),
-        ("accuracy lost at Q2_K >= 5 points", f"{high:.1%} -> {low:.1%}", high - low >= 0.05),
+        (
+            "accuracy falls at Q2_K experts (sign test, p < 0.05)",
+            f"{high:.1%} -> {low:.1%}, p = {changed['p']:.3f}",
+            high > low and changed["p"] < 0.05,
+        ),
         (
             "mean routing cosine < 0.7",
             f"{result['routing_cosine_mean']:.3f}",
