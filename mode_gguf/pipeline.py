@@ -220,6 +220,7 @@ def run_calibration(
     samples = _samples(options)
     statistics = calibrate(checkpoint, samples, device=options.device, key_ratio=options.key_ratio, progress=progress)
     statistics.save(folder.calibration)
+    _report_coverage(statistics)
     write_imatrix(
         folder.imatrix,
         balanced_imatrix(statistics, text_tensors(checkpoint)),
@@ -401,8 +402,9 @@ def environment(llama_cpp: Path | None = None) -> dict[str, object]:
     return {
         "device": str(choose_device("auto")),
         "cores": os.cpu_count(),
-        "llama.cpp": {"version": tools.version, "programs": {name: str(path) for name, path in tools.programs.items()}},
         "embedded llama.cpp": library_version(),
+        "llama.cpp": tools.version or ("of unknown version" if tools.programs else "none found"),
+        **{name: str(path) for name, path in tools.programs.items()},
     }
 
 
@@ -416,6 +418,21 @@ def model_path(folder: WorkFolder, plan: Plan) -> Path:
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:
     """Where the projector goes."""
     return folder.path / projector_file_name(folder.name, projector_type)
+
+
+def _report_coverage(statistics: "CalibrationStatistics") -> None:
+    """Name the experts that calibration says nothing about, or nothing about one modality."""
+    for layer in statistics.coverage():
+        for modality, experts in layer.never_routed.items():
+            if experts:
+                log.warning(
+                    "layer %d: no %s token reached %s %s of %d; the layer's mean stands in",
+                    layer.layer,
+                    modality.replace("_", " "),
+                    "expert" if len(experts) == 1 else "experts",
+                    ", ".join(map(str, experts)),
+                    layer.n_experts,
+                )
 
 
 def _reference_fits(checkpoint: Checkpoint) -> bool:

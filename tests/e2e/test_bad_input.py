@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -151,13 +153,18 @@ def test_unknown_type_is_a_usage_error(pico: Path, run: Run) -> None:
 def test_ctrl_c_leaves_no_final_file(pico: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mode_gguf_cli", "convert", str(pico), "--bpw", "4.0", "--out", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Jobs in the background are started with SIGINT ignored, and so would be their children.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listening) as process:
+        watchdog = Timer(120, process.kill)
+        watchdog.start()
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("calibrating"):  # work has begun
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stderr.read()
+        watchdog.cancel()
     assert process.returncode == 130, rest
     assert "interrupted" in rest
     assert "Traceback" not in rest

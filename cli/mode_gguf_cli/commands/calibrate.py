@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, progress, say, show
+from mode_gguf_cli.console import emit_json, progress, show
 
 
 def command(
@@ -35,8 +35,3 @@ def command(
     show(f"statistics  {folder.calibration}")
     show(f"imatrix     {folder.imatrix}")
     show("samples     " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
-    for layer, modalities in never.items():
-        for modality, experts in modalities.items():
-            if experts:
-                tokens, names = modality.replace("_", " "), ", ".join(map(str, experts))
-                say(f"layer {layer}: no {tokens} token reached expert {names}; the layer's mean stands in")
