@@ -21,7 +21,7 @@ from mode_gguf.allocation.planner import PRESETS, optimal_plan, uniform_plan
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.artifacts import file_fingerprint, fingerprint, write_text
+from mode_gguf.artifacts import file_fingerprint, fingerprint, samples_fingerprint, write_text
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.export.imatrix import read_imatrix, write_imatrix
@@ -151,7 +151,8 @@ def convert(
     ledger = StageLedger(folder)
     method = PRESETS[options.preset].method
 
-    calibrated = fingerprint(checkpoint.fingerprint, asdict(options.calibration), __version__)
+    samples = samples_fingerprint(options.calibration.source)
+    calibrated = fingerprint(checkpoint.fingerprint, asdict(options.calibration), samples, __version__)
     if not ledger.is_current("calibrate", calibrated):
         with ledger.running("calibrate", calibrated, [folder.calibration, folder.imatrix]):
             run_calibration(checkpoint, folder, options.calibration, progress)
@@ -181,7 +182,7 @@ def convert(
                 progress=progress,
             )
     if options.validate:
-        validated = fingerprint(exported, str(options.held_out), str(options.llama_cpp))
+        validated = fingerprint(exported, samples_fingerprint(options.held_out), str(options.llama_cpp))
         if not ledger.is_current("validate", validated):
             with ledger.running("validate", validated, [folder.report]):
                 reference = None

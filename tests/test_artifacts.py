@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mode_gguf.artifacts import read_arrays, replaced_atomically, write_arrays, write_text
+from mode_gguf.artifacts import read_arrays, replaced_atomically, samples_fingerprint, write_arrays, write_text
 from mode_gguf.errors import InputError
 
 
@@ -50,3 +50,18 @@ def test_foreign_broken_and_missing_files_are_refused(tmp_path: Path) -> None:
         read_arrays(broken)
     with pytest.raises(InputError, match="cannot be read"):
         read_arrays(tmp_path / "missing.safetensors")
+
+
+def test_samples_fingerprint_sees_every_change_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    path = tmp_path / "deep" / "a.txt"
+    path.write_text("one")
+    seen = {samples_fingerprint(tmp_path), samples_fingerprint(None), samples_fingerprint("owner/dataset")}
+    assert samples_fingerprint(tmp_path) in seen
+    path.write_text("three")
+    seen.add(samples_fingerprint(tmp_path))
+    (tmp_path / "b.txt").write_text("")
+    seen.add(samples_fingerprint(tmp_path))
+    path.unlink()
+    seen.add(samples_fingerprint(tmp_path))
+    assert len(seen) == 6
