@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from mode_gguf.calibration.denormals import denormals_flushed
 from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder, ModelInputs
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.observers import Observer, unseen_activations
@@ -19,6 +20,7 @@ from mode_gguf.progress import Progress, silent
 DEFAULT_KEY_RATIO = 0.2
 
 
+@denormals_flushed()
 def calibrate(
     checkpoint: Checkpoint,
     samples: Sequence[Sample],

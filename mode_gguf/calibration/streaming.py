@@ -149,9 +149,6 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto") -> StreamedModel
         InputError: the family is not supported, or a tensor is missing or has another shape than configured.
         UsageError, MissingResourceError: see `choose_device`.
     """
-    # Gates that are shut leave activations and gradients below 1e-38, on which CPUs compute a hundred times slower.
-    # Threads inherit the setting from the one that starts them.
-    torch.set_flush_denormal(True)
     tensors = text_tensors(checkpoint)
     chosen = choose_device(device)
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32

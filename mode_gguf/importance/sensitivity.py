@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mode_gguf.calibration.denormals import denormals_flushed
 from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
@@ -21,6 +22,7 @@ __all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
 DEFAULT_LABEL_DRAWS = 3
 
 
+@denormals_flushed()
 def measure_sensitivity(
     checkpoint: Checkpoint,
     samples: Sequence[Sample],
