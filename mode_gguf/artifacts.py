@@ -89,6 +89,29 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
 
+def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a JSON-lines file, each with `file:line` for messages about it; empty lines are passed over.
+
+    Raises:
+        InputError: the file cannot be read as UTF-8, or a line is not a JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        origin = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{origin}: a JSON object was expected, {type(row).__name__} found")
+        yield row, origin
+
+
 def fingerprint(*parts: Any) -> str:
     """A short stable digest of JSON-able values."""
     text = json.dumps(parts, sort_keys=True, default=str)

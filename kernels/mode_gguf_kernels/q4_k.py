@@ -14,19 +14,11 @@ import numpy as np
 
 from mode_gguf_kernels.bits import clear, pack_bits, unpack_bits
 from mode_gguf_kernels.compilation import device, kernel
+from mode_gguf_kernels.matrix import pack_matrix, unpack_matrix
 from mode_gguf_kernels.scale_min import decode_tile, encode_tile
 from mode_gguf_kernels.search import F
-from mode_gguf_kernels.simd import LANES, Tile
-from mode_gguf_kernels.tiles import (
-    float_tile,
-    int_tile,
-    load_blocks,
-    load_importance,
-    load_weights,
-    staging_words,
-    store_blocks,
-    store_weights,
-)
+from mode_gguf_kernels.simd import Tile
+from mode_gguf_kernels.tiles import int_tile
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 2 + 2 + 12 + 256 // 2
@@ -52,26 +44,10 @@ def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
 @kernel
 def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
     """Pack a whole matrix; see `registry.Kernels`."""
-    x, w = float_tile(BLOCK_SIZE), float_tile(BLOCK_SIZE)
-    words, staging = int_tile(staging_words(BLOCK_BYTES)), int_tile(staging_words(BLOCK_BYTES))
-    n_blocks = packed.size // BLOCK_BYTES
-    for first in range(0, n_blocks, LANES):
-        if not load_weights(source, kind, first, n_blocks, BLOCK_SIZE, x):
-            return first
-        if importance.size > 0:
-            load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, w)
-        pack_tile(x, w, importance.size > 0, words)
-        store_blocks(words, BLOCK_BYTES, first, n_blocks, staging, packed)
-    return n_blocks
+    return pack_matrix(pack_tile, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
 
 
 @kernel
 def unpack(packed: np.ndarray, weights: np.ndarray) -> None:
     """Unpack a whole matrix; see `registry.Kernels`."""
-    x, level = float_tile(BLOCK_SIZE), int_tile(BLOCK_SIZE)
-    words, staging = int_tile(staging_words(BLOCK_BYTES)), int_tile(staging_words(BLOCK_BYTES))
-    n_blocks = packed.size // BLOCK_BYTES
-    for first in range(0, n_blocks, LANES):
-        load_blocks(packed, BLOCK_BYTES, first, n_blocks, staging, words)
-        unpack_tile(words, level, x)
-        store_weights(x, first, n_blocks, BLOCK_SIZE, weights)
+    unpack_matrix(unpack_tile, BLOCK_BYTES, packed, weights)

@@ -1,12 +1,12 @@
 """Chats about images as ShareGPT4V and its many relatives store them: JSON, one sample a line."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from mode_gguf.artifacts import read_json_lines
 from mode_gguf.calibration.sample import Message, Sample
 from mode_gguf.errors import InputError
 
@@ -23,18 +23,7 @@ def read_sharegpt(path: Path, dataset: str) -> Iterator[Sample]:
     Raises:
         InputError: a line is not such an object, or its image does not exist; names file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{origin}: not valid JSON ({error})") from error
+    for row, origin in read_json_lines(path):
         yield sample_of_row(row, origin, dataset, path.parent)
 
 

@@ -1,6 +1,5 @@
 """Held-out texts and questions about images, and when an answer counts as right."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from mode_gguf.artifacts import read_json_lines
 from mode_gguf.errors import InputError
 from mode_gguf.validation.llama_cpp import open_image
 
@@ -100,23 +100,7 @@ def wilson_interval(right: int, asked: int) -> Interval:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    if not path.exists():
-        return
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{origin}: not a JSON object ({error.msg} at column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{origin}: a JSON object was expected, {type(row).__name__} found")
-        yield row, origin
+    return read_json_lines(path) if path.exists() else iter(())
 
 
 def _text(row: dict[str, Any], origin: str) -> str:

@@ -65,7 +65,7 @@ def test_either_file_is_enough(held_out_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"questions\.jsonl:2: not a JSON object"),
+        ("{", r"questions\.jsonl:2: not valid JSON"),
         ("[1]", r"questions\.jsonl:2: a JSON object was expected, list found"),
         ({"question": "What?"}, r"questions\.jsonl:2: 'image' must be a text"),
         ({"image": "images/0.png"}, r"questions\.jsonl:2: 'question' must be a text"),
