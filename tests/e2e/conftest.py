@@ -11,7 +11,11 @@ from mode_gguf_cli.main import main
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """run(*arguments, code=0): a command that must end with `code`; returns its stdout, or its one error line."""
+    """run(*arguments, code=0): a command that must end with `code`; returns its stdout, or its one error line.
+
+    It validates in the embedded llama.cpp: what else a machine has is not what is tested.
+    """
+    monkeypatch.delenv("MODE_GGUF_LLAMA_CPP", raising=False)
 
     def run(*arguments: str | Path, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["mode-gguf", *map(str, arguments)])

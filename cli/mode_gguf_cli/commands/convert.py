@@ -86,21 +86,30 @@ def command(
 
 
 def _show_estimate(estimate: "Estimate", bpw: float, *, as_json: bool) -> None:
-    facts = {
-        "model": estimate.model_name,
-        "family": estimate.family,
-        "n_weights": estimate.n_weights,
-        "expert_share": estimate.expert_weights / estimate.n_weights,
-        "layers": estimate.layers,
-        "experts": estimate.experts,
-        "bpw": bpw,
-        "reachable_bpw": [estimate.reachable.lowest_bpw, estimate.reachable.highest_bpw],
-        "limits": list(estimate.reachable.limits),
-        "model_bytes": estimate.model_bytes,
-        "free_disk_bytes": estimate.free_disk_bytes,
-    }
+    lowest, highest = estimate.reachable.lowest_bpw, estimate.reachable.highest_bpw
+    share = estimate.expert_weights / estimate.n_weights
     if as_json:
-        emit_json(facts)
+        emit_json(
+            {
+                "model": estimate.model_name,
+                "family": estimate.family,
+                "n_weights": estimate.n_weights,
+                "expert_share": share,
+                "layers": estimate.layers,
+                "experts": estimate.experts,
+                "bpw": bpw,
+                "reachable_bpw": [lowest, highest],
+                "limits": list(estimate.reachable.limits),
+                "model_bytes": estimate.model_bytes,
+                "free_disk_bytes": estimate.free_disk_bytes,
+            }
+        )
         return
-    for name, value in facts.items():
-        show(f"{name:<16} {value}")
+    experts = f"{100 * share:.1f} % in {estimate.layers} layers of {estimate.experts} experts"
+    show(f"model      {estimate.model_name} ({estimate.family})")
+    show(f"weights    {estimate.n_weights:,}, {experts}")
+    show(f"bpw        {bpw:g}; {lowest:.3f} to {highest:.3f} can be reached")
+    for limit in estimate.reachable.limits:
+        show(f"           {limit}")
+    show(f"text file  {estimate.model_bytes / 1e6:,.1f} MB; {estimate.free_disk_bytes / 1e9:,.1f} GB are free")
+    show("nothing was written")
