@@ -1,0 +1,58 @@
+"""What the command line prints, and where."""
+
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from mode_gguf.errors import InputError
+from mode_gguf_cli import console, main
+
+COMMANDS = ("convert", "calibrate", "sensitivity", "plan", "export", "validate", "inspect", "doctor")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(main.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_progress_is_lines_on_stderr_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress().step("packing", 8) as advance:
+        for _ in range(8):
+            advance(1)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[:3] == ["packing: 2 of 8", "packing: 4 of 8", "packing: 6 of 8"]
+    assert lines[3].startswith("packing: done, 8 in ")
+    assert len(lines) == 4
+
+
+def test_results_are_not_wrapped_or_marked_up(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "model  /a/[bold]/" + "very" * 60
+    console.show(line)
+    assert capsys.readouterr().out == line + "\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (InputError("blk.0[1]: bad"), 4, "error: blk.0[1]: bad"),
+        (OSError(28, "No space left on device"), 4, "error: the disk is full"),
+        (PermissionError(13, "Permission denied", "/x"), 4, "error: [Errno 13] Permission denied"),
+    ],
+)
+def test_failures_end_in_one_line_and_their_code(
+    raised: Exception, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["mode-gguf"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == code
+    assert capsys.readouterr().err.startswith(says)
