@@ -84,7 +84,8 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
         sums, counts = arrays[name + _SUMS], arrays[name + _COUNTS].reshape(-1, 1)
         sums = sums.reshape(-1, sums.shape[-1])
         _check(path, name, sums, counts)
-        whole = np.floor(counts + np.float32(0.5))
+        # In float64: above 2^23 float32 has no halves, and adding one would round odd counts up.
+        whole = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)
         importance[name] = np.where(whole > 0, sums / np.maximum(whole, 1), np.float32(1)).astype(np.float32)
     return importance
 
