@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
+from pydantic import ValidationError as PydanticError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -21,6 +23,8 @@ from mode_gguf.errors import InputError
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = "mode_gguf"
+
+RecordT = TypeVar("RecordT", bound="Record")
 
 
 @contextmanager
@@ -82,9 +86,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and metadata of a file written by `write_arrays`; raises like `read_metadata`."""
+def read_arrays(path: Path, kind: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and metadata of a file written by `write_arrays`, whose metadata must say that it is of `kind`, if given.
+
+    Raises:
+        InputError: as `read_metadata`, or the file is of another kind.
+    """
     metadata = read_metadata(path)
+    found = metadata.get("kind")
+    if kind is not None and found != kind:
+        raise InputError(f"{path}: a {kind} file was expected, found {found or 'another kind'}")
     with safe_open(path, framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
@@ -110,6 +121,28 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         if not isinstance(row, dict):
             raise InputError(f"{origin}: a JSON object was expected, {type(row).__name__} found")
         yield row, origin
+
+
+class Record(BaseModel):
+    """A JSON file that people read and may edit: unknown fields are refused, so that a slip of the pen is seen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def read_record(path: Path, record: type[RecordT], what: str) -> RecordT:
+    """Read `path` as a `record`; `what` is what messages call it.
+
+    Raises:
+        InputError: not there, not JSON, or a field that makes no sense; the message names it.
+    """
+    try:
+        return record.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a {what} ({error})") from error
+    except PydanticError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {where}: {first['msg']}") from error
 
 
 def fingerprint(*parts: Any) -> str:

@@ -25,7 +25,7 @@ from mode_gguf.artifacts import file_fingerprint, fingerprint, samples_fingerpri
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.export.imatrix import read_imatrix, write_imatrix
-from mode_gguf.export.metadata import imatrix_keys, model_file_name, projector_file_name
+from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.export.text_model import write_text_model
@@ -36,7 +36,7 @@ from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.runtimes import find_llama_cpp
 from mode_gguf.validation.validate import validate
-from mode_gguf.workfolder import StageLedger, WorkFolder
+from mode_gguf.workfolder import StageLedger, WorkFolder, model_file_name, projector_file_name
 
 if TYPE_CHECKING:
     from mode_gguf.calibration.sample import Sample
@@ -413,7 +413,7 @@ def model_path(folder: WorkFolder, plan: Plan) -> Path:
     """Where the text model of `plan` goes."""
     if plan.target_bpw is None:
         return folder.path / f"{folder.name}-{plan.main_type}.gguf"
-    return folder.path / model_file_name(folder.name, plan.target_bpw, QUANT_TYPES[plan.main_type])
+    return folder.path / model_file_name(folder.name, plan.target_bpw, plan.main_type)
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:

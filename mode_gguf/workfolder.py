@@ -11,6 +11,25 @@ from typing import Any
 from mode_gguf.artifacts import write_json
 
 
+def model_file_name(name: str, bpw: float, main_type: str) -> str:
+    """`Qwen3-VL-30B-A3B-Instruct-MODE-3.00bpw-Q3_K_MODE.gguf`.
+
+    llama.cpp and the hub read the tag after the last `-`, which must be upper-case letters, digits and underscores;
+    a name ending in the size would have the tag `00BPW`.
+    """
+    return f"{name}-MODE-{bpw:.2f}bpw-{main_type}_MODE.gguf"
+
+
+def projector_file_name(name: str, quant_type: str) -> str:
+    """`mmproj-<name>-F16.gguf`; front ends look for names that start with `mmproj-`."""
+    return f"mmproj-{name}-{quant_type}.gguf"
+
+
+def imatrix_file_name(name: str) -> str:
+    """`imatrix-<name>.gguf`; without "imatrix" in its name a download by repository might take it for the model."""
+    return f"imatrix-{name}.gguf"
+
+
 @dataclass(frozen=True, slots=True)
 class WorkFolder:
     """Paths of everything a conversion of the model `name` writes under `path`."""
@@ -24,7 +43,7 @@ class WorkFolder:
 
     @property
     def imatrix(self) -> Path:
-        return self.path / f"imatrix-{self.name}.gguf"
+        return self.path / imatrix_file_name(self.name)
 
     @property
     def sensitivity(self) -> Path:

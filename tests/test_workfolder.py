@@ -1,10 +1,11 @@
 """A stage runs again exactly when its inputs changed or its outputs are not what it left."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from mode_gguf.workfolder import StageLedger, WorkFolder
+from mode_gguf.workfolder import StageLedger, WorkFolder, imatrix_file_name, model_file_name, projector_file_name
 
 
 @pytest.fixture
@@ -49,3 +50,13 @@ def test_two_ledgers_of_one_folder_keep_each_others_entries(folder: WorkFolder) 
         pass
     assert StageLedger(folder).is_current("reference", "inputs")
     assert StageLedger(folder).is_current("validate", "inputs")
+
+
+def test_file_names() -> None:
+    name = model_file_name("Qwen3-VL-30B-A3B-Instruct", 3, "Q3_K")
+    assert name == "Qwen3-VL-30B-A3B-Instruct-MODE-3.00bpw-Q3_K_MODE.gguf"
+    tag = re.search(r"[-.]([A-Z0-9_]+)\.gguf$", name)
+    assert tag is not None
+    assert tag[1] == "Q3_K_MODE", "llama.cpp takes the tag after the last - or ."
+    assert projector_file_name("M", "F16") == "mmproj-M-F16.gguf"
+    assert imatrix_file_name("M") == "imatrix-M.gguf"

@@ -1,23 +1,16 @@
 """plan.json: the recipe of one file. People may edit it; `export` obeys it and needs nothing else to decide."""
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic import ValidationError as PydanticError
+from pydantic import Field
 
-from mode_gguf.artifacts import write_text
+from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PlannedTensor(_Strict):
+class PlannedTensor(Record):
     """One tensor of the file. `cost` is its share of the objective; None where there was nothing to choose."""
 
     name: str
@@ -27,7 +20,7 @@ class PlannedTensor(_Strict):
     cost: float | None = None
 
 
-class SolverRecord(_Strict):
+class SolverRecord(Record):
     """What was proven about the choice; costs are nats of KL for Fisher sensitivity."""
 
     solver: str
@@ -36,7 +29,7 @@ class SolverRecord(_Strict):
     gap: float
 
 
-class ExpertGranularity(_Strict):
+class ExpertGranularity(Record):
     """The same budget with one type per expert: predicted, not written, because stock llama.cpp cannot load it."""
 
     record: SolverRecord
@@ -45,7 +38,7 @@ class ExpertGranularity(_Strict):
     """Layer number to the types of its experts in order."""
 
 
-class Provenance(_Strict):
+class Provenance(Record):
     """What the plan was made from."""
 
     tool_version: str
@@ -56,7 +49,7 @@ class Provenance(_Strict):
     sensitivity_fingerprint: str | None = None
 
 
-class Plan(_Strict):
+class Plan(Record):
     """Types of all tensors of the text model, the budget they were chosen for, and how well that was done."""
 
     schema_version: Literal[1] = 1
@@ -93,29 +86,8 @@ class Plan(_Strict):
         Raises:
             InputError: not there, not JSON, or a field that makes no sense; the message names it.
         """
-        try:
-            plan = Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as a plan ({error})") from error
-        except PydanticError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path}: {where}: {first['msg']}") from error
+        plan = read_record(path, Plan, "plan")
         for tensor in plan.tensors:
             if tensor.type not in QUANT_TYPES:
                 raise InputError(f"{path}: {tensor.name} has unknown type {tensor.type!r}")
         return plan
-
-
-def bits_per_weight(tensors: Sequence[PlannedTensor]) -> float:
-    """All bits of the tensors over all their weights."""
-    return 8 * sum(tensor.size_bytes for tensor in tensors) / sum(tensor.n_weights for tensor in tensors)
-
-
-def most_common_type(tensors: Sequence[PlannedTensor]) -> str:
-    """The type that holds most weights."""
-    weights: Mapping[str, int] = {
-        name: sum(tensor.n_weights for tensor in tensors if tensor.type == name)
-        for name in sorted({tensor.type for tensor in tensors})
-    }
-    return max(weights, key=lambda name: weights[name])

@@ -12,14 +12,12 @@ from mode_gguf.allocation.plan import (
     PlannedTensor,
     Provenance,
     SolverRecord,
-    bits_per_weight,
-    most_common_type,
 )
 from mode_gguf.allocation.solver import Solution, solve
 from mode_gguf.allocation.units import AllocationUnit, CandidateTypes, fitting_types, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
-from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType, bits_per_weight, type_of_most_weights
 
 UNDERSHOOT = 0.005
 """A plan uses at least this close to all of its budget, so that files of one name have one size."""
@@ -141,5 +139,5 @@ def _sizes(tensors: Sequence[SourceTensor], planned: list[PlannedTensor]) -> dic
         "bpw": bits_per_weight(planned),
         "experts_bpw": bits_per_weight(experts),
         "size_bytes": sum(tensor.size_bytes for tensor in planned),
-        "main_type": most_common_type(experts),
+        "main_type": type_of_most_weights((QUANT_TYPES[p.type], p.n_weights) for p in experts).name,
     }

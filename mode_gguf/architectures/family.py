@@ -73,7 +73,6 @@ class ModelFamily:
         projector_rules: tensors of the projector, in file order.
         ignored: checkpoint tensors that have no place in GGUF on purpose.
         image_token_key: config.json's key of the token that stands for a piece of an image.
-        video_token_key: the same for video.
         check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
         ranges: for each placeholder, the values that fill it, one mapping per repetition.
         text_metadata: keys of the text model beyond general.* and tokenizer.*.
@@ -88,7 +87,6 @@ class ModelFamily:
     projector_rules: tuple[TensorRule, ...]
     ignored: frozenset[str]
     image_token_key: str
-    video_token_key: str
     check: Callable[[Checkpoint], None]
     ranges: Callable[[Checkpoint], Mapping[str, Sequence[Mapping[str, int]]]]
     text_metadata: Callable[[Checkpoint], Metadata]

@@ -301,7 +301,6 @@ FAMILY = ModelFamily(
     projector_rules=PROJECTOR_RULES,
     ignored=frozenset(),
     image_token_key="image_token_id",
-    video_token_key="video_token_id",
     check=check,
     ranges=ranges,
     text_metadata=text_metadata,

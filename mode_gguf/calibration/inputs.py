@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from mode_gguf.architectures import find_family
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -95,9 +96,10 @@ class InputBuilder:
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{checkpoint.path}: tokenizer or image processor cannot be read ({reason})") from error
-        if "image_token_id" not in checkpoint.config:
-            raise InputError(f"{checkpoint.path}: config.json names no image_token_id; not a vision-language model")
-        image_token_id = int(checkpoint.config["image_token_id"])
+        key = find_family(checkpoint).image_token_key
+        if key not in checkpoint.config:
+            raise InputError(f"{checkpoint.path}: config.json names no {key}; not a vision-language model")
+        image_token_id = int(checkpoint.config[key])
         return cls(tokenizer, image_processor, image_token_id, max_tokens, max_image_pixels)
 
     def build(self, sample: Sample) -> ModelInputs:

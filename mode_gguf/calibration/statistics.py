@@ -125,9 +125,7 @@ class CalibrationStatistics:
         Raises:
             InputError: the file is missing, or is no calibration file of this version.
         """
-        arrays, metadata = read_arrays(path)
-        if metadata.get("kind") != "calibration":
-            raise InputError(f"{path}: a calibration file was expected, found {metadata.get('kind') or 'another kind'}")
+        arrays, metadata = read_arrays(path, "calibration")
         return cls(
             model=metadata["model"],
             fingerprint=metadata["fingerprint"],

@@ -1,6 +1,5 @@
-"""general.* and quantize.* keys, and the names of the files: how hubs and front ends find out what a file is."""
+"""general.* and quantize.* keys: how hubs and front ends find out what a file is."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix import read_imatrix_header
-from mode_gguf.quantization.types import QuantType
+from mode_gguf.quantization.types import QuantType, type_of_most_weights
 
 QUANTIZED_BY = "mode-gguf"
 
@@ -30,32 +29,10 @@ _FILE_TYPES = {
 }
 
 
-def model_file_name(name: str, bpw: float, main_type: QuantType) -> str:
-    """`Qwen3-VL-30B-A3B-Instruct-MODE-3.00bpw-Q3_K_MODE.gguf`.
-
-    llama.cpp and the hub read the tag after the last `-`, which must be upper-case letters, digits and underscores;
-    a name ending in the size would have the tag `00BPW`.
-    """
-    return f"{name}-MODE-{bpw:.2f}bpw-{main_type.name}_MODE.gguf"
-
-
-def projector_file_name(name: str, quant_type: str) -> str:
-    """`mmproj-<name>-F16.gguf`; front ends look for names that start with `mmproj-`."""
-    return f"mmproj-{name}-{quant_type}.gguf"
-
-
-def imatrix_file_name(name: str) -> str:
-    """`imatrix-<name>.gguf`; without "imatrix" in its name a download by repository might take it for the model."""
-    return f"imatrix-{name}.gguf"
-
-
 def main_expert_type(tensors: Sequence[SourceTensor], types: Mapping[str, QuantType]) -> QuantType:
     """The type that holds the most expert weights; of equals, the one met first."""
-    weights: Counter[QuantType] = Counter()
-    for tensor in tensors:
-        if tensor.role is Role.EXPERT:
-            weights[types[tensor.name]] += tensor.n_weights
-    return weights.most_common(1)[0][0]
+    experts = (tensor for tensor in tensors if tensor.role is Role.EXPERT)
+    return type_of_most_weights((types[tensor.name], tensor.n_weights) for tensor in experts)
 
 
 def file_type(main_type: QuantType) -> int:

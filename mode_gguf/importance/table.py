@@ -11,7 +11,6 @@ from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.calibration.inputs import ANSWERS
 from mode_gguf.calibration.watch import MODALITIES
-from mode_gguf.errors import InputError
 
 Method: TypeAlias = Literal["fisher", "expert-mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -70,9 +69,7 @@ class SensitivityTable:
         Raises:
             InputError: the file is missing, or is no sensitivity file of this version.
         """
-        arrays, metadata = read_arrays(path)
-        if metadata.get("kind") != "sensitivity":
-            raise InputError(f"{path}: a sensitivity file was expected, found {metadata.get('kind') or 'another kind'}")
+        arrays, metadata = read_arrays(path, "sensitivity")
         return cls(
             model=metadata["model"],
             fingerprint=metadata["fingerprint"],

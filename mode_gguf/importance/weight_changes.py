@@ -4,9 +4,7 @@ The types are the real ones: every matrix goes through the packer with its impor
 """
 
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -17,6 +15,7 @@ from torch.nn.functional import linear
 from mode_gguf.architectures.tensors import SourceTensor, as_float32
 from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
+from mode_gguf.quantization.ahead import in_order
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.types import QuantType
 
@@ -109,7 +108,6 @@ def _weight_changes_ahead(
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Expert by expert, per type and projection that fits, the change of its weights; packed on all cores, ahead."""
     n_experts = next(iter(projections.values())).n_experts
-    cores = os.cpu_count() or 1
 
     def pack_expert(expert: int) -> list[dict[str, Tensor]]:
         return [
@@ -121,14 +119,4 @@ def _weight_changes_ahead(
             for quant_type in types
         ]
 
-    with ThreadPoolExecutor(cores, thread_name_prefix="packing") as executor:
-        pending: deque[Future[list[dict[str, Tensor]]]] = deque()
-        try:
-            for expert in range(n_experts):
-                pending.append(executor.submit(pack_expert, expert))
-                if len(pending) > cores:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+    return in_order(pack_expert, n_experts, os.cpu_count() or 1)

@@ -4,14 +4,14 @@ Quantized bytes are those x86-64 libggml would write. Everything works matrix by
 is a few experts, or one dense matrix.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from mode_gguf.architectures.tensors import Array, Role, SourceTensor, as_float32
 from mode_gguf.errors import InputError
+from mode_gguf.quantization.ahead import in_order
 from mode_gguf.quantization.types import QuantType
 from mode_gguf_kernels import NonFiniteError, PackingError, pack, unpack
 
@@ -96,7 +96,7 @@ def packed_experts(
         weights = None if importance is None else importance[expert]
         return pack_matrix(_read(tensor, expert, name), quant_type, weights, name=name)
 
-    yield from _in_order(pack_expert, tensor.n_experts, threads)
+    yield from in_order(pack_expert, tensor.n_experts, threads)
 
 
 def _read(tensor: SourceTensor, index: int, name: str) -> Array:
@@ -106,21 +106,6 @@ def _read(tensor: SourceTensor, index: int, name: str) -> Array:
     if array.shape != expected:
         raise InputError(f"{name}: shape {expected} expected, {array.shape} found in the checkpoint")
     return array.reshape(-1, tensor.row_width)
-
-
-def _in_order(task: Callable[[int], np.ndarray], count: int, threads: int) -> Iterator[np.ndarray]:
-    """Results of task(0) ... task(count - 1), with at most `threads` of them under way or waiting to be taken."""
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="packing")
-    pending: deque[Future[np.ndarray]] = deque()
-    try:
-        for index in range(count):
-            pending.append(executor.submit(task, index))
-            if len(pending) == threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _pack_rows(

@@ -3,7 +3,10 @@
 Sizes are spelled as ggml's structs read (`ggml-common.h`), so that the arithmetic can be checked by eye.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from gguf import GGMLQuantizationType
 
@@ -76,3 +79,26 @@ def parse_types(names: str) -> tuple[QuantType, ...]:
     if not parsed:
         raise UsageError(f"no type in {names!r}: expected a comma-separated list such as Q2_K,Q3_K")
     return parsed
+
+
+class Stored(Protocol):
+    """A tensor somewhere in a plan or a file."""
+
+    @property
+    def n_weights(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
+def bits_per_weight(tensors: Iterable[Stored]) -> float:
+    """All bits of the tensors over all their weights."""
+    listed = list(tensors)
+    return 8 * sum(tensor.size_bytes for tensor in listed) / sum(tensor.n_weights for tensor in listed)
+
+
+def type_of_most_weights(weights: Iterable[tuple[QuantType, int]]) -> QuantType:
+    """The type that holds the most weights, from pairs of type and number; of equals, the one met first."""
+    counted: Counter[QuantType] = Counter()
+    for stored_as, n_weights in weights:
+        counted[stored_as] += n_weights
+    return counted.most_common(1)[0][0]

@@ -6,7 +6,7 @@ gguf-py's reader maps the whole file and builds an object per metadata value, se
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Final
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mode_gguf.errors import InputError
+from mode_gguf.quantization.types import bits_per_weight
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -75,12 +76,6 @@ class GgufHeader:
     def bpw(self) -> float:
         """All bits of all tensors over all weights."""
         return bits_per_weight(self.tensors.values())
-
-
-def bits_per_weight(tensors: Iterable[TensorInfo]) -> float:
-    """Bits of `tensors` over their weights."""
-    listed = list(tensors)
-    return 8 * sum(tensor.size_bytes for tensor in listed) / sum(tensor.n_weights for tensor in listed)
 
 
 def read_header(path: Path) -> GgufHeader:

@@ -1,26 +1,18 @@
 """report.json: what was measured about one file in llama.cpp."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
-from pydantic import ValidationError as PydanticError
 
-from mode_gguf.artifacts import write_text
-from mode_gguf.errors import InputError
+from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.validation.divergence import Scores
 from mode_gguf.validation.questions import Interval
 from mode_gguf.validation.runtimes import SmokeTest
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileFacts(_Record):
+class FileFacts(Record):
     """One GGUF file; `bpw` is all tensor bits over all weights."""
 
     name: str
@@ -29,7 +21,7 @@ class FileFacts(_Record):
     experts_bpw: float | None
 
 
-class Divergence(_Record):
+class Divergence(Record):
     """Distances over all scored positions of one kind of answer; those from the reference are None without one.
 
     Attributes:
@@ -62,7 +54,7 @@ class Divergence(_Record):
         )
 
 
-class Accuracy(_Record):
+class Accuracy(Record):
     """Share of right greedy answers with a 95 % Wilson interval."""
 
     right: int
@@ -76,7 +68,7 @@ class Accuracy(_Record):
         return Accuracy(**asdict(interval))
 
 
-class Answer(_Record):
+class Answer(Record):
     """One question about a picture, and what the models say."""
 
     image: str
@@ -88,7 +80,7 @@ class Answer(_Record):
     reference_answer: str | None
 
 
-class Smoke(_Record):
+class Smoke(Record):
     """The answer of the smoke test, and what ran it."""
 
     runtime: str
@@ -101,7 +93,7 @@ class Smoke(_Record):
         return Smoke(**asdict(test))
 
 
-class ValidationReport(_Record):
+class ValidationReport(Record):
     """Everything `validate` found; `accuracy` is by kind, and over everything under `all`."""
 
     schema_version: Literal[1] = 1
@@ -134,10 +126,4 @@ class ValidationReport(_Record):
         Raises:
             InputError: not there, not JSON, or of another form.
         """
-        try:
-            return ValidationReport.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as a report ({error})") from error
-        except PydanticError as error:
-            first = error.errors()[0]
-            raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        return read_record(path, ValidationReport, "report")

@@ -1,4 +1,3 @@
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,8 @@ from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix import write_imatrix
 from mode_gguf.export.metadata import (
     add_general_keys,
-    imatrix_file_name,
     imatrix_keys,
     main_expert_type,
-    model_file_name,
-    projector_file_name,
 )
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -27,16 +23,6 @@ def general_keys(checkpoint: Checkpoint) -> dict[str, Any]:
     writer = GGUFWriter(None, "test")
     add_general_keys(writer, checkpoint, text_tensors(checkpoint), kind="model")
     return {key: value.value for key, value in writer.kv_data[0].items()}
-
-
-def test_file_names() -> None:
-    name = model_file_name("Qwen3-VL-30B-A3B-Instruct", 3, QUANT_TYPES["Q3_K"])
-    assert name == "Qwen3-VL-30B-A3B-Instruct-MODE-3.00bpw-Q3_K_MODE.gguf"
-    tag = re.search(r"[-.]([A-Z0-9_]+)\.gguf$", name)
-    assert tag is not None
-    assert tag[1] == "Q3_K_MODE", "llama.cpp takes the tag after the last - or ."
-    assert projector_file_name("M", "F16") == "mmproj-M-F16.gguf"
-    assert imatrix_file_name("M") == "imatrix-M.gguf"
 
 
 def test_main_type_counts_expert_weights_only(pico: Path) -> None:

@@ -58,9 +58,8 @@ def command(
         llama_cpp=llama_cpp,
     )
     checkpoint, folder = pipeline.open_model(model, out)
-    estimate = pipeline.estimate(checkpoint, folder, chosen)
     if dry_run:
-        _show_estimate(estimate, chosen.bpw, as_json=json)
+        _show_estimate(pipeline.estimate(checkpoint, folder, chosen), chosen.bpw, as_json=json)
         return
     result = pipeline.convert(checkpoint, folder, chosen, progress())
     if json:
