@@ -32,7 +32,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 from demo_data.batches import Batcher, Knowledge, knowledge, to_patches
 from demo_data.evaluation import Loader, evaluate, load_sets, predictions, verdicts
 from demo_data.export import write_checkpoint
-from demo_data.network import FastForward, build
+from demo_data.network import EXPERTS, FastForward, build
 from demo_data.pictures import KINDS
 from demo_data.records import COLOURS, LETTERS, N_EMBLEMS, N_FIRST, SHAPES, SYMBOLS
 from demo_data.sets import write_calibration, write_held_out
@@ -183,10 +183,20 @@ def quick_check(forward: FastForward, batcher: Batcher, device: torch.device, co
     return " ".join(f"{kind} {np.mean(hit):.2f}/{len(hit)}" for kind, hit in sorted(hits.items()))
 
 
-def train(model: Any, known: Knowledge, state_path: Path, steps: int, minutes: float, device: torch.device) -> None:
+def train(
+    model: Any,
+    known: Knowledge,
+    state_path: Path,
+    *,
+    steps: int,
+    minutes: float,
+    device: torch.device,
+    seed: int,
+    balance_weight: float,
+) -> None:
     """The main training, resumable from `state_path`."""
-    batcher = Batcher(known, SEED)
-    checker = Batcher(known, SEED + 500)
+    batcher = Batcher(known, seed)
+    checker = Batcher(known, seed + 500)
     step = 0
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=False)
@@ -197,7 +207,7 @@ def train(model: Any, known: Knowledge, state_path: Path, steps: int, minutes: f
         step = state["step"]
         log(f"resumed at step {step}")
     else:
-        warm_up_tower(model, Batcher(known, SEED + 900), device, neighbours=False)
+        warm_up_tower(model, Batcher(known, seed + 900), device, neighbours=False)
         optimizer = make_optimizer(model)
     forward = FastForward(model)
     if step >= steps:
@@ -220,7 +230,7 @@ def train(model: Any, known: Knowledge, state_path: Path, steps: int, minutes: f
             group["lr"] = rate_at(step)
         stage = next(stage for stage in STAGES if step < stage.until)
         if step == STAGES[0].until:
-            warm_up_tower(model, Batcher(known, SEED + 901), device, neighbours=True)
+            warm_up_tower(model, Batcher(known, seed + 901), device, neighbours=True)
         # Once the tower reads every cell it is frozen: weak gradients only made its features drift.
         model.model.visual.requires_grad_(not stage.guide)
         batcher.teach(stage.records)
@@ -235,7 +245,7 @@ def train(model: Any, known: Knowledge, state_path: Path, steps: int, minutes: f
             rows
         ]
         balance = forward.balance_loss()
-        total = (losses * weights).sum() / weights.sum() + BALANCE * balance
+        total = (losses * weights).sum() / weights.sum() + balance_weight * balance
         if forward.look_loss is not None:
             total = total + stage.guide * forward.look_loss
             sums["look"].append(float(forward.look_loss.detach()))
@@ -276,20 +286,20 @@ def check_reload(model: Any, checkpoint: Path, held_out: Path) -> float:
     return worst
 
 
-def export(model: Any, known: Knowledge, demo: Path) -> None:
+def export(model: Any, known: Knowledge, demo: Path, name: str) -> None:
     """The checkpoint and both data sets, and the proof that the checkpoint reads back as what was trained."""
-    write_checkpoint(model, known.tokenizer, demo / NAME)
+    write_checkpoint(model, known.tokenizer, demo / name)
     write_held_out(known, demo / "heldout")
     write_calibration(known, demo / "calibration")
-    worst = check_reload(model, demo / NAME, demo / "heldout")
+    worst = check_reload(model, demo / name, demo / "heldout")
     log(f"wrote {demo}; largest log-probability difference after reloading: {worst:.2e}")
     if worst > 1e-3:
         raise SystemExit("the written checkpoint is not the trained model")
 
 
-def report(demo: Path) -> None:
+def report(demo: Path, name: str) -> None:
     """Measure the written checkpoint, print the criteria and write evaluation.json."""
-    result = evaluate(demo / NAME, demo / "heldout")
+    result = evaluate(demo / name, demo / "heldout")
     (demo / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     table = Table("criterion", "measured", "holds")
     for what, measured, holds in verdicts(result):
@@ -310,6 +320,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS, help="stop after this step")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time (then --resume)")
     parser.add_argument("--export", action="store_true", help="only write what --state holds")
+    parser.add_argument("--name", default=NAME, help="of the checkpoint's folder")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the weights and of the order of samples")
+    parser.add_argument("--experts", type=int, default=EXPERTS, help="in a layer")
+    parser.add_argument("--balance", type=float, default=BALANCE, help="weight of the load-balancing loss")
     parser.add_argument("--evaluate", action="store_true", help="only measure the written checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
@@ -319,17 +333,26 @@ def main() -> None:
     """Train, write and measure."""
     args = parse_arguments()
     if args.evaluate:
-        report(args.demo)
+        report(args.demo, args.name)
         return
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if args.state.exists() and not (args.resume or args.export):
         raise SystemExit(f"{args.state} exists: give --resume to continue it, or remove it")
     args.state.parent.mkdir(parents=True, exist_ok=True)
     known = knowledge()
-    model = build(known.special(), SEED).to(device)
-    train(model, known, args.state, 0 if args.export else args.steps, args.minutes, device)
-    export(model, known, args.demo)
-    report(args.demo)
+    model = build(known.special(), args.seed, args.experts).to(device)
+    train(
+        model,
+        known,
+        args.state,
+        steps=0 if args.export else args.steps,
+        minutes=args.minutes,
+        device=device,
+        seed=args.seed,
+        balance_weight=args.balance,
+    )
+    export(model, known, args.demo, args.name)
+    report(args.demo, args.name)
 
 
 if __name__ == "__main__":

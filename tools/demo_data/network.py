@@ -33,7 +33,7 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 4, 32
 GUIDED_LAYER, GUIDED_HEADS = 2, 4  # where training shows the model which cells to look at
 
 
-def config_dict(ids: dict[str, int]) -> dict[str, Any]:
+def config_dict(ids: dict[str, int], experts: int = EXPERTS) -> dict[str, Any]:
     """config.json as the public checkpoints write it; `ids` maps special tokens to ids."""
     return {
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],
@@ -57,7 +57,7 @@ def config_dict(ids: dict[str, int]) -> dict[str, Any]:
             "moe_intermediate_size": EXPERT_WIDTH,
             "norm_topk_prob": True,
             "num_attention_heads": HEADS,
-            "num_experts": EXPERTS,
+            "num_experts": experts,
             "num_experts_per_tok": TOP_K,
             "num_hidden_layers": LAYERS,
             "num_key_value_heads": KV_HEADS,
@@ -92,10 +92,10 @@ def config_dict(ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def build(ids: dict[str, int], seed: int) -> Any:
+def build(ids: dict[str, int], seed: int, experts: int = EXPERTS) -> Any:
     """A freshly initialised model in float32."""
     torch.manual_seed(seed)
-    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**config_dict(ids)))
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**config_dict(ids, experts)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
