@@ -301,6 +301,6 @@ class FastForward:
         """Switch Transformer's load-balancing loss over the last forward."""
         total = torch.zeros((), device=self.router_logits[0].device)
         for logits, index in zip(self.router_logits, self.routing, strict=True):
-            share = torch.bincount(index.reshape(-1), minlength=EXPERTS).float() / index.shape[0]
-            total = total + (share * logits.softmax(-1).mean(0)).sum() * EXPERTS
+            share = torch.bincount(index.reshape(-1), minlength=logits.shape[-1]).float() / index.shape[0]
+            total = total + (share * logits.softmax(-1).mean(0)).sum() * logits.shape[-1]
         return total / len(self.routing)
