@@ -4,6 +4,7 @@ A type's `pack_tile` and `unpack_tile` are handed in; Numba compiles a copy of t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,8 @@ BLOCK_SIZE = 256
 
 @device
 def pack_matrix(
-    pack_tile: Callable[[Tile, Tile, bool, Tile], None],
+    pack_tile: Callable[[Tile, Tile, bool, Any, Tile], None],
+    search: Any,
     block_bytes: int,
     source: np.ndarray,
     kind: int,
@@ -34,7 +36,7 @@ def pack_matrix(
     blocks_per_row: int,
     packed: np.ndarray,
 ) -> int:
-    """Pack a whole matrix in super-blocks of `block_bytes`; see `registry.Kernels`."""
+    """Pack a whole matrix in super-blocks of `block_bytes`, `search` going to pack_tile; see `registry.Kernels`."""
     x, w = float_tile(BLOCK_SIZE), float_tile(BLOCK_SIZE)
     words, staging = int_tile(staging_words(block_bytes)), int_tile(staging_words(block_bytes))
     n_blocks = packed.size // block_bytes
@@ -43,7 +45,7 @@ def pack_matrix(
             return first
         if importance.size > 0:
             load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, w)
-        pack_tile(x, w, importance.size > 0, words)
+        pack_tile(x, w, importance.size > 0, search, words)
         store_blocks(words, block_bytes, first, n_blocks, staging, packed)
     return n_blocks
 

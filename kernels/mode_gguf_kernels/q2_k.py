@@ -16,6 +16,8 @@ from mode_gguf_kernels.bits import byte_of, clear, pack_bits, unpack_bits
 from mode_gguf_kernels.compilation import device, kernel
 from mode_gguf_kernels.halves import half_bits, half_value
 from mode_gguf_kernels.matrix import pack_matrix, unpack_matrix
+from mode_gguf_kernels.refine import Search, error_weights
+from mode_gguf_kernels.refine_min import refine_with_min
 from mode_gguf_kernels.search import (
     F,
     encode_with_min,
@@ -26,16 +28,22 @@ from mode_gguf_kernels.search import (
     sum_of_squares,
     weigh_by_size,
 )
-from mode_gguf_kernels.simd import Tile, absolute, load, store, to_float
+from mode_gguf_kernels.simd import Ints, Tile, absolute, load, store, to_float
 from mode_gguf_kernels.tiles import float_tile, int_tile
 
 BLOCK_SIZE = 256
 BLOCK_BYTES = 256 // 16 + 256 // 4 + 2 + 2
 _SCALES, _LEVELS, _HALVES = 0, 4, 20  # first 32-bit word of each field
 
+SEARCHES: dict[str, Search] = {
+    "fast": Search(5, 1, 0, 2),
+    "default": Search(9, 1, 1, 3),
+    "max": Search(19, 3, 2, 6),
+}
+
 
 @device
-def pack_tile(x: Tile, w: Tile, weighted: bool, words: Tile) -> None:
+def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
     """Pack one super-block per lane; with `weighted`, w holds the importance (it is overwritten)."""
     scales, mins, sums = float_tile(16), float_tile(16), float_tile(16)
     inverses, offsets = float_tile(16), float_tile(16)
@@ -68,7 +76,24 @@ def pack_tile(x: Tile, w: Tile, weighted: bool, words: Tile) -> None:
         scale = half_value(d) * to_float(both & 15)
         low = half_value(dmin) * to_float(both >> 4)
         encode_with_min(x, level, 16 * j, 16, 3, scale, low, load(inverses, j), load(offsets, j), weighted)
-    pack_bits(code, 16, 0, 8, 16, words, _SCALES)
+    _lay_out(code, level, d, dmin, words)
+
+
+@device
+def refine_tile(x: Tile, w: Tile, weighted: bool, search: Search, words: Tile) -> None:
+    """Pack one super-block per lane with less error; w is overwritten."""
+    code, min_code, level = int_tile(16), int_tile(16), int_tile(256)
+    error_weights(x, w, weighted, search.half_powers)
+    d, dmin = refine_with_min(x, w, 16, 16, 3, 15, search, code, min_code, level)
+    for j in range(16):
+        store(code, j, load(code, j) | (load(min_code, j) << 4))
+    _lay_out(code, level, d, dmin, words)
+
+
+@device
+def _lay_out(both: Tile, level: Tile, d: Ints, dmin: Ints, words: Tile) -> None:
+    """Write the block: bytes of scale and min, levels, float16 bits of d and dmin."""
+    pack_bits(both, 16, 0, 8, 16, words, _SCALES)
     pack_bits(level, 256, 0, 2, 32, words, _LEVELS)
     store(words, _HALVES, d | (dmin << 16))
 
@@ -89,8 +114,16 @@ def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
 
 @kernel
 def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
-    """Pack a whole matrix; see `registry.Kernels`."""
-    return pack_matrix(pack_tile, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
+    """Pack a whole matrix as ggml does; see `registry.Kernels`."""
+    return pack_matrix(pack_tile, (), BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
+
+
+@kernel
+def pack_refined(
+    source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, search: Search, packed: np.ndarray
+) -> int:
+    """Pack a whole matrix with less error; see `registry.Kernels`."""
+    return pack_matrix(refine_tile, search, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
 
 
 @kernel

@@ -17,6 +17,8 @@ from mode_gguf_kernels.bits import clear, pack_bits, unpack_bits
 from mode_gguf_kernels.compilation import device, kernel
 from mode_gguf_kernels.halves import half_bits, half_value
 from mode_gguf_kernels.matrix import pack_matrix, unpack_matrix
+from mode_gguf_kernels.refine import Search, error_weights
+from mode_gguf_kernels.refine_signed import refine_signed
 from mode_gguf_kernels.search import (
     F,
     encode_signed,
@@ -35,12 +37,35 @@ BLOCK_SIZE = 256
 BLOCK_BYTES = 256 // 8 + 256 // 4 + 12 + 2
 _HIGH_BITS, _LOW_BITS, _SCALES_LOW, _SCALES_HIGH, _D = 0, 8, 24, 26, 27  # first 32-bit word of each field
 
+SEARCHES: dict[str, Search] = {
+    "fast": Search(3, 1, 0, 1),
+    "default": Search(5, 1, 0, 2),
+    "max": Search(19, 4, 0, 6),
+}
+
 
 @device
-def pack_tile(x: Tile, w: Tile, weighted: bool, words: Tile) -> None:
+def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
     """Pack one super-block per lane; with `weighted`, w holds the importance (it is overwritten)."""
     scales, code, level = float_tile(16), int_tile(16), int_tile(256)
     d = _encode_weighted(x, w, scales, code, level) if weighted else _encode(x, scales, code, level)
+    _lay_out(code, level, d, words)
+
+
+@device
+def refine_tile(x: Tile, w: Tile, weighted: bool, search: Search, words: Tile) -> None:
+    """Pack one super-block per lane with less error; w is overwritten."""
+    code, level = int_tile(16), int_tile(256)
+    error_weights(x, w, weighted, search.half_powers)
+    d = refine_signed(x, w, 4, 32, search, code, level)
+    for j in range(16):
+        store(code, j, load(code, j) + 32)
+    _lay_out(code, level, d, words)
+
+
+@device
+def _lay_out(code: Tile, level: Tile, d: Ints, words: Tile) -> None:
+    """Write the block: codes and levels with their offsets, float16 bits of d."""
     pack_bits(level, 256, 2, 1, 32, words, _HIGH_BITS)
     pack_bits(level, 256, 0, 2, 32, words, _LOW_BITS)
     pack_bits(code, 16, 0, 4, 8, words, _SCALES_LOW)
@@ -104,8 +129,16 @@ def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
 
 @kernel
 def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
-    """Pack a whole matrix; see `registry.Kernels`."""
-    return pack_matrix(pack_tile, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
+    """Pack a whole matrix as ggml does; see `registry.Kernels`."""
+    return pack_matrix(pack_tile, (), BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
+
+
+@kernel
+def pack_refined(
+    source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, search: Search, packed: np.ndarray
+) -> int:
+    """Pack a whole matrix with less error; see `registry.Kernels`."""
+    return pack_matrix(refine_tile, search, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
 
 
 @kernel

@@ -16,7 +16,8 @@ import numpy as np
 from mode_gguf_kernels.bits import clear, pack_bits, unpack_bits
 from mode_gguf_kernels.compilation import device, kernel
 from mode_gguf_kernels.matrix import pack_matrix, unpack_matrix
-from mode_gguf_kernels.scale_min import decode_tile, encode_tile
+from mode_gguf_kernels.refine import Search
+from mode_gguf_kernels.scale_min import decode_tile, encode_refined, encode_tile
 from mode_gguf_kernels.search import F
 from mode_gguf_kernels.simd import Tile
 from mode_gguf_kernels.tiles import int_tile
@@ -25,12 +26,32 @@ BLOCK_SIZE = 256
 BLOCK_BYTES = 2 + 2 + 12 + 256 // 8 + 256 // 2
 _HIGH_BITS, _LOW_BITS = 4, 12  # first 32-bit word of each field
 
+SEARCHES: dict[str, Search] = {
+    "fast": Search(5, 1, 0, 1),
+    "default": Search(7, 1, 1, 2),
+    "max": Search(19, 3, 2, 6),
+}
+
 
 @device
-def pack_tile(x: Tile, w: Tile, weighted: bool, words: Tile) -> None:
+def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
     """Pack one super-block per lane; with `weighted`, w holds the importance (it is overwritten)."""
     level = int_tile(256)
     encode_tile(x, w, weighted, 31, F(-0.5), 15, words, level)
+    _lay_out(level, words)
+
+
+@device
+def refine_tile(x: Tile, w: Tile, weighted: bool, search: Search, words: Tile) -> None:
+    """Pack one super-block per lane with less error; w is overwritten."""
+    level = int_tile(256)
+    encode_refined(x, w, weighted, 31, search, words, level)
+    _lay_out(level, words)
+
+
+@device
+def _lay_out(level: Tile, words: Tile) -> None:
+    """Write the levels into the block."""
     pack_bits(level, 256, 4, 1, 32, words, _HIGH_BITS)
     pack_bits(level, 256, 0, 4, 32, words, _LOW_BITS)
 
@@ -46,8 +67,16 @@ def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
 
 @kernel
 def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
-    """Pack a whole matrix; see `registry.Kernels`."""
-    return pack_matrix(pack_tile, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
+    """Pack a whole matrix as ggml does; see `registry.Kernels`."""
+    return pack_matrix(pack_tile, (), BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
+
+
+@kernel
+def pack_refined(
+    source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, search: Search, packed: np.ndarray
+) -> int:
+    """Pack a whole matrix with less error; see `registry.Kernels`."""
+    return pack_matrix(refine_tile, search, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
 
 
 @kernel

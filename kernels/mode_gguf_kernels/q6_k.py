@@ -16,6 +16,8 @@ from mode_gguf_kernels.bits import byte_of, clear, pack_bits, unpack_bits
 from mode_gguf_kernels.compilation import device, kernel
 from mode_gguf_kernels.halves import half_bits, half_value
 from mode_gguf_kernels.matrix import pack_matrix, unpack_matrix
+from mode_gguf_kernels.refine import Search, error_weights
+from mode_gguf_kernels.refine_signed import refine_signed
 from mode_gguf_kernels.search import (
     GROUP_MAX_EPS,
     F,
@@ -31,9 +33,15 @@ BLOCK_SIZE = 256
 BLOCK_BYTES = 256 // 2 + 256 // 4 + 256 // 16 + 2
 _LOW_BITS, _HIGH_BITS, _SCALES, _D = 0, 32, 48, 52  # first 32-bit word of each field
 
+SEARCHES: dict[str, Search] = {
+    "fast": Search(3, 1, 0, 1),
+    "default": Search(3, 1, 0, 2),
+    "max": Search(19, 4, 0, 4),
+}
+
 
 @device
-def pack_tile(x: Tile, w: Tile, weighted: bool, words: Tile) -> None:
+def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
     """Pack one super-block per lane; with `weighted`, w holds the importance, used as it is."""
     scales, inverses, zeros = float_tile(16), float_tile(16), int_tile(16)
     trial, code, level = float_tile(16), int_tile(16), int_tile(256)
@@ -57,10 +65,25 @@ def pack_tile(x: Tile, w: Tile, weighted: bool, words: Tile) -> None:
     if any_lane(empty):
         for i in range(256):
             store(level, i, select(empty, 0, load(level, i)))
+    _lay_out(code, level, half, words)
+
+
+@device
+def refine_tile(x: Tile, w: Tile, weighted: bool, search: Search, words: Tile) -> None:
+    """Pack one super-block per lane with less error; w is overwritten."""
+    code, level = int_tile(16), int_tile(256)
+    error_weights(x, w, weighted, search.half_powers)
+    d = refine_signed(x, w, 32, 128, search, code, level)
+    _lay_out(code, level, d, words)
+
+
+@device
+def _lay_out(code: Tile, level: Tile, d: Ints, words: Tile) -> None:
+    """Write the block: codes, levels with their offset, float16 bits of d."""
     pack_bits(level, 256, 0, 4, 64, words, _LOW_BITS)
     pack_bits(level, 256, 4, 2, 32, words, _HIGH_BITS)
     pack_bits(code, 16, 0, 8, 16, words, _SCALES)
-    store(words, _D, half)
+    store(words, _D, d)
 
 
 @device
@@ -84,8 +107,16 @@ def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
 
 @kernel
 def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
-    """Pack a whole matrix; see `registry.Kernels`."""
-    return pack_matrix(pack_tile, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
+    """Pack a whole matrix as ggml does; see `registry.Kernels`."""
+    return pack_matrix(pack_tile, (), BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
+
+
+@kernel
+def pack_refined(
+    source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, search: Search, packed: np.ndarray
+) -> int:
+    """Pack a whole matrix with less error; see `registry.Kernels`."""
+    return pack_matrix(refine_tile, search, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
 
 
 @kernel

@@ -14,6 +14,8 @@ import numpy as np
 from mode_gguf_kernels.bits import byte_of
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits, half_value
+from mode_gguf_kernels.refine import Search, error_weights
+from mode_gguf_kernels.refine_min import refine_with_min
 from mode_gguf_kernels.search import (
     F,
     encode_with_min,
@@ -104,6 +106,16 @@ def encode_tile(
         low = half_value(dmin) * to_float(load(min_code, j))
         inverse, offset = load(inverses, j), load(offsets, j)
         encode_with_min(x, level, 32 * j, 32, highest, scale, low, inverse, offset, weighted)
+
+
+@device
+def encode_refined(x: Tile, w: Tile, weighted: bool, highest: int, search: Search, words: Tile, level: Tile) -> None:
+    """`encode_tile` with less error."""
+    code, min_code = int_tile(8), int_tile(8)
+    error_weights(x, w, weighted, search.half_powers)
+    d, dmin = refine_with_min(x, w, 8, 32, highest, 63, search, code, min_code, level)
+    store(words, HALVES, d | (dmin << 16))
+    pack_scales(code, min_code, words)
 
 
 @device

@@ -1,0 +1,75 @@
+"""Scales, mins and levels of less error than ggml's searches find, for the same bytes.
+
+ggml settles each sub-block's scale and min by itself, then rounds them to codes of the super-block, and stops there.
+Here that is only the start: in rounds, every sub-block looks for better codes around its own, with its levels chosen
+anew for each, and the super-block's d and dmin are fitted to the outcome by weighted least squares, as float16. The
+round of least error is kept, so no round can do harm.
+
+Error means sum of w * (x - stored)^2, see `error_weights`. As these sums need not be ggml's, multiplications and
+additions are fused: faster, and closer to the exact sum. `refine_min` has the types with a min, `refine_signed` those
+without.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mode_gguf_kernels.compilation import device
+from mode_gguf_kernels.halves import half_bits, half_value
+from mode_gguf_kernels.search import F, sum_of_squares
+from mode_gguf_kernels.simd import Floats, Tile, absolute, fused, load, select, splat, square_root, store
+
+
+class Search(NamedTuple):
+    """How much of it: everything costs time in proportion.
+
+    Attributes:
+        encoders: how many encoders (inverse scales) a sub-block's start is chosen from.
+        reach: how far from its code a sub-block looks for a better one, in each round.
+        slides: how often the min follows the levels there (types with a min).
+        rounds: how often codes are searched; between rounds d and dmin are fitted.
+        half_powers: twice the power of (variance + x^2) in the error weights.
+    """
+
+    encoders: int
+    reach: int
+    slides: int
+    rounds: int
+    half_powers: int = 2
+
+
+@device
+def error_weights(x: Tile, w: Tile, weighted: bool, half_powers: int) -> None:
+    """Turn the importance in w (1 everywhere unless `weighted`) into error weights.
+
+    w *= (variance + x^2) ^ (half_powers / 2), with the super-block's mean square as variance.
+    """
+    variance = sum_of_squares(x, 0, 256) / F(256)
+    for i in range(256):
+        value = load(x, i)
+        size = fused(value, value, variance)
+        weight = load(w, i) if weighted else splat(F(1))
+        if half_powers % 2 == 1:
+            weight = weight * square_root(size)
+        for _ in range(half_powers // 2):
+            weight = weight * size
+        store(w, i, weight)
+
+
+@device
+def limited(level: Floats, lowest: np.float32, highest: np.float32) -> Floats:
+    """Each level limited to [lowest, highest]."""
+    level = select(level < highest, level, splat(highest))
+    return select(level > lowest, level, splat(lowest))
+
+
+@device
+def as_half(value: Floats) -> Floats:
+    """What is read back after storing as float16; of what is too large, the largest."""
+    return half_value(half_bits(select(absolute(value) < F(65504), value, splat(F(65504)))))
+
+
+@device
+def reciprocal(value: Floats) -> Floats:
+    """1 / value, and 0 for 0."""
+    return select(value != F(0), F(1) / value, splat(F(0)))

@@ -1,0 +1,48 @@
+"""How weights are packed to the types that leave a choice: like ggml, or with less error."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from mode_gguf.errors import UsageError
+from mode_gguf_kernels import Refinement
+
+Mode: TypeAlias = Literal["exact", "refined"]
+Effort: TypeAlias = Literal["fast", "default", "max"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How K-quants are packed; all other types have one way.
+
+    Attributes:
+        mode: `exact` writes the bytes that libggml would; `refined` searches for scales, mins and levels of less error.
+        effort: how long `refined` searches.
+        size_power: to `refined`, a weight's squared error counts importance * (variance + x^2) ^ size_power, with x the
+            weight and variance the mean square of its super-block; a multiple of 0.5.
+
+    Raises:
+        UsageError: no such mode, effort or power.
+    """
+
+    mode: Mode = "refined"
+    effort: Effort = "default"
+    size_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(f"packing {self.mode!r}: choose from {', '.join(MODES)}")
+        if self.effort not in EFFORTS:
+            raise UsageError(f"packing effort {self.effort!r}: choose from {', '.join(EFFORTS)}")
+        if not 0 <= self.size_power <= 4 or 2 * self.size_power % 1:
+            raise UsageError(f"size power {self.size_power:g}: 0, 0.5, 1, ... 4 expected")
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """What the kernels are told."""
+        return Refinement(self.effort, self.size_power) if self.mode == "refined" else None
+
+
+DEFAULT_PACKING = Packing()
+EXACT = Packing("exact")
