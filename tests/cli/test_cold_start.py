@@ -13,7 +13,8 @@ try:
     app({arguments})
 except SystemExit as ended:
     assert ended.code == 0
-print(*sorted({{"llvmlite", "mode_gguf_kernels", "numba", "torch", "transformers"}} & set(sys.modules)), file=sys.stderr)
+loaded = {{"llvmlite", "mode_gguf_kernels", "numba", "torch", "transformers"}} & set(sys.modules)
+print(*sorted(loaded), file=sys.stderr)
 """
 
 

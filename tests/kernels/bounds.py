@@ -7,36 +7,36 @@ Prints the name of each operation that was caught. Without the setting it would 
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 
+from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.simd import LANES, copy_bytes, gather, load, scatter, splat, store
 
 ITEMS = 16
 """Items of the tile, and of each row it is gathered from."""
 
 
-@numba.njit(nogil=True)
+@device
 def load_from(tile: np.ndarray, item: int) -> None:
     store(tile, 0, load(tile, item))
 
 
-@numba.njit(nogil=True)
+@device
 def store_to(tile: np.ndarray, item: int) -> None:
     store(tile, item, splat(1))
 
 
-@numba.njit(nogil=True)
+@device
 def gather_from(rows: np.ndarray, starts: np.ndarray, column: int, tile: np.ndarray, item: int) -> None:
     gather(rows, starts, column, tile, item)
 
 
-@numba.njit(nogil=True)
+@device
 def scatter_to(tile: np.ndarray, item: int, rows: np.ndarray, starts: np.ndarray, column: int) -> None:
     scatter(tile, item, rows, starts, column)
 
 
-@numba.njit(nogil=True)
+@device
 def copy_from_to(source: np.ndarray, first: int, target: np.ndarray, target_first: int, count: int) -> None:
     copy_bytes(source, first, target, target_first, count)
 
@@ -53,12 +53,22 @@ def accesses() -> dict[str, tuple[Callable[..., None], tuple[object, ...], list[
         "gather": (
             gather_from,
             (rows, starts, 0, tile, 0),
-            [(rows, starts, 1, tile, 0), (rows, starts, -1, tile, 0), (rows, starts, 0, tile, 1), (rows, few, 0, tile, 0)],
+            [
+                (rows, starts, 1, tile, 0),
+                (rows, starts, -1, tile, 0),
+                (rows, starts, 0, tile, 1),
+                (rows, few, 0, tile, 0),
+            ],
         ),
         "scatter": (
             scatter_to,
             (tile, 0, rows, starts, 0),
-            [(tile, 0, rows, starts, 1), (tile, 0, rows, starts, -1), (tile, 1, rows, starts, 0), (tile, 0, rows, few, 0)],
+            [
+                (tile, 0, rows, starts, 1),
+                (tile, 0, rows, starts, -1),
+                (tile, 1, rows, starts, 0),
+                (tile, 0, rows, few, 0),
+            ],
         ),
         "copy_bytes": (
             copy_from_to,

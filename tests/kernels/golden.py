@@ -35,7 +35,7 @@ def matrix() -> np.ndarray:
     count = ROWS * COLUMNS
     drawn = hashed(count, 1)
     fields = [((drawn >> np.uint64(16 * i)) & np.uint64(0xFFFF)).astype(np.int64) for i in range(4)]
-    bell = (sum(fields) - 2 * 65535).astype(F)
+    bell = (np.sum(fields, axis=0) - 2 * 65535).astype(F)
     spread = hashed(count, 2)
     bits = spread.astype(np.uint32)
     bits = np.where(bits & 0x7F800000 == 0x7F800000, bits ^ 0x40000000, bits).astype(np.uint32)
@@ -53,12 +53,12 @@ def matrix() -> np.ndarray:
 def importance() -> np.ndarray:
     """float32 (COLUMNS,): whole numbers below 2^24, one in seven of them 0."""
     drawn = hashed(COLUMNS, 4)
-    return (drawn >> np.uint64(40)).astype(F) * (np.arange(COLUMNS) % 7 != 0).astype(F)
+    return np.where(np.arange(COLUMNS) % 7 == 0, F(0), (drawn >> np.uint64(40)).astype(F))
 
 
 def digest(array: np.ndarray) -> str:
     """SHA-256 of an array's bytes."""
-    return sha256(np.ascontiguousarray(array)).hexdigest()
+    return sha256(array.tobytes()).hexdigest()
 
 
 def digests(mode: Mode, type_name: str) -> dict[str, str]:

@@ -18,7 +18,8 @@ def _normal(generator: np.random.Generator, rows: int, columns: int) -> np.ndarr
 
 def _runs(generator: np.random.Generator, rows: int, columns: int, length: int, share: float) -> np.ndarray:
     """A mask that holds for whole runs of `length` weights."""
-    return (generator.random((rows, columns // length)) < share).repeat(length, axis=1)
+    mask: np.ndarray = (generator.random((rows, columns // length)) < share).repeat(length, axis=1)
+    return mask
 
 
 def _constant(generator: np.random.Generator, rows: int, columns: int) -> np.ndarray:
@@ -35,7 +36,8 @@ def _zeros(generator: np.random.Generator, rows: int, columns: int) -> np.ndarra
 
 def _two_valued(generator: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     first, second = generator.standard_normal((2, rows, columns // 32)).repeat(32, axis=2)
-    return np.where(generator.random((rows, columns)) < 0.5, first, second)
+    values: np.ndarray = np.where(generator.random((rows, columns)) < 0.5, first, second)
+    return values
 
 
 def _one_outlier(generator: np.random.Generator, rows: int, columns: int) -> np.ndarray:
@@ -48,7 +50,8 @@ def _one_outlier(generator: np.random.Generator, rows: int, columns: int) -> np.
 
 def _ramps(generator: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     slope, start = generator.standard_normal((2, rows, columns // 64)).repeat(64, axis=2)
-    return start + slope * (np.arange(columns) % 64) / 64
+    ramps: np.ndarray = start + slope * (np.arange(columns) % 64) / 64
+    return ramps
 
 
 def _exponents(generator: np.random.Generator, rows: int, columns: int) -> np.ndarray:
@@ -93,6 +96,7 @@ DISTRIBUTIONS: dict[str, Draw] = {
     "any-bits": _any_bits,
     "bfloat16": _bfloat16,
     "float16": lambda g, r, c: _normal(g, r, c).astype(np.float16),
+    "student-t4": lambda g, r, c: g.standard_t(4, (r, c)) * 0.02,
 }
 
 IMPORTANCES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {

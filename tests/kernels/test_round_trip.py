@@ -41,12 +41,13 @@ def drawn(seed: int, rows: int, exponent: float, tail: float, offset: float) -> 
     generator = np.random.default_rng(seed)
     shape = rows, COLUMNS
     weights = generator.standard_t(tail, shape) if tail else generator.standard_normal(shape)
-    return ((weights + offset) * 10.0**exponent).astype(F)
+    matrix: np.ndarray = ((weights + offset) * 10.0**exponent).astype(F)
+    return matrix
 
 
-draws = {
+DRAWS = {
     "seed": st.integers(0, 2**32 - 1),
-    "rows": st.integers(1, 40),
+    "rows": st.integers(1, 20),
     "exponent": st.floats(-6, 2),
     "tail": st.sampled_from((0.0, 1.5, 4.0)),
     "offset": st.sampled_from((0.0, 0.0, 3.0, -10.0)),
@@ -63,7 +64,7 @@ def importance_of(seed: int, kept: float | None) -> np.ndarray | None:
 
 @pytest.mark.parametrize(("mode", "type_name"), MODES_AND_TYPES, ids=mode_id)
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(**draws)
+@given(**DRAWS)
 def test_each_weight_becomes_the_nearest_value_its_block_can_express(
     mode: Mode, type_name: str, seed: int, rows: int, exponent: float, tail: float, offset: float, kept: float | None
 ) -> None:
@@ -74,8 +75,9 @@ def test_each_weight_becomes_the_nearest_value_its_block_can_express(
     values = np.sort(expressible(packed, type_name).astype(np.float64), axis=0)
     step = np.diff(values, axis=0).max(axis=0)
     nearest = np.abs(values - matrix).min(axis=0)
-    # float32 arithmetic; Q8_0 divides by the scale before it is rounded to float16, 127 levels of 2^-11 of a step away.
-    slack = 1e-6 * np.abs(values).max(axis=0) + step * (127 / 2048 if type_name == "Q8_0" else 1e-5)
+    # float32 arithmetic; and Q8_0 decides by the scale before it is rounded to float16, which moves the border between
+    # levels by up to 127 / 2^11 of a step, and so the two distances to them apart by twice as much.
+    slack = 1e-6 * np.abs(values).max(axis=0) + step * (2 * 127 / 2**11 if type_name == "Q8_0" else 1e-5)
     assert (np.abs(unpacked - matrix) <= nearest + slack).all()
     inside = (values[0] <= matrix) & (matrix <= values[-1])
     assert (np.abs(unpacked - matrix)[inside] <= (step / 2 + slack)[inside]).all()
@@ -83,22 +85,23 @@ def test_each_weight_becomes_the_nearest_value_its_block_can_express(
 
 @pytest.mark.parametrize(("mode", "type_name"), MODES_AND_TYPES, ids=mode_id)
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(**draws)
-def test_packing_unpacked_weights_loses_less_than_packing_did(
+@given(**DRAWS | {"rows": st.integers(12, 20), "tail": st.sampled_from((0.0, 4.0))})
+def test_packing_unpacked_weights_loses_at_most_half_of_what_packing_did(
     mode: Mode, type_name: str, seed: int, rows: int, exponent: float, tail: float, offset: float, kept: float | None
 ) -> None:
+    """At most 0.30 was seen, for Q5_K; tails heavier than these break it, in libggml too."""
     importance = importance_of(seed, kept)
     matrix = drawn(seed, rows, exponent, tail, offset)
     once = unpack(mode.pack(matrix, type_name, importance), type_name, COLUMNS)
     twice = unpack(mode.pack(once, type_name, importance), type_name, COLUMNS)
     weight = 1.0 if importance is None else importance.astype(np.float64)
     first, second = (np.sum(weight * (b.astype(np.float64) - a) ** 2) for a, b in ((matrix, once), (once, twice)))
-    assert second <= first
+    assert second <= first / 2
 
 
 @pytest.mark.parametrize(("mode", "type_name"), MODES_AND_TYPES, ids=mode_id)
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(**draws)
+@given(**DRAWS)
 def test_packed_weights_unpack_to_the_bits_of_libggml(
     mode: Mode, type_name: str, seed: int, rows: int, exponent: float, tail: float, offset: float, kept: float | None
 ) -> None:

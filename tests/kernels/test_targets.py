@@ -1,4 +1,4 @@
-"""The same bytes from every code path: baseline x86-64, AVX2, AVX-512, each compiled from scratch in its own process."""
+"""The same bytes from every code path: baseline x86-64, AVX2, AVX-512, each compiled anew in its own process."""
 
 import json
 import platform
