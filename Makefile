@@ -3,10 +3,13 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: test demo check clean
+.PHONY: test test-long demo check clean
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -m long
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out demo-output

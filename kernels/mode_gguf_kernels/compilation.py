@@ -1,8 +1,8 @@
 """How kernels are compiled: without the GIL, without fast-math, cached on disk under a name no edit can leave stale.
 
 Numba notices an edit of the file a cached function stands in, but not of a helper in another file. So the cache
-folder's name carries a digest of every source of this package, of the versions of Numba and llvmlite, and of the
-number of SIMD lanes.
+folder's name carries a digest of every source of this package, of the versions of Numba and llvmlite, of the number
+of SIMD lanes, and of whether accesses are checked (NUMBA_BOUNDSCHECK). Numba itself tells processors apart.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ _PACKAGE = Path(__file__).parent
 
 def sources_digest(package: Path = _PACKAGE) -> str:
     """16 hexadecimal digits that change with any source of the package and with the compiler."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {LANES}".encode())
+    build = f"{numba.__version__} {llvmlite.__version__} {LANES} {bool(config.BOUNDSCHECK)}"
+    digest = hashlib.sha256(build.encode())
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic, models, overload, register_model
 
 Floats: TypeAlias = Any
@@ -30,7 +30,12 @@ Tile: TypeAlias = np.ndarray
 
 
 def _lanes() -> int:
-    """Two AVX-512 or two AVX2 registers per value: enough independent work to hide the latency of an addition."""
+    """Two AVX-512 or two AVX2 registers per value: enough independent work to hide the latency of an addition.
+
+    Numba compiles for NUMBA_CPU_FEATURES where that is set (or implied: NUMBA_CPU_NAME=generic has none).
+    """
+    if config.CPU_FEATURES is not None:
+        return 32 if "+avx512f" in config.CPU_FEATURES.split(",") else 16
     return 32 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 16
 
 
@@ -251,10 +256,22 @@ def any_lane(_typing: Any, mask: Any) -> Any:
     return types.boolean(mask), codegen
 
 
+def _check_bounds(context: Any, builder: Any, first: Any, count: Any, size: Any) -> None:
+    """Emit `raise IndexError` for items [first, first + count) that do not all lie in [0, size).
+
+    Emits nothing unless NUMBA_BOUNDSCHECK is set: Numba's own checks do not see accesses through pointers.
+    """
+    if context.enable_boundscheck:
+        last = builder.sub(builder.add(first, count), ir.Constant(first.type, 1))
+        cgutils.do_boundscheck(context, builder, first, size)
+        cgutils.do_boundscheck(context, builder, last, size)
+
+
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, llvm_type: Any) -> Any:
-    """A pointer to `array[index]`, to be read or written as `llvm_type`."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), llvm_type.as_pointer())
+    """A pointer to `array[index]`, to be read or written as `llvm_type`, a vector of the array's items."""
+    struct = context.make_array(array_type)(context, builder, array)
+    _check_bounds(context, builder, index, ir.Constant(index.type, llvm_type.count), struct.nitems)
+    return builder.bitcast(builder.gep(struct.data, [index]), llvm_type.as_pointer())
 
 
 def _as_index(context: Any, builder: Any, value: Any, numba_type: Any) -> Any:
@@ -318,8 +335,10 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 def _lane_starts(context: Any, builder: Any, array_type: Any, array: Any, first_lane: int) -> list[Any]:
     """The values of an index array for 16 lanes."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return [builder.load(builder.gep(data, [ir.Constant(ir.IntType(64), first_lane + i)])) for i in range(_SQUARE)]
+    struct = context.make_array(array_type)(context, builder, array)
+    first, count = (context.get_constant(types.intp, value) for value in (first_lane, _SQUARE))
+    _check_bounds(context, builder, first, count, struct.nitems)
+    return [builder.load(builder.gep(struct.data, [ir.Constant(first.type, first_lane + i)])) for i in range(_SQUARE)]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -379,13 +398,14 @@ def copy_bytes(_typing: Any, source: Any, source_start: Any, target: Any, target
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
+        size = _as_index(context, builder, arguments[4], signature.args[4])
 
         def pointer(array: int, start: int) -> Any:
-            data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
+            struct = context.make_array(signature.args[array])(context, builder, arguments[array])
             index = _as_index(context, builder, arguments[start], signature.args[start])
-            return builder.gep(builder.bitcast(data, byte), [index])
+            _check_bounds(context, builder, index, size, builder.mul(struct.nitems, struct.itemsize))
+            return builder.gep(builder.bitcast(struct.data, byte), [index])
 
-        size = _as_index(context, builder, arguments[4], signature.args[4])
         cgutils.raw_memcpy(builder, pointer(2, 3), pointer(0, 1), size, 1)
         return context.get_dummy_value()
 

@@ -1,31 +1,15 @@
 """When kernels are compiled, where they are kept, and what makes them stale."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import mode_gguf_kernels
 from mode_gguf_kernels.compilation import cache_folder, sources_digest
+from tests.kernels.processes import run
 
 PACKAGE = Path(mode_gguf_kernels.__file__).parent
-
-
-def run(script: str, cache: Path, **environment: str) -> str:
-    """Standard output of a Python script run from the repository root with an empty kernel cache in `cache`."""
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "NUMBA_CACHE_DIR": str(cache), **environment},
-        cwd=PACKAGE.parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture
@@ -102,27 +86,3 @@ def test_threads_may_share_the_first_call_and_later_processes_what_it_compiled(t
     cached = {path.name.split("-")[0] for path in (tmp_path / f"mode_gguf_kernels-{digest}").rglob("*.nbc")}
     assert cached == {"q8_0.pack"}
     assert run(THREADS_COMPILE, tmp_path).split() == [digest, "0"]
-
-
-SIXTEEN_LANES = """
-import llvmlite.binding
-import numpy as np
-
-llvmlite.binding.get_host_cpu_features = lambda: {"avx2": True}
-from mode_gguf_kernels import pack, simd, unpack
-from tests.kernels import ggml_oracle
-
-assert simd.LANES == 16
-generator = np.random.default_rng(0)
-matrix = generator.standard_normal((37, 512)).astype(np.float32)
-importance = generator.standard_normal(512).astype(np.float32) ** 2
-for type_name in ("Q4_K", "Q8_0"):
-    packed = pack(matrix, type_name, importance)
-    assert np.array_equal(packed, ggml_oracle.quantize(matrix, type_name, importance))
-    assert np.array_equal(unpack(packed, type_name, 512), ggml_oracle.dequantize(packed, type_name, 512))
-"""
-
-
-def test_the_bytes_are_the_same_with_the_lanes_of_avx2(tmp_path: Path) -> None:
-    features = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+sse4.1,+sse4.2"
-    run(SIXTEEN_LANES, tmp_path, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=features)

@@ -1,4 +1,4 @@
-"""Packed bytes against libggml's, for inputs chosen to be hard and inputs drawn at random."""
+"""What is packed and unpacked, in what shapes and dtypes, and what is refused; `test_fuzz` has the hard weights."""
 
 import gguf
 import numpy as np
@@ -22,69 +22,6 @@ def normal(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:
 
 def bfloat16_bits(matrix: np.ndarray) -> np.ndarray:
     return (matrix.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def blockwise(seed: int, probability: float) -> np.ndarray:
-    """A mask that keeps whole runs of 16 weights."""
-    kept = np.random.default_rng(seed).random((ROWS, COLUMNS // 16)) < probability
-    return kept.repeat(16, axis=1)
-
-
-def hard_matrices() -> dict[str, np.ndarray]:
-    """Finite float32 matrices that reach the corners of the searches."""
-    generator = np.random.default_rng(7)
-    gaussian = normal(1)
-    exponents = generator.uniform(-44, 38, (ROWS, COLUMNS // 16)).repeat(16, axis=1)
-    any_bits = generator.integers(0, 1 << 32, (ROWS, COLUMNS), dtype=np.uint32).view(F)
-    matrices = {
-        "gaussian": gaussian * F(0.02),
-        "heavy tails": generator.standard_cauchy((ROWS, COLUMNS)).astype(F),
-        "zeros": np.zeros((ROWS, COLUMNS), F),
-        "negative zeros": -np.zeros((ROWS, COLUMNS), F),
-        "one value": np.full((ROWS, COLUMNS), -0.37, F),
-        "empty sub-blocks": gaussian * blockwise(2, 0.5),
-        "sparse": gaussian * (generator.random((ROWS, COLUMNS)) > 0.95),
-        "positive": np.abs(gaussian),
-        "negative": -np.abs(gaussian) - 3 * blockwise(3, 0.5),
-        "far from zero": gaussian * F(1e-6) - F(1),
-        "one bit apart": F(-1) - F(1.2e-7) * generator.integers(0, 2, (ROWS, COLUMNS)),
-        "ties": generator.integers(-3, 4, (ROWS, COLUMNS)) * F(0.5),
-        "outliers": np.where(generator.random((ROWS, COLUMNS)) > 0.999, gaussian * 1000, gaussian),
-        "subnormal": gaussian * F(1e-41),
-        "tiny": gaussian * F(1e-30),
-        "half range": gaussian * F(3e4),
-        "huge": np.clip(gaussian.astype(np.float64) * 1e38, -3.4e38, 3.4e38),
-        "all exponents": np.clip(gaussian * 10.0**exponents, -3.4e38, 3.4e38),
-        "all bits": np.where(np.isfinite(any_bits), any_bits, F(1)),
-    }
-    return {name: np.ascontiguousarray(matrix, F) for name, matrix in matrices.items()}
-
-
-def importances(columns: int) -> dict[str, np.ndarray | None]:
-    generator = np.random.default_rng(5)
-    usual = (generator.standard_normal(columns) ** 2 + 1e-3).astype(F)
-    with_zeros = usual.copy()
-    with_zeros[::3] = 0
-    with_zeros[256:] = 0
-    return {
-        "none": None,
-        "usual": usual,
-        "with zeros": with_zeros,
-        "mostly zeros": (usual * (generator.random(columns) > 0.85)).astype(F),
-        "all exponents": (10.0 ** generator.uniform(-38, 38, columns)).astype(F),
-    }
-
-
-HARD_MATRICES = hard_matrices()
-
-
-@pytest.mark.parametrize("matrix_name", HARD_MATRICES)
-@pytest.mark.parametrize("type_name", TYPES)
-def test_hard_matrices_pack_to_the_bytes_of_libggml(type_name: str, matrix_name: str) -> None:
-    matrix = HARD_MATRICES[matrix_name]
-    for name, importance in importances(COLUMNS).items():
-        expected = ggml_oracle.quantize(matrix, type_name, importance)
-        np.testing.assert_array_equal(pack(matrix, type_name, importance), expected, f"importance: {name}")
 
 
 @pytest.mark.parametrize("type_name", TYPES)
@@ -123,7 +60,7 @@ def test_drawn_matrices_pack_to_the_bytes_of_libggml(
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_half_precision_matrices_pack_like_the_floats_they_stand_for(type_name: str) -> None:
-    importance = importances(COLUMNS)["usual"]
+    importance = normal(5, 1, COLUMNS)[0] ** 2
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     every_half = np.where(np.isfinite(halves), halves, np.float16(0)).reshape(-1, COLUMNS)
     for half in (every_half, normal(3).astype(np.float16)):

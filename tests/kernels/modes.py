@@ -1,0 +1,41 @@
+"""The ways to pack that tests and benchmarks run through: one more of them is one more line in `MODES`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mode_gguf_kernels import TYPES, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """Keyword options of `mode_gguf_kernels.pack` under a name, and the types that take them."""
+
+    name: str
+    types: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    def pack(
+        self,
+        matrix: np.ndarray,
+        type_name: str,
+        importance: np.ndarray | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """`mode_gguf_kernels.pack` with this mode's options."""
+        return pack(matrix, type_name, importance, out=out, **self.options)
+
+
+EXACT = Mode("exact", tuple(TYPES), {})
+"""Byte for byte what libggml writes."""
+
+MODES = (EXACT,)
+MODES_AND_TYPES = [(mode, type_name) for mode in MODES for type_name in mode.types]
+"""For `pytest.mark.parametrize`, with `ids=mode_id`."""
+
+
+def mode_id(value: object) -> str:
+    """How a test's parameters are shown."""
+    return value.name if isinstance(value, Mode) else str(value)
