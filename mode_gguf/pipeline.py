@@ -30,7 +30,8 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.quantization import libggml
+from mode_gguf.quantization.types import QUANT_TYPES, Packer, QuantType, types_packed_by
 from mode_gguf.validation.c_api import library_version
 from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.report import ValidationReport
@@ -396,13 +397,15 @@ def run_validation(
 
 
 def environment(llama_cpp: Path | None = None) -> dict[str, object]:
-    """What computes and what validates here: the device torch would use, and the llama.cpp that is found."""
+    """What computes, packs and validates here: torch's device, who packs which types, and the llama.cpp found."""
     from mode_gguf.calibration.streaming import choose_device
 
     tools = find_llama_cpp(llama_cpp)
     return {
         "device": str(choose_device("auto")),
         "cores": os.cpu_count(),
+        **{f"packed by {packer}": ", ".join(types_packed_by(packer)) for packer in Packer},
+        "libggml": libggml.status(),
         "embedded llama.cpp": library_version(),
         "llama.cpp": tools.version or ("of unknown version" if tools.programs else "none found"),
         **{name: str(path) for name, path in tools.programs.items()},

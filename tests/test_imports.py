@@ -24,9 +24,10 @@ STAGE_MAY_IMPORT = {
     "errors": set(),
     "export": FOUNDATION | {"quantization"},
     "importance": FOUNDATION | {"quantization", "calibration"},
+    "llama_cpp_library": set(),
     "progress": set(),
-    "quantization": FOUNDATION,
-    "validation": FOUNDATION | {"quantization"},
+    "quantization": FOUNDATION | {"llama_cpp_library"},
+    "validation": FOUNDATION | {"llama_cpp_library", "quantization"},
     "workfolder": FOUNDATION,
 }
 HEAVY_ONLY_IN = {

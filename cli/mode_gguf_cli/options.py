@@ -101,11 +101,15 @@ def candidate_types(expert: str, dense: str) -> "CandidateTypes":
 
     Raises:
         UsageError: a name is unknown, or a list is empty.
+        MissingResourceError: libggml packs one of them, and cannot be used.
     """
     from mode_gguf.allocation.units import CandidateTypes
+    from mode_gguf.quantization.libggml import check_available
     from mode_gguf.quantization.types import parse_types
 
-    return CandidateTypes(expert=parse_types(expert), dense=parse_types(dense))
+    types = CandidateTypes(expert=parse_types(expert), dense=parse_types(dense))
+    check_available((*types.expert, *types.dense))
+    return types
 
 
 def calibration_options(

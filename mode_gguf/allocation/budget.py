@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
+from mode_gguf.allocation.units import FALLBACK, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
 
@@ -62,7 +62,10 @@ def _limits(tensors: Sequence[SourceTensor], types: CandidateTypes, weights: int
             misfits = [quant_type.name for quant_type in offered if not quant_type.fits(width)]
             if misfits:
                 count = sum(t.row_width == width for t in matching)
-                limits.append(f"rows of {width} in {count} tensors do not fit {', '.join(misfits)}")
+                limit = f"rows of {width} in {count} tensors do not fit {', '.join(misfits)}"
+                if len(misfits) == len(offered) and FALLBACK.fits(width):
+                    limit += f" and take {FALLBACK.name}; IQ4_NL, Q4_0 and Q5_0 would fit"
+                limits.append(limit)
     return limits
 
 

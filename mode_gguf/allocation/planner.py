@@ -114,9 +114,14 @@ def _solve_filled(units: Sequence[AllocationUnit], budget: int) -> Solution:
 
 def _expert_granularity(
     tensors: Sequence[SourceTensor], types: CandidateTypes, measured: Measurements, preset: Preset, bpw: float
-) -> ExpertGranularity:
+) -> ExpertGranularity | None:
+    """None where the types that all projections of an expert can have do not meet the budget, as with Q4_0 and Q2_K
+    for rows of which some are a multiple of 32 only."""
     units = expert_units(tensors, types, measured, preset.costs)
-    solution = _solve_filled(units, _unit_budget(tensors, bpw))
+    try:
+        solution = _solve_filled(units, _unit_budget(tensors, bpw))
+    except InfeasibleBudgetError:
+        return None
     experts = [(u, choice) for u, choice in zip(units, solution.choices, strict=True) if u.expert is not None]
     by_layer: dict[str, list[str]] = {}
     for unit, choice in experts:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
+from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 FALLBACK = QUANT_TYPES["Q8_0"]
-"""Takes over where a row is not a multiple of any candidate's block: 32 weights is the smallest block there is."""
+"""Takes over where no candidate can store a tensor: 32 weights is the smallest block there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,12 @@ def tensor_bytes(tensor: SourceTensor, quant_type: QuantType) -> int:
 
 
 def fitting_types(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tuple[QuantType, ...]:
-    """The candidates whose block divides the tensor's rows, smallest first; Q8_0 alone when none does.
+    """The candidates that the tensor can be stored in, smallest first; Q8_0 alone when there is none.
 
     Raises:
         InfeasibleBudgetError: not even 32-weight blocks divide the rows.
     """
-    fitting = [candidate for candidate in candidates if candidate.fits(tensor.row_width)]
+    fitting = [candidate for candidate in candidates if is_storable(tensor, candidate)]
     if not fitting and FALLBACK.fits(tensor.row_width):
         fitting = [FALLBACK]
     if not fitting:

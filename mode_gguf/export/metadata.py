@@ -26,6 +26,15 @@ _FILE_TYPES = {
     "Q4_K": LlamaFileType.MOSTLY_Q4_K_M,
     "Q5_K": LlamaFileType.MOSTLY_Q5_K_M,
     "Q6_K": LlamaFileType.MOSTLY_Q6_K,
+    "IQ2_XXS": LlamaFileType.MOSTLY_IQ2_XXS,
+    "IQ2_XS": LlamaFileType.MOSTLY_IQ2_XS,
+    "IQ2_S": LlamaFileType.MOSTLY_IQ2_S,
+    "IQ3_XXS": LlamaFileType.MOSTLY_IQ3_XXS,
+    "IQ3_S": LlamaFileType.MOSTLY_IQ3_S,
+    "IQ4_XS": LlamaFileType.MOSTLY_IQ4_XS,
+    "IQ4_NL": LlamaFileType.MOSTLY_IQ4_NL,
+    "Q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "Q5_0": LlamaFileType.MOSTLY_Q5_0,
 }
 
 

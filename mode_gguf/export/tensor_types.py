@@ -5,8 +5,6 @@ from collections.abc import Mapping
 
 from mode_gguf.quantization.types import QuantType
 
-_STOCK_SPELLING = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-
 
 def tensor_types_text(types: Mapping[str, QuantType]) -> str:
     r"""Lines such as `^blk\.7\.ffn_down_exps\.weight$=q3_K`.
@@ -18,5 +16,5 @@ def tensor_types_text(types: Mapping[str, QuantType]) -> str:
 
 
 def _spelling(quant_type: QuantType) -> str:
-    """ggml's own spelling: q3_K, q8_0, bf16."""
-    return _STOCK_SPELLING.get(quant_type.name, quant_type.name[0].lower() + quant_type.name[1:])
+    """ggml's own spelling: q3_K, q8_0, iq2_xxs, bf16."""
+    return quant_type.name.lower().replace("_k", "_K")

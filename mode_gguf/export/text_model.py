@@ -15,6 +15,7 @@ from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, wri
 from mode_gguf.export.metadata import add_general_keys, file_type, main_expert_type
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.libggml import check_available, needs_importance
 from mode_gguf.quantization.packer import packed_experts
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
@@ -41,13 +42,14 @@ def write_text_model(
 
     Raises:
         InputError: the checkpoint, the types, the importance or a weight cannot be used.
-        MissingResourceError: not enough disk space.
+        MissingResourceError: not enough disk space, or no libggml for a type that it packs.
     """
     family = find_family(checkpoint)
     tensors = text_tensors(checkpoint)
     importance = importance or {}
     stored = stored_types(tensors, types)
-    _check_importance(tensors, importance)
+    check_available(stored.values())
+    _check_importance(tensors, stored, importance)
     vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
 
     def add_keys(writer: GGUFWriter) -> None:
@@ -98,9 +100,16 @@ def stored_types(tensors: Sequence[SourceTensor], types: Mapping[str, QuantType]
     return stored
 
 
-def _check_importance(tensors: Sequence[SourceTensor], importance: Mapping[str, np.ndarray]) -> None:
+def _check_importance(
+    tensors: Sequence[SourceTensor], stored: Mapping[str, QuantType], importance: Mapping[str, np.ndarray]
+) -> None:
     for tensor in tensors:
-        found = importance.get(tensor.name)
+        found, quant_type = importance.get(tensor.name), stored[tensor.name]
+        if found is None and needs_importance(quant_type):
+            raise InputError(
+                f"the plan gives {tensor.name} type {quant_type.name}, which needs an importance matrix, and there is "
+                "none for it; run `mode-gguf calibrate` in this work folder first, or choose another type"
+            )
         expected = (tensor.n_experts, tensor.row_width)
         if found is not None and found.shape != expected:
             raise InputError(

@@ -23,6 +23,7 @@ from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import PARTS, change_of_weights, expert_changes
 from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.libggml import is_storable
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ def _matrix_error(
     """Mean squared error of a linear layer's output, (1, M, T)."""
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, quant_type in enumerate(settings.dense_types):
-        if quant_type.fits(tensor.row_width):
+        if is_storable(tensor, quant_type):
             change = change_of_weights(tensor, 0, quant_type, settings.importance, streamed.device)
             error[0, :, t] = _means(linear(x.float(), change).square().mean(-1), modality)
     return error
@@ -98,7 +99,7 @@ def _embedding_error(
     ids = torch.cat([one.input_ids[~one.is_vision] for one in inputs]).to(streamed.device)
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, quant_type in enumerate(settings.dense_types):
-        if quant_type.fits(tensor.row_width):
+        if is_storable(tensor, quant_type):
             change = change_of_weights(tensor, 0, quant_type, settings.importance, streamed.device)
             error[0, :, t] = _means(change.square().mean(-1)[ids], torch.full_like(ids, TEXT))
     return error

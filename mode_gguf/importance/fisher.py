@@ -39,6 +39,7 @@ from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import PARTS, change_of_weights, expert_changes
 from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.libggml import is_storable
 
 _HEAD = "head"
 
@@ -184,7 +185,7 @@ def _backward_all(
                 changes = {
                     tensor.name: [
                         change_of_weights(tensor, 0, quant_type, settings.importance, streamed.device)
-                        if quant_type.fits(tensor.row_width)
+                        if is_storable(tensor, quant_type)
                         else None
                         for quant_type in settings.dense_types
                     ]
@@ -341,7 +342,7 @@ def _measure_experts(
         unit = np.stack(
             [group_sums(_half_mean_square(block[projection][t]), routed.group) for t in range(n_types)], axis=-1
         )
-        unit[..., [not quant_type.fits(tensor.row_width) for quant_type in settings.expert_types]] = np.nan
+        unit[..., [not is_storable(tensor, quant_type) for quant_type in settings.expert_types]] = np.nan
         result.arrays[f"{tensor.name}.unit"] = unit * per_position[..., None]
     result.estimated.update(unseen_experts(layer, counts))
 
@@ -353,7 +354,7 @@ def _head_cost(
     cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
     weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
     for t, quant_type in enumerate(settings.dense_types):
-        if not quant_type.fits(head.row_width):
+        if not is_storable(head, quant_type):
             continue
         change = change_of_weights(head, 0, quant_type, settings.importance, streamed.device)
         cost[..., t] = 0.0
@@ -376,7 +377,7 @@ def _embedding_cost(
     """Summed cost (A, M, T) of the token embedding: its gradients are those at the first layer's input."""
     cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, quant_type in enumerate(settings.dense_types):
-        if not quant_type.fits(embedding.row_width):
+        if not is_storable(embedding, quant_type):
             continue
         change = change_of_weights(embedding, 0, quant_type, settings.importance, streamed.device)
         cost[..., t] = 0.0

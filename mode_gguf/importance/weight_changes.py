@@ -16,6 +16,7 @@ from mode_gguf.architectures.tensors import SourceTensor, as_float32
 from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.quantization.ahead import in_order
+from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.types import QuantType
 
@@ -114,7 +115,7 @@ def _weight_changes_ahead(
             {
                 name: change_of_weights(tensor, expert, quant_type, importance, device)
                 for name, tensor in projections.items()
-                if quant_type.fits(tensor.row_width)
+                if is_storable(tensor, quant_type)
             }
             for quant_type in types
         ]

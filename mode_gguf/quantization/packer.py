@@ -1,7 +1,7 @@
-"""Weights to the bytes of a GGUF tensor and back: the K-quants and Q8_0 by our kernels, the float types right here.
+"""Weights to the bytes of a GGUF tensor and back: by our kernels, by libggml, or for float types right here.
 
-Quantized bytes are those x86-64 libggml would write. Everything works matrix by matrix: what is in memory at any time
-is a few experts, or one dense matrix.
+Who packs what is in the table of types. Quantized bytes are those x86-64 libggml would write. Everything works matrix
+by matrix: what is in memory at any time is a few experts, or one dense matrix.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,12 @@ import numpy as np
 
 from mode_gguf.architectures.tensors import Array, Role, SourceTensor, as_float32
 from mode_gguf.errors import InputError
+from mode_gguf.quantization import libggml
 from mode_gguf.quantization.ahead import in_order
-from mode_gguf.quantization.types import QuantType
+from mode_gguf.quantization.types import Packer, QuantType
 from mode_gguf_kernels import NonFiniteError, PackingError, pack, unpack
 
-_CHUNK_WEIGHTS = 1 << 20  # weights that a conversion to a float type widens at a time
+_CHUNK_WEIGHTS = 1 << 18  # weights that are widened to float32 at a time, other than by our kernels
 _ROWS_PER_TASK = 32  # fewer rows than this are not worth another task
 _SOURCE_DTYPES = (np.float32, np.float16, np.uint16)
 
@@ -26,15 +27,17 @@ def pack_matrix(matrix: Array, quant_type: QuantType, importance: np.ndarray | N
     Args:
         matrix: (rows, n_in); float32, float16, or bfloat16 as its bits in uint16.
         quant_type: one of `QUANT_TYPES`.
-        importance: float32 (n_in,), finite and not negative; Q8_0 and the float types ignore it.
+        importance: float32 (n_in,), finite and not negative; Q8_0 and the float types ignore it, IQ2_XXS and IQ2_XS
+            need it.
         name: what to call the matrix in errors.
 
     Returns:
         uint8 (rows, quant_type.row_bytes(n_in)).
 
     Raises:
-        InputError: rows do not fit the type, a value is not finite or too large for F16 or BF16, or the dtype or the
+        InputError: rows do not fit the type, a value is not finite or too large for it, or the dtype or the
             importance does not fit.
+        MissingResourceError: libggml packs this type, and cannot be used.
     """
     packed = _room_for(matrix, quant_type, name)
     _pack_into(packed, matrix, quant_type, importance, name)
@@ -46,19 +49,18 @@ def unpack_matrix(packed: np.ndarray, quant_type: QuantType, n: int) -> np.ndarr
 
     Raises:
         InputError: the rows do not hold n weights of this type.
+        MissingResourceError: libggml unpacks this type, and cannot be used.
     """
     if packed.ndim != 2 or not quant_type.fits(n) or packed.shape[1] != quant_type.row_bytes(n):
         raise InputError(f"packed array of shape {packed.shape}: rows of {n} weights in {quant_type.name} expected")
     contiguous = np.ascontiguousarray(packed)
-    match quant_type.name:
-        case "F32":
-            return contiguous.view(np.float32).copy()
-        case "F16":
-            return contiguous.view(np.float16).astype(np.float32)
-        case "BF16":
-            return as_float32(contiguous.view(np.uint16))
-        case _:
+    match quant_type.packer:
+        case Packer.NUMPY:
+            return as_float32(contiguous.view(_FLOAT_DTYPES[quant_type.name])).copy()
+        case Packer.KERNELS:
             return unpack(contiguous, quant_type.name, n)
+        case Packer.LIBGGML:
+            return libggml.dequantize(contiguous, quant_type, n)
 
 
 def packed_experts(
@@ -152,37 +154,58 @@ def _pack_into(
     first_row: int = 0,
 ) -> None:
     """Fill `packed` with the packed rows of `matrix`, the first of which errors call `first_row`."""
-    if quant_type.name in _FLOAT_DTYPES:
-        _convert_into(packed, matrix, quant_type.name, name, first_row)
+    if quant_type.packer is Packer.KERNELS:
+        try:
+            pack(matrix, quant_type.name, importance, out=packed)
+        except NonFiniteError as error:
+            raise _value_error(error.value, name, first_row + error.row, error.column, quant_type.name) from error
+        except PackingError as error:
+            raise InputError(f"{name}: {error}") from error
         return
-    try:
-        pack(matrix, quant_type.name, importance, out=packed)
-    except NonFiniteError as error:
-        raise _value_error(error.value, name, first_row + error.row, error.column, quant_type.name) from error
-    except PackingError as error:
-        raise InputError(f"{name}: {error}") from error
+    step = max(1, _CHUNK_WEIGHTS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        values, target = as_float32(matrix[start : start + step]), packed[start : start + step]
+        if quant_type.packer is Packer.NUMPY:
+            stored = _convert(target, values, quant_type.name)
+        else:
+            stored = _pack_by_libggml(target, values, quant_type, importance, name)
+        if not stored.all():
+            row, column = np.unravel_index(np.argmin(stored), stored.shape)
+            value = float(values[row, column])
+            raise _value_error(value, name, first_row + start + int(row), int(column), quant_type.name)
 
 
 _FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
-def _convert_into(packed: np.ndarray, matrix: Array, type_name: str, name: str, first_row: int) -> None:
-    """`_pack_into` for the float types."""
-    step = max(1, _CHUNK_WEIGHTS // matrix.shape[1])
+def _convert(packed: np.ndarray, values: np.ndarray, type_name: str) -> np.ndarray:
+    """Fill `packed` with float32 values in a float type; says which of them could be stored."""
     target = packed.view(_FLOAT_DTYPES[type_name])
-    for start in range(0, matrix.shape[0], step):
-        values = as_float32(matrix[start : start + step])
-        stored = target[start : start + step]
-        if type_name == "BF16":
-            stored[...] = _bfloat16_bits(values)
-        else:
-            with np.errstate(over="ignore"):
-                stored[...] = values
-        finite = np.isfinite(values) & np.isfinite(as_float32(stored))
-        if not finite.all():
-            row, column = np.unravel_index(np.argmin(finite), finite.shape)
-            value = float(values[row, column])
-            raise _value_error(value, name, first_row + start + int(row), int(column), type_name)
+    if type_name == "BF16":
+        target[...] = _bfloat16_bits(values)
+    else:
+        with np.errstate(over="ignore"):
+            target[...] = values
+    return np.asarray(np.isfinite(values) & np.isfinite(as_float32(target)))
+
+
+def _pack_by_libggml(
+    packed: np.ndarray, values: np.ndarray, quant_type: QuantType, importance: np.ndarray | None, name: str
+) -> np.ndarray:
+    """Fill `packed` with float32 values in one of libggml's types; says which of them could be stored."""
+    magnitude = np.abs(values)
+    stored = np.asarray(magnitude <= libggml.LARGEST_WEIGHT)
+    if not stored.all():
+        return stored
+    largest = float(magnitude.max(initial=0))
+    libggml.check_importance(importance, values.shape[1], quant_type, largest_weight=largest, name=name)
+    libggml.quantize(np.ascontiguousarray(values), quant_type, importance, packed)
+    overflowing = libggml.scale_overflows(packed, quant_type)
+    if overflowing.any():  # the largest of such a block is to blame
+        by_block = magnitude.reshape(*overflowing.shape, quant_type.block_size)
+        blamed = overflowing[..., None] & (by_block == by_block.max(axis=-1, keepdims=True))
+        stored = ~blamed.reshape(values.shape)
+    return stored
 
 
 def _bfloat16_bits(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The one table of GGUF tensor types: how many weights a block holds and how many bytes it takes.
+"""The one table of GGUF tensor types: how many weights a block holds, how many bytes it takes, and who packs it.
 
 Sizes are spelled as ggml's structs read (`ggml-common.h`), so that the arithmetic can be checked by eye.
 """
@@ -6,11 +6,21 @@ Sizes are spelled as ggml's structs read (`ggml-common.h`), so that the arithmet
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from gguf import GGMLQuantizationType
 
 from mode_gguf.errors import UsageError
+
+
+class Packer(StrEnum):
+    """Who turns weights into a type's bytes and back."""
+
+    NUMPY = "NumPy"
+    KERNELS = "our kernels"
+    LIBGGML = "libggml"
+    """ggml's own code, out of a llama.cpp that is installed; see `libggml`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +33,7 @@ class QuantType:
     name: str
     block_size: int
     type_size: int
+    packer: Packer
 
     @property
     def bits_per_weight(self) -> float:
@@ -44,15 +55,24 @@ class QuantType:
 QUANT_TYPES: dict[str, QuantType] = {
     quant_type.name: quant_type
     for quant_type in (
-        QuantType("F32", 1, 4),
-        QuantType("F16", 1, 2),
-        QuantType("BF16", 1, 2),
-        QuantType("Q8_0", 32, 2 + 32),
-        QuantType("Q2_K", 256, 2 + 2 + 256 // 16 + 256 // 4),
-        QuantType("Q3_K", 256, 2 + 256 // 4 + 256 // 8 + 12),
-        QuantType("Q4_K", 256, 2 + 2 + 12 + 256 // 2),
-        QuantType("Q5_K", 256, 2 + 2 + 12 + 256 // 2 + 256 // 8),
-        QuantType("Q6_K", 256, 2 + 256 // 16 + 3 * 256 // 4),
+        QuantType("F32", 1, 4, Packer.NUMPY),
+        QuantType("F16", 1, 2, Packer.NUMPY),
+        QuantType("BF16", 1, 2, Packer.NUMPY),
+        QuantType("Q8_0", 32, 2 + 32, Packer.KERNELS),
+        QuantType("Q2_K", 256, 2 + 2 + 256 // 16 + 256 // 4, Packer.KERNELS),
+        QuantType("Q3_K", 256, 2 + 256 // 4 + 256 // 8 + 12, Packer.KERNELS),
+        QuantType("Q4_K", 256, 2 + 2 + 12 + 256 // 2, Packer.KERNELS),
+        QuantType("Q5_K", 256, 2 + 2 + 12 + 256 // 2 + 256 // 8, Packer.KERNELS),
+        QuantType("Q6_K", 256, 2 + 256 // 16 + 3 * 256 // 4, Packer.KERNELS),
+        QuantType("IQ2_XXS", 256, 2 + 2 * (256 // 8), Packer.LIBGGML),
+        QuantType("IQ2_XS", 256, 2 + 2 * (256 // 8) + 256 // 32, Packer.LIBGGML),
+        QuantType("IQ2_S", 256, 2 + 256 // 4 + 256 // 32 + 256 // 32, Packer.LIBGGML),
+        QuantType("IQ3_XXS", 256, 2 + 3 * 256 // 8, Packer.LIBGGML),
+        QuantType("IQ3_S", 256, 2 + 256 // 4 + 256 // 32 + 256 // 8 + 256 // 64, Packer.LIBGGML),
+        QuantType("IQ4_XS", 256, 2 + 2 + 256 // 64 + 256 // 2, Packer.LIBGGML),
+        QuantType("IQ4_NL", 32, 2 + 32 // 2, Packer.LIBGGML),
+        QuantType("Q4_0", 32, 2 + 32 // 2, Packer.LIBGGML),
+        QuantType("Q5_0", 32, 2 + 4 + 32 // 2, Packer.LIBGGML),
     )
 }
 
@@ -67,6 +87,11 @@ def quant_type(name: str) -> QuantType:
         return QUANT_TYPES[name.upper()]
     except KeyError:
         raise UsageError(f"unknown type {name!r}: choose from {', '.join(QUANT_TYPES)}") from None
+
+
+def types_packed_by(packer: Packer) -> dict[str, QuantType]:
+    """The part of `QUANT_TYPES` that `packer` packs."""
+    return {name: quant_type for name, quant_type in QUANT_TYPES.items() if quant_type.packer is packer}
 
 
 def parse_types(names: str) -> tuple[QuantType, ...]:

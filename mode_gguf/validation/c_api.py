@@ -7,9 +7,7 @@ documented, field by field. `reserve` at their ends is room for fields that a ne
 """
 
 import ctypes
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 import logging
 from collections import deque
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from mode_gguf.errors import MissingResourceError
+from mode_gguf.llama_cpp_library import embedded_library
 
 OLDEST_BUILD: Final = 11549
 """First llama.cpp build whose structures read as declared here; newer ones are accepted if their defaults agree."""
@@ -306,20 +305,15 @@ def library_build() -> int:
 
 
 def library_path() -> Path:
-    """The shared object inside the installed `xllamacpp`, found without importing it.
+    """The shared object inside the installed `xllamacpp`.
 
     Raises:
         MissingResourceError: it is not there.
     """
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise MissingResourceError(f"the package xllamacpp, which carries llama.cpp, is missing; {_WAY_OUT}")
-    folder = Path(spec.origin).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"xllamacpp{suffix}"
-        if path.is_file():
-            return path
-    raise MissingResourceError(f"{folder} holds no shared object named xllamacpp.*; {_WAY_OUT}")
+    path = embedded_library()
+    if path is None:
+        raise MissingResourceError(f"the package xllamacpp holds no shared object named xllamacpp.*; {_WAY_OUT}")
+    return path
 
 
 @cache

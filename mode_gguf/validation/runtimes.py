@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from mode_gguf.errors import InputError, ValidationError
+from mode_gguf.llama_cpp_library import SUBFOLDERS, named_folder
 from mode_gguf.validation.c_api import library_version
 
-ENVIRONMENT_VARIABLE: Final = "MODE_GGUF_LLAMA_CPP"
 TOOLS: Final = ("llama-server", "llama-mtmd-cli", "llama-quantize", "llama-perplexity")
 SMOKE_QUESTION: Final = "Describe this picture in one sentence."
-_SUBFOLDERS: Final = (".", "bin", "build/bin")
 _VERSION = re.compile(r"version: (.+)")
 _VERSION_SECONDS: Final = 20
 
@@ -50,8 +49,8 @@ def find_llama_cpp(folder: Path | None = None) -> LlamaCppTools:
     Raises:
         InputError: a folder was named, and none of the programs is in it.
     """
-    named = folder or (Path(os.environ[ENVIRONMENT_VARIABLE]) if os.environ.get(ENVIRONMENT_VARIABLE) else None)
-    search = os.pathsep.join(str(named / sub) for sub in _SUBFOLDERS) if named else None
+    named = folder or named_folder()
+    search = os.pathsep.join(str(named / sub) for sub in SUBFOLDERS) if named else None
     found = {name: Path(path) for name in TOOLS if (path := shutil.which(name, path=search))}
     if named and not found:
         raise InputError(f"{named}: holds none of {', '.join(TOOLS)}; name the folder that llama.cpp was built into")

@@ -5,10 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf import LlamaFileType
 
 from mode_gguf.allocation.plan import Plan
+from mode_gguf.quantization import libggml
+from tests.pico import write_pico_qwen3vlmoe
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
+IQ = ("--types", "IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "--dense-types", "IQ2_XXS,Q3_K,Q4_K")
 
 Run = Callable[..., str]
 
@@ -84,3 +88,52 @@ def test_inspect_and_doctor(pico: Path, tmp_path: Path, run: Run) -> None:
     environment = json.loads(run("doctor", "--json"))
     assert environment["xllamacpp"] != "not installed"
     assert "llama.cpp" in environment
+    assert environment["packed by libggml"].startswith("IQ2_XXS, ")
+    assert "xllamacpp" in environment["libggml"]
+
+
+def test_types_that_libggml_packs_reach_below_the_k_quants(pico: Path, tmp_path: Path, run: Run) -> None:
+    assert "2.4" in run("convert", pico, "--bpw", "2.4", "--out", tmp_path, "--dry-run", code=3)
+    result = json.loads(run("convert", pico, "--bpw", "2.4", "--out", tmp_path, "--json", *IQ, *SMALL))
+    assert 2.4 * 0.995 <= result["bpw"] <= 2.4
+    types = {name: quant_type.name for name, quant_type in Plan.load(tmp_path / "plan.json").types.items()}
+    experts = {quant_type for name, quant_type in types.items() if "_exps" in name}
+    assert "IQ2_XXS" in experts
+    assert experts <= set(IQ[1].split(","))
+    assert types["token_embd.weight"] in {"Q3_K", "Q4_K"}, "the embedding has no importance, which IQ2_XXS needs"
+    facts = json.loads(run("inspect", result["model"], "--json"))
+    assert facts["metadata"]["general.file_type"] == LlamaFileType.MOSTLY_IQ2_XXS
+    assert {tensor["name"]: tensor["type"] for tensor in facts["tensors"]}.items() >= types.items()
+    assert json.loads((tmp_path / "report.json").read_text())["text"]["kl_mean"] > 0
+
+
+def test_rows_that_only_small_blocks_fit(tmp_path: Path, run: Run) -> None:
+    model, out = write_pico_qwen3vlmoe(tmp_path / "narrow", expert_width=96), tmp_path / "out"
+    arguments = ("--out", out, "--json", "--no-validate", *SMALL)
+    assert "rows of 96 in 3 tensors do not fit Q2_K, Q3_K, Q4_K and take Q8_0; IQ4_NL, Q4_0 and Q5_0 would fit" in run(
+        "convert", model, "--bpw", "3.7", *arguments, code=3
+    )
+    result = json.loads(run("convert", model, "--bpw", "3.7", *arguments, "--types", "Q2_K,Q3_K,Q4_0,IQ4_NL,Q5_0"))
+    assert 3.7 * 0.995 <= result["bpw"] <= 3.7
+    types = {name: quant_type.name for name, quant_type in Plan.load(out / "plan.json").types.items()}
+    assert {types[f"blk.{layer}.ffn_down_exps.weight"] for layer in range(3)} <= {"Q4_0", "IQ4_NL", "Q5_0"}
+    assert {types[f"blk.{layer}.ffn_up_exps.weight"] for layer in range(3)} & {"Q2_K", "Q3_K"}
+
+
+def test_uniform_plan_of_a_type_that_needs_an_importance_matrix(pico: Path, tmp_path: Path, run: Run) -> None:
+    run("plan", pico, "--uniform", "IQ2_XS", "--out", tmp_path)
+    line = run("export", pico, "--out", tmp_path, code=4)
+    assert "IQ2_XS, which needs an importance matrix" in line
+    assert "mode-gguf calibrate" in line
+
+
+@pytest.mark.parametrize("arguments", [("--uniform", "Q4_0"), ("--types", "Q4_0"), ("--dense-types", "Q4_0")])
+def test_types_of_libggml_without_it(
+    pico: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(libggml, "embedded_library", lambda: None)
+    libggml.library.cache_clear()
+    line = run("plan", pico, "--out", tmp_path, *arguments, code=4)
+    assert "pip install xllamacpp" in line
+    assert "MODE_GGUF_LLAMA_CPP" in line
+    libggml.library.cache_clear()

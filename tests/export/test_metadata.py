@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGUFWriter, LlamaFileType
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
@@ -13,10 +13,11 @@ from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix import write_imatrix
 from mode_gguf.export.metadata import (
     add_general_keys,
+    file_type,
     imatrix_keys,
     main_expert_type,
 )
-from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 
 def general_keys(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -32,6 +33,12 @@ def test_main_type_counts_expert_weights_only(pico: Path) -> None:
     for tensor, name in zip(experts, ["Q2_K"] * 4 + ["Q3_K"] * 5, strict=True):
         types[tensor.name] = QUANT_TYPES[name]
     assert main_expert_type(tensors, types) == QUANT_TYPES["Q3_K"]
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=QUANT_TYPES)
+def test_file_type_is_llama_cpps_for_a_file_of_this_type(quant_type: QuantType) -> None:
+    nearest = LlamaFileType(file_type(quant_type)).name.removesuffix("_M").partition("_")[2]
+    assert nearest == quant_type.name
 
 
 def test_general_keys(pico: Path) -> None:

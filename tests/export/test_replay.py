@@ -18,21 +18,23 @@ from mode_gguf.export.text_model import write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from tests.kernels.ggml_oracle import quantize
 
-QUANTIZED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "BF16")
+OURS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "BF16")
+LIBGGMLS = ("Q5_0", "Q4_0", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 
 Files = tuple[Path, Path, dict[str, QuantType]]
 
 
-@pytest.fixture(scope="module")
-def files(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """Our quantized file with every type in it, its importance matrix, and its types."""
+@pytest.fixture(scope="module", params=[OURS, LIBGGMLS], ids=["packed by us", "packed by libggml"])
+def files(pico: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Files:
+    """Our quantized file with all these types in it, its importance matrix, and its types."""
+    quantized: tuple[str, ...] = request.param
     folder = tmp_path_factory.mktemp("replay")
     checkpoint = Checkpoint.open(pico)
     random = np.random.default_rng(0)
     matrices = [tensor for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP]
     experts_last = sorted(matrices, key=lambda tensor: tensor.role is Role.EXPERT)
-    types = {tensor.name: QUANT_TYPES[QUANTIZED[i % len(QUANTIZED)]] for i, tensor in enumerate(experts_last)}
-    assert {types[tensor.name].name for tensor in matrices if tensor.role is Role.EXPERT} == set(QUANTIZED)
+    types = {tensor.name: QUANT_TYPES[quantized[i % len(quantized)]] for i, tensor in enumerate(experts_last)}
+    assert {types[tensor.name].name for tensor in matrices if tensor.role is Role.EXPERT} == set(quantized)
     entries = {}
     for tensor in matrices:
         if tensor.role is not Role.EMBEDDING:

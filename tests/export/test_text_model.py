@@ -92,6 +92,10 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"ffn_down_exps.*blocks of 256 do not fit rows of 96"):
             write_text_model(tmp_path / "m.gguf", checkpoint, types)
 
+    def test_type_that_needs_importance(self, pico: Path, tmp_path: Path) -> None:
+        words = r"output\.weight type IQ2_XXS, which needs an importance matrix.* run `mode-gguf calibrate`"
+        self.refused(pico, tmp_path, words, output__weight=QUANT_TYPES["IQ2_XXS"])
+
     def test_importance_of_another_model(self, pico: Path, tmp_path: Path) -> None:
         checkpoint = Checkpoint.open(pico)
         with pytest.raises(InputError, match=r"shape \(8, 512\) for blk\.0\.ffn_down_exps"):

@@ -7,8 +7,31 @@ from pathlib import Path
 import numpy as np
 import xllamacpp
 
-_ENUM = {"F32": 0, "F16": 1, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "BF16": 30}
+_ENUM = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q5_0": 6,
+    "Q8_0": 8,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+    "IQ2_XXS": 16,
+    "IQ2_XS": 17,
+    "IQ3_XXS": 18,
+    "IQ4_NL": 20,
+    "IQ3_S": 21,
+    "IQ2_S": 22,
+    "IQ4_XS": 23,
+    "BF16": 30,
+}
 """`ggml_type` of ggml.h."""
+
+
+def _unpacker(type_name: str) -> str:
+    return f"dequantize_row_{type_name.lower().replace('_k', '_K')}"
 
 
 @cache
@@ -21,8 +44,8 @@ def library() -> ctypes.CDLL:
     ggml.ggml_row_size.restype = ctypes.c_size_t
     ggml.ggml_row_size.argtypes = [ctypes.c_int, size]
     for name in _ENUM:
-        if name.startswith("Q"):
-            function = getattr(ggml, f"dequantize_row_{name.replace('Q', 'q')}")
+        if "Q" in name:
+            function = getattr(ggml, _unpacker(name))
             function.restype = None
             function.argtypes = [pointer, pointer, size]
     return ggml
@@ -51,6 +74,6 @@ def quantize(
 def dequantize(packed: np.ndarray, type_name: str, n: int) -> np.ndarray:
     """`dequantize_row_*` of uint8 (rows, row_bytes): float32 (rows, n)."""
     weights = np.empty((packed.shape[0], n), np.float32)
-    function = getattr(library(), f"dequantize_row_{type_name.replace('Q', 'q')}")
+    function = getattr(library(), _unpacker(type_name))
     function(np.ascontiguousarray(packed).ctypes.data, weights.ctypes.data, weights.size)
     return weights

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import mode_gguf_kernels
-from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.errors import InputError
 from mode_gguf.quantization.packer import pack_matrix, packed_experts, unpack_matrix
-from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.quantization.types import QUANT_TYPES, Packer, types_packed_by
 from tests.kernels import ggml_oracle
 
 EXPERTS, ROWS, COLUMNS = 7, 40, 512
@@ -38,8 +38,9 @@ def test_the_kernels_pack_the_blocks_of_the_types_table(name: str) -> None:
     assert (kernels.block_size, kernels.block_bytes) == (quant_type.block_size, quant_type.type_size)
 
 
-def test_every_type_of_the_table_can_be_packed() -> None:
-    assert QUANT_TYPES.keys() - mode_gguf_kernels.TYPES.keys() == {"F32", "F16", "BF16"}
+def test_the_table_gives_the_kernels_what_they_can_pack() -> None:
+    assert types_packed_by(Packer.KERNELS).keys() == mode_gguf_kernels.TYPES.keys()
+    assert types_packed_by(Packer.NUMPY).keys() == {"F32", "F16", "BF16"}
 
 
 @pytest.mark.parametrize("name", QUANT_TYPES)
@@ -52,6 +53,16 @@ def test_packed_bytes_are_those_of_libggml_and_unpack_again(name: str) -> None:
     assert weights.dtype == np.float32
     assert weights.base is not packed
     np.testing.assert_array_equal(weights, gguf.dequantize(packed, QUANT_TYPES[name].ggml_type))
+
+
+@pytest.mark.parametrize("name", ["IQ2_S", "Q4_0"])
+def test_half_precision_sources_are_widened_before_libggml_packs_them(name: str) -> None:
+    bfloat16 = (normal(4).view(np.uint32) >> 16).astype(np.uint16)
+    half = np.asfortranarray(normal(4).astype(np.float16))
+    for source in (bfloat16, half):
+        values = np.ascontiguousarray(as_float32(source))
+        packed = pack_matrix(source, QUANT_TYPES[name], None, name="m")
+        np.testing.assert_array_equal(packed, ggml_oracle.quantize(values, name))
 
 
 @pytest.mark.parametrize(("name", "limit"), [("F16", 65519.0), ("BF16", 3.389e38), ("F32", 3.4e38)])
@@ -96,7 +107,7 @@ def test_values_that_are_not_finite_are_refused_by_every_type(name: str) -> None
     matrix[31, 300] = np.array(0xFFFFFFFF, np.uint32).view(np.float32)
     message = f"^blk.1: nan in row 31, column 300 cannot be stored as {name}; the checkpoint may be damaged$"
     with pytest.raises(InputError, match=message):
-        pack_matrix(matrix, QUANT_TYPES[name], None, name="blk.1")
+        pack_matrix(matrix, QUANT_TYPES[name], np.ones(COLUMNS, np.float32), name="blk.1")
 
 
 @pytest.mark.parametrize(("name", "value"), [("F16", 70000.0), ("F16", -65520.0), ("BF16", 3.4e38)])
@@ -118,13 +129,14 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         unpack_matrix(np.zeros((2, 83), np.uint8), Q2_K, 256)
 
 
+@pytest.mark.parametrize("name", ["Q2_K", "IQ2_XS", "IQ3_S"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-def test_experts_come_in_order_with_their_own_importance(threads: int) -> None:
+def test_experts_come_in_order_with_their_own_importance(name: str, threads: int) -> None:
     importance = normal(8, (EXPERTS, COLUMNS)) ** 2
-    packed = list(packed_experts(expert_tensor(), Q2_K, importance, threads))
+    packed = list(packed_experts(expert_tensor(), QUANT_TYPES[name], importance, threads))
     assert len(packed) == EXPERTS
     for expert, matrix in enumerate(packed):
-        np.testing.assert_array_equal(matrix, ggml_oracle.quantize(normal(expert), "Q2_K", importance[expert]))
+        np.testing.assert_array_equal(matrix, ggml_oracle.quantize(normal(expert), name, importance[expert]))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -141,7 +153,7 @@ def test_no_more_experts_are_read_ahead_than_threads(threads: int) -> None:
         assert len(read) <= taken - 1 + threads  # the one taken is in memory too: threads + 1
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q8_0", "F16"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q8_0", "F16", "IQ2_XXS", "IQ4_NL"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_single_matrix_is_split_by_rows_into_the_same_bytes(name: str, threads: int) -> None:
     matrix = normal(9, (301, COLUMNS))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mode_gguf.errors import InputError, ValidationError
-from mode_gguf.validation.runtimes import ENVIRONMENT_VARIABLE, LlamaCppTools, find_llama_cpp, smoke_test
+from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE
+from mode_gguf.validation.runtimes import LlamaCppTools, find_llama_cpp, smoke_test
 from tests.validation.conftest import Files
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins are shell scripts")

@@ -29,11 +29,14 @@ def command(
     Needs the results of `sensitivity` in the work folder, except with --uniform. The plan may be edited by hand.
     """
     from mode_gguf import pipeline
+    from mode_gguf.quantization.libggml import check_available
     from mode_gguf.quantization.types import quant_type
 
     checkpoint, folder = pipeline.open_model(model, out)
     if uniform:
-        made = pipeline.save_plan(folder, pipeline.make_uniform_plan(checkpoint, folder, quant_type(uniform)))
+        everywhere = quant_type(uniform)
+        check_available([everywhere])
+        made = pipeline.save_plan(folder, pipeline.make_uniform_plan(checkpoint, folder, everywhere))
     else:
         candidates = options.candidate_types(types, dense_types)
         made = pipeline.run_plan(checkpoint, folder, bpw, preset.value, candidates)
