@@ -36,7 +36,7 @@ from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.calibration.watch import TEXT, Pass, Watch, watching
 from mode_gguf.importance.fisher_imatrix import ColumnSums, squared_norms
 from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES, group_of, group_sums
-from mode_gguf.importance.imatrix import Importance, importance_of
+from mode_gguf.importance.imatrix import Imatrix, Importance, importance_of
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import PARTS, change_of_weights, expert_changes
@@ -322,8 +322,9 @@ def _measure_experts(
     projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
     module = streamed.experts_module(layer)
     columns = _expert_columns(module, projections, routed, per_position)
-    result.imatrix.update({projections[projection].name: sums.entry() for projection, sums in columns.items()})
-    importance = _chosen_importance(settings, result)
+    fisher = {projections[projection].name: sums.entry() for projection, sums in columns.items()}
+    result.imatrix.update(fisher)
+    importance = _chosen_importance(settings, fisher)
     n_experts, n_types = module.num_experts, len(settings.expert_types)
     shape = (N_ANSWERS, N_MODALITIES, n_experts, n_types)
     cost = {part: np.full(shape, np.nan) for part in PARTS}
@@ -382,15 +383,13 @@ def _expert_columns(
 
 
 def _token_scale(group: Tensor, per_position: np.ndarray) -> Tensor:
-    """One over the scored positions of the kind of answer that each token serves, float64 like `group`."""
+    """One over the scored positions of the kind of answer that each token serves: float64, shaped like `group`."""
     return torch.from_numpy(per_position[:, 0]).to(group.device)[group // N_MODALITIES]
 
 
-def _chosen_importance(settings: MeasurementSettings, result: Measurement) -> Importance:
-    """What candidates are packed with: the plain importance, or over it the Fisher importance known so far."""
-    if settings.imatrix == "plain":
-        return settings.importance
-    return {**settings.importance, **importance_of(result.imatrix)}
+def _chosen_importance(settings: MeasurementSettings, fisher: Imatrix) -> Importance:
+    """What candidates are packed with: the plain importance, or `fisher` for the tensors it has."""
+    return settings.importance if settings.imatrix == "plain" else {**settings.importance, **importance_of(fisher)}
 
 
 def _head_cost(
@@ -415,7 +414,7 @@ def _head_cost(
             squares = linear(trace.head_input, weight).float().softmax(-1).square().sum(-1)
             columns.add(trace.head_input, (1 - squares.double()) * per_position[trace.inputs.answer, 0])
         result.imatrix[head.name] = columns.entry()
-    importance = _chosen_importance(settings, result)
+    importance = _chosen_importance(settings, result.imatrix)
     for t, quant_type in enumerate(settings.dense_types):
         if not quant_type.fits(head.row_width):
             continue

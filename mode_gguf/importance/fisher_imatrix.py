@@ -71,7 +71,8 @@ class ColumnSums:
 
 def squared_norms(gradients: Tensor) -> Tensor:
     """Squared norm of every token's gradient (D, S, rows), averaged over draws: float64 (S,)."""
-    return torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.float64).square().mean(0)
+    norms: Tensor = torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.float64)
+    return norms.square().mean(0)
 
 
 def _mean_one(rows: np.ndarray) -> np.ndarray:

@@ -85,5 +85,5 @@ class SensitivityTable:
             draws=metadata["draws"],
             seed=metadata["seed"],
             estimated={key: tuple(value) for key, value in metadata["estimated"].items()},
-            imatrix=metadata["imatrix"],
+            imatrix=metadata.get("imatrix", "plain"),  # the only one there was before the choice
         )
