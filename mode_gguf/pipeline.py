@@ -23,12 +23,13 @@ from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.artifacts import file_fingerprint, fingerprint, samples_fingerprint, write_text
 from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.errors import InputError, UsageError
+from mode_gguf.errors import InputError, MissingResourceError, UsageError
 from mode_gguf.export.imatrix import read_imatrix, write_imatrix
 from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.export.text_model import write_text_model
+from mode_gguf.importance.choice import ImatrixKind, check_imatrix_choice
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.types import QUANT_TYPES, Packer, QuantType, types_packed_by
@@ -42,6 +43,7 @@ from mode_gguf.workfolder import StageLedger, WorkFolder, model_file_name, proje
 if TYPE_CHECKING:
     from mode_gguf.calibration.sample import Sample
     from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.importance.imatrix import Imatrix
     from mode_gguf.importance.table import Method
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class ConvertOptions:
     bpw: float
     calibration: CalibrationOptions = CalibrationOptions()
     preset: str = "mode"
+    imatrix: ImatrixKind = "plain"
     types: CandidateTypes = DEFAULT_TYPES
     projector_type: str = "F16"
     pre_tokenizer: str | None = None
@@ -121,8 +124,10 @@ def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
 
     Raises:
         InputError: the checkpoint cannot be converted.
+        UsageError: the preset makes no importance matrix of the kind asked for.
         InfeasibleBudgetError: the bits per weight are out of reach.
     """
+    check_imatrix_choice(options.imatrix, PRESETS[options.preset].method)
     tensors = text_tensors(checkpoint)
     reachable = check_reachable(tensors, options.types, options.bpw)
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
@@ -158,10 +163,10 @@ def convert(
         with ledger.running("calibrate", calibrated, [folder.calibration, folder.imatrix]):
             run_calibration(checkpoint, folder, options.calibration, progress)
 
-    measured = fingerprint(calibrated, method, _type_names(options.types))
+    measured = fingerprint(calibrated, method, options.imatrix, _type_names(options.types))
     if not ledger.is_current("sensitivity", measured):
-        with ledger.running("sensitivity", measured, [folder.sensitivity]):
-            run_sensitivity(checkpoint, folder, options.calibration, method, options.types, progress)
+        with ledger.running("sensitivity", measured, _sensitivity_files(folder, method)):
+            run_sensitivity(checkpoint, folder, options.calibration, method, options.types, progress, options.imatrix)
 
     planned = fingerprint(measured, options.bpw, options.preset)
     if not ledger.is_current("plan", planned):
@@ -203,7 +208,7 @@ def convert(
     return ConvertResult(
         model=model,
         mmproj=mmproj,
-        imatrix=folder.imatrix,
+        imatrix=folder.imatrix_of(options.imatrix),
         plan=folder.plan,
         report=folder.report if options.validate else None,
         bpw=plan.bpw,
@@ -223,13 +228,7 @@ def run_calibration(
     statistics = calibrate(checkpoint, samples, device=options.device, key_ratio=options.key_ratio, progress=progress)
     statistics.save(folder.calibration)
     _report_coverage(statistics)
-    write_imatrix(
-        folder.imatrix,
-        balanced_imatrix(statistics, text_tensors(checkpoint)),
-        datasets=statistics.datasets,
-        chunk_count=len(samples),
-        chunk_size=(statistics.samples.text_tokens + statistics.samples.vision_tokens) // len(samples),
-    )
+    _write_imatrix(folder.imatrix, balanced_imatrix(statistics, text_tensors(checkpoint)), statistics)
     return statistics
 
 
@@ -240,27 +239,34 @@ def run_sensitivity(
     method: "Method",
     types: CandidateTypes,
     progress: Progress = silent,
+    imatrix: ImatrixKind = "plain",
 ) -> None:
-    """Write sensitivity.safetensors, measured with the weights the packer will really write.
+    """Write sensitivity.safetensors, measured with weights packed with `imatrix`, and the Fisher importance matrix.
 
     Raises:
         InputError: `calibrate` has not run in this folder, or ran for another model.
+        UsageError: `method` makes no importance matrix of the kind asked for.
     """
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.sensitivity import measure_sensitivity
 
-    measure_sensitivity(
+    statistics = CalibrationStatistics.load(folder.calibration)
+    table, fisher_imatrix = measure_sensitivity(
         checkpoint,
         _samples(options),
         read_imatrix(folder.imatrix),
-        statistics=CalibrationStatistics.load(folder.calibration),
+        statistics=statistics,
         method=method,
+        imatrix=imatrix,
         expert_types=types.expert,
         dense_types=types.dense,
         device=options.device,
         seed=options.seed,
         progress=progress,
-    ).save(folder.sensitivity)
+    )
+    table.save(folder.sensitivity)
+    if fisher_imatrix:
+        _write_imatrix(folder.imatrix_of("fisher"), fisher_imatrix, statistics)
 
 
 def run_plan(checkpoint: Checkpoint, folder: WorkFolder, bpw: float, preset: str, types: CandidateTypes) -> Plan:
@@ -288,7 +294,7 @@ def run_plan(checkpoint: Checkpoint, folder: WorkFolder, bpw: float, preset: str
     plan = optimal_plan(
         tensors,
         Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), frequency),
-        _provenance(checkpoint, folder, table.method),
+        _provenance(checkpoint, folder, table.method, table.imatrix),
         bpw=bpw,
         types=types,
         preset=PRESETS[preset],
@@ -313,13 +319,16 @@ def run_export(
     folder: WorkFolder,
     plan: Plan,
     *,
+    imatrix: ImatrixKind | None = None,
     projector_type: str = "F16",
     pre_tokenizer: str | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> tuple[Path, Path]:
     """Write the text model as planned, and the projector; returns their paths. Raises like `export_text`."""
-    text = export_text(checkpoint, folder, plan, pre_tokenizer=pre_tokenizer, threads=threads, progress=progress)
+    text = export_text(
+        checkpoint, folder, plan, imatrix=imatrix, pre_tokenizer=pre_tokenizer, threads=threads, progress=progress
+    )
     projector = projector_path(folder, projector_type)
     write_projector(projector, checkpoint, projector_type, progress=progress)
     return text, projector
@@ -330,25 +339,34 @@ def export_text(
     folder: WorkFolder,
     plan: Plan,
     *,
+    imatrix: ImatrixKind | None = None,
     pre_tokenizer: str | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Write the text model as planned, with the importance matrix in the folder if there is one; returns its path.
+    """Write the text model as planned, with an importance matrix of the folder; returns its path.
+
+    Args:
+        imatrix: which of them; None for the one that the plan's measurements were packed with, and that one may be
+            missing if it is the plain one.
 
     Raises:
         InputError: the plan belongs to another model, or a weight cannot be packed.
-        MissingResourceError: not enough disk space.
+        MissingResourceError: not enough disk space, or the importance matrix asked for is not there.
     """
     _check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
     path = model_path(folder, plan)
-    with_imatrix = folder.imatrix.exists() and not plan.is_full_precision
+    kind = imatrix or plan.made_from.imatrix_kind
+    packed_with = folder.imatrix_of(kind)
+    if kind == "fisher" and not packed_with.exists():
+        raise MissingResourceError(f"{packed_with}: not there; `mode-gguf sensitivity` writes it")
+    with_imatrix = packed_with.exists() and not plan.is_full_precision
     write_text_model(
         path,
         checkpoint,
         plan.types,
-        read_imatrix(folder.imatrix) if with_imatrix else None,
-        metadata=imatrix_keys(folder.imatrix) if with_imatrix else None,
+        read_imatrix(packed_with) if with_imatrix else None,
+        metadata=imatrix_keys(packed_with) if with_imatrix else None,
         pre_tokenizer=pre_tokenizer,
         threads=threads or os.cpu_count() or 1,
         progress=progress,
@@ -424,6 +442,24 @@ def projector_path(folder: WorkFolder, projector_type: str) -> Path:
     return folder.path / projector_file_name(folder.name, projector_type)
 
 
+def _write_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStatistics") -> None:
+    """Write an importance matrix of the samples that `statistics` were taken of."""
+    samples = statistics.samples
+    n_samples = samples.text_samples + samples.image_samples
+    write_imatrix(
+        path,
+        entries,
+        datasets=statistics.datasets,
+        chunk_count=n_samples,
+        chunk_size=(samples.text_tokens + samples.vision_tokens) // n_samples,
+    )
+
+
+def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
+    """What `run_sensitivity` writes."""
+    return [folder.sensitivity, *([folder.imatrix_of("fisher")] if method == "fisher" else [])]
+
+
 def _report_coverage(statistics: "CalibrationStatistics") -> None:
     """Name the experts that calibration says nothing about, or nothing about one modality."""
     for layer in statistics.coverage():
@@ -474,12 +510,16 @@ def _check_same_model(checkpoint: Checkpoint, path: Path, found: str) -> None:
         )
 
 
-def _provenance(checkpoint: Checkpoint, folder: WorkFolder, method: str | None = None) -> Provenance:
+def _provenance(
+    checkpoint: Checkpoint, folder: WorkFolder, method: str | None = None, kind: ImatrixKind = "plain"
+) -> Provenance:
+    imatrix = folder.imatrix_of(kind)
     return Provenance(
         tool_version=__version__,
         model=checkpoint.name,
         model_fingerprint=checkpoint.fingerprint,
-        imatrix=file_fingerprint(folder.imatrix) if folder.imatrix.exists() else None,
+        imatrix=file_fingerprint(imatrix) if imatrix.exists() else None,
+        imatrix_kind=kind,
         sensitivity_method=method,
         sensitivity_fingerprint=file_fingerprint(folder.sensitivity) if method else None,
     )

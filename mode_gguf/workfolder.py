@@ -25,9 +25,12 @@ def projector_file_name(name: str, quant_type: str) -> str:
     return f"mmproj-{name}-{quant_type}.gguf"
 
 
-def imatrix_file_name(name: str) -> str:
-    """`imatrix-<name>.gguf`; without "imatrix" in its name a download by repository might take it for the model."""
-    return f"imatrix-{name}.gguf"
+def imatrix_file_name(name: str, kind: str = "plain") -> str:
+    """`imatrix-<name>.gguf`, or with a kind other than plain `imatrix-<kind>-<name>.gguf`.
+
+    Without "imatrix" in its name a download by repository might take it for the model.
+    """
+    return f"imatrix-{name}.gguf" if kind == "plain" else f"imatrix-{kind}-{name}.gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,10 @@ class WorkFolder:
 
     @property
     def imatrix(self) -> Path:
-        return self.path / imatrix_file_name(self.name)
+        return self.imatrix_of("plain")
+
+    def imatrix_of(self, kind: str) -> Path:
+        return self.path / imatrix_file_name(self.name, kind)
 
     @property
     def sensitivity(self) -> Path:

@@ -60,3 +60,4 @@ def test_file_names() -> None:
     assert tag[1] == "Q3_K_MODE", "llama.cpp takes the tag after the last - or ."
     assert projector_file_name("M", "F16") == "mmproj-M-F16.gguf"
     assert imatrix_file_name("M") == "imatrix-M.gguf"
+    assert imatrix_file_name("M", "fisher") == "imatrix-fisher-M.gguf"

@@ -26,6 +26,13 @@ class PresetName(StrEnum):
     PAPER = "paper"
 
 
+class ImatrixName(StrEnum):
+    """Importance matrices; see `mode_gguf.importance.choice`."""
+
+    PLAIN = "plain"
+    FISHER = "fisher"
+
+
 class ProjectorType(StrEnum):
     """Types the projector can be stored in."""
 
@@ -64,6 +71,13 @@ PresetOption = Annotated[
     PresetName,
     typer.Option(
         help="mode: Fisher sensitivity (our default); paper: frequency times expert error, as in arXiv 2606.17118."
+    ),
+]
+ImatrixOption = Annotated[
+    ImatrixName,
+    typer.Option(
+        help="What packing weighs a matrix's columns with: plain: mean squares of its inputs; "
+        "fisher: those weighed by gradients (not with --preset paper)."
     ),
 ]
 ExpertTypes = Annotated[str, typer.Option("--types", help="Candidate types of expert tensors, comma-separated.")]

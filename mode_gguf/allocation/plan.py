@@ -45,6 +45,8 @@ class Provenance(Record):
     model: str
     model_fingerprint: str
     imatrix: str | None = None
+    """Fingerprint of the importance matrix; `imatrix_kind` says which of the folder's it is."""
+    imatrix_kind: Literal["plain", "fisher"] = "plain"
     sensitivity_method: str | None = None
     sensitivity_fingerprint: str | None = None
 

@@ -34,7 +34,9 @@ from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.calibration.watch import TEXT, Pass, Watch, watching
+from mode_gguf.importance.fisher_imatrix import ColumnSums, squared_norms
 from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES, group_of, group_sums
+from mode_gguf.importance.imatrix import Imatrix, Importance, importance_of
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import PARTS, change_of_weights, expert_changes
@@ -82,7 +84,7 @@ def fisher_sensitivity(
     _forward_all(streamed, traces, settings, progress)
     by_role = {role: [tensor for tensor in streamed.tensors if tensor.role is role] for role in Role}
     head = (by_role[Role.OUTPUT] or by_role[Role.EMBEDDING])[0]
-    head_cost = _head_cost(streamed, head, traces, settings) * per_position[..., None]
+    head_cost = _head_cost(streamed, head, traces, settings, per_position, result) * per_position[..., None]
     _backward_all(streamed, traces, settings, per_position, result, progress)
     embedding = by_role[Role.EMBEDDING][0]
     embedding_cost = _embedding_cost(streamed, embedding, traces, settings) * per_position[..., None]
@@ -195,17 +197,24 @@ def _backward_all(
                     tensor.name: linears[str(tensor.activation)] for tensor in streamed.layer_tensors(index, Role.DENSE)
                 }
                 dense = {name: np.zeros((N_ANSWERS, N_MODALITIES, len(types))) for name, types in changes.items()}
+                columns = {
+                    tensor.name: ColumnSums.of(1, tensor.row_width)
+                    for tensor in streamed.layer_tensors(index, Role.DENSE)
+                }
                 routed: list[_Routed] = []
                 for trace in traces:
                     calls = _backward_layer(streamed, index, layer, modules, trace)
                     if calls.routed is not None:
                         routed.append(calls.routed)
+                    token_scale = _token_scale(calls.group, per_position)
                     for name, (x, gradients) in calls.linears.items():
+                        columns[name].add(x, squared_norms(gradients) * token_scale)
                         for t, change in enumerate(changes[name]):
                             dense[name][..., t] += _linear_cost(x, gradients, change, calls.group)
                     done(1)
                 for name, cost in dense.items():
                     result.arrays[f"{name}.unit"] = cost * per_position[..., None]
+                result.imatrix.update({name: sums.entry() for name, sums in columns.items()})
                 if routed:
                     _measure_experts(streamed, index, _concatenated(routed), settings, per_position, result)
 
@@ -310,9 +319,13 @@ def _measure_experts(
     per_position: np.ndarray,
     result: Measurement,
 ) -> None:
-    """Arrays of one layer's experts, from all samples' routed tokens at once."""
+    """Arrays and importance of one layer's experts, from all samples' routed tokens at once."""
     projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
     module = streamed.experts_module(layer)
+    columns = _expert_columns(module, projections, routed, per_position)
+    fisher = {projections[projection].name: sums.entry() for projection, sums in columns.items()}
+    result.imatrix.update(fisher)
+    importance = _chosen_importance(settings, fisher)
     n_experts, n_types = module.num_experts, len(settings.expert_types)
     shape = (N_ANSWERS, N_MODALITIES, n_experts, n_types)
     cost = {part: np.full(shape, np.nan) for part in PARTS}
@@ -322,7 +335,7 @@ def _measure_experts(
         part: torch.zeros(n_types, draws, n_tokens, device=streamed.device) for part in projections
     }  # g . d of a token, summed over its experts
     for change in expert_changes(
-        streamed, module, projections, settings.expert_types, settings.importance, routed.inputs, routed.index
+        streamed, module, projections, settings.expert_types, importance, routed.inputs, routed.index
     ):
         token, t = change.token, change.type_index
         weight = routed.weight[token, change.slot].float()
@@ -347,16 +360,66 @@ def _measure_experts(
     result.estimated.update(unseen_experts(layer, counts))
 
 
+def _expert_columns(
+    module: Any, projections: Mapping[str, SourceTensor], routed: _Routed, per_position: np.ndarray
+) -> dict[str, ColumnSums]:
+    """Weighted sums of squares of one layer's experts, by projection, with the gradients at each one's own output."""
+    columns = {name: ColumnSums.of(module.num_experts, tensor.row_width) for name, tensor in projections.items()}
+    token_scale = _token_scale(routed.group, per_position)
+    for expert in range(module.num_experts):
+        token, slot = torch.where(routed.index == expert)
+        x, scale = routed.inputs[token], token_scale[token]
+        at_down = routed.gradients[:, token].float() * routed.weight[token, slot, None].float()
+        before = linear(x, module.gate_up_proj[expert]).float().requires_grad_()
+        with torch.enable_grad():
+            hidden = module._apply_gate(before)
+        at_hidden = at_down @ module.down_proj[expert].float()
+        at_gate_up = torch.stack(
+            [torch.autograd.grad(hidden, before, gradient, retain_graph=True)[0] for gradient in at_hidden]
+        )
+        at_gate, at_up = at_gate_up.chunk(2, dim=-1)
+        for name, inputs, gradients in (("gate", x, at_gate), ("up", x, at_up), ("down", hidden.detach(), at_down)):
+            columns[name].add(inputs, squared_norms(gradients) * scale, expert)
+    return columns
+
+
+def _token_scale(group: Tensor, per_position: np.ndarray) -> Tensor:
+    """One over the scored positions of the kind of answer that each token serves: float64, shaped like `group`."""
+    return torch.from_numpy(per_position[:, 0]).to(group.device)[group // N_MODALITIES]
+
+
+def _chosen_importance(settings: MeasurementSettings, fisher: Imatrix) -> Importance:
+    """What candidates are packed with: the plain importance, or `fisher` for the tensors it has."""
+    return settings.importance if settings.imatrix == "plain" else {**settings.importance, **importance_of(fisher)}
+
+
 def _head_cost(
-    streamed: StreamedModel, head: SourceTensor, traces: Sequence[_Trace], settings: MeasurementSettings
+    streamed: StreamedModel,
+    head: SourceTensor,
+    traces: Sequence[_Trace],
+    settings: MeasurementSettings,
+    per_position: np.ndarray,
+    result: Measurement,
 ) -> np.ndarray:
-    """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model."""
+    """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model.
+
+    Its importance goes to `result`; the squared norm of a logits' gradient is on average 1 less the sum of p^2.
+    """
     cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
     weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
+    if head.activation is not None:  # a tied embedding has no importance
+        columns = ColumnSums.of(1, head.row_width)
+        for trace in traces:
+            if trace.head_input is None:
+                raise RuntimeError("the output head was not watched")
+            squares = linear(trace.head_input, weight).float().softmax(-1).square().sum(-1)
+            columns.add(trace.head_input, (1 - squares.double()) * per_position[trace.inputs.answer, 0])
+        result.imatrix[head.name] = columns.entry()
+    importance = _chosen_importance(settings, result.imatrix)
     for t, quant_type in enumerate(settings.dense_types):
         if not is_storable(head, quant_type):
             continue
-        change = change_of_weights(head, 0, quant_type, settings.importance, streamed.device)
+        change = change_of_weights(head, 0, quant_type, importance, streamed.device)
         cost[..., t] = 0.0
         for trace in traces:
             if trace.head_input is None:

@@ -1,11 +1,12 @@
 """What both ways of measuring sensitivity are told and give back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from mode_gguf.importance.imatrix import Importance
+from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.importance.imatrix import Imatrix, Importance
 from mode_gguf.quantization.types import QuantType
 
 
@@ -15,9 +16,11 @@ class MeasurementSettings:
 
     Attributes:
         expert_types: candidates of expert tensors; dense_types: of all other matrices.
-        importance: they are packed with.
+        importance: the plain one, which they are packed with, except where `imatrix` says otherwise.
         key_ratio: share of the vision tokens that are key.
         draws: label draws per scored position; seed: of the draws. Only Fisher sensitivity draws.
+        imatrix: `fisher`: experts and the output head are packed with the Fisher importance, which is known before
+            they are measured.
     """
 
     expert_types: Sequence[QuantType]
@@ -26,12 +29,17 @@ class MeasurementSettings:
     key_ratio: float
     draws: int
     seed: int
+    imatrix: ImatrixKind = "plain"
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Arrays, scored positions per kind of answer, and experts whose values are estimates; see `SensitivityTable`."""
+    """Arrays, scored positions per kind of answer, and experts whose values are estimates; see `SensitivityTable`.
+
+    `imatrix` is the Fisher importance of all tensors that have an activation; empty for a method without gradients.
+    """
 
     arrays: dict[str, np.ndarray]
     positions: tuple[int, ...]
     estimated: dict[str, list[int]]
+    imatrix: Imatrix = field(default_factory=dict)

@@ -9,9 +9,10 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
+from mode_gguf.importance.choice import ImatrixKind, check_imatrix_choice
 from mode_gguf.importance.expert_mse import expert_mse
 from mode_gguf.importance.fisher import fisher_sensitivity
-from mode_gguf.importance.imatrix import Importance
+from mode_gguf.importance.imatrix import Imatrix, Importance
 from mode_gguf.importance.measurement import MeasurementSettings
 from mode_gguf.importance.table import METHODS, Method, SensitivityTable
 from mode_gguf.progress import Progress, silent
@@ -32,30 +33,36 @@ def measure_sensitivity(
     dense_types: Sequence[QuantType],
     statistics: CalibrationStatistics,
     method: Method = "fisher",
+    imatrix: ImatrixKind = "plain",
     label_draws: int = DEFAULT_LABEL_DRAWS,
     seed: int = 0,
     device: str = "auto",
     max_tokens: int = DEFAULT_MAX_TOKENS,
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     progress: Progress = silent,
-) -> SensitivityTable:
+) -> tuple[SensitivityTable, Imatrix]:
     """Measure every expert tensor and expert at `expert_types`, every other matrix at `dense_types`.
 
     Args:
-        importance: the very one the file will be packed with; a tensor without is packed plainly.
+        importance: the plain one; a tensor without is packed plainly.
         statistics: of the same checkpoint; its key ratio is used again.
         method: `fisher` (KL, see `fisher`) or `expert-mse` (the paper's recipe, see `expert_mse`).
+        imatrix: which importance the file will be packed with; for `fisher` see `MeasurementSettings`.
         label_draws: per scored position; Fisher only.
         device, max_tokens, max_image_pixels: as for `calibrate`.
 
+    Returns:
+        The table, and the Fisher importance matrix; empty where the method has no gradients.
+
     Raises:
-        UsageError: no samples, an unknown method, or no draws.
+        UsageError: no samples, an unknown method or importance matrix, a pair that does not go together, or no draws.
         InputError: model or sample cannot be used, or the statistics belong to another checkpoint.
     """
     if not samples:
         raise UsageError("sensitivity needs at least one sample")
     if method not in METHODS:
         raise UsageError(f"unknown sensitivity method {method!r}: choose from {', '.join(METHODS)}")
+    check_imatrix_choice(imatrix, method)
     if label_draws < 1:
         raise UsageError(f"label draws is {label_draws}: at least one is needed")
     if statistics.fingerprint != checkpoint.fingerprint:
@@ -65,10 +72,12 @@ def measure_sensitivity(
         )
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
     inputs = [builder.build(sample) for sample in samples]
-    settings = MeasurementSettings(expert_types, dense_types, importance, statistics.key_ratio, label_draws, seed)
+    settings = MeasurementSettings(
+        expert_types, dense_types, importance, statistics.key_ratio, label_draws, seed, imatrix
+    )
     measure = fisher_sensitivity if method == "fisher" else expert_mse
     measurement = measure(open_streamed(checkpoint, device), inputs, settings, progress)
-    return SensitivityTable(
+    table = SensitivityTable(
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         method=method,
@@ -79,4 +88,6 @@ def measure_sensitivity(
         draws=label_draws if method == "fisher" else 0,
         seed=seed,
         estimated=measurement.estimated,
+        imatrix=imatrix,
     )
+    return table, measurement.imatrix

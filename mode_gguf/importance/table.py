@@ -11,6 +11,7 @@ from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.calibration.inputs import ANSWERS
 from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.importance.choice import ImatrixKind
 
 Method: TypeAlias = Literal["fisher", "expert-mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -31,6 +32,7 @@ class SensitivityTable:
         draws: label draws per position; 0 for `expert-mse`.
         seed: of the draws.
         estimated: experts per (layer, answer, modality) that no token reached, whose values are estimates.
+        imatrix: which importance matrix candidates were packed with.
     """
 
     model: str
@@ -43,6 +45,7 @@ class SensitivityTable:
     draws: int
     seed: int
     estimated: Mapping[str, Sequence[int]]
+    imatrix: ImatrixKind = "plain"
 
     def save(self, path: Path) -> None:
         """Write everything to a safetensors file, atomically."""
@@ -57,6 +60,7 @@ class SensitivityTable:
             "draws": self.draws,
             "seed": self.seed,
             "estimated": self.estimated,
+            "imatrix": self.imatrix,
             "answers": list(ANSWERS),
             "modalities": list(MODALITIES),
         }
@@ -81,4 +85,5 @@ class SensitivityTable:
             draws=metadata["draws"],
             seed=metadata["seed"],
             estimated={key: tuple(value) for key, value in metadata["estimated"].items()},
+            imatrix=metadata.get("imatrix", "plain"),  # the only one there was before the choice
         )

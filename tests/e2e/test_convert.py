@@ -11,6 +11,9 @@ from mode_gguf.allocation.plan import Plan
 from mode_gguf.quantization import libggml
 from tests.pico import write_pico_qwen3vlmoe
 
+
+from mode_gguf.artifacts import file_fingerprint
+
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
 IQ = ("--types", "IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "--dense-types", "IQ2_XXS,Q3_K,Q4_K")
 
@@ -69,6 +72,51 @@ def test_paper_preset_makes_a_file_too(pico: Path, tmp_path: Path, run: Run) -> 
     result = json.loads(run("convert", pico, *arguments))
     assert Plan.load(Path(result["plan"])).preset == "paper"
     assert result["bpw"] <= 4.0
+
+
+def packed_with(model: str, run: Run) -> str:
+    """The importance matrix that a file says it was packed with."""
+    metadata = json.loads(run("inspect", model, "--json"))["metadata"]
+    return str(metadata["quantize.imatrix.file"])
+
+
+def test_fisher_importance(pico: Path, tmp_path: Path, run: Run) -> None:
+    """Another importance matrix reruns what depends on it; stages alone take the one the plan was made with."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    arguments = ("convert", pico, "--bpw", "4.0", "--out", out, "--json", *SMALL)
+
+    fisher = json.loads(run(*arguments, "--imatrix", "fisher"))
+    assert Path(fisher["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
+    assert packed_with(fisher["model"], run) == f"imatrix-fisher-{pico.name}.gguf"
+    made_from = Plan.load(Path(fisher["plan"])).made_from
+    assert (made_from.imatrix_kind, made_from.imatrix) == ("fisher", file_fingerprint(Path(fisher["imatrix"])))
+    assert json.loads((out / "report.json").read_text())["text"]["kl_mean"] > 0
+    assert set(json.loads(run(*arguments, "--imatrix", "fisher"))["seconds"].values()) == {0.0}
+
+    for arguments_of_stage in (
+        ("calibrate", *SMALL),
+        ("sensitivity", "--imatrix", "fisher", *SMALL),
+        ("plan", "--bpw", "4.0"),
+    ):
+        run(arguments_of_stage[0], pico, "--out", alone, *arguments_of_stage[1:])
+    exported = json.loads(run("export", pico, "--out", alone, "--json"))
+    assert Path(exported["model"]).read_bytes() == Path(fisher["model"]).read_bytes()
+    exported = json.loads(run("export", pico, "--out", alone, "--imatrix", "plain", "--json"))
+    assert packed_with(exported["model"], run) == f"imatrix-{pico.name}.gguf"
+
+    plain = json.loads(run(*arguments, "--no-validate"))
+    assert plain["seconds"].pop("calibrate") == 0.0
+    assert min(plain["seconds"].values()) > 0
+    assert packed_with(plain["model"], run) == f"imatrix-{pico.name}.gguf"
+    assert Plan.load(Path(plain["plan"])).made_from.imatrix_kind == "plain"
+
+
+def test_fisher_importance_needs_gradients(pico: Path, tmp_path: Path, run: Run) -> None:
+    arguments = ("--preset", "paper", "--imatrix", "fisher", "--out", tmp_path / "out")
+    assert "--imatrix fisher needs gradients" in run("convert", pico, "--bpw", "4.0", *arguments, code=2)
+    assert not (tmp_path / "out").exists()
+    run("plan", pico, "--uniform", "Q2_K", "--out", tmp_path)
+    assert "`mode-gguf sensitivity` writes it" in run("export", pico, "--imatrix", "fisher", "--out", tmp_path, code=4)
 
 
 def test_dry_run_writes_nothing(pico: Path, tmp_path: Path, run: Run) -> None:

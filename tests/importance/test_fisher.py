@@ -38,7 +38,7 @@ LAYER = 1
 def table(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> SensitivityTable:
-    return measure_sensitivity(
+    table, _ = measure_sensitivity(
         checkpoint,
         samples,
         importance,
@@ -48,6 +48,7 @@ def table(
         label_draws=DRAWS,
         device="cpu",
     )
+    return table
 
 
 class WholeModel:

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def paper_table(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> SensitivityTable:
-    return measure_sensitivity(
+    table, imatrix = measure_sensitivity(
         checkpoint,
         samples,
         importance,
@@ -43,6 +43,8 @@ def paper_table(
         method="expert-mse",
         device="cpu",
     )
+    assert imatrix == {}
+    return table
 
 
 def test_expert_mse_by_hand(
@@ -110,6 +112,8 @@ def test_a_calibration_file_is_not_a_table(statistics: CalibrationStatistics, tm
     [
         ({"method": "guess"}, "unknown sensitivity method 'guess'"),
         ({"label_draws": 0}, "label draws is 0"),
+        ({"imatrix": "guess"}, "unknown importance matrix 'guess'"),
+        ({"method": "expert-mse", "imatrix": "fisher"}, "--imatrix fisher needs gradients"),
         ({"samples": []}, "at least one sample"),
     ],
 )
@@ -149,7 +153,7 @@ def test_types_that_do_not_fit_are_not_a_number(
     """Experts 320 wide: down cannot be a K-quant; a tied embedding carries the head's cost."""
     checkpoint = Checkpoint.open(write_pico_qwen3vlmoe(tmp_path / "odd", expert_width=320, tied=True))
     types = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q8_0"])
-    table = measure_sensitivity(
+    table, _ = measure_sensitivity(
         checkpoint,
         samples[-2:],
         {},

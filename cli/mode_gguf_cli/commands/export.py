@@ -15,6 +15,12 @@ def command(
     plan: Annotated[
         Path | None, typer.Option(help="Plan to follow; default: plan.json in the work folder.", show_default=False)
     ] = None,
+    imatrix: Annotated[
+        options.ImatrixName | None,
+        typer.Option(
+            help="Importance matrix to pack with; default: the one the plan was made with.", show_default=False
+        ),
+    ] = None,
     mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
     pre_tokenizer: options.PreTokenizer = None,
     threads: options.Threads = None,
@@ -22,7 +28,7 @@ def command(
 ) -> None:
     """Pack MODEL's weights as the plan says; writes the text GGUF and the projector.
 
-    Uses the importance matrix in the work folder when there is one.
+    Uses an importance matrix in the work folder; without a plain one it packs plainly.
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
@@ -33,6 +39,7 @@ def command(
         checkpoint,
         folder,
         loaded,
+        imatrix=imatrix.value if imatrix else None,
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,
         threads=threads,

@@ -10,6 +10,7 @@ def command(
     calibration: options.Calibration = None,
     device: options.DeviceOption = options.Device.AUTO,
     preset: options.PresetOption = options.PresetName.MODE,
+    imatrix: options.ImatrixOption = options.ImatrixName.PLAIN,
     types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
     image_samples: options.ImageSamples = 128,
@@ -20,7 +21,8 @@ def command(
 ) -> None:
     """Measure, per expert, projection, modality and type, what quantization would do to MODEL's answers.
 
-    Needs the results of `calibrate` in the work folder, and the same samples again.
+    Needs the results of `calibrate` in the work folder, and the same samples again. With --preset mode it also writes
+    the Fisher importance matrix, whichever --imatrix the candidates are packed with.
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.planner import PRESETS
@@ -28,10 +30,15 @@ def command(
     chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed)
     checkpoint, folder = pipeline.open_model(model, out)
     method = PRESETS[preset.value].method
-    pipeline.run_sensitivity(
-        checkpoint, folder, chosen, method, options.candidate_types(types, dense_types), progress()
-    )
+    candidates = options.candidate_types(types, dense_types)
+    pipeline.run_sensitivity(checkpoint, folder, chosen, method, candidates, progress(), imatrix.value)
+    fisher_imatrix = folder.imatrix_of("fisher") if method == "fisher" else None
     if json:
-        emit_json({"sensitivity": str(folder.sensitivity), "method": method})
-    else:
-        show(f"sensitivity  {folder.sensitivity}  ({method})")
+        files = {"sensitivity": str(folder.sensitivity)}
+        if fisher_imatrix:
+            files["imatrix"] = str(fisher_imatrix)
+        emit_json({**files, "method": method, "packed_with": imatrix.value})
+        return
+    show(f"sensitivity  {folder.sensitivity}  ({method})")
+    if fisher_imatrix:
+        show(f"imatrix      {fisher_imatrix}")
