@@ -19,6 +19,7 @@ from mode_gguf_kernels.matrix import pack_matrix, unpack_matrix
 from mode_gguf_kernels.refine import Search, error_weights
 from mode_gguf_kernels.refine_min import refine_with_min
 from mode_gguf_kernels.search import (
+    TOGETHER,
     F,
     encode_with_min,
     make_qkx_quants,
@@ -47,23 +48,21 @@ def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile)
     """Pack one super-block per lane; with `weighted`, w holds the importance (it is overwritten)."""
     scales, mins, sums = float_tile(16), float_tile(16), float_tile(16)
     inverses, offsets = float_tile(16), float_tile(16)
-    trial, level, code, min_code = float_tile(16), int_tile(256), int_tile(16), int_tile(16)
+    level, code, min_code = int_tile(256), int_tile(16), int_tile(16)
     if weighted:
         weigh_by_size(x, w, sum_of_squares(x, 0, 256) / F(256))
     else:
         for i in range(256):
             store(w, i, absolute(load(x, i)))
-    for j in range(16):
+    found = scales, mins, inverses, offsets
+    for j in range(0, 16, TOGETHER):
         if weighted:
-            found = make_qkx_quants(x, w, trial, 16 * j, 16, 3, F(-0.9), F(0.05), 36, False, True)
-            store(sums, j, sum_of(w, 16 * j, 16))
+            make_qkx_quants(x, w, 16 * j, 16, 3, F(-0.9), F(0.05), 36, False, True, found, j)
         else:
-            found = make_qkx_quants(x, w, trial, 16 * j, 16, 3, F(-0.5), F(0.1), 15, True, False)
-        store(scales, j, found[0])
-        store(mins, j, found[1])
-        store(inverses, j, found[2])
-        store(offsets, j, found[3])
+            make_qkx_quants(x, w, 16 * j, 16, 3, F(-0.5), F(0.1), 15, True, False, found, j)
     if weighted:
+        for j in range(16):
+            store(sums, j, sum_of(w, 16 * j, 16))
         d = half_bits(make_qp_quants(scales, sums, code, 16, 15))
         dmin = half_bits(make_qp_quants(mins, sums, min_code, 16, 15))
     else:

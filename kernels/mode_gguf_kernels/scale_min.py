@@ -17,6 +17,7 @@ from mode_gguf_kernels.halves import half_bits, half_value
 from mode_gguf_kernels.refine import Search, error_weights
 from mode_gguf_kernels.refine_min import refine_with_min
 from mode_gguf_kernels.search import (
+    TOGETHER,
     F,
     encode_with_min,
     make_qkx_quants,
@@ -71,24 +72,23 @@ def encode_tile(
     """
     scales, mins, sums = float_tile(8), float_tile(8), float_tile(8)
     inverses, offsets = float_tile(8), float_tile(8)
-    trial, code, min_code = float_tile(32), int_tile(8), int_tile(8)
+    code, min_code = int_tile(8), int_tile(8)
     if weighted:
         weigh_by_size(x, w, F(2) * sum_of_squares(x, 0, 256) / F(256))
-    for j in range(8):
-        first = 32 * j
-        if weighted:
-            found = make_qkx_quants(x, w, trial, first, 32, highest, F(-0.9), F(0.05), 36, False, True)
-            store(sums, j, sum_of(w, first, 32))
-        else:
-            typical = square_root(sum_of_squares(x, first, 32) / F(32))
-            for i in range(first, first + 32):
+    else:
+        for j in range(8):
+            typical = square_root(sum_of_squares(x, 32 * j, 32) / F(32))
+            for i in range(32 * j, 32 * j + 32):
                 store(w, i, typical + absolute(load(x, i)))
-            found = make_qkx_quants(x, w, trial, first, 32, highest, rmin, F(0.1), nstep, False, False)
-        store(scales, j, found[0])
-        store(mins, j, found[1])
-        store(inverses, j, found[2])
-        store(offsets, j, found[3])
+    found = scales, mins, inverses, offsets
+    for j in range(0, 8, TOGETHER):
+        if weighted:
+            make_qkx_quants(x, w, 32 * j, 32, highest, F(-0.9), F(0.05), 36, False, True, found, j)
+        else:
+            make_qkx_quants(x, w, 32 * j, 32, highest, rmin, F(0.1), nstep, False, False, found, j)
     if weighted:
+        for j in range(8):
+            store(sums, j, sum_of(w, 32 * j, 32))
         d = half_bits(make_qp_quants(scales, sums, code, 8, 63))
         dmin = half_bits(make_qp_quants(mins, sums, min_code, 8, 63))
     else:

@@ -20,6 +20,7 @@ from mode_gguf_kernels.simd import (
     absolute,
     any_lane,
     bits_of,
+    fused,
     larger,
     load,
     negative,
@@ -31,12 +32,19 @@ from mode_gguf_kernels.simd import (
     store,
     to_float,
 )
+from mode_gguf_kernels.tiles import float_tile
 
 F = np.float32
 GROUP_MAX_EPS = F(1e-15)
 """ggml's threshold below which a group counts as zero."""
 
 _ROUNDER = F(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the lowest bits
+TOGETHER = 2
+"""Sub-blocks that `make_qkx_quants` searches side by side: divisions for one hide behind sums over the other."""
+
+_ROUNDER_BITS = 0x4B400000
+_SIGN_AND_EXPONENT = -0x00800000
+_LARGEST_DIVISOR = F(2.0**120)  # its reciprocal, and a level divided by it, are normal numbers
 _LARGEST = F(np.finfo(np.float32).max)
 
 
@@ -63,6 +71,19 @@ def bounded_level(value: Floats, highest: np.float32) -> Floats:
 def any_level(value: Floats, highest: int) -> Floats:
     """make_qkx2_quants' `MAX(0, MIN(nmax, nearest_int(v)))`, as floats."""
     return to_float(clamped(nearest_int(value), 0, highest))
+
+
+@device
+def divided(dividend: np.float32, divisor: Floats, reciprocal: Floats) -> Floats:
+    """dividend / divisor, correctly rounded, given the correctly rounded reciprocal of the divisor; takes a fifth of
+    a division's time.
+
+    Markstein's correction of a quotient by its fused remainder. That the result is the rounded quotient was checked for
+    every dividend `make_qx_quants` has and all 2**23 significands of the divisor (tests/kernels/test_search.py), and
+    exponents do not matter as long as no step leaves the normal numbers.
+    """
+    quotient = reciprocal * dividend
+    return fused(fused(negative(quotient), divisor, dividend), reciprocal, quotient)
 
 
 @device
@@ -96,7 +117,6 @@ def weigh_by_size(x: Tile, w: Tile, variance: Floats) -> None:
 def make_qkx_quants(
     x: Tile,
     w: Tile,
-    level: Tile,
     first: int,
     n: int,
     highest: int,
@@ -105,84 +125,142 @@ def make_qkx_quants(
     nstep: int,
     use_mad: bool,
     guarded: bool,
-) -> tuple[Floats, Floats, Floats, Floats]:
+    found: tuple[Tile, Tile, Tile, Tile],
+    j: int,
+) -> None:
     """`make_qkx3_quants` (guarded) and `make_qkx2_quants` (not): x ~ scale * level - min, levels 0..highest.
 
     Tries nstep + 1 encoders, fits scale and min to each one's levels by weighted least squares, and keeps the best.
-    A better min also moves the origin of the encoders tried after it. `level` is scratch for n floats per lane.
+    A better min also moves the origin of the encoders tried after it.
 
-    Returns:
-        scale, min (as stored: what is subtracted), and the winner's inverse scale and offset: its levels are those of
-        inverse * (x - offset).
+    Searches `TOGETHER` sub-blocks of n weights from `first` on, and sets items j, j + 1, ... of the tiles in `found`:
+    scale, min (as stored: what is subtracted), and the winner's inverse scale and offset: its levels are those of
+    inverse * (x - offset).
     """
+    scales, lows, inverses, offsets = found
+    sums_w, sums_x, highs = float_tile(TOGETHER), float_tile(TOGETHER), float_tile(TOGETHER)
+    first_lows, bests = float_tile(TOGETHER), float_tile(TOGETHER)
+    tried, determinants = float_tile(TOGETHER), float_tile(TOGETHER)
+    fitted_scales, fitted_lows, level = float_tile(TOGETHER), float_tile(TOGETHER), float_tile(TOGETHER * n)
     nmax = F(highest)
     zero = splat(F(0))
-    value = load(x, first)
-    weight = load(w, first)
-    low = value
-    high = value
-    sum_w = weight
-    sum_x = weight * value
-    for i in range(first + 1, first + n):
-        value = load(x, i)
-        weight = load(w, i)
-        low = select(value < low, value, low)
-        high = select(value > high, value, high)
-        sum_w = sum_w + weight
-        sum_x = sum_x + weight * value
-    low = select(low > F(0), zero, low)
-    constant = high <= low
-    constant_low = low
-
-    inverse = nmax / (high - low)
-    scale = F(1) / inverse
-    # An inverse that overflowed gives level 0 everywhere under both rules if it is 0.
-    best_inverse = select(inverse <= _LARGEST, inverse, zero)
-    best_offset = low
-    best = zero
-    for i in range(first, first + n):
-        value = load(x, i)
-        error = scale * any_level(inverse * (value - low), highest) + low - value
-        error = absolute(error) if use_mad else error * error
-        best = best + load(w, i) * error
+    for k in range(TOGETHER):
+        start = first + k * n
+        value = load(x, start)
+        weight = load(w, start)
+        low = value
+        high = value
+        sum_w = weight
+        sum_x = weight * value
+        for i in range(start + 1, start + n):
+            value = load(x, i)
+            weight = load(w, i)
+            low = select(value < low, value, low)
+            high = select(value > high, value, high)
+            sum_w = sum_w + weight
+            sum_x = sum_x + weight * value
+        low = select(low > F(0), zero, low)
+        inverse = nmax / (high - low)
+        scale = F(1) / inverse
+        best = zero
+        for i in range(start, start + n):
+            value = load(x, i)
+            error = scale * any_level(inverse * (value - low), highest) + low - value
+            error = absolute(error) if use_mad else error * error
+            best = best + load(w, i) * error
+        store(sums_w, k, sum_w)
+        store(sums_x, k, sum_x)
+        store(highs, k, high)
+        store(first_lows, k, low)
+        store(bests, k, best)
+        store(scales, j + k, scale)
+        store(lows, j + k, low)
+        # An inverse that overflowed gives level 0 everywhere under both rules if it is 0.
+        store(inverses, j + k, select(inverse <= _LARGEST, inverse, zero))
+        store(offsets, j + k, low)
 
     for step in range(nstep + 1):
-        inverse = (rmin + rdelta * F(step) + nmax) / (high - low)
-        sum_l = zero
-        sum_l2 = zero
-        sum_xl = zero
-        for i in range(n):
-            value = load(x, first + i)
-            scaled = inverse * (value - low)
-            encoded = bounded_level(scaled, nmax) if guarded else any_level(scaled, highest)
-            store(level, i, encoded)
-            weighted = load(w, first + i) * encoded
-            sum_l = sum_l + weighted
-            sum_l2 = sum_l2 + weighted * encoded
-            sum_xl = sum_xl + weighted * value
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        candidate_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        above = candidate_low > F(0)
-        candidate_low = select(above, zero, candidate_low)
-        numerator = select(above, sum_xl, sum_w * sum_xl - sum_x * sum_l)
-        candidate_scale = numerator / select(above, sum_l2, determinant)
-        total = zero
-        for i in range(n):
-            error = candidate_scale * load(level, i) + candidate_low - load(x, first + i)
-            error = absolute(error) if use_mad else error * error
-            total = total + load(w, first + i) * error
-        better = (determinant > F(0)) & (total < best)
-        best = select(better, total, best)
-        best_inverse = select(better, inverse, best_inverse)
-        best_offset = select(better, low, best_offset)
-        scale = select(better, candidate_scale, scale)
-        low = select(better, candidate_low, low)
+        for k in range(TOGETHER):
+            start = first + k * n
+            low = load(lows, j + k)
+            inverse = (rmin + rdelta * F(step) + nmax) / (load(highs, k) - low)
+            sum_l = zero
+            sum_l2 = zero
+            sum_xl = zero
+            for i in range(n):
+                value = load(x, start + i)
+                scaled = inverse * (value - low)
+                encoded = bounded_level(scaled, nmax) if guarded else any_level(scaled, highest)
+                store(level, k * n + i, encoded)
+                weighted = load(w, start + i) * encoded
+                sum_l = sum_l + weighted
+                sum_l2 = sum_l2 + weighted * encoded
+                sum_xl = sum_xl + weighted * value
+            sum_w = load(sums_w, k)
+            sum_x = load(sums_x, k)
+            determinant = sum_w * sum_l2 - sum_l * sum_l
+            scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+            low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+            above = low > F(0)
+            if any_lane(above):
+                scale = select(above, sum_xl / sum_l2, scale)
+                low = select(above, zero, low)
+            store(determinants, k, determinant)
+            store(fitted_scales, k, scale)
+            store(fitted_lows, k, low)
+            store(tried, k, inverse)
+        for k in range(TOGETHER):
+            start = first + k * n
+            scale = load(fitted_scales, k)
+            low = load(fitted_lows, k)
+            total = zero
+            for i in range(n):
+                error = scale * load(level, k * n + i) + low - load(x, start + i)
+                error = absolute(error) if use_mad else error * error
+                total = total + load(w, start + i) * error
+            better = (load(determinants, k) > F(0)) & (total < load(bests, k))
+            store(bests, k, select(better, total, load(bests, k)))
+            store(inverses, j + k, select(better, load(tried, k), load(inverses, j + k)))
+            store(offsets, j + k, select(better, load(lows, j + k), load(offsets, j + k)))
+            store(scales, j + k, select(better, scale, load(scales, j + k)))
+            store(lows, j + k, select(better, low, load(lows, j + k)))
 
-    scale = select(constant, zero, scale)
-    low = select(constant, constant_low, low)
-    best_inverse = select(constant, zero, best_inverse)
-    best_offset = select(constant, zero, best_offset)
-    return scale, negative(low), best_inverse, best_offset
+    for k in range(TOGETHER):
+        constant = load(highs, k) <= load(first_lows, k)
+        store(scales, j + k, select(constant, zero, load(scales, j + k)))
+        store(lows, j + k, negative(select(constant, load(first_lows, k), load(lows, j + k))))
+        store(inverses, j + k, select(constant, zero, load(inverses, j + k)))
+        store(offsets, j + k, select(constant, zero, load(offsets, j + k)))
+
+
+@device
+def encode_quotients(
+    x: Tile, level: Tile, first: int, n: int, lowest: int, highest: int, offset: int, scale: Floats, low: Floats
+) -> None:
+    """level = nearest_int((x + low) / scale) limited to [lowest, highest], plus offset; anything where scale is 0.
+
+    Multiplies by the reciprocal. Where |quotient| < 64 that is within 2**-16 of the quotient (three roundings of
+    half an ulp), and where it is larger both are far beyond the limits; so the level differs only if the product is as
+    near as that to the middle between two integers. Such tiles, and those in which `nearest_int` leaves its range,
+    are divided.
+    """
+    reciprocal = F(1) / scale
+    farthest = splat(F(0))
+    unusual = splat(0)
+    for i in range(first, first + n):
+        quotient = (load(x, i) + low) * reciprocal
+        shifted = quotient + _ROUNDER
+        nearest = shifted - _ROUNDER
+        farther = absolute(quotient - nearest)
+        farthest = select(farther > farthest, farther, farthest)
+        # Within range, the sum has the rounder's sign and exponent.
+        unusual = unusual | (bits_of(shifted) ^ _ROUNDER_BITS)
+        store(level, i, clamped(bits_of(shifted) - _ROUNDER_BITS, lowest, highest) + offset)
+    uncertain = (farthest > F(0.5 - 2.0**-16)) | ((unusual & _SIGN_AND_EXPONENT) != 0)
+    if any_lane(uncertain & (scale != F(0))):
+        for i in range(first, first + n):
+            quotient = (load(x, i) + low) / scale
+            store(level, i, clamped(nearest_int(quotient), lowest, highest) + offset)
 
 
 @device
@@ -200,8 +278,7 @@ def encode_with_min(
 ) -> None:
     """Levels 0..highest of (x + low) / scale; where the stored scale is 0, those that the search had found."""
     stored_zero = scale == F(0)
-    for i in range(first, first + n):
-        store(level, i, clamped(nearest_int((load(x, i) + low) / scale), 0, highest))
+    encode_quotients(x, level, first, n, 0, highest, 0, scale, low)
     if any_lane(stored_zero):
         for i in range(first, first + n):
             scaled = inverse * (load(x, i) - offset)
@@ -337,26 +414,46 @@ def make_qx_quants(
     for i in range(n):
         store(weighted, i, load(w, first + i) * load(x, first + i))
 
+    reciprocal = F(1) / extreme
+    reciprocal_is_normal = finite and not any_lane(magnitude > _LARGEST_DIVISOR)
     best_inverse = -nmax / extreme
-    sum_lx, sum_l2 = _signed_sums(x, w, weighted, first, n, highest, best_inverse, finite)
+    sum_lx, sum_l2 = _signed_sums(x, w, weighted, first, n, highest, best_inverse, finite, True, False)
     scale = select(sum_l2 != F(0), sum_lx / sum_l2, zero)
     best = scale * sum_lx
     for step in range(-9, 10):
         if step == 0:
             continue
-        inverse = -(nmax + F(0.1) * F(step)) / extreme
-        sum_lx, sum_l2 = _signed_sums(x, w, weighted, first, n, highest, inverse, finite)
+        numerator = -(nmax + F(0.1) * F(step))
+        inverse = divided(numerator, extreme, reciprocal) if reciprocal_is_normal else numerator / extreme
+        # |inverse * x| is at most highest + step / 10, and a few ulps. Below highest - 0.5 it rounds to a level without
+        # limits; below highest + 0.5, only highest itself is too much.
+        if step < -5:
+            sum_lx, sum_l2 = _signed_sums(x, w, weighted, first, n, highest, inverse, finite, False, False)
+        elif step < 5:
+            sum_lx, sum_l2 = _signed_sums(x, w, weighted, first, n, highest, inverse, finite, True, False)
+        else:
+            sum_lx, sum_l2 = _signed_sums(x, w, weighted, first, n, highest, inverse, finite, True, True)
+        # Without a branch, the divisions of one candidate hide behind the sums of the next.
         better = (sum_l2 > F(0)) & (sum_lx * sum_lx > best * sum_l2)
-        if any_lane(better):
-            scale = select(better, sum_lx / sum_l2, scale)
-            best = select(better, scale * sum_lx, best)
-            best_inverse = select(better, inverse, best_inverse)
+        candidate_scale = sum_lx / sum_l2
+        scale = select(better, candidate_scale, scale)
+        best = select(better, candidate_scale * sum_lx, best)
+        best_inverse = select(better, inverse, best_inverse)
     return select(all_zero, zero, scale), best_inverse, all_zero
 
 
 @device
 def _signed_sums(
-    x: Tile, w: Tile, weighted: Tile, first: int, n: int, highest: int, inverse: Floats, finite: bool
+    x: Tile,
+    w: Tile,
+    weighted: Tile,
+    first: int,
+    n: int,
+    highest: int,
+    inverse: Floats,
+    finite: bool,
+    limit_above: bool,
+    limit_below: bool,
 ) -> tuple[Floats, Floats]:
     """Sums of w x level and w level^2 for the levels of inverse * x."""
     low = F(-highest)
@@ -366,9 +463,11 @@ def _signed_sums(
     for i in range(n):
         scaled = inverse * load(x, first + i)
         if finite:  # then |scaled| is at most highest + 1, where rounding a float is what nearest_int does
-            encoded = round_even(scaled)
-            encoded = select(encoded < high, encoded, splat(high))
-            encoded = select(encoded > low, encoded, splat(low))
+            if limit_above:
+                scaled = select(scaled < high, scaled, splat(high))
+            if limit_below:
+                scaled = select(scaled > low, scaled, splat(low))
+            encoded = (scaled + _ROUNDER) - _ROUNDER  # LLVM makes less of round_even after a limit
         else:
             encoded = to_float(clamped(nearest_int(scaled), -highest, highest - 1))
         sum_lx = sum_lx + load(weighted, i) * encoded
@@ -388,8 +487,7 @@ def encode_signed(
 ) -> None:
     """Levels of x / scale, offset by `highest`; where the stored scale is 0, those that the search had found."""
     stored_zero = scale == F(0)
-    for i in range(first, first + n):
-        store(level, i, signed_level(load(x, i) / scale, highest))
+    encode_quotients(x, level, first, n, -highest, highest - 1, highest, scale, splat(F(-0.0)))  # x + -0 is x
     if any_lane(stored_zero):
         for i in range(first, first + n):
             found = select(all_zero, 0, signed_level(inverse * load(x, i), highest))

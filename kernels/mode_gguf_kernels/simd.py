@@ -1,8 +1,9 @@
 """Explicit SIMD values for Numba: one float32, int32 or truth value per lane.
 
 A kernel written with these reads like scalar code (`x * scale + offset`, `select(x > best, x, best)`) and does the
-same scalar operation in every lane, in the order written: no reassociation, no fused multiply-add. That is what
-makes packed bytes reproducible. llvmlite emits LLVM vector operations, which LLVM splits or legalises for the CPU.
+same scalar operation in every lane, in the order written: no reassociation, and no fused multiply-add but those that
+are written as `fused`. That is what makes packed bytes reproducible. llvmlite emits LLVM vector operations, which LLVM
+splits or legalises for the CPU.
 
 Memory is organised in *tiles*: flat arrays in which item `i` of all lanes lies together, at `[i * LANES, i * LANES +
 LANES)`. `load` and `store` address whole items; `gather` and `scatter` transpose between tiles and rows.
@@ -121,6 +122,7 @@ def _define_operators() -> None:
         operator.truediv: ("fdiv", "fdiv"),
         operator.and_: ("and_", "and_"),
         operator.or_: ("or_", "or_"),
+        operator.xor: ("xor", "xor"),
         operator.lshift: ("shl", "shl"),
         operator.rshift: ("ashr", "ashr"),
     }
@@ -243,6 +245,22 @@ def select(_typing: Any, mask: Any, a: Any, b: Any) -> Any:
         return builder.select(arguments[0], x, y)
 
     return wanted(mask, a, b), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fused(_typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """fused(a, b, c): a * b + c of floats with one rounding; only where it provably changes no result."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        operands = [
+            _broadcast(context, builder, value, numba_type, _floats)
+            for value, numba_type in zip(arguments, signature.args, strict=True)
+        ]
+        function_type = ir.FunctionType(_FLOAT_LANES, [_FLOAT_LANES] * 3)
+        function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fma.v{LANES}f32")
+        return builder.call(function, operands)
+
+    return _floats(a, b, c), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

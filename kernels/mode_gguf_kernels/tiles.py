@@ -26,19 +26,26 @@ from mode_gguf_kernels.simd import (
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 """What the bytes of a source matrix are."""
 
+_LINE = 16  # 32-bit words in a cache line
 _INFINITY_BITS = 0x7F800000
 
 
 @device
 def float_tile(items: int) -> Tile:
     """Room for `items` floats per lane."""
-    return np.empty(items * LANES, np.float32)
+    return _from_cache_line(np.empty(items * LANES + _LINE, np.float32))[: items * LANES]
 
 
 @device
 def int_tile(items: int) -> Tile:
     """Room for `items` ints per lane."""
-    return np.empty(items * LANES, np.int32)
+    return _from_cache_line(np.empty(items * LANES + _LINE, np.int32))[: items * LANES]
+
+
+@device
+def _from_cache_line(room: Tile) -> Tile:
+    """`room` from its first whole cache line on: a register's lanes in two lines would take two accesses."""
+    return room[-(room.ctypes.data // 4) % _LINE :]
 
 
 @device
@@ -57,20 +64,20 @@ def load_weights(source: np.ndarray, kind: int, first: int, n_blocks: int, block
     Returns whether every value is finite.
     """
     starts = lane_starts(first, n_blocks, block_size)
-    for item in range(0, block_size, 16):
-        if kind == FLOAT32:
-            gather(source.view(np.float32), starts, item, tile, item)
-        else:
-            gather(source.view(np.uint16), starts, item, tile, item)
     largest = splat(0)
-    for item in range(block_size):
-        value = load(tile, item)
-        if kind == FLOAT16:
-            value = half_value(bits_of(value))
-        elif kind == BFLOAT16:
-            value = floats_from_bits(bits_of(value) << 16)
-        store(tile, item, value)
-        largest = larger(largest, bits_of(value) & 0x7FFFFFFF)
+    for start in range(0, block_size, 16):
+        if kind == FLOAT32:
+            gather(source.view(np.float32), starts, start, tile, start)
+        else:
+            gather(source.view(np.uint16), starts, start, tile, start)
+        for item in range(start, start + 16):
+            value = load(tile, item)
+            if kind == FLOAT16:
+                value = half_value(bits_of(value))
+            elif kind == BFLOAT16:
+                value = floats_from_bits(bits_of(value) << 16)
+            store(tile, item, value)
+            largest = larger(largest, bits_of(value) & 0x7FFFFFFF)
     return not any_lane(largest >= _INFINITY_BITS)
 
 
