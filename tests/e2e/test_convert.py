@@ -8,11 +8,9 @@ import pytest
 from gguf import LlamaFileType
 
 from mode_gguf.allocation.plan import Plan
+from mode_gguf.artifacts import file_fingerprint
 from mode_gguf.quantization import libggml
 from tests.pico import write_pico_qwen3vlmoe
-
-
-from mode_gguf.artifacts import file_fingerprint
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
 IQ = ("--types", "IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "--dense-types", "IQ2_XXS,Q3_K,Q4_K")
