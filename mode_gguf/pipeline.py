@@ -32,6 +32,7 @@ from mode_gguf.export.text_model import write_text_model
 from mode_gguf.importance.choice import ImatrixKind, check_imatrix_choice
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
+from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, Packer, QuantType, types_packed_by
 from mode_gguf.validation.c_api import library_version
 from mode_gguf.validation.questions import load_held_out
@@ -75,6 +76,7 @@ class ConvertOptions:
     calibration: CalibrationOptions = CalibrationOptions()
     preset: str = "mode"
     imatrix: ImatrixKind = "plain"
+    packing: Packing = DEFAULT_PACKING
     types: CandidateTypes = DEFAULT_TYPES
     projector_type: str = "F16"
     pre_tokenizer: str | None = None
@@ -163,10 +165,19 @@ def convert(
         with ledger.running("calibrate", calibrated, [folder.calibration, folder.imatrix]):
             run_calibration(checkpoint, folder, options.calibration, progress)
 
-    measured = fingerprint(calibrated, method, options.imatrix, _type_names(options.types))
+    measured = fingerprint(calibrated, method, options.imatrix, asdict(options.packing), _type_names(options.types))
     if not ledger.is_current("sensitivity", measured):
         with ledger.running("sensitivity", measured, _sensitivity_files(folder, method)):
-            run_sensitivity(checkpoint, folder, options.calibration, method, options.types, progress, options.imatrix)
+            run_sensitivity(
+                checkpoint,
+                folder,
+                options.calibration,
+                method,
+                options.types,
+                imatrix=options.imatrix,
+                packing=options.packing,
+                progress=progress,
+            )
 
     planned = fingerprint(measured, options.bpw, options.preset)
     if not ledger.is_current("plan", planned):
@@ -238,10 +249,12 @@ def run_sensitivity(
     options: CalibrationOptions,
     method: "Method",
     types: CandidateTypes,
-    progress: Progress = silent,
+    *,
     imatrix: ImatrixKind = "plain",
+    packing: Packing = DEFAULT_PACKING,
+    progress: Progress = silent,
 ) -> None:
-    """Write sensitivity.safetensors, measured with weights packed with `imatrix`, and the Fisher importance matrix.
+    """Write sensitivity.safetensors, measured with weights packed as they will be, and the Fisher importance matrix.
 
     Raises:
         InputError: `calibrate` has not run in this folder, or ran for another model.
@@ -258,6 +271,7 @@ def run_sensitivity(
         statistics=statistics,
         method=method,
         imatrix=imatrix,
+        packing=packing,
         expert_types=types.expert,
         dense_types=types.dense,
         device=options.device,
@@ -298,13 +312,16 @@ def run_plan(checkpoint: Checkpoint, folder: WorkFolder, bpw: float, preset: str
         bpw=bpw,
         types=types,
         preset=PRESETS[preset],
+        packing=table.packing,
     )
     return save_plan(folder, plan)
 
 
-def make_uniform_plan(checkpoint: Checkpoint, folder: WorkFolder, quant_type: QuantType) -> Plan:
+def make_uniform_plan(
+    checkpoint: Checkpoint, folder: WorkFolder, quant_type: QuantType, packing: Packing = DEFAULT_PACKING
+) -> Plan:
     """The plan that stores every expert in `quant_type`; nothing need be measured for it, and nothing is written."""
-    return uniform_plan(text_tensors(checkpoint), _provenance(checkpoint, folder), quant_type)
+    return uniform_plan(text_tensors(checkpoint), _provenance(checkpoint, folder), quant_type, packing)
 
 
 def save_plan(folder: WorkFolder, plan: Plan) -> Plan:
@@ -366,6 +383,7 @@ def export_text(
         checkpoint,
         plan.types,
         read_imatrix(packed_with) if with_imatrix else None,
+        packing=plan.packing,
         metadata=imatrix_keys(packed_with) if with_imatrix else None,
         pre_tokenizer=pre_tokenizer,
         threads=threads or os.cpu_count() or 1,

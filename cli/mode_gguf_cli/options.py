@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:  # the library is imported when a command runs, so that --help stays instant
     from mode_gguf.allocation.units import CandidateTypes
     from mode_gguf.pipeline import CalibrationOptions
+    from mode_gguf.quantization.packing import Packing
 
 
 class Device(StrEnum):
@@ -31,6 +32,21 @@ class ImatrixName(StrEnum):
 
     PLAIN = "plain"
     FISHER = "fisher"
+
+
+class PackingMode(StrEnum):
+    """How K-quants are packed; see `mode_gguf.quantization.packing`."""
+
+    EXACT = "exact"
+    REFINED = "refined"
+
+
+class Effort(StrEnum):
+    """How long refined packing searches."""
+
+    FAST = "fast"
+    DEFAULT = "default"
+    MAX = "max"
 
 
 class ProjectorType(StrEnum):
@@ -80,6 +96,20 @@ ImatrixOption = Annotated[
         "fisher: those weighed by gradients (not with --preset paper)."
     ),
 ]
+PackingOption = Annotated[
+    PackingMode,
+    typer.Option(
+        help="How K-quants are packed: refined: with less error; exact: byte for byte as llama-quantize would."
+    ),
+]
+EffortOption = Annotated[Effort, typer.Option(help="How long refined packing searches.")]
+SizePower = Annotated[
+    float,
+    typer.Option(
+        help="Refined packing weighs a weight's error with importance times this power of its size squared, "
+        "0, 0.5, 1, ...; 0 is the importance alone."
+    ),
+]
 ExpertTypes = Annotated[str, typer.Option("--types", help="Candidate types of expert tensors, comma-separated.")]
 DenseTypes = Annotated[str, typer.Option(help="Candidate types of attention, embedding and output tensors.")]
 ProjectorOption = Annotated[ProjectorType, typer.Option("--mmproj-type", help="Type of the projector's matrices.")]
@@ -106,6 +136,7 @@ HeldOut = Annotated[
     ),
 ]
 
+DEFAULT_SIZE_POWER = 1.0
 DEFAULT_EXPERT_TYPES = "Q2_K,Q3_K,Q4_K"
 DEFAULT_DENSE_TYPES = "Q4_K,Q5_K,Q6_K,Q8_0"
 
@@ -124,6 +155,17 @@ def candidate_types(expert: str, dense: str) -> "CandidateTypes":
     types = CandidateTypes(expert=parse_types(expert), dense=parse_types(dense))
     check_available((*types.expert, *types.dense))
     return types
+
+
+def packing_of(mode: PackingMode, effort: Effort, size_power: float) -> "Packing":
+    """The library's packing from the command line's.
+
+    Raises:
+        UsageError: the power is none that is supported.
+    """
+    from mode_gguf.quantization.packing import Packing
+
+    return Packing(mode.value, effort.value, size_power)
 
 
 def calibration_options(

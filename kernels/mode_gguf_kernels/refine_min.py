@@ -11,9 +11,7 @@ from mode_gguf_kernels.tiles import float_tile, int_tile
 
 
 @device
-def start_with_min(
-    x: Tile, w: Tile, first: int, n: int, highest: int, encoders: int
-) -> tuple[Floats, Floats]:
+def start_with_min(x: Tile, w: Tile, first: int, n: int, highest: int, encoders: int) -> tuple[Floats, Floats]:
     """Scale and min of one sub-block: the best of some encoders, each fitted to its own levels."""
     nmax = F(highest)
     step = F(1.8) / F(encoders - 1)

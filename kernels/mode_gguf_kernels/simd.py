@@ -208,22 +208,6 @@ to_int = _unary("to_int", _ints, lambda b, x: b.fptosi(x, _INT_LANES))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def fused(_typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """fused(a, b, c): a * b + c of floats, rounded once, on any CPU (`llvm.fma`)."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function_type = ir.FunctionType(_FLOAT_LANES, [_FLOAT_LANES] * 3)
-        function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fma.v{LANES}f32")
-        operands = [
-            _broadcast(context, builder, value, numba_type, _floats)
-            for value, numba_type in zip(arguments, signature.args, strict=True)
-        ]
-        return builder.call(function, operands)
-
-    return _floats(a, b, c), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def splat(_typing: Any, scalar: Any) -> Any:
     """splat(1.0): the same float in every lane; splat(1): the same int in every lane."""
     wanted = _floats if isinstance(scalar, types.Float) else _ints
@@ -249,7 +233,7 @@ def select(_typing: Any, mask: Any, a: Any, b: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fused(_typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """fused(a, b, c): a * b + c of floats with one rounding; only where it provably changes no result."""
+    """fused(a, b, c): a * b + c of floats, rounded once, on any CPU."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         operands = [

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
+from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 
@@ -61,6 +62,8 @@ class Plan(Record):
     bpw: float
     experts_bpw: float
     size_bytes: int
+    packing: Packing = EXACT
+    """How K-quants are packed; costs were measured so."""
     main_type: str
     """The expert type that holds most weights; names the file."""
     solver: SolverRecord | None = None

@@ -17,6 +17,7 @@ from mode_gguf.allocation.solver import Solution, solve
 from mode_gguf.allocation.units import AllocationUnit, CandidateTypes, fitting_types, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
+from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType, bits_per_weight, type_of_most_weights
 
 UNDERSHOOT = 0.005
@@ -50,8 +51,11 @@ def optimal_plan(
     bpw: float,
     types: CandidateTypes,
     preset: Preset,
+    packing: Packing = EXACT,
 ) -> Plan:
     """The types of least cost whose bits, over all weights of the text model, are at most `bpw`.
+
+    `packing` is how the measured candidates were packed.
 
     Raises:
         InfeasibleBudgetError: `bpw` is out of reach for these tensors and candidates.
@@ -73,6 +77,7 @@ def optimal_plan(
     return Plan(
         made_from=made_from,
         preset=preset.name,
+        packing=packing,
         target_bpw=bpw,
         solver=_record(solution),
         expert_granularity=_expert_granularity(tensors, types, measured, preset, bpw),
@@ -81,7 +86,9 @@ def optimal_plan(
     )
 
 
-def uniform_plan(tensors: Sequence[SourceTensor], made_from: Provenance, quant_type: QuantType) -> Plan:
+def uniform_plan(
+    tensors: Sequence[SourceTensor], made_from: Provenance, quant_type: QuantType, packing: Packing = EXACT
+) -> Plan:
     """Every expert in `quant_type`; attention, embedding and output in it too, but not below Q4_K."""
     dense = max(quant_type, DENSE_FLOOR, key=lambda candidate: candidate.bits_per_weight)
     planned = []
@@ -96,7 +103,13 @@ def uniform_plan(tensors: Sequence[SourceTensor], made_from: Provenance, quant_t
                 size_bytes=tensor_bytes(tensor, fitting),
             )
         )
-    return Plan(made_from=made_from, preset=f"uniform-{quant_type.name}", target_bpw=None, **_sizes(tensors, planned))
+    return Plan(
+        made_from=made_from,
+        preset=f"uniform-{quant_type.name}",
+        packing=packing,
+        target_bpw=None,
+        **_sizes(tensors, planned),
+    )
 
 
 def _unit_budget(tensors: Sequence[SourceTensor], bpw: float) -> int:

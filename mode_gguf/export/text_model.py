@@ -17,6 +17,7 @@ from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import check_available, needs_importance
 from mode_gguf.quantization.packer import packed_experts
+from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 
@@ -26,6 +27,7 @@ def write_text_model(
     types: Mapping[str, QuantType],
     importance: Mapping[str, np.ndarray] | None = None,
     *,
+    packing: Packing = EXACT,
     metadata: Metadata | None = None,
     pre_tokenizer: str | None = None,
     threads: int = 1,
@@ -36,6 +38,7 @@ def write_text_model(
     Args:
         types: of every matrix by GGUF name; norms and routers may be left out, they stay F32.
         importance: float32 (E, n) by GGUF name, as `read_imatrix` gives it; a tensor without is packed plainly.
+        packing: how matrices are packed.
         metadata: further keys, such as `imatrix_keys`.
         pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
         threads: that pack one expert.
@@ -64,7 +67,7 @@ def write_text_model(
             tensor.name,
             tensor.shape,
             stored[tensor.name],
-            partial(_packed, checkpoint, tensor, stored[tensor.name], importance.get(tensor.name), threads),
+            partial(_packed, checkpoint, tensor, stored[tensor.name], importance.get(tensor.name), packing, threads),
             tensor.n_experts,
         )
         for tensor in tensors
@@ -123,8 +126,9 @@ def _packed(
     tensor: SourceTensor,
     quant_type: QuantType,
     importance: np.ndarray | None,
+    packing: Packing,
     threads: int,
 ) -> Iterator[np.ndarray]:
     if tensor.role is Role.KEEP:
         return iter([finite(checkpoint, tensor, as_float32(tensor.read(0)))])
-    return packed_experts(tensor, quant_type, importance, threads)
+    return packed_experts(tensor, quant_type, importance, threads, packing)

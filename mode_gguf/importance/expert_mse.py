@@ -87,7 +87,7 @@ def _matrix_error(
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, quant_type in enumerate(settings.dense_types):
         if is_storable(tensor, quant_type):
-            change = change_of_weights(tensor, 0, quant_type, settings.importance, streamed.device)
+            change = change_of_weights(tensor, 0, quant_type, settings.importance, settings.packing, streamed.device)
             error[0, :, t] = _means(linear(x.float(), change).square().mean(-1), modality)
     return error
 
@@ -100,7 +100,7 @@ def _embedding_error(
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, quant_type in enumerate(settings.dense_types):
         if is_storable(tensor, quant_type):
-            change = change_of_weights(tensor, 0, quant_type, settings.importance, streamed.device)
+            change = change_of_weights(tensor, 0, quant_type, settings.importance, settings.packing, streamed.device)
             error[0, :, t] = _means(change.square().mean(-1)[ids], torch.full_like(ids, TEXT))
     return error
 
@@ -120,7 +120,7 @@ def _measure_experts(
     error = {part: np.full((1, N_MODALITIES, n_experts, n_types), np.nan) for part in PARTS}
     weight_error = {part: np.full((n_experts, n_types), np.nan) for part in PARTS}
     for change in expert_changes(
-        streamed, module, projections, settings.expert_types, settings.importance, inputs, index
+        streamed, module, projections, settings.expert_types, settings.importance, settings.packing, inputs, index
     ):
         means = _means(change.output.square().mean(-1), modality[change.token])
         error[change.part][0, :, change.expert, change.type_index] = means

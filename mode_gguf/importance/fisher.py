@@ -186,7 +186,7 @@ def _backward_all(
             with streamed.loaded_layer(index) as layer:
                 changes = {
                     tensor.name: [
-                        change_of_weights(tensor, 0, quant_type, settings.importance, streamed.device)
+                        change_of_weights(tensor, 0, quant_type, settings.importance, settings.packing, streamed.device)
                         if is_storable(tensor, quant_type)
                         else None
                         for quant_type in settings.dense_types
@@ -335,7 +335,7 @@ def _measure_experts(
         part: torch.zeros(n_types, draws, n_tokens, device=streamed.device) for part in projections
     }  # g . d of a token, summed over its experts
     for change in expert_changes(
-        streamed, module, projections, settings.expert_types, importance, routed.inputs, routed.index
+        streamed, module, projections, settings.expert_types, importance, settings.packing, routed.inputs, routed.index
     ):
         token, t = change.token, change.type_index
         weight = routed.weight[token, change.slot].float()
@@ -419,7 +419,7 @@ def _head_cost(
     for t, quant_type in enumerate(settings.dense_types):
         if not is_storable(head, quant_type):
             continue
-        change = change_of_weights(head, 0, quant_type, importance, streamed.device)
+        change = change_of_weights(head, 0, quant_type, importance, settings.packing, streamed.device)
         cost[..., t] = 0.0
         for trace in traces:
             if trace.head_input is None:
@@ -442,7 +442,7 @@ def _embedding_cost(
     for t, quant_type in enumerate(settings.dense_types):
         if not is_storable(embedding, quant_type):
             continue
-        change = change_of_weights(embedding, 0, quant_type, settings.importance, streamed.device)
+        change = change_of_weights(embedding, 0, quant_type, settings.importance, settings.packing, streamed.device)
         cost[..., t] = 0.0
         for trace in traces:
             is_text = ~trace.inputs.is_vision  # placeholders' embeddings are replaced by the image's

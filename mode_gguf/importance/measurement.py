@@ -7,6 +7,7 @@ import numpy as np
 
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.importance.imatrix import Imatrix, Importance
+from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QuantType
 
 
@@ -21,6 +22,7 @@ class MeasurementSettings:
         draws: label draws per scored position; seed: of the draws. Only Fisher sensitivity draws.
         imatrix: `fisher`: experts and the output head are packed with the Fisher importance, which is known before
             they are measured.
+        packing: how candidates are packed.
     """
 
     expert_types: Sequence[QuantType]
@@ -30,6 +32,7 @@ class MeasurementSettings:
     draws: int
     seed: int
     imatrix: ImatrixKind = "plain"
+    packing: Packing = EXACT
 
 
 @dataclass(frozen=True, slots=True)

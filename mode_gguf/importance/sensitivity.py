@@ -16,6 +16,7 @@ from mode_gguf.importance.imatrix import Imatrix, Importance
 from mode_gguf.importance.measurement import MeasurementSettings
 from mode_gguf.importance.table import METHODS, Method, SensitivityTable
 from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QuantType
 
 __all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
@@ -34,6 +35,7 @@ def measure_sensitivity(
     statistics: CalibrationStatistics,
     method: Method = "fisher",
     imatrix: ImatrixKind = "plain",
+    packing: Packing = EXACT,
     label_draws: int = DEFAULT_LABEL_DRAWS,
     seed: int = 0,
     device: str = "auto",
@@ -48,6 +50,7 @@ def measure_sensitivity(
         statistics: of the same checkpoint; its key ratio is used again.
         method: `fisher` (KL, see `fisher`) or `expert-mse` (the paper's recipe, see `expert_mse`).
         imatrix: which importance the file will be packed with; for `fisher` see `MeasurementSettings`.
+        packing: how the file will be packed.
         label_draws: per scored position; Fisher only.
         device, max_tokens, max_image_pixels: as for `calibrate`.
 
@@ -73,7 +76,7 @@ def measure_sensitivity(
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
     inputs = [builder.build(sample) for sample in samples]
     settings = MeasurementSettings(
-        expert_types, dense_types, importance, statistics.key_ratio, label_draws, seed, imatrix
+        expert_types, dense_types, importance, statistics.key_ratio, label_draws, seed, imatrix, packing
     )
     measure = fisher_sensitivity if method == "fisher" else expert_mse
     measurement = measure(open_streamed(checkpoint, device), inputs, settings, progress)
@@ -89,5 +92,6 @@ def measure_sensitivity(
         seed=seed,
         estimated=measurement.estimated,
         imatrix=imatrix,
+        packing=packing,
     )
     return table, measurement.imatrix

@@ -1,7 +1,7 @@
 """What sensitivity measurement found: the damage of every candidate type to every tensor and expert."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -12,6 +12,7 @@ from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.calibration.inputs import ANSWERS
 from mode_gguf.calibration.watch import MODALITIES
 from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.quantization.packing import EXACT, Packing
 
 Method: TypeAlias = Literal["fisher", "expert-mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -32,7 +33,7 @@ class SensitivityTable:
         draws: label draws per position; 0 for `expert-mse`.
         seed: of the draws.
         estimated: experts per (layer, answer, modality) that no token reached, whose values are estimates.
-        imatrix: which importance matrix candidates were packed with.
+        imatrix: which importance matrix candidates were packed with; packing: how.
     """
 
     model: str
@@ -46,6 +47,7 @@ class SensitivityTable:
     seed: int
     estimated: Mapping[str, Sequence[int]]
     imatrix: ImatrixKind = "plain"
+    packing: Packing = EXACT
 
     def save(self, path: Path) -> None:
         """Write everything to a safetensors file, atomically."""
@@ -61,6 +63,7 @@ class SensitivityTable:
             "seed": self.seed,
             "estimated": self.estimated,
             "imatrix": self.imatrix,
+            "packing": asdict(self.packing),
             "answers": list(ANSWERS),
             "modalities": list(MODALITIES),
         }
@@ -86,4 +89,5 @@ class SensitivityTable:
             seed=metadata["seed"],
             estimated={key: tuple(value) for key, value in metadata["estimated"].items()},
             imatrix=metadata.get("imatrix", "plain"),  # the only one there was before the choice
+            packing=Packing(**metadata["packing"]) if "packing" in metadata else EXACT,
         )

@@ -18,6 +18,7 @@ from mode_gguf.importance.imatrix import Importance
 from mode_gguf.quantization.ahead import in_order
 from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
+from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
 
 Part: TypeAlias = Literal["gate", "up", "down", "expert"]
@@ -49,12 +50,17 @@ class ExpertChange:
 
 
 def change_of_weights(
-    tensor: SourceTensor, expert: int, quant_type: QuantType, importance: Importance, device: torch.device
+    tensor: SourceTensor,
+    expert: int,
+    quant_type: QuantType,
+    importance: Importance,
+    packing: Packing,
+    device: torch.device,
 ) -> Tensor:
     """Weights as unpacked from `quant_type` less the original ones, float32 (rows, n_in); rows must fit the type."""
     matrix = as_float32(tensor.read(expert))
     columns = importance[tensor.name][expert] if tensor.name in importance else None
-    packed = pack_matrix(matrix, quant_type, columns, name=tensor.name)
+    packed = pack_matrix(matrix, quant_type, columns, name=tensor.name, packing=packing)
     return torch.from_numpy(unpack_matrix(packed, quant_type, matrix.shape[1]) - matrix).to(device)
 
 
@@ -64,6 +70,7 @@ def expert_changes(
     projections: Mapping[str, SourceTensor],
     types: Sequence[QuantType],
     importance: Importance,
+    packing: Packing,
     inputs: Tensor,
     index: Tensor,
 ) -> Iterator[ExpertChange]:
@@ -76,7 +83,7 @@ def expert_changes(
         projections: the layer's tensors by projection.
         inputs: (N, H) of the block; index: (N, k) chosen experts.
     """
-    expert_weights = _weight_changes_ahead(projections, types, importance, streamed.device)
+    expert_weights = _weight_changes_ahead(projections, types, importance, packing, streamed.device)
     for expert, by_type in enumerate(expert_weights):
         token, slot = torch.where(index == expert)
         x = inputs[token].float()
@@ -105,7 +112,11 @@ def expert_changes(
 
 
 def _weight_changes_ahead(
-    projections: Mapping[str, SourceTensor], types: Sequence[QuantType], importance: Importance, device: torch.device
+    projections: Mapping[str, SourceTensor],
+    types: Sequence[QuantType],
+    importance: Importance,
+    packing: Packing,
+    device: torch.device,
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Expert by expert, per type and projection that fits, the change of its weights; packed on all cores, ahead."""
     n_experts = next(iter(projections.values())).n_experts
@@ -113,7 +124,7 @@ def _weight_changes_ahead(
     def pack_expert(expert: int) -> list[dict[str, Tensor]]:
         return [
             {
-                name: change_of_weights(tensor, expert, quant_type, importance, device)
+                name: change_of_weights(tensor, expert, quant_type, importance, packing, device)
                 for name, tensor in projections.items()
                 if is_storable(tensor, quant_type)
             }

@@ -1,7 +1,7 @@
 """Weights to the bytes of a GGUF tensor and back: by our kernels, by libggml, or for float types right here.
 
-Who packs what is in the table of types. Quantized bytes are those x86-64 libggml would write. Everything works matrix
-by matrix: what is in memory at any time is a few experts, or one dense matrix.
+Who packs what is in the table of types. With exact packing, quantized bytes are those x86-64 libggml would write.
+Everything works matrix by matrix: what is in memory at any time is a few experts, or one dense matrix.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from mode_gguf.architectures.tensors import Array, Role, SourceTensor, as_float3
 from mode_gguf.errors import InputError
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.ahead import in_order
+from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import Packer, QuantType
 from mode_gguf_kernels import NonFiniteError, PackingError, pack, unpack
 
@@ -21,7 +22,9 @@ _ROWS_PER_TASK = 32  # fewer rows than this are not worth another task
 _SOURCE_DTYPES = (np.float32, np.float16, np.uint16)
 
 
-def pack_matrix(matrix: Array, quant_type: QuantType, importance: np.ndarray | None, *, name: str) -> np.ndarray:
+def pack_matrix(
+    matrix: Array, quant_type: QuantType, importance: np.ndarray | None, *, name: str, packing: Packing = EXACT
+) -> np.ndarray:
     """Pack a matrix to `quant_type`.
 
     Args:
@@ -30,6 +33,7 @@ def pack_matrix(matrix: Array, quant_type: QuantType, importance: np.ndarray | N
         importance: float32 (n_in,), finite and not negative; Q8_0 and the float types ignore it, IQ2_XXS and IQ2_XS
             need it.
         name: what to call the matrix in errors.
+        packing: how the types are packed that leave a choice.
 
     Returns:
         uint8 (rows, quant_type.row_bytes(n_in)).
@@ -40,7 +44,7 @@ def pack_matrix(matrix: Array, quant_type: QuantType, importance: np.ndarray | N
         MissingResourceError: libggml packs this type, and cannot be used.
     """
     packed = _room_for(matrix, quant_type, name)
-    _pack_into(packed, matrix, quant_type, importance, name)
+    _pack_into(packed, matrix, quant_type, importance, packing, name)
     return packed
 
 
@@ -64,7 +68,11 @@ def unpack_matrix(packed: np.ndarray, quant_type: QuantType, n: int) -> np.ndarr
 
 
 def packed_experts(
-    tensor: SourceTensor, quant_type: QuantType, importance: np.ndarray | None, threads: int
+    tensor: SourceTensor,
+    quant_type: QuantType,
+    importance: np.ndarray | None,
+    threads: int,
+    packing: Packing = EXACT,
 ) -> Iterator[np.ndarray]:
     """Read and pack a tensor's matrices, in order: E of them for experts, one for any other tensor.
 
@@ -76,6 +84,7 @@ def packed_experts(
         quant_type: one of `QUANT_TYPES`.
         importance: float32 (E, n_in), or None.
         threads: at least 1.
+        packing: as in `pack_matrix`.
 
     Yields:
         uint8 (rows, row_bytes) per matrix; a vector counts as a matrix of one row.
@@ -90,13 +99,13 @@ def packed_experts(
         )
     if tensor.role is not Role.EXPERT:
         weights = None if importance is None else importance[0]
-        yield _pack_rows(_read(tensor, 0, tensor.name), quant_type, weights, tensor.name, threads)
+        yield _pack_rows(_read(tensor, 0, tensor.name), quant_type, weights, packing, tensor.name, threads)
         return
 
     def pack_expert(expert: int) -> np.ndarray:
         name = f"{tensor.name}, expert {expert}"
         weights = None if importance is None else importance[expert]
-        return pack_matrix(_read(tensor, expert, name), quant_type, weights, name=name)
+        return pack_matrix(_read(tensor, expert, name), quant_type, weights, name=name, packing=packing)
 
     yield from in_order(pack_expert, tensor.n_experts, threads)
 
@@ -111,7 +120,7 @@ def _read(tensor: SourceTensor, index: int, name: str) -> Array:
 
 
 def _pack_rows(
-    matrix: Array, quant_type: QuantType, importance: np.ndarray | None, name: str, threads: int
+    matrix: Array, quant_type: QuantType, importance: np.ndarray | None, packing: Packing, name: str, threads: int
 ) -> np.ndarray:
     """`pack_matrix` with the rows spread over threads."""
     packed = _room_for(matrix, quant_type, name)
@@ -121,7 +130,14 @@ def _pack_rows(
     try:
         futures = [
             executor.submit(
-                _pack_into, packed[row : row + step], matrix[row : row + step], quant_type, importance, name, row
+                _pack_into,
+                packed[row : row + step],
+                matrix[row : row + step],
+                quant_type,
+                importance,
+                packing,
+                name,
+                row,
             )
             for row in range(0, rows, step)
         ]
@@ -150,13 +166,14 @@ def _pack_into(
     matrix: Array,
     quant_type: QuantType,
     importance: np.ndarray | None,
+    packing: Packing,
     name: str,
     first_row: int = 0,
 ) -> None:
     """Fill `packed` with the packed rows of `matrix`, the first of which errors call `first_row`."""
     if quant_type.packer is Packer.KERNELS:
         try:
-            pack(matrix, quant_type.name, importance, out=packed)
+            pack(matrix, quant_type.name, importance, refinement=packing.refinement, out=packed)
         except NonFiniteError as error:
             raise _value_error(error.value, name, first_row + error.row, error.column, quant_type.name) from error
         except PackingError as error:

@@ -26,6 +26,7 @@ from mode_gguf.importance.measurement import MeasurementSettings
 from mode_gguf.importance.sensitivity import measure_sensitivity
 from mode_gguf.importance.table import SensitivityTable
 from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def measured_expert_divergence(
     changed = dict(weights)
     for part in parts:
         tensor = tensors[f"blk.{LAYER}.ffn_{part}_exps.weight"]
-        changed[part] = weights[part] + change_of_weights(tensor, expert, TYPES[type_index], importance, CPU)
+        changed[part] = weights[part] + change_of_weights(tensor, expert, TYPES[type_index], importance, EXACT, CPU)
 
     def output(x: Tensor, w: dict[str, Tensor]) -> Tensor:
         return linear(silu(linear(x, w["gate"])) * linear(x, w["up"]), w["down"])
@@ -193,7 +194,7 @@ def test_whole_expert_tensors(
     experts = whole.model.model.language_model.layers[LAYER].mlp.experts
     parameter = experts.down_proj if part == "down" else experts.gate_up_proj
     rows = slice(512, None) if part == "up" else slice(0, parameter.shape[1] if part == "down" else 512)
-    change = torch.stack([change_of_weights(tensors[name], e, TYPES[0], importance, CPU) for e in range(4)])
+    change = torch.stack([change_of_weights(tensors[name], e, TYPES[0], importance, EXACT, CPU) for e in range(4)])
     with torch.no_grad():
         parameter[:, rows] += change
         measured = whole.divergence()
@@ -228,7 +229,7 @@ def test_dense_tensors(
     module = whole.model.get_submodule(path)
     original = module.weight.detach().clone()
     with torch.no_grad():
-        module.weight += change_of_weights(tensors[name], 0, TYPES[1], importance, CPU)
+        module.weight += change_of_weights(tensors[name], 0, TYPES[1], importance, EXACT, CPU)
         measured = whole.divergence()
         module.weight.copy_(original)
     predicted = table.arrays[f"{name}.unit"][..., 1].sum(axis=1)

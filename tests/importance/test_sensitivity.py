@@ -22,6 +22,7 @@ from mode_gguf.importance.sensitivity import measure_sensitivity
 from mode_gguf.importance.table import SensitivityTable
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.pico import write_pico_qwen3vlmoe
 
@@ -70,7 +71,7 @@ def test_expert_mse_by_hand(
         description="test",
     )
     tensor = next(t for t in text_tensors(checkpoint) if t.name == "blk.0.ffn_down_exps.weight")
-    change = change_of_weights(tensor, 1, TYPES[0], importance, CPU)
+    change = change_of_weights(tensor, 1, TYPES[0], importance, EXACT, CPU)
     expected = float((torch.cat(hidden) @ change.T).square().mean())
     np.testing.assert_allclose(paper_table.arrays["blk.0.ffn_down_exps.weight.expert"][0, 0, 1, 0], expected, rtol=1e-4)
 

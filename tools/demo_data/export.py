@@ -68,7 +68,7 @@ def write_checkpoint(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     ids = bpe.special_ids(tokenizer)
     write_weights(public_tensors(model), folder)
-    _write_json(folder / "config.json", config_dict(ids))
+    _write_json(folder / "config.json", config_dict(ids, model.config.text_config.num_experts))
     generation = {
         "bos_token_id": ids["<|endoftext|>"],
         "do_sample": False,

@@ -22,6 +22,9 @@ def command(
             help="Ignore sensitivity and budget: every expert in TYPE, the rest in TYPE but not below Q4_K.",
         ),
     ] = None,
+    packing: options.PackingOption = options.PackingMode.REFINED,
+    effort: options.EffortOption = options.Effort.DEFAULT,
+    size_power: options.SizePower = options.DEFAULT_SIZE_POWER,
     json: options.Json = False,
 ) -> None:
     """Choose the types of all tensors for --bpw bits per weight; writes plan.json and tensor-types.txt.
@@ -36,7 +39,10 @@ def command(
     if uniform:
         everywhere = quant_type(uniform)
         check_available([everywhere])
-        made = pipeline.save_plan(folder, pipeline.make_uniform_plan(checkpoint, folder, everywhere))
+        made = pipeline.make_uniform_plan(
+            checkpoint, folder, everywhere, options.packing_of(packing, effort, size_power)
+        )
+        pipeline.save_plan(folder, made)
     else:
         candidates = options.candidate_types(types, dense_types)
         made = pipeline.run_plan(checkpoint, folder, bpw, preset.value, candidates)

@@ -11,6 +11,9 @@ def command(
     device: options.DeviceOption = options.Device.AUTO,
     preset: options.PresetOption = options.PresetName.MODE,
     imatrix: options.ImatrixOption = options.ImatrixName.PLAIN,
+    packing: options.PackingOption = options.PackingMode.REFINED,
+    effort: options.EffortOption = options.Effort.DEFAULT,
+    size_power: options.SizePower = options.DEFAULT_SIZE_POWER,
     types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
     image_samples: options.ImageSamples = 128,
@@ -31,7 +34,16 @@ def command(
     checkpoint, folder = pipeline.open_model(model, out)
     method = PRESETS[preset.value].method
     candidates = options.candidate_types(types, dense_types)
-    pipeline.run_sensitivity(checkpoint, folder, chosen, method, candidates, progress(), imatrix.value)
+    pipeline.run_sensitivity(
+        checkpoint,
+        folder,
+        chosen,
+        method,
+        candidates,
+        imatrix=imatrix.value,
+        packing=options.packing_of(packing, effort, size_power),
+        progress=progress(),
+    )
     fisher_imatrix = folder.imatrix_of("fisher") if method == "fisher" else None
     if json:
         files = {"sensitivity": str(folder.sensitivity)}
