@@ -38,12 +38,12 @@ F = np.float32
 GROUP_MAX_EPS = F(1e-15)
 """ggml's threshold below which a group counts as zero."""
 
-_ROUNDER = F(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the lowest bits
 TOGETHER = 2
 """Sub-blocks that `make_qkx_quants` searches side by side: divisions for one hide behind sums over the other."""
 
+_ROUNDER = F(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the lowest bits
 _ROUNDER_BITS = 0x4B400000
-_SIGN_AND_EXPONENT = -0x00800000
+_RANGE = 1 << 21  # half of what `nearest_int` rounds as its name says
 _LARGEST_DIVISOR = F(2.0**120)  # its reciprocal, and a level divided by it, are normal numbers
 _LARGEST = F(np.finfo(np.float32).max)
 
@@ -241,22 +241,22 @@ def encode_quotients(
 
     Multiplies by the reciprocal. Where |quotient| < 64 that is within 2**-16 of the quotient (three roundings of
     half an ulp), and where it is larger both are far beyond the limits; so the level differs only if the product is as
-    near as that to the middle between two integers. Such tiles, and those in which `nearest_int` leaves its range,
-    are divided.
+    near as that to the middle between two integers. Such sub-blocks are divided, and those in which |quotient| is so
+    large that `nearest_int` might leave its range.
     """
     reciprocal = F(1) / scale
     farthest = splat(F(0))
-    unusual = splat(0)
+    all_rounded = splat(0)
     for i in range(first, first + n):
         quotient = (load(x, i) + low) * reciprocal
         shifted = quotient + _ROUNDER
         nearest = shifted - _ROUNDER
         farther = absolute(quotient - nearest)
         farthest = select(farther > farthest, farther, farthest)
-        # Within range, the sum has the rounder's sign and exponent.
-        unusual = unusual | (bits_of(shifted) ^ _ROUNDER_BITS)
-        store(level, i, clamped(bits_of(shifted) - _ROUNDER_BITS, lowest, highest) + offset)
-    uncertain = (farthest > F(0.5 - 2.0**-16)) | ((unusual & _SIGN_AND_EXPONENT) != 0)
+        rounded = bits_of(shifted) - (_ROUNDER_BITS - _RANGE)  # plus _RANGE: from 0 to twice the range, if within it
+        all_rounded = all_rounded | rounded
+        store(level, i, clamped(rounded, lowest + _RANGE, highest + _RANGE) + (offset - _RANGE))
+    uncertain = (farthest > F(0.5 - 2.0**-16)) | ((all_rounded & -(2 * _RANGE)) != 0)
     if any_lane(uncertain & (scale != F(0))):
         for i in range(first, first + n):
             quotient = (load(x, i) + low) / scale

@@ -122,7 +122,6 @@ def _define_operators() -> None:
         operator.truediv: ("fdiv", "fdiv"),
         operator.and_: ("and_", "and_"),
         operator.or_: ("or_", "or_"),
-        operator.xor: ("xor", "xor"),
         operator.lshift: ("shl", "shl"),
         operator.rshift: ("ashr", "ashr"),
     }
