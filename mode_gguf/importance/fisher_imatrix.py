@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 PRIOR_TOKENS = 32.0
-"""Effective tokens at which an expert's own columns and the layer's weigh alike."""
+"""Effective tokens at which an expert's own columns and the layer's weigh alike; not tuned (docs/EXPERIMENTS.md)."""
 
 
 @dataclass(frozen=True, slots=True)
