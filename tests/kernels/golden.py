@@ -17,7 +17,7 @@ from tests.kernels.modes import MODES, Mode
 
 F = np.float32
 TABLE = Path(__file__).with_suffix(".json")
-ROWS, COLUMNS = 23, 512  # of each of the six kinds of weights
+ROWS, COLUMNS = 23, 512  # of each of the seven kinds of weights
 PLAIN, WEIGHTED, UNPACKED = "without importance", "with importance", "unpacked"
 
 
@@ -31,7 +31,9 @@ def hashed(count: int, seed: int) -> np.ndarray:
 
 
 def matrix() -> np.ndarray:
-    """float32 (6 ROWS, COLUMNS): bell-shaped, heavy-tailed, sparse, with ties, of all exponents, of any bits."""
+    """float32 (7 ROWS, COLUMNS): bell-shaped, heavy-tailed, sparse, ties in K-quants, ties in Q8_0, of all exponents,
+    of any bits.
+    """
     count = ROWS * COLUMNS
     drawn = hashed(count, 1)
     fields = [((drawn >> np.uint64(16 * i)) & np.uint64(0xFFFF)).astype(np.int64) for i in range(4)]
@@ -44,6 +46,7 @@ def matrix() -> np.ndarray:
         np.ldexp(bell, (spread % np.uint64(24)).astype(np.int32) - 30),
         np.ldexp(bell, -17) * (spread % np.uint64(16) == 0),
         np.ldexp((drawn % np.uint64(7)).astype(F) - F(3), -1),
+        np.where(np.arange(count) % 32 == 0, F(127), np.ldexp((drawn % np.uint64(255)).astype(F) - F(127), -1)),
         np.ldexp(bell, (hashed(count // 16, 3) % np.uint64(220)).astype(np.int32).repeat(16) - 120),
         bits.view(F),
     )

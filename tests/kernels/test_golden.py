@@ -28,13 +28,15 @@ def test_libggml_gives_the_digests_on_file(type_name: str) -> None:
 
 
 def test_the_fixed_weights_are_as_described() -> None:
-    kinds = golden.matrix().reshape(6, -1)
+    kinds = golden.matrix().reshape(7, -1)
     assert np.isfinite(kinds).all()
-    bell, heavy, sparse, ties, exponents, bits = kinds.astype(np.float64)
+    bell, heavy, sparse, ties, byte_ties, exponents, bits = kinds.astype(np.float64)
     assert abs(bell.mean()) < 0.05 * bell.std() < 0.01
     assert np.abs(heavy).max() > 1000 * np.median(np.abs(heavy))
     assert 0.03 < np.count_nonzero(sparse) / sparse.size < 0.1
     assert set(np.unique(ties)) == {-1.5, -1, -0.5, 0, 0.5, 1, 1.5}
+    assert set(byte_ties.reshape(-1, 32).max(axis=1)) == {127}  # so that Q8_0's step is 1
+    assert np.count_nonzero(byte_ties % 1 == 0.5) > 1000
     for wide in (exponents, bits):
         magnitudes = np.abs(wide[wide != 0])
         assert magnitudes.max() / magnitudes.min() > 1e60
