@@ -37,9 +37,9 @@ BLOCK_BYTES = 256 // 16 + 256 // 4 + 2 + 2
 _SCALES, _LEVELS, _HALVES = 0, 4, 20  # first 32-bit word of each field
 
 SEARCHES: dict[str, Search] = {
-    "fast": Search(5, 1, 0, 2),
-    "default": Search(9, 1, 1, 3),
-    "max": Search(19, 3, 2, 6),
+    "fast": Search(5, 1, 0, 1),
+    "default": Search(9, 2, 1, 3),
+    "max": Search(19, 5, 2, 8),
 }
 
 

@@ -27,8 +27,8 @@ _LEVELS = 4  # first 32-bit word
 
 SEARCHES: dict[str, Search] = {
     "fast": Search(5, 1, 0, 1),
-    "default": Search(7, 1, 1, 2),
-    "max": Search(19, 3, 2, 6),
+    "default": Search(9, 2, 1, 3),
+    "max": Search(19, 5, 2, 8),
 }
 
 

@@ -28,8 +28,8 @@ _HIGH_BITS, _LOW_BITS = 4, 12  # first 32-bit word of each field
 
 SEARCHES: dict[str, Search] = {
     "fast": Search(5, 1, 0, 1),
-    "default": Search(7, 1, 1, 2),
-    "max": Search(19, 3, 2, 6),
+    "default": Search(9, 2, 1, 3),
+    "max": Search(19, 5, 2, 8),
 }
 
 

@@ -34,9 +34,9 @@ BLOCK_BYTES = 256 // 2 + 256 // 4 + 256 // 16 + 2
 _LOW_BITS, _HIGH_BITS, _SCALES, _D = 0, 32, 48, 52  # first 32-bit word of each field
 
 SEARCHES: dict[str, Search] = {
-    "fast": Search(3, 1, 0, 1),
-    "default": Search(3, 1, 0, 2),
-    "max": Search(19, 4, 0, 4),
+    "fast": Search(3, 0, 0, 1),
+    "default": Search(3, 1, 0, 1),
+    "max": Search(9, 8, 0, 4),
 }
 
 

@@ -5,7 +5,12 @@ Here that is only the start: in rounds, every sub-block looks for better codes a
 anew for each, and the super-block's d and dmin are fitted to the outcome by weighted least squares, as float16. The
 round of least error is kept, so no round can do harm.
 
-Error means sum of w * (x - stored)^2, see `error_weights`. As these sums need not be ggml's, multiplications and
+Error means sum of w * (x - stored)^2, see `error_weights`. What minimises it is a shrunken copy of the weights: a least
+squares fit q of x has <q, x> = <q, q> < <x, x>, so that all outputs come out a little too small together. Other
+rounding errors mostly cancel in an output, a sum of hundreds of products; this one does not. So in the end d and dmin
+are scaled by <x, x> / <q, x>: of all that keep the size of outputs, that has the least error. See `lost_gain`.
+
+As these sums need not be ggml's, multiplications and
 additions are fused: faster, and closer to the exact sum. `refine_min` has the types with a min, `refine_signed` those
 without.
 """
@@ -29,13 +34,15 @@ class Search(NamedTuple):
         slides: how often the min follows the levels there (types with a min).
         rounds: how often codes are searched; between rounds d and dmin are fitted.
         half_powers: twice the power of (variance + x^2) in the error weights.
+        unbiased: whether d and dmin make up for the shrinkage of least squares.
     """
 
     encoders: int
     reach: int
     slides: int
     rounds: int
-    half_powers: int = 2
+    half_powers: int = 0
+    unbiased: bool = True
 
 
 @device
@@ -44,11 +51,16 @@ def error_weights(x: Tile, w: Tile, weighted: bool, half_powers: int) -> None:
 
     w *= (variance + x^2) ^ (half_powers / 2), with the super-block's mean square as variance.
     """
+    if not weighted:
+        for i in range(256):
+            store(w, i, splat(F(1)))
+    if half_powers == 0:
+        return
     variance = sum_of_squares(x, 0, 256) / F(256)
     for i in range(256):
         value = load(x, i)
         size = fused(value, value, variance)
-        weight = load(w, i) if weighted else splat(F(1))
+        weight = load(w, i)
         if half_powers % 2 == 1:
             weight = weight * square_root(size)
         for _ in range(half_powers // 2):
@@ -73,3 +85,14 @@ def as_half(value: Floats) -> Floats:
 def reciprocal(value: Floats) -> Floats:
     """1 / value, and 0 for 0."""
     return select(value != F(0), F(1) / value, splat(F(0)))
+
+
+@device
+def lost_gain(sum_xx: Floats, sum_xq: Floats) -> Floats:
+    """What stored weights q are to be multiplied with for <q, x> = <x, x>, from the weighted sums of x * x and x * q.
+
+    No more than 2 and no less than 1/2, for super-blocks that cannot be stored well anyhow.
+    """
+    gain = select(sum_xq > F(0), sum_xx / sum_xq, splat(F(1)))
+    # A comparison with a NaN (of sums that overflowed) fails, which gives 1.
+    return select((gain >= F(0.5)) & (gain <= F(2)), gain, splat(F(1)))

@@ -4,9 +4,22 @@ import numpy as np
 
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits
-from mode_gguf_kernels.refine import Search, as_half, limited, reciprocal
+from mode_gguf_kernels.refine import Search, as_half, limited, lost_gain, reciprocal
 from mode_gguf_kernels.search import F, clamped, nearest_int, sum_of
-from mode_gguf_kernels.simd import Floats, Ints, Tile, fused, load, negative, round_even, select, splat, store, to_float
+from mode_gguf_kernels.simd import (
+    Floats,
+    Ints,
+    Tile,
+    fused,
+    load,
+    negative,
+    round_even,
+    select,
+    splat,
+    store,
+    to_float,
+    to_int,
+)
 from mode_gguf_kernels.tiles import float_tile, int_tile
 
 
@@ -203,10 +216,20 @@ def refine_with_min(
         for j in range(n_sub):
             store(code, j, select(better, load(trial, j), load(code, j)))
             store(min_code, j, select(better, load(trial_min, j), load(min_code, j)))
+    sum_xx, sum_xq = splat(F(0)), splat(F(0))
     for j in range(n_sub):
-        inverse = reciprocal(best_d * to_float(load(code, j)))
-        offset = best_dmin * to_float(load(min_code, j)) * inverse
+        scale = best_d * to_float(load(code, j))
+        low = best_dmin * to_float(load(min_code, j))
+        inverse = reciprocal(scale)
+        offset = low * inverse
         for i in range(n * j, n * j + n):
-            position = fused(load(x, i), inverse, offset)
-            store(level, i, clamped(nearest_int(position), 0, highest))
+            value = load(x, i)
+            chosen = limited(round_even(fused(value, inverse, offset)), F(0), F(highest))
+            store(level, i, to_int(chosen))
+            weighted = load(w, i) * value
+            sum_xx = fused(weighted, value, sum_xx)
+            sum_xq = fused(weighted, fused(scale, chosen, negative(low)), sum_xq)
+    if search.unbiased:
+        gain = lost_gain(sum_xx, sum_xq)
+        best_d, best_dmin = as_half(best_d * gain), as_half(best_dmin * gain)
     return half_bits(best_d), half_bits(best_dmin)

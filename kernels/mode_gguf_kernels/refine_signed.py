@@ -4,9 +4,22 @@ import numpy as np
 
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits
-from mode_gguf_kernels.refine import Search, as_half, limited, reciprocal
+from mode_gguf_kernels.refine import Search, as_half, limited, lost_gain, reciprocal
 from mode_gguf_kernels.search import F, clamped, nearest_int, signed_extreme
-from mode_gguf_kernels.simd import Floats, Ints, Tile, fused, load, negative, round_even, select, splat, store, to_float
+from mode_gguf_kernels.simd import (
+    Floats,
+    Ints,
+    Tile,
+    fused,
+    load,
+    negative,
+    round_even,
+    select,
+    splat,
+    store,
+    to_float,
+    to_int,
+)
 from mode_gguf_kernels.tiles import float_tile, int_tile
 
 
@@ -109,8 +122,17 @@ def refine_signed(
         best_d = select(better, d, best_d)
         for j in range(16):
             store(code, j, select(better, load(trial, j), load(code, j)))
+    sum_xx, sum_xq = zero, zero
     for j in range(16):
-        inverse = reciprocal(best_d * to_float(load(code, j)))
+        scale = best_d * to_float(load(code, j))
+        inverse = reciprocal(scale)
         for i in range(16 * j, 16 * j + 16):
-            store(level, i, clamped(nearest_int(load(x, i) * inverse), -highest, highest - 1) + highest)
+            value = load(x, i)
+            chosen = limited(round_even(value * inverse), F(-highest), F(highest - 1))
+            store(level, i, to_int(chosen) + highest)
+            weighted = load(w, i) * value
+            sum_xx = fused(weighted, value, sum_xx)
+            sum_xq = fused(weighted, scale * chosen, sum_xq)
+    if search.unbiased:
+        best_d = as_half(best_d * lost_gain(sum_xx, sum_xq))
     return half_bits(best_d)

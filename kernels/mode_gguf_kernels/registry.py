@@ -44,10 +44,12 @@ class Refinement:
         size_power: a weight's squared error counts importance * (variance + x^2) ^ size_power, with x the weight and
             variance its super-block's mean square. 0 minimises the importance-weighted error, 0.5 is what ggml does
             in most types, 1 favours large weights more. A multiple of one half, at least 0.
+        unbiased: whether each super-block is scaled so that outputs keep their size; see `refine`.
     """
 
     effort: Effort = "default"
-    size_power: float = 1.0
+    size_power: float = 0.0
+    unbiased: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ def _search(kernels: Kernels, refinement: Refinement) -> Search:
         raise PackingError(f"size power {refinement.size_power}: a multiple of 0.5, at least 0, expected")
     if refinement.effort not in kernels.searches:
         raise PackingError(f"effort {refinement.effort!r}: one of {', '.join(kernels.searches)} expected")
-    return kernels.searches[refinement.effort]._replace(half_powers=int(half_powers))
+    return kernels.searches[refinement.effort]._replace(half_powers=int(half_powers), unbiased=refinement.unbiased)
 
 
 def _whole_blocks(n: int, kernels: Kernels) -> int:

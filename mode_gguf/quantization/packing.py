@@ -21,6 +21,7 @@ class Packing:
         effort: how long `refined` searches.
         size_power: to `refined`, a weight's squared error counts importance * (variance + x^2) ^ size_power, with x the
             weight and variance the mean square of its super-block; a multiple of 0.5.
+        unbiased: whether `refined` scales super-blocks so that outputs keep their size.
 
     Raises:
         UsageError: no such mode, effort or power.
@@ -28,7 +29,8 @@ class Packing:
 
     mode: Mode = "refined"
     effort: Effort = "default"
-    size_power: float = 1.0
+    size_power: float = 0.0
+    unbiased: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -41,7 +43,7 @@ class Packing:
     @property
     def refinement(self) -> Refinement | None:
         """What the kernels are told."""
-        return Refinement(self.effort, self.size_power) if self.mode == "refined" else None
+        return Refinement(self.effort, self.size_power, self.unbiased) if self.mode == "refined" else None
 
 
 DEFAULT_PACKING = Packing()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mode_gguf_kernels import TYPES, pack
+from mode_gguf_kernels import TYPES, Refinement, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,13 @@ class Mode:
 EXACT = Mode("exact", tuple(TYPES), {})
 """Byte for byte what libggml writes."""
 
-MODES = (EXACT,)
+REFINED = tuple(
+    Mode(name, tuple(name for name in TYPES if TYPES[name].searches), {"refinement": Refinement(effort)})
+    for name, effort in (("refined, fast", "fast"), ("refined", "default"), ("refined, max", "max"))
+)
+"""With less error than libggml's."""
+
+MODES = (EXACT, *REFINED)
 MODES_AND_TYPES = [(mode, type_name) for mode in MODES for type_name in mode.types]
 """For `pytest.mark.parametrize`, with `ids=mode_id`."""
 
