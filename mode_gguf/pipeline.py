@@ -29,7 +29,7 @@ from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.export.text_model import write_text_model
-from mode_gguf.importance.choice import ImatrixKind, check_imatrix_choice
+from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
@@ -75,7 +75,7 @@ class ConvertOptions:
     bpw: float
     calibration: CalibrationOptions = CalibrationOptions()
     preset: str = "mode"
-    imatrix: ImatrixKind = "plain"
+    imatrix: ImatrixKind | None = None
     packing: Packing = DEFAULT_PACKING
     types: CandidateTypes = DEFAULT_TYPES
     projector_type: str = "F16"
@@ -129,7 +129,7 @@ def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
         UsageError: the preset makes no importance matrix of the kind asked for.
         InfeasibleBudgetError: the bits per weight are out of reach.
     """
-    check_imatrix_choice(options.imatrix, PRESETS[options.preset].method)
+    chosen_imatrix(options.imatrix, PRESETS[options.preset].method)
     tensors = text_tensors(checkpoint)
     reachable = check_reachable(tensors, options.types, options.bpw)
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
@@ -158,6 +158,7 @@ def convert(
     estimate(checkpoint, folder, options)
     ledger = StageLedger(folder)
     method = PRESETS[options.preset].method
+    imatrix = chosen_imatrix(options.imatrix, method)
 
     samples = samples_fingerprint(options.calibration.source)
     calibrated = fingerprint(checkpoint.fingerprint, asdict(options.calibration), samples, __version__)
@@ -165,7 +166,7 @@ def convert(
         with ledger.running("calibrate", calibrated, [folder.calibration, folder.imatrix]):
             run_calibration(checkpoint, folder, options.calibration, progress)
 
-    measured = fingerprint(calibrated, method, options.imatrix, asdict(options.packing), _type_names(options.types))
+    measured = fingerprint(calibrated, method, imatrix, asdict(options.packing), _type_names(options.types))
     if not ledger.is_current("sensitivity", measured):
         with ledger.running("sensitivity", measured, _sensitivity_files(folder, method)):
             run_sensitivity(
@@ -174,7 +175,7 @@ def convert(
                 options.calibration,
                 method,
                 options.types,
-                imatrix=options.imatrix,
+                imatrix=imatrix,
                 packing=options.packing,
                 progress=progress,
             )
@@ -219,7 +220,7 @@ def convert(
     return ConvertResult(
         model=model,
         mmproj=mmproj,
-        imatrix=folder.imatrix_of(options.imatrix),
+        imatrix=folder.imatrix_of(imatrix),
         plan=folder.plan,
         report=folder.report if options.validate else None,
         bpw=plan.bpw,
@@ -250,11 +251,13 @@ def run_sensitivity(
     method: "Method",
     types: CandidateTypes,
     *,
-    imatrix: ImatrixKind = "plain",
+    imatrix: ImatrixKind | None = None,
     packing: Packing = DEFAULT_PACKING,
     progress: Progress = silent,
 ) -> None:
     """Write sensitivity.safetensors, measured with weights packed as they will be, and the Fisher importance matrix.
+
+    `imatrix` None stands for the best that `method` makes, see `chosen_imatrix`.
 
     Raises:
         InputError: `calibrate` has not run in this folder, or ran for another model.
@@ -270,7 +273,7 @@ def run_sensitivity(
         read_imatrix(folder.imatrix),
         statistics=statistics,
         method=method,
-        imatrix=imatrix,
+        imatrix=chosen_imatrix(imatrix, method),
         packing=packing,
         expert_types=types.expert,
         dense_types=types.dense,
@@ -318,10 +321,19 @@ def run_plan(checkpoint: Checkpoint, folder: WorkFolder, bpw: float, preset: str
 
 
 def make_uniform_plan(
-    checkpoint: Checkpoint, folder: WorkFolder, quant_type: QuantType, packing: Packing = DEFAULT_PACKING
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    quant_type: QuantType,
+    *,
+    imatrix: ImatrixKind | None = None,
+    packing: Packing = DEFAULT_PACKING,
 ) -> Plan:
-    """The plan that stores every expert in `quant_type`; nothing need be measured for it, and nothing is written."""
-    return uniform_plan(text_tensors(checkpoint), _provenance(checkpoint, folder), quant_type, packing)
+    """The plan that stores every expert in `quant_type`; nothing need be measured for it, and nothing is written.
+
+    `imatrix` None stands for the Fisher importance matrix if the folder has one.
+    """
+    kind = imatrix or ("fisher" if folder.imatrix_of("fisher").exists() else "plain")
+    return uniform_plan(text_tensors(checkpoint), _provenance(checkpoint, folder, kind=kind), quant_type, packing)
 
 
 def save_plan(folder: WorkFolder, plan: Plan) -> Plan:
@@ -396,7 +408,7 @@ def run_reference(
     checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress = silent
 ) -> Path:
     """Write, unless it is there already, the full-precision text model that results are compared with."""
-    plan = make_uniform_plan(checkpoint, folder, REFERENCE_TYPE)
+    plan = make_uniform_plan(checkpoint, folder, REFERENCE_TYPE, imatrix="plain")
     path, ledger = model_path(folder, plan), StageLedger(folder)
     inputs = fingerprint(checkpoint.fingerprint, options.pre_tokenizer, __version__)
     if not ledger.is_current("reference", inputs):

@@ -24,8 +24,10 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.export.projector import write_projector
+from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
 from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QUANT_TYPES, quant_type
+from mode_gguf.validation.report import Divergence
 from mode_gguf.workfolder import WorkFolder
 
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -38,7 +40,7 @@ class Variant:
     """An importance matrix of the work folder, and a way of packing."""
 
     name: str
-    imatrix: str
+    imatrix: ImatrixKind
     packing: Packing
 
     @classmethod
@@ -46,7 +48,7 @@ class Variant:
         imatrix, mode, *rest = name.split(":")
         effort, power, bias = (*rest, *("default", "0", "unbiased")[len(rest) :])
         packing = Packing(mode, effort, float(power), bias == "unbiased")  # type: ignore[arg-type]  # it checks them
-        return cls(name, imatrix, packing)
+        return cls(name, chosen_imatrix(imatrix, "fisher"), packing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,13 @@ class Result:
 
 def plan_of(checkpoint: Checkpoint, folder: WorkFolder, type_name: str, variant: Variant) -> Plan:
     """Experts in one type, everything else in Q8_0, with the variant's importance matrix."""
-    plan = pipeline.make_uniform_plan(checkpoint, folder, quant_type(type_name), variant.packing)
+    plan = pipeline.make_uniform_plan(
+        checkpoint,
+        folder,
+        quant_type(type_name),
+        imatrix=variant.imatrix,
+        packing=variant.packing,
+    )
     dense = {t.name for t in text_tensors(checkpoint) if t.role not in (Role.EXPERT, Role.KEEP)}
     q8_0 = QUANT_TYPES["Q8_0"]
     tensors = [
@@ -93,7 +101,7 @@ def measure(
         for variant in variants:
             plan = plan_of(checkpoint, folder, type_name, variant)
             report = pipeline.run_validation(
-                pipeline.export_text(checkpoint, folder, plan, imatrix=variant.imatrix),  # type: ignore[arg-type]
+                pipeline.export_text(checkpoint, folder, plan),
                 projector,
                 reference,
                 folder.path / "compare-packing.json",
@@ -101,17 +109,15 @@ def measure(
                 held_out=held_out,
                 reference_folder=folder.path / "reference",
             )
-            assert report.text is not None
-            assert report.image is not None
-            yield Result(
-                type_name,
-                variant.name,
-                report.text.kl_mean,
-                report.text.kl_mean_error,
-                report.image.kl_mean,
-                report.image.kl_mean_error,
-                report.accuracy["all"].right,
-            )
+            text, image = mean_and_error(report.text), mean_and_error(report.image)
+            yield Result(type_name, variant.name, *text, *image, report.accuracy["all"].right)
+
+
+def mean_and_error(divergence: Divergence | None) -> tuple[float, float]:
+    """KL's mean and its standard error."""
+    if divergence is None or divergence.kl_mean is None or divergence.kl_mean_error is None:
+        raise SystemExit("the held-out set needs texts and questions about pictures")
+    return divergence.kl_mean, divergence.kl_mean_error
 
 
 def main() -> None:

@@ -90,10 +90,11 @@ PresetOption = Annotated[
     ),
 ]
 ImatrixOption = Annotated[
-    ImatrixName,
+    ImatrixName | None,
     typer.Option(
         help="What packing weighs a matrix's columns with: plain: mean squares of its inputs; "
-        "fisher: those weighed by gradients (not with --preset paper)."
+        "fisher: those weighed by gradients; default: fisher where there are gradients (not with --preset paper).",
+        show_default=False,
     ),
 ]
 PackingOption = Annotated[

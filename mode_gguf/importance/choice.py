@@ -9,12 +9,20 @@ ImatrixKind: TypeAlias = Literal["plain", "fisher"]
 IMATRIX_KINDS: tuple[ImatrixKind, ...] = get_args(ImatrixKind)
 
 
-def check_imatrix_choice(kind: str, method: str) -> None:
-    """Raises UsageError: an unknown kind, or one that sensitivity by `method` does not make."""
-    if kind not in IMATRIX_KINDS:
-        raise UsageError(f"unknown importance matrix {kind!r}: choose from {', '.join(IMATRIX_KINDS)}")
-    if kind == "fisher" and method != "fisher":
-        raise UsageError(
-            f"--imatrix fisher needs gradients, and sensitivity by {method} computes none: "
-            "use --preset mode, or --imatrix plain"
-        )
+def chosen_imatrix(kind: str | None, method: str) -> ImatrixKind:
+    """The importance matrix that packs: `kind`, or if that is None, `fisher` where `method` makes one.
+
+    Raises:
+        UsageError: an unknown kind, or one that sensitivity by `method` does not make.
+    """
+    match kind:
+        case None:
+            return "fisher" if method == "fisher" else "plain"
+        case "fisher" if method != "fisher":
+            raise UsageError(
+                f"--imatrix fisher needs gradients, and sensitivity by {method} computes none: "
+                "use --preset mode, or --imatrix plain"
+            )
+        case "plain" | "fisher":
+            return kind
+    raise UsageError(f"unknown importance matrix {kind!r}: choose from {', '.join(IMATRIX_KINDS)}")

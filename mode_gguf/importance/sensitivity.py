@@ -9,7 +9,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.importance.choice import ImatrixKind, check_imatrix_choice
+from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
 from mode_gguf.importance.expert_mse import expert_mse
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Imatrix, Importance
@@ -65,7 +65,7 @@ def measure_sensitivity(
         raise UsageError("sensitivity needs at least one sample")
     if method not in METHODS:
         raise UsageError(f"unknown sensitivity method {method!r}: choose from {', '.join(METHODS)}")
-    check_imatrix_choice(imatrix, method)
+    chosen_imatrix(imatrix, method)
     if label_draws < 1:
         raise UsageError(f"label draws is {label_draws}: at least one is needed")
     if statistics.fingerprint != checkpoint.fingerprint:

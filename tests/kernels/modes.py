@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mode_gguf_kernels import TYPES, Refinement, pack
+from mode_gguf_kernels.registry import Effort
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,10 @@ class Mode:
 EXACT = Mode("exact", tuple(TYPES), {})
 """Byte for byte what libggml writes."""
 
+EFFORTS: tuple[tuple[str, Effort], ...] = (("refined, fast", "fast"), ("refined", "default"), ("refined, max", "max"))
 REFINED = tuple(
     Mode(name, tuple(name for name in TYPES if TYPES[name].searches), {"refinement": Refinement(effort)})
-    for name, effort in (("refined, fast", "fast"), ("refined", "default"), ("refined, max", "max"))
+    for name, effort in EFFORTS
 )
 """With less error than libggml's."""
 

@@ -22,17 +22,21 @@ def command(
             help="Ignore sensitivity and budget: every expert in TYPE, the rest in TYPE but not below Q4_K.",
         ),
     ] = None,
-    packing: options.PackingOption = options.PackingMode.REFINED,
-    effort: options.EffortOption = options.Effort.DEFAULT,
-    size_power: options.SizePower = options.DEFAULT_SIZE_POWER,
+    imatrix: options.ImatrixOption = None,
+    packing: Annotated[
+        options.PackingMode | None, typer.Option(help="With --uniform: how K-quants are packed; default: refined.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Choose the types of all tensors for --bpw bits per weight; writes plan.json and tensor-types.txt.
 
     Needs the results of `sensitivity` in the work folder, except with --uniform. The plan may be edited by hand.
+    Weights will be packed as `sensitivity` packed its candidates.
     """
     from mode_gguf import pipeline
+    from mode_gguf.errors import UsageError
     from mode_gguf.quantization.libggml import check_available
+    from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
     from mode_gguf.quantization.types import quant_type
 
     checkpoint, folder = pipeline.open_model(model, out)
@@ -40,9 +44,16 @@ def command(
         everywhere = quant_type(uniform)
         check_available([everywhere])
         made = pipeline.make_uniform_plan(
-            checkpoint, folder, everywhere, options.packing_of(packing, effort, size_power)
+            checkpoint,
+            folder,
+            everywhere,
+            imatrix=imatrix.value if imatrix else None,
+            packing=Packing(packing.value) if packing else DEFAULT_PACKING,
         )
         pipeline.save_plan(folder, made)
+    elif imatrix or packing:
+        option = "--imatrix" if imatrix else "--packing"
+        raise UsageError(f"{option} goes with --uniform; otherwise give it to `mode-gguf sensitivity`")
     else:
         candidates = options.candidate_types(types, dense_types)
         made = pipeline.run_plan(checkpoint, folder, bpw, preset.value, candidates)

@@ -10,7 +10,7 @@ def command(
     calibration: options.Calibration = None,
     device: options.DeviceOption = options.Device.AUTO,
     preset: options.PresetOption = options.PresetName.MODE,
-    imatrix: options.ImatrixOption = options.ImatrixName.PLAIN,
+    imatrix: options.ImatrixOption = None,
     packing: options.PackingOption = options.PackingMode.REFINED,
     effort: options.EffortOption = options.Effort.DEFAULT,
     size_power: options.SizePower = options.DEFAULT_SIZE_POWER,
@@ -29,6 +29,7 @@ def command(
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.planner import PRESETS
+    from mode_gguf.importance.choice import chosen_imatrix
 
     chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed)
     checkpoint, folder = pipeline.open_model(model, out)
@@ -40,7 +41,7 @@ def command(
         chosen,
         method,
         candidates,
-        imatrix=imatrix.value,
+        imatrix=imatrix.value if imatrix else None,
         packing=options.packing_of(packing, effort, size_power),
         progress=progress(),
     )
@@ -49,7 +50,7 @@ def command(
         files = {"sensitivity": str(folder.sensitivity)}
         if fisher_imatrix:
             files["imatrix"] = str(fisher_imatrix)
-        emit_json({**files, "method": method, "packed_with": imatrix.value})
+        emit_json({**files, "method": method, "packed_with": chosen_imatrix(imatrix, method)})
         return
     show(f"sensitivity  {folder.sensitivity}  ({method})")
     if fisher_imatrix:
