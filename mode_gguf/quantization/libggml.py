@@ -187,10 +187,38 @@ def quantize(values: np.ndarray, quant_type: QuantType, importance: np.ndarray |
 
 
 def scale_overflows(packed: np.ndarray, quant_type: QuantType) -> np.ndarray:
-    """bool (rows, blocks): whose float16 scale, the first field of all these types' blocks, is not finite."""
+    """bool (rows, blocks): whose float16 scale is not finite."""
+    return np.asarray(~np.isfinite(_scales(packed, quant_type)))
+
+
+def restore_gain(packed: np.ndarray, values: np.ndarray, quant_type: QuantType, importance: np.ndarray | None) -> None:
+    """Scale every row of `packed` so that outputs keep their size, as refined packing by our kernels does.
+
+    A least squares fit q of a row x has <q, x> < <x, x> (weighted with the importance): all outputs shrink together.
+    All weights of these types are proportional to their block's scale, so multiplying the scales by <x, x> / <q, x>
+    undoes it. Rows that are stored so badly that this is not within 1/2 to 2 stay as they are.
+
+    Args:
+        packed: uint8 (rows, row_bytes), changed in place; all scales finite.
+        values: float32 (rows, n) that were packed; importance: float32 (n,) that they were packed with.
+    """
+    n = values.shape[1]
+    weighted = values.astype(np.float64) * (1.0 if importance is None else importance)
+    wanted = np.sum(weighted * values, axis=1)
+    found = np.sum(weighted * dequantize(packed, quant_type, n), axis=1)
+    usable = (found > 0) & (wanted <= 2 * found) & (found <= 2 * wanted)
+    gain = np.where(usable, wanted / np.where(usable, found, 1), 1)
+    largest = float(np.finfo(np.float16).max)
+    scales = np.clip(_scales(packed, quant_type) * gain[:, None], -largest, largest).astype(np.float16)
     blocks = packed.reshape(packed.shape[0], -1, quant_type.type_size)
-    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-    return np.asarray(~np.isfinite(scales))
+    blocks[..., :2] = scales[..., None].view(np.uint8)
+
+
+def _scales(packed: np.ndarray, quant_type: QuantType) -> np.ndarray:
+    """float16 (rows, blocks): the scales, the first field of all these types' blocks."""
+    blocks = packed.reshape(packed.shape[0], -1, quant_type.type_size)
+    scales: np.ndarray = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+    return scales
 
 
 def dequantize(packed: np.ndarray, quant_type: QuantType, n: int) -> np.ndarray:

@@ -185,7 +185,7 @@ def _pack_into(
         if quant_type.packer is Packer.NUMPY:
             stored = _convert(target, values, quant_type.name)
         else:
-            stored = _pack_by_libggml(target, values, quant_type, importance, name)
+            stored = _pack_by_libggml(target, values, quant_type, importance, packing, name)
         if not stored.all():
             row, column = np.unravel_index(np.argmin(stored), stored.shape)
             value = float(values[row, column])
@@ -207,7 +207,12 @@ def _convert(packed: np.ndarray, values: np.ndarray, type_name: str) -> np.ndarr
 
 
 def _pack_by_libggml(
-    packed: np.ndarray, values: np.ndarray, quant_type: QuantType, importance: np.ndarray | None, name: str
+    packed: np.ndarray,
+    values: np.ndarray,
+    quant_type: QuantType,
+    importance: np.ndarray | None,
+    packing: Packing,
+    name: str,
 ) -> np.ndarray:
     """Fill `packed` with float32 values in one of libggml's types; says which of them could be stored."""
     magnitude = np.abs(values)
@@ -222,6 +227,8 @@ def _pack_by_libggml(
         by_block = magnitude.reshape(*overflowing.shape, quant_type.block_size)
         blamed = overflowing[..., None] & (by_block == by_block.max(axis=-1, keepdims=True))
         stored = ~blamed.reshape(values.shape)
+    elif packing.keeps_gain:
+        libggml.restore_gain(packed, values, quant_type, importance)
     return stored
 
 

@@ -14,7 +14,7 @@ EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How K-quants are packed; all other types have one way.
+    """How types are packed that leave a choice. Searching is for K-quants; libggml's types are scaled at most.
 
     Attributes:
         mode: `exact` writes the bytes that libggml would; `refined` searches for scales, mins and levels of less error.
@@ -39,6 +39,11 @@ class Packing:
             raise UsageError(f"packing effort {self.effort!r}: choose from {', '.join(EFFORTS)}")
         if not 0 <= self.size_power <= 4 or 2 * self.size_power % 1:
             raise UsageError(f"size power {self.size_power:g}: 0, 0.5, 1, ... 4 expected")
+
+    @property
+    def keeps_gain(self) -> bool:
+        """Whether what is packed is scaled so that outputs keep their size."""
+        return self.mode == "refined" and self.unbiased
 
     @property
     def refinement(self) -> Refinement | None:

@@ -37,7 +37,7 @@ def importance() -> np.ndarray:
 def test_it_leaves_less_of_the_error_it_minimises(
     matrix: np.ndarray, importance: np.ndarray, type_name: str, power: float
 ) -> None:
-    refined = pack(matrix, type_name, importance, refinement=Refinement(size_power=power))
+    refined = pack(matrix, type_name, importance, refinement=Refinement(size_power=power, unbiased=False))
     exact = pack(matrix, type_name, importance)
     # ggml weighs errors with power 0.5 in most types and 0 in Q6_K; its margin is smallest there.
     assert weighted_error(matrix, refined, type_name, importance, power) < weighted_error(
@@ -49,7 +49,11 @@ def test_it_leaves_less_of_the_error_it_minimises(
 def test_more_effort_leaves_less(matrix: np.ndarray, importance: np.ndarray, type_name: str) -> None:
     errors = [
         weighted_error(
-            matrix, pack(matrix, type_name, importance, refinement=Refinement(effort)), type_name, importance, 1.0
+            matrix,
+            pack(matrix, type_name, importance, refinement=Refinement(effort, unbiased=False)),
+            type_name,
+            importance,
+            0.0,
         )
         for effort in ("fast", "default", "max")
     ]
@@ -85,3 +89,18 @@ def test_unusable_settings_are_named(matrix: np.ndarray) -> None:
         pack(matrix, "Q2_K", refinement=Refinement(size_power=0.3))
     with pytest.raises(PackingError, match="effort 'much': one of fast, default, max"):
         pack(matrix, "Q2_K", refinement=Refinement(effort="much"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_outputs_keep_their_size(matrix: np.ndarray, importance: np.ndarray, type_name: str) -> None:
+    """<q, x> = <x, x> of a super-block, weighted with the importance; least squares alone falls short of it."""
+
+    def gains(unbiased: bool) -> np.ndarray:
+        packed = pack(matrix, type_name, importance, refinement=Refinement(unbiased=unbiased))
+        products = importance * matrix * unpack(packed, type_name, SHAPE[1])
+        squares = importance * matrix**2
+        gain: np.ndarray = products.reshape(-1, 256).sum(axis=1) / squares.reshape(-1, 256).sum(axis=1)
+        return gain
+
+    np.testing.assert_allclose(gains(unbiased=True), 1, atol=1e-3)  # d is rounded to float16
+    assert gains(unbiased=False).mean() < gains(unbiased=True).mean() - 1e-4

@@ -15,6 +15,7 @@ from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE, embedded_library
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
+from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, Packer, QuantType, parse_types, types_packed_by
 from tests.kernels import ggml_oracle
 
@@ -199,3 +200,20 @@ def test_values_too_large_are_refused_by_name(name: str, value: float) -> None:
 def test_no_weights_and_importance_end_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", EXTREMES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_refined_packing_keeps_the_size_of_outputs(name: str) -> None:
+    """<q, x> = <x, x> per row, but for the rounding of a scale; libggml alone falls short of it."""
+    random = np.random.default_rng(5)
+    matrix = random.standard_normal((ROWS, COLUMNS)).astype(np.float32)
+    importance = (random.random(COLUMNS) + 0.1).astype(np.float32)
+
+    def gains(packing: Packing) -> np.ndarray:
+        packed = pack_matrix(matrix, QUANT_TYPES[name], importance, name="m", packing=packing)
+        unpacked = unpack_matrix(packed, QUANT_TYPES[name], COLUMNS)
+        gain: np.ndarray = (importance * matrix * unpacked).sum(axis=1) / (importance * matrix**2).sum(axis=1)
+        return gain
+
+    np.testing.assert_allclose(gains(Packing("refined")), 1, atol=2e-3)
+    assert np.abs(gains(EXACT) - 1).max() > 2e-3
