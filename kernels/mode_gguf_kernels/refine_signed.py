@@ -51,14 +51,14 @@ def start_signed(x: Tile, w: Tile, first: int, n: int, highest: int, encoders: i
 
 @device
 def error_signed(x: Tile, w: Tile, first: int, n: int, highest: int, scale: Floats) -> Floats:
-    """Error of a sub-block stored with this scale."""
+    """Error of a sub-block stored with this scale; infinite for scale 0, which nothing is to be moved to."""
     inverse = reciprocal(scale)
     total = splat(F(0))
     for i in range(first, first + n):
         position = load(x, i) * inverse
         residual = position - limited(round_even(position), F(-highest), F(highest - 1))
         total = fused(load(w, i) * residual, residual, total)
-    return total * scale * scale
+    return select(scale != F(0), total * scale * scale, splat(F(np.inf)))
 
 
 @device
