@@ -20,6 +20,7 @@ import llvmlite.binding
 import numpy as np
 
 from kernel_report import POWERS, Error, Report, Speed, Start
+from mode_gguf.quantization.types import Packer, types_packed_by
 from mode_gguf_kernels import TYPES
 from mode_gguf_kernels.simd import LANES
 from tests.kernels import ggml_oracle, inputs
@@ -29,11 +30,11 @@ ROOT = Path(__file__).parent.parent
 WEIGHTS = {"Gaussian": "gaussian", "Laplace": "laplace", "Student t": "student-t4"}
 """Distributions whose errors are compared, by the name they are shown under, as in `tests.kernels.inputs`."""
 
-Packer = Callable[[np.ndarray, str, np.ndarray | None, np.ndarray], np.ndarray]
+PackFunction = Callable[[np.ndarray, str, np.ndarray | None, np.ndarray], np.ndarray]
 
 
 def seconds(
-    packer: Packer,
+    packer: PackFunction,
     matrix: np.ndarray,
     type_name: str,
     importance: np.ndarray | None,
@@ -67,7 +68,7 @@ def speeds(
         SystemExit: the bytes differ, so that the speeds cannot be compared.
     """
     shape = matrix.shape[0], ggml_oracle.row_bytes(type_name, matrix.shape[1])
-    packers: dict[str, Packer] = {"libggml": ggml_oracle.quantize} | {mode.name: mode.pack for mode in modes}
+    packers: dict[str, PackFunction] = {"libggml": ggml_oracle.quantize} | {mode.name: mode.pack for mode in modes}
     outputs = {name: np.empty(shape, np.uint8) for name in packers}
     times: dict[str, list[float]] = {name: [] for name in packers}
     with ThreadPoolExecutor(threads) as executor:
@@ -127,6 +128,17 @@ print(imported - start, time.perf_counter() - imported)
 """
 
 
+def libggml_speed(matrix: np.ndarray, type_name: str, importance: np.ndarray, repeats: int) -> float:
+    """Median million weights per second of a type that only libggml packs, on one thread."""
+    ggml_oracle.quantize(matrix, type_name, importance)  # makes the type's tables
+    taken = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        ggml_oracle.quantize(matrix, type_name, importance)
+        taken.append(time.perf_counter() - begin)
+    return matrix.size / 1e6 / statistics.median(taken)
+
+
 def start_of(mode: Mode, type_name: str, repeats: int) -> Start:
     """Median seconds of new processes that import the kernels, pack a row and unpack it, once all is compiled."""
     command = [sys.executable, "-c", FRESH.format(mode=mode.name, type_name=type_name)]
@@ -148,6 +160,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--starts", type=int, default=3, help="new processes per type and mode; 0 for none")
+    parser.add_argument("--libggml", action="store_true", help="also time the types that only libggml packs")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -165,6 +178,8 @@ def main() -> None:
             report.errors.extend(errors(modes, matrix, name, type_name, importance))
         if arguments.starts:
             report.starts.extend(start_of(mode, type_name, arguments.starts) for mode in modes)
+    for type_name in types_packed_by(Packer.LIBGGML) if arguments.libggml else ():
+        report.others[type_name] = libggml_speed(matrices["Gaussian"], type_name, importance, 3)
     arguments.out.mkdir(parents=True, exist_ok=True)
     report.write(arguments.out)
     print(report.markdown())

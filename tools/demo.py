@@ -4,8 +4,8 @@
 
 Everything below is measured in this run, on the held-out set in demo/heldout; nothing is stored beforehand. KL is the
 divergence from the BF16 file in nats per token over the full vocabulary: of the texts' tokens, and of the tokens of
-BF16's answers about pictures. Uniform files store every expert in one type and everything else in Q4_K, with the same
-importance matrix as the MODE file.
+BF16's answers about pictures. Stock files store every expert in one type and everything else in
+Q4_K, as llama-quantize packs them with the plain importance matrix.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from rich.table import Table
 from mode_gguf import pipeline
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.progress import Progress
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.report import Divergence, ValidationReport
 from mode_gguf.workfolder import WorkFolder
@@ -60,8 +61,8 @@ def main() -> None:
     result = pipeline.convert(checkpoint, folder, options, progress())
     rows = [Row(MODE, ValidationReport.load(folder.report))]
     for name in BASELINES:
-        say(f"for comparison: every expert in {name}")
-        rows.insert(-1, Row(f"uniform {name}", uniform(checkpoint, folder, name, options, progress())))
+        say(f"for comparison: every expert in {name}, as llama-quantize packs it")
+        rows.insert(-1, Row(f"stock {name}", uniform(checkpoint, folder, name, options, progress())))
 
     print_table(rows)
     draw(rows, arguments.out / "comparison.png")
@@ -74,8 +75,8 @@ def main() -> None:
 def uniform(
     checkpoint: Checkpoint, folder: WorkFolder, name: str, options: pipeline.ConvertOptions, watch: Progress
 ) -> ValidationReport:
-    """Export and measure the file that stores every expert in one type."""
-    plan = pipeline.make_uniform_plan(checkpoint, folder, QUANT_TYPES[name])
+    """Export and measure the file that stores every expert in one type, packed as stock tools do."""
+    plan = pipeline.make_uniform_plan(checkpoint, folder, QUANT_TYPES[name], imatrix="plain", packing=EXACT)
     return pipeline.run_validation(
         pipeline.export_text(checkpoint, folder, plan, progress=watch),
         pipeline.projector_path(folder, options.projector_type),

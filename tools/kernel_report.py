@@ -72,6 +72,8 @@ class Report:
     speeds: list[Speed] = field(default_factory=list)
     errors: list[Error] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
+    others: dict[str, float] = field(default_factory=dict)
+    """Million weights per second of types that only libggml packs."""
 
     def write(self, folder: Path) -> None:
         """Write kernels.json, kernels.md and kernels.png into an existing folder."""
@@ -113,6 +115,9 @@ class Report:
             "## A new process with cached kernels, seconds",
             _table(("type", "mode", "process", "imports", "first pack and unpack"), starts),
         ]
+        if self.others:
+            parts.append("## Types packed by libggml, with importance, one thread, million weights per second")
+            parts.append(_table(("type", "libggml"), [(name, f"{speed:.1f}") for name, speed in self.others.items()]))
         return "\n\n".join(parts) + "\n"
 
     def _plot(self, path: Path) -> None:

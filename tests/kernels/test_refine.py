@@ -102,5 +102,5 @@ def test_outputs_keep_their_size(matrix: np.ndarray, importance: np.ndarray, typ
         gain: np.ndarray = products.reshape(-1, 256).sum(axis=1) / squares.reshape(-1, 256).sum(axis=1)
         return gain
 
-    np.testing.assert_allclose(gains(unbiased=True), 1, atol=1e-3)  # d is rounded to float16
+    np.testing.assert_allclose(gains(unbiased=True), 1, atol=2e-3)  # d is rounded to float16, at times a denormal one
     assert gains(unbiased=False).mean() < gains(unbiased=True).mean() - 1e-4
