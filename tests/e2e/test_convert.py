@@ -10,6 +10,7 @@ from gguf import LlamaFileType
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import file_fingerprint
 from mode_gguf.quantization import libggml
+from mode_gguf.quantization.packing import EXACT
 from tests.pico import write_pico_qwen3vlmoe
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
@@ -31,7 +32,7 @@ def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: 
     assert model.name.startswith(f"{pico.name}-MODE-4.00bpw-Q")
     assert model.name.endswith("K_MODE.gguf")
     assert Path(result["mmproj"]).name == f"mmproj-{pico.name}-F16.gguf"
-    assert Path(result["imatrix"]).name == f"imatrix-{pico.name}.gguf"
+    assert Path(result["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
     assert model.stat().st_size == result["size_bytes"]
     assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "export", "validate"}
     for name in ("plan.json", "tensor-types.txt", "calibration.safetensors", "sensitivity.safetensors", "report.json"):
@@ -78,35 +79,41 @@ def packed_with(model: str, run: Run) -> str:
     return str(metadata["quantize.imatrix.file"])
 
 
-def test_fisher_importance(pico: Path, tmp_path: Path, run: Run) -> None:
-    """Another importance matrix reruns what depends on it; stages alone take the one the plan was made with."""
-    out, alone = tmp_path / "out", tmp_path / "alone"
-    arguments = ("convert", pico, "--bpw", "4.0", "--out", out, "--json", *SMALL)
+def test_another_imatrix_or_packing_reruns_what_depends_on_it(pico: Path, tmp_path: Path, run: Run) -> None:
+    arguments = ("convert", pico, "--bpw", "4.0", "--out", tmp_path, "--json", "--no-validate", *SMALL)
+    default = json.loads(run(*arguments))
+    assert packed_with(default["model"], run) == f"imatrix-fisher-{pico.name}.gguf"
+    plan = Plan.load(Path(default["plan"]))
+    assert (plan.made_from.imatrix_kind, plan.packing.mode) == ("fisher", "refined")
+    assert plan.made_from.imatrix == file_fingerprint(Path(default["imatrix"]))
+    refined = Path(default["model"]).read_bytes()
 
-    fisher = json.loads(run(*arguments, "--imatrix", "fisher"))
-    assert Path(fisher["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
-    assert packed_with(fisher["model"], run) == f"imatrix-fisher-{pico.name}.gguf"
-    made_from = Plan.load(Path(fisher["plan"])).made_from
-    assert (made_from.imatrix_kind, made_from.imatrix) == ("fisher", file_fingerprint(Path(fisher["imatrix"])))
-    assert json.loads((out / "report.json").read_text())["text"]["kl_mean"] > 0
-    assert set(json.loads(run(*arguments, "--imatrix", "fisher"))["seconds"].values()) == {0.0}
+    exact = json.loads(run(*arguments, "--packing", "exact"))
+    assert exact["seconds"].pop("calibrate") == 0.0
+    assert min(exact["seconds"].values()) > 0
+    assert Plan.load(Path(exact["plan"])).packing == EXACT
+    assert Path(exact["model"]).read_bytes() != refined
 
-    for arguments_of_stage in (
-        ("calibrate", *SMALL),
-        ("sensitivity", "--imatrix", "fisher", *SMALL),
-        ("plan", "--bpw", "4.0"),
-    ):
-        run(arguments_of_stage[0], pico, "--out", alone, *arguments_of_stage[1:])
-    exported = json.loads(run("export", pico, "--out", alone, "--json"))
-    assert Path(exported["model"]).read_bytes() == Path(fisher["model"]).read_bytes()
-    exported = json.loads(run("export", pico, "--out", alone, "--imatrix", "plain", "--json"))
-    assert packed_with(exported["model"], run) == f"imatrix-{pico.name}.gguf"
-
-    plain = json.loads(run(*arguments, "--no-validate"))
+    plain = json.loads(run(*arguments, "--packing", "exact", "--imatrix", "plain"))
     assert plain["seconds"].pop("calibrate") == 0.0
     assert min(plain["seconds"].values()) > 0
     assert packed_with(plain["model"], run) == f"imatrix-{pico.name}.gguf"
     assert Plan.load(Path(plain["plan"])).made_from.imatrix_kind == "plain"
+
+    other = json.loads(run("export", pico, "--out", tmp_path, "--imatrix", "fisher", "--json"))
+    assert packed_with(other["model"], run) == f"imatrix-fisher-{pico.name}.gguf"
+
+
+def test_packing_belongs_to_sensitivity_unless_the_plan_is_uniform(pico: Path, tmp_path: Path, run: Run) -> None:
+    message = run("plan", pico, "--packing", "exact", "--out", tmp_path, code=2)
+    assert "--packing goes with --uniform; otherwise give it to `mode-gguf sensitivity`" in message
+    run("plan", pico, "--uniform", "Q3_K", "--packing", "exact", "--out", tmp_path)
+    assert Plan.load(tmp_path / "plan.json").packing == EXACT
+
+
+def test_unusable_size_power(pico: Path, tmp_path: Path, run: Run) -> None:
+    assert "size power 0.3: 0, 0.5, 1" in run("convert", pico, "--size-power", "0.3", "--out", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_fisher_importance_needs_gradients(pico: Path, tmp_path: Path, run: Run) -> None:
