@@ -2,7 +2,7 @@
 
     mode-gguf calibrate CHECKPOINT --calibration SAMPLES --out FOLDER
     mode-gguf sensitivity CHECKPOINT --calibration SAMPLES --out FOLDER
-    python -m tools.compare_packing CHECKPOINT --out FOLDER --samples HELD_OUT
+    python tools/compare_packing.py CHECKPOINT --out FOLDER --samples HELD_OUT
 
 Everything but the experts is stored in Q8_0, so that what differs is their packing. A variant is
 `imatrix:packing[:effort[:power[:biased]]]`, such as plain:exact or fisher:refined:max:0.5; see `Packing`. KL is in nats
