@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables and the plot")
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--starts", type=int, default=3, help="new processes per type and mode; 0 for none")

@@ -1,7 +1,7 @@
 """The ways to pack that tests and benchmarks run through: one more of them is one more line in `MODES`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,13 @@ class Mode:
     ) -> np.ndarray:
         """`mode_gguf_kernels.pack` with this mode's options."""
         return pack(matrix, type_name, importance, out=out, **self.options)
+
+    def without_gain(self) -> "Mode":
+        """The mode before super-blocks are scaled to keep the size of outputs, after levels are chosen."""
+        if "refinement" not in self.options:
+            return self
+        biased = replace(self.options["refinement"], unbiased=False)
+        return Mode(f"{self.name}, biased", self.types, {"refinement": biased})
 
 
 EXACT = Mode("exact", tuple(TYPES), {})

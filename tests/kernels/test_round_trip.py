@@ -70,14 +70,17 @@ def test_each_weight_becomes_the_nearest_value_its_block_can_express(
 ) -> None:
     """Half a step of the stored scale within the range of levels; beyond it, the distance to its end."""
     matrix = drawn(seed, rows, exponent, tail, offset).astype(np.float64)
-    packed = mode.pack(matrix.astype(F), type_name, importance_of(seed, kept))
+    packed = mode.without_gain().pack(matrix.astype(F), type_name, importance_of(seed, kept))
     unpacked = unpack(packed, type_name, COLUMNS)
     values = np.sort(expressible(packed, type_name).astype(np.float64), axis=0)
     step = np.diff(values, axis=0).max(axis=0)
     nearest = np.abs(values - matrix).min(axis=0)
-    # float32 arithmetic; and Q8_0 decides by the scale before it is rounded to float16, which moves the border between
-    # levels by up to 127 / 2^11 of a step, and so the two distances to them apart by twice as much.
-    slack = 1e-6 * np.abs(values).max(axis=0) + step * (2 * 127 / 2**11 if type_name == "Q8_0" else 1e-5)
+    # float32 arithmetic; and Q8_0 decides by the scale before that is rounded to float16 (by 2^-11 of it, or 2^-25 where it
+    # is a denormal number), which moves the border between levels by up to 127 times as much, and the two distances apart
+    # by twice that.
+    slack = 1e-6 * np.abs(values).max(axis=0) + 1e-5 * step
+    if type_name == "Q8_0":
+        slack = slack + 2 * 127 * np.maximum(2**-11 * step, 2.0**-25)
     assert (np.abs(unpacked - matrix) <= nearest + slack).all()
     inside = (values[0] <= matrix) & (matrix <= values[-1])
     assert (np.abs(unpacked - matrix)[inside] <= (step / 2 + slack)[inside]).all()

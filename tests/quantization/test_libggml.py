@@ -204,7 +204,7 @@ def test_no_weights_and_importance_end_the_process() -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_refined_packing_keeps_the_size_of_outputs(name: str) -> None:
-    """<q, x> = <x, x> per row, but for the rounding of a scale; libggml alone falls short of it."""
+    """<q, x> = <x, x> per row, but for the rounding of a scale; libggml alone is farther from it."""
     random = np.random.default_rng(5)
     matrix = random.standard_normal((ROWS, COLUMNS)).astype(np.float32)
     importance = (random.random(COLUMNS) + 0.1).astype(np.float32)
@@ -216,4 +216,4 @@ def test_refined_packing_keeps_the_size_of_outputs(name: str) -> None:
         return gain
 
     np.testing.assert_allclose(gains(Packing("refined")), 1, atol=2e-3)
-    assert np.abs(gains(EXACT) - 1).max() > 2e-3
+    assert abs(gains(EXACT).mean() - 1) > abs(gains(Packing("refined")).mean() - 1)
