@@ -76,7 +76,7 @@ def test_each_weight_becomes_the_nearest_value_its_block_can_express(
     step = np.diff(values, axis=0).max(axis=0)
     nearest = np.abs(values - matrix).min(axis=0)
     # float32 arithmetic; and Q8_0 decides by the scale before that is rounded to float16 (by 2^-11 of it or, if it is
-    # denormal, by 2^-25). That moves the border between levels by up to 127 times as much, and the two distances apart by
+    # denormal, by 2^-25). That moves the border between levels by up to 127 times as much, and both distances apart by
     # twice that.
     slack = 1e-6 * np.abs(values).max(axis=0) + 1e-5 * step
     if type_name == "Q8_0":
