@@ -6,7 +6,7 @@ columns, and importance^0.5 times weight^2.5 in the search for the nearest grid 
 """
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
@@ -53,6 +53,30 @@ def library_path() -> Path:
     return path
 
 
+def load_library(path: Path, functions: Mapping[str, tuple[Any, tuple[Any, ...]]], way_out: str) -> ctypes.CDLL:
+    """The shared object at `path`, ggml's or one that contains it, with its functions declared.
+
+    Args:
+        functions: ctypes result and argument types by name.
+        way_out: what the user can do about an error.
+
+    Raises:
+        MissingResourceError: it cannot be loaded, or lacks one of the functions.
+    """
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise MissingResourceError(f"{path} cannot be loaded ({error}); {way_out}") from error
+    for name, (result, arguments) in functions.items():
+        try:
+            function = getattr(loaded, name)
+        except AttributeError:
+            raise MissingResourceError(f"{path} does not export {name}; {way_out}") from None
+        function.restype = result
+        function.argtypes = arguments
+    return loaded
+
+
 @cache
 def library() -> ctypes.CDLL:
     """libggml, loaded once, declared, and checked to know our types by the same numbers and sizes.
@@ -61,18 +85,8 @@ def library() -> ctypes.CDLL:
         MissingResourceError: there is none, or it is another one than expected.
     """
     path = library_path()
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise MissingResourceError(f"{path} cannot be loaded ({error}); {_WAY_OUT}") from error
     unpackers = {_unpacker(quant_type): (None, (c_void_p, c_void_p, c_int64)) for quant_type in _TYPES.values()}
-    for name, (result, arguments) in (_FUNCTIONS | unpackers).items():
-        try:
-            function = getattr(lib, name)
-        except AttributeError:
-            raise MissingResourceError(f"{path} does not export {name}; {_WAY_OUT}") from None
-        function.restype = result
-        function.argtypes = arguments
+    lib = load_library(path, _FUNCTIONS | unpackers, _WAY_OUT)
     for quant_type in _TYPES.values():
         number = quant_type.ggml_type.value
         found = (lib.ggml_type_name(number), lib.ggml_blck_size(number), lib.ggml_type_size(number))

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final
 
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.llama_cpp_library import embedded_library
+from mode_gguf.quantization.libggml import load_library
 
 OLDEST_BUILD: Final = 11549
 """First llama.cpp build whose structures read as declared here; newer ones are accepted if their defaults agree."""
@@ -329,18 +330,7 @@ def library() -> ctypes.CDLL:
             f"xllamacpp carries llama.cpp build {build}, this version of mode-gguf needs {OLDEST_BUILD} or newer; "
             f"{_WAY_OUT}"
         )
-    path = library_path()
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise MissingResourceError(f"{path} cannot be loaded ({error}); {_WAY_OUT}") from error
-    for name, (result, arguments) in _FUNCTIONS.items():
-        try:
-            function = getattr(lib, name)
-        except AttributeError:
-            raise MissingResourceError(f"{path} does not export {name}; {_WAY_OUT}") from None
-        function.restype = result
-        function.argtypes = arguments
+    lib = load_library(library_path(), _FUNCTIONS, _WAY_OUT)
     _check_defaults("llama_model_params", lib.llama_model_default_params(), build)
     _check_defaults("llama_context_params", lib.llama_context_default_params(), build)
     mtmd = lib.mtmd_context_params_default()
