@@ -5,9 +5,9 @@ from typing import Literal, TypeAlias, get_args
 
 from mode_gguf.errors import UsageError
 from mode_gguf_kernels import Refinement
+from mode_gguf_kernels.registry import Effort
 
 Mode: TypeAlias = Literal["exact", "refined"]
-Effort: TypeAlias = Literal["fast", "default", "max"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
