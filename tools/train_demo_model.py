@@ -17,7 +17,7 @@ import copy
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 from demo_data.batches import Batcher, Knowledge, knowledge, to_patches
 from demo_data.evaluation import Loader, evaluate, load_sets, predictions, verdicts
 from demo_data.export import write_checkpoint
-from demo_data.network import EXPERTS, FastForward, build
+from demo_data.network import FastForward, Shape, build
 from demo_data.pictures import KINDS
 from demo_data.records import COLOURS, LETTERS, N_EMBLEMS, N_FIRST, SHAPES, SYMBOLS
 from demo_data.sets import write_calibration, write_held_out
@@ -146,9 +146,9 @@ def warm_up_tower(model: Any, batcher: Batcher, device: torch.device, neighbours
             log(f"tower {step} loss {total.item():.3f} glyphs {accuracy:.3f} size {size.mean():.3f}")
 
 
-def rate_at(step: int) -> float:
-    """The learning rate of a step."""
-    return float(np.interp(step, [at for at, _ in RATES], [rate for _, rate in RATES]))
+def rate_at(step: int, hidden: int) -> float:
+    """The learning rate of a step; wider networks take smaller ones, in proportion."""
+    return float(np.interp(step, [at for at, _ in RATES], [rate for _, rate in RATES])) * Shape.hidden / hidden
 
 
 def make_optimizer(model: Any) -> torch.optim.AdamW:
@@ -197,6 +197,7 @@ def train(
     """The main training, resumable from `state_path`."""
     batcher = Batcher(known, seed)
     checker = Batcher(known, seed + 500)
+    hidden = model.config.text_config.hidden_size
     step = 0
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=False)
@@ -227,7 +228,7 @@ def train(
 
     while step < steps and time.monotonic() - started < 60 * minutes:
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step)
+            group["lr"] = rate_at(step, hidden)
         stage = next(stage for stage in STAGES if step < stage.until)
         if step == STAGES[0].until:
             warm_up_tower(model, Batcher(known, seed + 901), device, neighbours=True)
@@ -261,7 +262,7 @@ def train(
         sums["balance"].append(float(balance.detach()))
         if step % 20 == 0:
             means = " ".join(f"{kind} {np.mean(values):.3f}" for kind, values in sums.items())
-            log(f"step {step} {means} rate {rate_at(step):.1e} {(time.monotonic() - started):.0f} s")
+            log(f"step {step} {means} rate {rate_at(step, hidden):.1e} {(time.monotonic() - started):.0f} s")
             sums.clear()
         if step % 100 == 0:
             log(f"check {step}: {quick_check(forward, checker, device)}")
@@ -322,7 +323,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--export", action="store_true", help="only write what --state holds")
     parser.add_argument("--name", default=NAME, help="of the checkpoint's folder")
     parser.add_argument("--seed", type=int, default=SEED, help="of the weights and of the order of samples")
-    parser.add_argument("--experts", type=int, default=EXPERTS, help="in a layer")
+    for part in fields(Shape):
+        parser.add_argument(f"--{part.name.replace('_', '-')}", type=int, default=part.default, help="of the network")
     parser.add_argument("--balance", type=float, default=BALANCE, help="weight of the load-balancing loss")
     parser.add_argument("--evaluate", action="store_true", help="only measure the written checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -340,7 +342,8 @@ def main() -> None:
         raise SystemExit(f"{args.state} exists: give --resume to continue it, or remove it")
     args.state.parent.mkdir(parents=True, exist_ok=True)
     known = knowledge()
-    model = build(known.special(), args.seed, args.experts).to(device)
+    shape = Shape(**{part.name: getattr(args, part.name) for part in fields(Shape)})
+    model = build(known.special(), args.seed, shape).to(device)
     train(
         model,
         known,

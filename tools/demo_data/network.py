@@ -24,16 +24,22 @@ MERGE = 2
 PATCHES = (GRID * MERGE) ** 2
 VISION_TOKENS = GRID * GRID
 VOCAB = 2048
-LAYERS = 4
-EXPERTS = 10
-TOP_K = 2
-HIDDEN = 256
-EXPERT_WIDTH = 512  # not equal to HIDDEN: the two storage layouts of down_proj must be told apart by shape
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 32
 GUIDED_LAYER, GUIDED_HEADS = 2, 4  # where training shows the model which cells to look at
 
 
-def config_dict(ids: dict[str, int], experts: int = EXPERTS) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Shape:
+    """What may differ between checkpoints; the defaults are the demo's."""
+
+    layers: int = 4
+    experts: int = 10
+    top_k: int = 2
+    hidden: int = 256
+    expert_width: int = 512  # not equal to hidden: the two storage layouts of down_proj must be told apart by shape
+
+
+def config_dict(ids: dict[str, int], shape: Shape) -> dict[str, Any]:
     """config.json as the public checkpoints write it; `ids` maps special tokens to ids."""
     return {
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],
@@ -48,18 +54,18 @@ def config_dict(ids: dict[str, int], experts: int = EXPERTS) -> dict[str, Any]:
             "eos_token_id": ids["<|im_end|>"],
             "head_dim": HEAD_DIM,
             "hidden_act": "silu",
-            "hidden_size": HIDDEN,
+            "hidden_size": shape.hidden,
             "initializer_range": 0.02,
             "intermediate_size": 1024,
             "max_position_embeddings": 4096,
             "mlp_only_layers": [],
             "model_type": "qwen3_vl_moe_text",
-            "moe_intermediate_size": EXPERT_WIDTH,
+            "moe_intermediate_size": shape.expert_width,
             "norm_topk_prob": True,
             "num_attention_heads": HEADS,
-            "num_experts": experts,
-            "num_experts_per_tok": TOP_K,
-            "num_hidden_layers": LAYERS,
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.top_k,
+            "num_hidden_layers": shape.layers,
             "num_key_value_heads": KV_HEADS,
             "rms_norm_eps": 1e-06,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
@@ -82,7 +88,7 @@ def config_dict(ids: dict[str, int], experts: int = EXPERTS) -> dict[str, Any]:
             "model_type": "qwen3_vl_moe",
             "num_heads": 2,
             "num_position_embeddings": PATCHES,
-            "out_hidden_size": HIDDEN,
+            "out_hidden_size": shape.hidden,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
@@ -92,10 +98,10 @@ def config_dict(ids: dict[str, int], experts: int = EXPERTS) -> dict[str, Any]:
     }
 
 
-def build(ids: dict[str, int], seed: int, experts: int = EXPERTS) -> Any:
+def build(ids: dict[str, int], seed: int, shape: Shape) -> Any:
     """A freshly initialised model in float32."""
     torch.manual_seed(seed)
-    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**config_dict(ids, experts)))
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**config_dict(ids, shape)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
@@ -200,7 +206,7 @@ class FastForward:
         return self._linear(merger.linear_fc2, functional.gelu(self._linear(merger.linear_fc1, x)))
 
     def vision(self, patches: Tensor) -> list[Tensor]:
-        """Merged tokens, then the deepstack features, each (pictures, VISION_TOKENS, HIDDEN)."""
+        """Merged tokens, then the deepstack features, each (pictures, VISION_TOKENS, hidden)."""
         tower = self.model.model.visual
         conv = tower.patch_embed.proj
         # Both time slices of a still picture are the same, so the two kernels add up.
@@ -262,7 +268,7 @@ class FastForward:
     def _moe(self, block: Any, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)
         logits = functional.linear(flat.float(), block.gate.weight)
-        weight, index = logits.softmax(-1).topk(TOP_K, -1)
+        weight, index = logits.softmax(-1).topk(block.gate.top_k, -1)
         weight = weight / weight.sum(-1, keepdim=True)
         self.router_logits.append(logits)
         self.routing.append(index)
@@ -271,7 +277,7 @@ class FastForward:
         return y.view_as(x)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states before the last norm, (rows, length, HIDDEN)."""
+        """Final hidden states before the last norm, (rows, length, hidden)."""
         text = self.model.model.language_model
         self.router_logits, self.routing, self.look_loss = [], [], None
         self.looks = batch.looks if len(batch.looks) else None
