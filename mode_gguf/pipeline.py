@@ -42,6 +42,7 @@ from mode_gguf.validation.validate import validate
 from mode_gguf.workfolder import StageLedger, WorkFolder, model_file_name, projector_file_name
 
 if TYPE_CHECKING:
+    from mode_gguf.calibration.key_tokens import Criterion, KeyTokens
     from mode_gguf.calibration.sample import Sample
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.imatrix import Imatrix
@@ -57,13 +58,15 @@ REFERENCE_TYPE = QUANT_TYPES["BF16"]
 class CalibrationOptions:
     """What the model is run on, and where.
 
-    `source` is as in `load_samples`; `key_ratio` is the share of an image's tokens that count as key vision tokens.
+    `source` is as in `load_samples`; `key_ratio` is the share of an image's tokens that count as key vision tokens, and
+    `key_tokens` the criterion that chooses them, see `mode_gguf.calibration.key_tokens`.
     """
 
     source: str | None = None
     image_samples: int = 128
     text_samples: int = 128
     key_ratio: float = 0.2
+    key_tokens: "Criterion" = "text-attention"
     device: str = "auto"
     seed: int = 0
 
@@ -234,12 +237,16 @@ def run_calibration(
 ) -> "CalibrationStatistics":
     """Write calibration.safetensors and the importance matrix."""
     from mode_gguf.calibration.calibrate import calibrate
+    from mode_gguf.calibration.coverage import calibration_warnings
     from mode_gguf.importance.imatrix import balanced_imatrix
 
     samples = _samples(options)
-    statistics = calibrate(checkpoint, samples, device=options.device, key_ratio=options.key_ratio, progress=progress)
+    statistics = calibrate(
+        checkpoint, samples, device=options.device, key_tokens=_key_tokens(options), progress=progress
+    )
     statistics.save(folder.calibration)
-    _report_coverage(statistics)
+    for warning in calibration_warnings(statistics):
+        log.warning("%s", warning)
     _write_imatrix(folder.imatrix, balanced_imatrix(statistics, text_tensors(checkpoint)), statistics)
     return statistics
 
@@ -267,6 +274,12 @@ def run_sensitivity(
     from mode_gguf.importance.sensitivity import measure_sensitivity
 
     statistics = CalibrationStatistics.load(folder.calibration)
+    if statistics.key_tokens != _key_tokens(options):
+        log.warning(
+            "key tokens are chosen as in calibration (%s), not as asked for here (%s); to change them, calibrate again",
+            statistics.key_tokens,
+            _key_tokens(options),
+        )
     table, fisher_imatrix = measure_sensitivity(
         checkpoint,
         _samples(options),
@@ -490,21 +503,6 @@ def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
     return [folder.sensitivity, *([folder.imatrix_of("fisher")] if method == "fisher" else [])]
 
 
-def _report_coverage(statistics: "CalibrationStatistics") -> None:
-    """Name the experts that calibration says nothing about, or nothing about one modality."""
-    for layer in statistics.coverage():
-        for modality, experts in layer.never_routed.items():
-            if experts:
-                log.warning(
-                    "layer %d: no %s token reached %s %s of %d; the layer's mean stands in",
-                    layer.layer,
-                    modality.replace("_", " "),
-                    "expert" if len(experts) == 1 else "experts",
-                    ", ".join(map(str, experts)),
-                    layer.n_experts,
-                )
-
-
 def _reference_fits(checkpoint: Checkpoint) -> bool:
     """Whether the full-precision file would leave half of this machine's memory free; says so when it would not."""
     needed = sum(tensor.n_weights for tensor in text_tensors(checkpoint)) * REFERENCE_TYPE.type_size
@@ -519,6 +517,12 @@ def _reference_fits(checkpoint: Checkpoint) -> bool:
             memory / 2**30,
         )
     return fits
+
+
+def _key_tokens(options: CalibrationOptions) -> "KeyTokens":
+    from mode_gguf.calibration.key_tokens import KeyTokens
+
+    return KeyTokens(options.key_tokens, options.key_ratio, options.seed)
 
 
 def _samples(options: CalibrationOptions) -> "Sequence[Sample]":

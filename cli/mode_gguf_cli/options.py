@@ -49,6 +49,17 @@ class Effort(StrEnum):
     MAX = "max"
 
 
+class KeyTokensName(StrEnum):
+    """Ways of choosing key vision tokens; see `mode_gguf.calibration.key_tokens`."""
+
+    TEXT_ATTENTION = "text-attention"
+    ALL = "all"
+    REDUNDANT = "redundant"
+    RANDOM = "random"
+    RECEIVED_ATTENTION = "received-attention"
+    MAX_MIN_DIVERSITY = "max-min-diversity"
+
+
 class ProjectorType(StrEnum):
     """Types the projector can be stored in."""
 
@@ -81,6 +92,14 @@ ImageSamples = Annotated[int, typer.Option(help="Samples with an image to use at
 TextSamples = Annotated[int, typer.Option(help="Text samples to use at most.")]
 KeyRatio = Annotated[
     float, typer.Option(help="Share of an image's tokens kept as key vision tokens.", min=0.001, max=1.0)
+]
+KeyTokensOption = Annotated[
+    KeyTokensName,
+    typer.Option(
+        help="Which of them: text-attention: those the text looks at (the paper's choice); received-attention: those "
+        "that all later tokens look at; max-min-diversity: those that differ most; for comparison: all, redundant "
+        "(those the text looks at least), random."
+    ),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where torch computes.")]
 PresetOption = Annotated[
@@ -170,9 +189,15 @@ def packing_of(mode: PackingMode, effort: Effort, size_power: float) -> "Packing
 
 
 def calibration_options(
-    source: str | None, image_samples: int, text_samples: int, key_ratio: float, device: Device, seed: int
+    source: str | None,
+    image_samples: int,
+    text_samples: int,
+    key_ratio: float,
+    key_tokens: KeyTokensName,
+    device: Device,
+    seed: int,
 ) -> "CalibrationOptions":
     """The pipeline's calibration options from the command line's."""
     from mode_gguf.pipeline import CalibrationOptions
 
-    return CalibrationOptions(source, image_samples, text_samples, key_ratio, device.value, seed)
+    return CalibrationOptions(source, image_samples, text_samples, key_ratio, key_tokens.value, device.value, seed)

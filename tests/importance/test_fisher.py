@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
+from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
@@ -268,7 +269,7 @@ def test_same_seed_same_table_and_exact_types_cost_nothing(
     types = (QUANT_TYPES["F32"], QUANT_TYPES["Q6_K"])
 
     def arrays(seed: int) -> dict[str, np.ndarray]:
-        settings = MeasurementSettings(types, types, importance, 0.2, draws=1, seed=seed)
+        settings = MeasurementSettings(types, types, importance, TEXT_ATTENTION, draws=1, seed=seed)
         return fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings).arrays
 
     first, again, other = arrays(5), arrays(5), arrays(6)

@@ -14,6 +14,7 @@ from mode_gguf.allocation.planner import PRESETS
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
+from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ def inputs(checkpoint: Checkpoint, samples: list[Sample]) -> list[ModelInputs]:
 
 
 def measure(checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, **options: Any) -> Measurement:
-    settings = MeasurementSettings(TYPES, TYPES, importance, 0.2, DRAWS, SEED, **options)
+    settings = MeasurementSettings(TYPES, TYPES, importance, TEXT_ATTENTION, DRAWS, SEED, **options)
     return fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings)
 
 

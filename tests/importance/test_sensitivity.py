@@ -11,6 +11,7 @@ import torch
 from mode_gguf.architectures import text_tensors
 from mode_gguf.calibration.calibrate import run_watched
 from mode_gguf.calibration.inputs import InputBuilder
+from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
@@ -65,7 +66,7 @@ def test_expert_mse_by_hand(
     run_watched(
         open_streamed(checkpoint, "cpu"),
         [builder.build(sample) for sample in samples],
-        key_ratio=0.2,
+        key_tokens=TEXT_ATTENTION,
         leave=leave,
         finish=lambda layer: None,
         description="test",

@@ -14,6 +14,7 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     key_ratio: options.KeyRatio = 0.2,
+    key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
@@ -23,7 +24,7 @@ def command(
     """
     from mode_gguf import pipeline
 
-    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed)
+    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed)
     checkpoint, folder = pipeline.open_model(model, out)
     statistics = pipeline.run_calibration(checkpoint, folder, chosen, progress())
     counts = asdict(statistics.samples)

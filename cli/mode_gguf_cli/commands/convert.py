@@ -36,6 +36,7 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     key_ratio: options.KeyRatio = 0.2,
+    key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     pre_tokenizer: options.PreTokenizer = None,
@@ -51,7 +52,9 @@ def command(
 
     chosen = pipeline.ConvertOptions(
         bpw=bpw,
-        calibration=options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed),
+        calibration=options.calibration_options(
+            calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed
+        ),
         preset=preset.value,
         imatrix=imatrix.value if imatrix else None,
         packing=options.packing_of(packing, effort, size_power),

@@ -19,6 +19,7 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     key_ratio: options.KeyRatio = 0.2,
+    key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
@@ -31,7 +32,7 @@ def command(
     from mode_gguf.allocation.planner import PRESETS
     from mode_gguf.importance.choice import chosen_imatrix
 
-    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed)
+    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed)
     checkpoint, folder = pipeline.open_model(model, out)
     method = PRESETS[preset.value].method
     candidates = options.candidate_types(types, dense_types)
