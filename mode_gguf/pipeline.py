@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode_gguf import __version__
-from mode_gguf.allocation.budget import ReachableRange, check_reachable
-from mode_gguf.allocation.costs import Measurements
+from mode_gguf.allocation.budget import Budget, Reach
+from mode_gguf.allocation.costs import ExpertUse, Measurements
 from mode_gguf.allocation.plan import Plan, Provenance
-from mode_gguf.allocation.planner import PRESETS, optimal_plan, uniform_plan
+from mode_gguf.allocation.planner import Problem, optimal_plan, settled_types, uniform_plan
+from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
@@ -28,7 +29,7 @@ from mode_gguf.export.imatrix import read_imatrix, write_imatrix
 from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.tensor_types import tensor_types_text
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import metadata_bytes, write_text_model
 from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
@@ -75,9 +76,9 @@ class CalibrationOptions:
 class ConvertOptions:
     """Everything `convert` can be told; each stage takes the part it needs."""
 
-    bpw: float
+    budget: Budget
     calibration: CalibrationOptions = CalibrationOptions()
-    preset: str = "mode"
+    preset: Preset = PRESETS["mode"]
     imatrix: ImatrixKind | None = None
     packing: Packing = DEFAULT_PACKING
     types: CandidateTypes = DEFAULT_TYPES
@@ -109,7 +110,7 @@ class Estimate:
 
     model_name: str
     family: str
-    reachable: ReachableRange
+    reach: Reach
     model_bytes: int
     n_weights: int
     expert_weights: int
@@ -132,16 +133,17 @@ def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
         UsageError: the preset makes no importance matrix of the kind asked for.
         InfeasibleBudgetError: the bits per weight are out of reach.
     """
-    chosen_imatrix(options.imatrix, PRESETS[options.preset].method)
+    chosen_imatrix(options.imatrix, options.preset.method)
     tensors = text_tensors(checkpoint)
-    reachable = check_reachable(tensors, options.types, options.bpw)
+    overhead = _overhead(checkpoint, options.budget, options.pre_tokenizer)
+    _, reach = settled_types(tensors, options.types, options.budget, options.preset, overhead)
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     n_weights = sum(tensor.n_weights for tensor in tensors)
     return Estimate(
         model_name=checkpoint.name,
         family=find_family(checkpoint).hf_class,
-        reachable=reachable,
-        model_bytes=int(options.bpw * n_weights / 8),
+        reach=reach,
+        model_bytes=reach.budget + overhead,
         n_weights=n_weights,
         expert_weights=sum(tensor.n_weights for tensor in experts),
         layers=len({tensor.layer for tensor in experts}),
@@ -160,7 +162,7 @@ def convert(
     """
     estimate(checkpoint, folder, options)
     ledger = StageLedger(folder)
-    method = PRESETS[options.preset].method
+    method = options.preset.method
     imatrix = chosen_imatrix(options.imatrix, method)
 
     samples = samples_fingerprint(options.calibration.source)
@@ -183,10 +185,12 @@ def convert(
                 progress=progress,
             )
 
-    planned = fingerprint(measured, options.bpw, options.preset)
+    planned = fingerprint(measured, options.budget.model_dump(), asdict(options.preset), options.pre_tokenizer)
     if not ledger.is_current("plan", planned):
         with ledger.running("plan", planned, [folder.plan, folder.tensor_types]):
-            run_plan(checkpoint, folder, options.bpw, options.preset, options.types)
+            run_plan(
+                checkpoint, folder, options.budget, options.preset, options.types, pre_tokenizer=options.pre_tokenizer
+            )
 
     plan = Plan.load(folder.plan)
     model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
@@ -299,38 +303,58 @@ def run_sensitivity(
         _write_imatrix(folder.imatrix_of("fisher"), fisher_imatrix, statistics)
 
 
-def run_plan(checkpoint: Checkpoint, folder: WorkFolder, bpw: float, preset: str, types: CandidateTypes) -> Plan:
-    """Write plan.json and tensor-types.txt for a budget of `bpw` bits per weight.
+def run_plan(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    pre_tokenizer: str | None = None,
+) -> Plan:
+    """Write plan.json and tensor-types.txt for a budget.
 
     Raises:
-        InfeasibleBudgetError: `bpw` is out of reach.
+        InfeasibleBudgetError: it is out of reach.
         InputError: the measurements are missing or belong to another model.
         UsageError: they were made for another preset.
+    """
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer)
+    return save_plan(folder, optimal_plan(problem, made_from, budget, packing))
+
+
+def planning_problem(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    pre_tokenizer: str | None = None,
+) -> tuple[Problem, Provenance, Packing]:
+    """What a plan for this budget is chosen from, what that was made from, and how candidates were packed.
+
+    Raises like `run_plan`.
     """
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.table import SensitivityTable
 
     tensors = text_tensors(checkpoint)
-    check_reachable(tensors, types, bpw)
+    overhead = _overhead(checkpoint, budget, pre_tokenizer)
+    settled_types(tensors, types, budget, preset, overhead)
     table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
     _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
     _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
-    if table.method != PRESETS[preset].method:
+    if table.method != preset.method:
         raise UsageError(
-            f"{folder.sensitivity}: measured with {table.method}, but --preset {preset} needs "
-            f"{PRESETS[preset].method}; run `mode-gguf sensitivity --preset {preset}`"
+            f"{folder.sensitivity}: measured with {table.method}, but this plan needs {preset.method} (preset "
+            f"{preset.name}); run `mode-gguf sensitivity` with the same --preset and --sensitivity"
         )
-    frequency = {layer: statistics.frequency(layer) for layer in statistics.moe_layers}
-    plan = optimal_plan(
-        tensors,
-        Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), frequency),
-        _provenance(checkpoint, folder, table.method, table.imatrix),
-        bpw=bpw,
-        types=types,
-        preset=PRESETS[preset],
-        packing=table.packing,
-    )
-    return save_plan(folder, plan)
+    use = {
+        layer: ExpertUse(statistics.counts(layer), statistics.routing_weights(layer)) for layer in statistics.moe_layers
+    }
+    measured = Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
+    problem = Problem.of(tensors, measured, budget=budget, types=types, preset=preset, overhead=overhead)
+    return problem, _provenance(checkpoint, folder, table.method, table.imatrix), table.packing
 
 
 def make_uniform_plan(
@@ -475,14 +499,20 @@ def environment(llama_cpp: Path | None = None) -> dict[str, object]:
 
 def model_path(folder: WorkFolder, plan: Plan) -> Path:
     """Where the text model of `plan` goes."""
-    if plan.target_bpw is None:
+    if plan.budget is None:
         return folder.path / f"{folder.name}-{plan.main_type}.gguf"
-    return folder.path / model_file_name(folder.name, plan.target_bpw, plan.main_type)
+    bpw = plan.budget.value if plan.budget.kind == "bpw" else plan.bpw
+    return folder.path / model_file_name(folder.name, bpw, plan.main_type)
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:
     """Where the projector goes."""
     return folder.path / projector_file_name(folder.name, projector_type)
+
+
+def _overhead(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None) -> int:
+    """Bytes of the file that a budget of its size must leave for metadata; not asked for by other budgets."""
+    return metadata_bytes(checkpoint, pre_tokenizer) if budget.kind == "size" else 0
 
 
 def _write_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStatistics") -> None:

@@ -74,6 +74,10 @@ class CalibrationStatistics:
         """Routed tokens of one layer, int64 (M, E); a token counts once for each of its top-k experts."""
         return self.arrays[f"{EXPERTS_INPUT.format(layer=layer)}.count"]
 
+    def routing_weights(self, layer: int) -> np.ndarray:
+        """Sum of the routing weights each expert of one layer received, float64 (M, E)."""
+        return self.arrays[f"blk.{layer}.ffn_exps.weight"]
+
     def frequency(self, layer: int) -> np.ndarray:
         """f_m(l, e), MODE's step 1: counts normalised per modality, float64 (M, E); zero for a modality unseen."""
         counts = self.counts(layer).astype(np.float64)
