@@ -23,6 +23,7 @@ def command(
     Writes calibration.safetensors and a stock imatrix GGUF, good for any budget afterwards.
     """
     from mode_gguf import pipeline
+    from mode_gguf.calibration.coverage import calibration_warnings
 
     chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed)
     checkpoint, folder = pipeline.open_model(model, out)
@@ -31,7 +32,8 @@ def command(
     never = {layer.layer: layer.never_routed for layer in statistics.coverage() if any(layer.never_routed.values())}
     if json:
         files = {"calibration": str(folder.calibration), "imatrix": str(folder.imatrix)}
-        emit_json({**files, "samples": counts, "never_routed": never})
+        warnings = calibration_warnings(statistics)
+        emit_json({**files, "samples": counts, "never_routed": never, "warnings": warnings})
         return
     show(f"statistics  {folder.calibration}")
     show(f"imatrix     {folder.imatrix}")
