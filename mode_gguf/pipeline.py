@@ -212,7 +212,9 @@ def convert(
             with ledger.running("validate", validated, [folder.report]):
                 reference = None
                 if _reference_fits(checkpoint):
-                    reference = run_reference(checkpoint, folder, options, progress)
+                    reference = run_reference(
+                        checkpoint, folder, pre_tokenizer=options.pre_tokenizer, progress=progress
+                    )
                 run_validation(
                     model,
                     mmproj,
@@ -442,15 +444,15 @@ def export_text(
 
 
 def run_reference(
-    checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress = silent
+    checkpoint: Checkpoint, folder: WorkFolder, *, pre_tokenizer: str | None = None, progress: Progress = silent
 ) -> Path:
     """Write, unless it is there already, the full-precision text model that results are compared with."""
     plan = make_uniform_plan(checkpoint, folder, REFERENCE_TYPE, imatrix="plain")
     path, ledger = model_path(folder, plan), StageLedger(folder)
-    inputs = fingerprint(checkpoint.fingerprint, options.pre_tokenizer, __version__)
+    inputs = fingerprint(checkpoint.fingerprint, pre_tokenizer, __version__)
     if not ledger.is_current("reference", inputs):
         with ledger.running("reference", inputs, [path]):
-            export_text(checkpoint, folder, plan, pre_tokenizer=options.pre_tokenizer, progress=progress)
+            export_text(checkpoint, folder, plan, pre_tokenizer=pre_tokenizer, progress=progress)
     return path
 
 

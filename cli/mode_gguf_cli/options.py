@@ -3,7 +3,7 @@
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -233,7 +233,7 @@ DenseOption = Annotated[
     DenseName | None,
     typer.Option(
         "--dense",
-        help="Attention, embedding and output: measured and planned like experts, or all in one type (Q4_K if it fits).",
+        help="Attention, embedding and output: measured and planned like experts, or all of one type.",
         show_default=False,
         rich_help_panel=_SIGNALS,
     ),
@@ -353,7 +353,7 @@ def preset_of(
     from mode_gguf.allocation.presets import PRESETS
 
     preset = PRESETS[name.value]
-    costs = {
+    costs: dict[str, Any] = {
         "combination": combine and combine.value,
         "modality_weights": modality_weights and _numbers("--modality-weights", modality_weights, 3),
         "answer_weights": answer_weights and _numbers("--answer-weights", answer_weights, 2),
@@ -363,7 +363,7 @@ def preset_of(
     }
     scope = budget_per.value if budget_per else None
     fixed = DenseName.FIXED.value if scope == "layer" and dense is None else None
-    changes = {
+    changes: dict[str, Any] = {
         "method": sensitivity and sensitivity.value,
         "scope": scope,
         "equality": use_all,

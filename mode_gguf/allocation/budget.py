@@ -21,8 +21,8 @@ _SIZE_UNITS = {"": 1, "B": 1} | {
 class Budget(Record):
     """How large the text model may be.
 
-    `bpw`: bits per weight of the whole text model; `size`: bytes of its file; `expert-bpw`: bits per weight of the routed
-    experts alone, everything else taking the largest of its candidate types.
+    `bpw`: bits per weight of the whole text model; `size`: bytes of its file; `expert-bpw`: bits per weight of the
+    routed experts alone, everything else taking the largest of its candidate types.
     """
 
     kind: Literal["bpw", "size", "expert-bpw"] = "bpw"
@@ -112,7 +112,8 @@ def check_reachable(tensors: Sequence[SourceTensor], types: CandidateTypes, budg
     )
     if not reach.lowest <= reach.budget <= reach.highest:
         raise InfeasibleBudgetError(
-            f"{budget} cannot be reached: with these candidate types the text model takes {_range(reach, budget, overhead)} "
+            f"{budget} cannot be reached: with these candidate types the text model takes "
+            f"{_range(reach, budget, overhead)} "
             f"({'; '.join(reach.limits)})"
         )
     return reach

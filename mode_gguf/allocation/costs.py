@@ -20,8 +20,8 @@ from mode_gguf.quantization.types import QuantType
 Combination: TypeAlias = Literal["sensitivity", "product", "frequency", "pmq", "random"]
 """How an expert's cost is made of sensitivity d, frequency f and weight error (relative, squared) e, per modality:
 
-`sensitivity`: d; `product`: f d, the paper's; `frequency`: f e; `pmq`: f w^1.5 d with w the share of routing weight, both
-over all tokens alike (MC-MoE's PMQ, whose squared error is d of expert-mse); `random`: a random number times e.
+`sensitivity`: d; `product`: f d, the paper's; `frequency`: f e; `pmq`: f w^1.5 d with w the share of routing weight,
+both over all tokens alike (MC-MoE's PMQ, whose squared error is d of expert-mse); `random`: a random number times e.
 """
 
 PMQ_WEIGHT_POWER = 1.5
@@ -142,15 +142,17 @@ def _expert_costs(
     """Cost of every expert of a layer per type, (E, T): its projections measured together where all have a choice."""
     if len(free) == len(projections):
         return _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
-    return np.sum([_combined(tensor.name, layer, measured, model) for tensor in free or projections], axis=0)
+    parts = [_combined(tensor.name, layer, measured, model) for tensor in free or projections]
+    return np.asarray(np.sum(parts, axis=0))
 
 
 def _tensor_costs(tensor: SourceTensor, measured: Measurements, model: CostModel) -> np.ndarray:
     """Cost of the whole tensor per type, (T,)."""
     if tensor.role is Role.EXPERT and tensor.layer is not None and model.combination != "sensitivity":
-        return _combined(tensor.name, tensor.layer, measured, model).sum(axis=0)
+        return np.asarray(_combined(tensor.name, tensor.layer, measured, model).sum(axis=0))
     if model.combination == "random":
-        return _random(tensor.name, 1, model.seed)[0] * _array(measured, f"{tensor.name}.weight_error")[0]
+        error = _array(measured, f"{tensor.name}.weight_error")[0]
+        return np.asarray(_random(tensor.name, 1, model.seed) * error)
     return _answers_and_modalities(_array(measured, f"{tensor.name}.unit"), model)
 
 

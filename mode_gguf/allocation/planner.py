@@ -14,6 +14,7 @@ from mode_gguf.allocation.plan import (
     SolverRecord,
 )
 from mode_gguf.allocation.presets import Preset
+from mode_gguf.allocation.reachable import greatest_size
 from mode_gguf.allocation.solver import SizeRange, Solution, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, fitting_types, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
@@ -80,8 +81,18 @@ class Problem:
             InfeasibleBudgetError: no choice meets the budget.
         """
         if self.preset.scope == "model":
-            return _solve_filled(units, self.unit_bytes)
+            floor, budget = self._range(units, self.unit_bytes)
+            try:
+                return solve(units, budget, floor=max(floor, int(budget * (1 - UNDERSHOOT)) + 1))
+            except InfeasibleBudgetError:
+                return solve(units, budget)
         return solve_layers(units, self._layer_ranges(units))
+
+    def _range(self, units: Sequence[AllocationUnit], budget: int) -> SizeRange:
+        """What units with this budget may take: at most all of it, or exactly the most there is to take."""
+        if self.preset.equality and (most := greatest_size(units, budget)) is not None:
+            return SizeRange(most, most)
+        return SizeRange(0, budget)
 
     def _layer_ranges(self, units: Sequence[AllocationUnit]) -> dict[int | None, SizeRange]:
         """A range per layer: what its other tensors take, and as many bits per weight for its experts as everywhere."""
@@ -93,10 +104,13 @@ class Problem:
         for_experts = self.unit_bytes - sum(others.values())
         n_weights = sum(unit.n_weights for members in experts.values() for unit in members)
         ranges: dict[int | None, SizeRange] = {}
+        left_over = 0
         for layer, members in experts.items():
-            share = for_experts * sum(unit.n_weights for unit in members) // n_weights
-            floor, most = _full_use(members, share) if self.preset.equality and members else (0, share)
+            share = left_over + for_experts * sum(unit.n_weights for unit in members) // n_weights
+            floor, most = self._range(members, share)
             ranges[layer] = SizeRange(others[layer] + floor, others[layer] + most)
+            # Three tensors can hardly ever use a layer's share exactly; the next layer gets what is left of it.
+            left_over = share - most
         return ranges
 
 
@@ -197,14 +211,6 @@ def uniform_plan(
 def _smallest(units: Iterable[AllocationUnit]) -> int:
     """Bytes of units that each take their smallest candidate."""
     return sum(min(candidate.size_bytes for candidate in unit.candidates) for unit in units)
-
-
-def _solve_filled(units: Sequence[AllocationUnit], budget: int) -> Solution:
-    """Solve with the budget used to within `UNDERSHOOT` where tensor sizes allow it, and below it where not."""
-    try:
-        return solve(units, budget, floor=int(budget * (1 - UNDERSHOOT)) + 1)
-    except InfeasibleBudgetError:
-        return solve(units, budget)
 
 
 def _expert_granularity(problem: Problem) -> ExpertGranularity | None:

@@ -1,7 +1,7 @@
 """Named ways of measuring, weighing and budgeting: ours, the paper's, and the one the paper is compared with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from mode_gguf.allocation.costs import CostModel
@@ -11,7 +11,8 @@ Metric: TypeAlias = Literal["fisher", "expert-mse", "block-mse"]
 """Sensitivity metrics, named as in `importance.table.METHODS`, which this package may not import."""
 
 Scope: TypeAlias = Literal["model", "layer"]
-"""Whether one budget is shared by the whole model, or every layer's experts have their own, of equal bits per weight."""
+"""Whether the whole model shares one budget, or every layer's experts have one of their own, of equal
+bits per weight."""
 
 DenseRule: TypeAlias = Literal["measured", "fixed"]
 """Whether attention, embedding and output are units of the programme, or all take one type, Q4_K where the budget
@@ -32,7 +33,7 @@ class Preset:
 
     name: str
     method: Metric
-    costs: CostModel = CostModel()
+    costs: CostModel = field(default_factory=CostModel)
     scope: Scope = "model"
     dense: DenseRule = "measured"
     equality: bool = False
@@ -50,6 +51,6 @@ PRESETS: Mapping[str, Preset] = {
     for preset in (
         Preset("mode", "fisher"),
         Preset("paper", "expert-mse", PAPER_COSTS, scope="layer", dense="fixed", equality=True),
-        Preset("pmq", "expert-mse", CostModel("pmq"), scope="layer", dense="fixed"),
+        Preset("pmq", "expert-mse", CostModel("pmq"), scope="layer", dense="fixed", equality=True),
     )
 }

@@ -127,7 +127,7 @@ def header_bytes(
             writer.write_ti_data_to_file()
         finally:
             writer.close()
-        return path.stat().st_size + (len(tensors) + 1) * writer.data_alignment
+        return path.stat().st_size + (len(tensors) + 1) * int(writer.data_alignment)
 
 
 def _write(

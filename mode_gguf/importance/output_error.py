@@ -190,14 +190,13 @@ def _measure_experts(
             weight_error[change.part][change.expert, t] = change.weight_error
         for part, total in block.items():
             unit[part][0, :, t] = _means(total.square().mean(-1), routed.modality)
-    share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
     for part in PARTS:
         filled = fill_unseen(error[part], counts, weight_error[part], summed=of_block)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled
         result.arrays[f"{name}.weight_error"] = weight_error[part]
         if part in projections:
-            result.arrays[f"{name}.unit"] = unit[part] if of_block else (share[..., None] * filled).sum(axis=2)
+            result.arrays[f"{name}.unit"] = unit[part] if of_block else filled.sum(axis=2)
     result.estimated.update(unseen_experts(layer, counts, answers=("any",)))
 
 
