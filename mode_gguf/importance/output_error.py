@@ -1,8 +1,8 @@
 """Sensitivity as squared error of outputs on full-precision inputs, in one forward, layer by layer.
 
 `expert-mse` is the paper's own recipe (MODE's `expert_mse`): errors of an expert's output, averaged over its tokens of
-a modality and over features, without routing weights. A whole expert tensor's value is the sum over experts of
-frequency times error, which is MODE's step 3 objective.
+a modality and over features, without routing weights. A whole expert tensor's value is the sum over experts;
+frequency comes in with the costs (MODE step 3).
 
 `block-mse` looks at what the experts do to the output of their MoE block: errors are multiplied by the routing weight
 before they are squared, summed over the tokens routed to an expert, and divided by all tokens of the modality in the
