@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf import pipeline
-from mode_gguf.allocation.budget import budget_bytes
 from mode_gguf.allocation.costs import CostModel, Measurements, expert_units, tensor_units
 from mode_gguf.allocation.solver import solve
 from mode_gguf.allocation.units import DEFAULT_TYPES, AllocationUnit
@@ -148,25 +147,24 @@ class Planner:
 
     tensors: Sequence[SourceTensor]
     template: SensitivityTable
-    frequency: Mapping[int, np.ndarray]
     granularity: str
     bpws: Sequence[float]
 
     def units(self, arrays: Mapping[str, np.ndarray]) -> list[AllocationUnit]:
         """The units at these costs."""
         template = self.template
-        measured = Measurements(arrays, tuple(template.expert_types), tuple(template.dense_types), self.frequency)
+        # How often experts are used is inside Fisher costs already: no frequencies are asked for.
+        measured = Measurements(arrays, tuple(template.expert_types), tuple(template.dense_types), {})
         return GRANULARITIES[self.granularity](self.tensors, DEFAULT_TYPES, measured, CostModel())
 
     def plans(self, units: Sequence[AllocationUnit]) -> list[Types]:
         """The best types at every budget."""
+        n_weights = sum(tensor.n_weights for tensor in self.tensors)
         kept = sum(4 * tensor.n_weights for tensor in self.tensors if tensor.role is Role.KEEP)
         return [
             {
                 unit.name: choice.quant_type.name
-                for unit, choice in zip(
-                    units, solve(units, budget_bytes(self.tensors, bpw) - kept).choices, strict=True
-                )
+                for unit, choice in zip(units, solve(units, int(bpw * n_weights / 8) - kept).choices, strict=True)
             }
             for bpw in self.bpws
         ]
@@ -264,10 +262,8 @@ def main() -> None:
     arguments = parser.parse_args()
     checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
     pieces = measured_pieces(checkpoint, folder, arguments.calibration, arguments.parts, arguments.batches)
-    statistics = CalibrationStatistics.load(folder.calibration)
-    frequency = {layer: statistics.frequency(layer) for layer in statistics.moe_layers}
     tensors, template = text_tensors(checkpoint), next(iter(pieces.values()))
-    planners = {name: Planner(tensors, template, frequency, name, arguments.bpw) for name in GRANULARITIES}
+    planners = {name: Planner(tensors, template, name, arguments.bpw) for name in GRANULARITIES}
     table = Table("samples", "draws", "runs", title=checkpoint.name)
     for name in GRANULARITIES:
         for column in ("costs off", "bytes", "regret", "worst", "unseen"):
