@@ -78,15 +78,13 @@ def test_expert_mse_by_hand(
     np.testing.assert_allclose(paper_table.arrays["blk.0.ffn_down_exps.weight.expert"][0, 0, 1, 0], expected, rtol=1e-4)
 
 
-def test_expert_mse_units_are_frequency_times_error(
-    paper_table: SensitivityTable, statistics: CalibrationStatistics
-) -> None:
+def test_expert_mse_units_are_the_sums_of_their_experts(paper_table: SensitivityTable) -> None:
     assert paper_table.arrays["blk.1.ffn_up_exps.weight.expert"].shape == (1, 3, 4, 2)
     assert paper_table.arrays["blk.1.attn_q.weight.unit"].shape == (1, 3, 1)
     for name in ("gate", "up", "down"):
         per_expert = paper_table.arrays[f"blk.1.ffn_{name}_exps.weight.expert"]
-        expected = (statistics.frequency(1)[None, :, :, None] * per_expert).sum(axis=2)
-        np.testing.assert_allclose(paper_table.arrays[f"blk.1.ffn_{name}_exps.weight.unit"], expected, rtol=1e-6)
+        unit = paper_table.arrays[f"blk.1.ffn_{name}_exps.weight.unit"]
+        np.testing.assert_allclose(unit, per_expert.sum(axis=2), rtol=1e-6)
 
 
 class Block:
