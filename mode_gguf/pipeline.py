@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.imatrix import Imatrix
     from mode_gguf.importance.table import Method
-    from mode_gguf.importance.unit_kl import UnitKl
+    from mode_gguf.importance.unit_table import UnitKl
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ def run_unit_kl(
     checkpoint: Checkpoint,
     folder: WorkFolder,
     options: CalibrationOptions,
-    types: CandidateTypes,
+    types: CandidateTypes | None = None,
     *,
     sample_budget: int = 64,
     progress: Progress = silent,
@@ -301,6 +301,7 @@ def run_unit_kl(
     Cut off, it continues where it was when run again.
 
     Args:
+        types: None for those that `sensitivity` measured.
         sample_budget: of the calibration samples that are measured on, half of them with an image.
 
     Raises:
@@ -314,6 +315,9 @@ def run_unit_kl(
     table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
     _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
     _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
+    types = types or CandidateTypes(
+        tuple(QUANT_TYPES[name] for name in table.expert_types), tuple(QUANT_TYPES[name] for name in table.dense_types)
+    )
     samples = stratified(_samples(options), sample_budget, options.seed)
     measured = measure_unit_kl(
         open_kl_model(checkpoint, samples, device=options.device),

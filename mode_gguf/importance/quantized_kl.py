@@ -217,9 +217,7 @@ class _Measurement:
             if not sample.members:
                 continue
             following = sample.calls[0][0] - sample.output if sample.calls else 0.0
-            rows = [
-                Row(self.variants[v], masks[v]) if v != _BASE and effective[v] else None for v in sample.members
-            ]
+            rows = [Row(self.variants[v], masks[v]) if v != _BASE and effective[v] else None for v in sample.members]
             step = max(1, TOKENS_PER_CALL // hidden.shape[1])
             outputs = torch.empty_like(states)
             for start in range(0, len(rows), step):
@@ -258,7 +256,9 @@ class _Measurement:
             modality = sample.passed.modality[scored]
             states = self.store.take(number).to(streamed.device)[:, scored] if sample.members else None
 
-            def last(v: int, sample: _Sample = sample, states: Tensor | None = states, scored: Tensor = scored) -> Tensor:
+            def last(
+                v: int, sample: _Sample = sample, states: Tensor | None = states, scored: Tensor = scored
+            ) -> Tensor:
                 """Head inputs (n, H) of the base or a variant; full precision for one that never left it."""
                 own = next((m for m in (v, _BASE) if m in sample.members), None)
                 if own is None or states is None:
@@ -316,8 +316,8 @@ def _divergence(
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Sum over positions of KL(p || q), from log-probabilities (n, vocabulary).
 
-    As sum of p (e^d - 1 - d), d = log q - log p, which adds sum of q - p = 0: no term is negative, so that a KL far below
-    float32's resolution of the logarithms still comes out right.
+    As sum of p (e^d - 1 - d), d = log q - log p, which adds sum of q - p = 0: no term is negative, so that a KL far
+    below float32's resolution of the logarithms still comes out right.
     """
     p, d = log_p.exp(), log_q - log_p
     near = p * (torch.expm1(d.clamp(max=1)) - d)

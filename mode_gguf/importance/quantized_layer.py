@@ -39,7 +39,7 @@ class QuantizedLayer:
         self._layer = streamed.layers[index]
         self._changes = changes
         linears = streamed.watched_linears()
-        self._linears = {
+        self._linears: dict[str, Any] = {
             tensor.name: linears[str(tensor.activation)] for tensor in streamed.layer_tensors(index, Role.DENSE)
         }
         self._projections = {str(t.projection): t.name for t in streamed.layer_tensors(index, Role.EXPERT)}

@@ -103,9 +103,7 @@ def check_types(tensors: Sequence[SourceTensor], base: TypesByTensor, variants: 
             if name not in by_name:
                 raise UsageError(f"{what}: types are given for {name}, which this model does not have")
             if len(given) != by_name[name].n_experts:
-                raise UsageError(
-                    f"{what}: {len(given)} types are given for {name}, {by_name[name].n_experts} expected"
-                )
+                raise UsageError(f"{what}: {len(given)} types are given for {name}, {by_name[name].n_experts} expected")
     for variant in variants:
         if variant.modality is not None and variant.modality not in range(len(MODALITIES)):
             raise UsageError(f"{variant.name}: modality {variant.modality}, 0 to {len(MODALITIES) - 1} expected")

@@ -2,12 +2,12 @@
 
 A unit is a whole tensor: one projection of a layer's experts, a matrix, the embedding, the head. There are few of them,
 so that a suffix of the model can be run for each one, type and modality (`quantized_kl`). Single experts are too many;
-`shared_out` gives them what they have in another table, scaled to what their tensor was measured to do.
+`unit_table.shared_out` gives them what they have in another table, scaled to what their tensor was measured to do.
 """
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,94 +17,21 @@ from mode_gguf import __version__
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import fingerprint, read_arrays, write_arrays
 from mode_gguf.calibration.denormals import denormals_flushed
-from mode_gguf.calibration.inputs import (
-    ANSWERS,
-    DEFAULT_MAX_IMAGE_PIXELS,
-    DEFAULT_MAX_TOKENS,
-    InputBuilder,
-    ModelInputs,
-)
+from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder, ModelInputs
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.streaming import StreamedModel, open_streamed
-from mode_gguf.calibration.watch import MODALITIES
 from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.errors import InputError, UsageError
+from mode_gguf.errors import UsageError
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES
-from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
-from mode_gguf.importance.table import SensitivityTable
 from mode_gguf.importance.type_changes import Variant
+from mode_gguf.importance.unit_table import KIND, UnitKl
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import is_storable
-from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
 
 DEFAULT_SAMPLES = 64
-
-_KIND = "unit-kl"
-
-
-@dataclass(frozen=True, slots=True)
-class UnitKl:
-    """Measured KL of every unit.
-
-    Attributes:
-        model: name of the model; fingerprint: of its checkpoint.
-        expert_types: names along the last axis of expert tensors' arrays; dense_types: of all others.
-        arrays: `{tensor}.unit`, float64 (A, M, T): KL in nats per scored position of that answer kind when tokens of
-            that modality pass through the tensor in that type; NaN where it cannot be stored so.
-        positions: scored positions per kind of answer.
-        seed: of the choice of samples.
-        imatrix: which importance matrix weights were packed with; packing: how.
-    """
-
-    model: str
-    fingerprint: str
-    expert_types: tuple[str, ...]
-    dense_types: tuple[str, ...]
-    arrays: Mapping[str, np.ndarray]
-    positions: tuple[int, ...]
-    seed: int
-    imatrix: ImatrixKind
-    packing: Packing
-
-    def save(self, path: Path) -> None:
-        """Write everything to a safetensors file, atomically."""
-        metadata = {
-            "kind": _KIND,
-            "tool_version": __version__,
-            "model": self.model,
-            "fingerprint": self.fingerprint,
-            "types": {"expert": self.expert_types, "dense": self.dense_types},
-            "positions": self.positions,
-            "seed": self.seed,
-            "imatrix": self.imatrix,
-            "packing": asdict(self.packing),
-            "answers": ANSWERS,
-            "modalities": MODALITIES,
-        }
-        write_arrays(path, self.arrays, metadata)
-
-    @classmethod
-    def load(cls, path: Path) -> "UnitKl":
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is missing, or holds something else.
-        """
-        arrays, metadata = read_arrays(path, _KIND)
-        return cls(
-            model=metadata["model"],
-            fingerprint=metadata["fingerprint"],
-            expert_types=tuple(metadata["types"]["expert"]),
-            dense_types=tuple(metadata["types"]["dense"]),
-            arrays=arrays,
-            positions=tuple(metadata["positions"]),
-            seed=metadata["seed"],
-            imatrix=metadata["imatrix"],
-            packing=Packing(**metadata["packing"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +82,7 @@ def stratified(samples: Sequence[Sample], budget: int, seed: int = 0) -> list[Sa
     of_text = min(len(kinds[0]), max(budget - budget // 2, budget - len(kinds[1])))
     counts = (of_text, min(len(kinds[1]), budget - of_text))
     drawn = [random.Random(seed).sample(kind, count) for kind, count in zip(kinds, counts, strict=True)]
-    return [samples[i] for i in sorted(sum(drawn, []))]
+    return [samples[i] for i in sorted(index for kind in drawn for index in kind)]
 
 
 @denormals_flushed()
@@ -191,7 +118,7 @@ def measure_unit_kl(
         description = f"measuring units, pass {number + 1} of {len(passes)}"
         arrays |= _measure(model, settings, tensors, types, description, progress)
         if partial is not None:
-            write_arrays(partial, arrays, {"kind": f"{_KIND}-partial", "key": key})
+            write_arrays(partial, arrays, {"kind": f"{KIND}-partial", "key": key})
     positions = [sum(len(one.scored) for one in model.inputs if one.answer == a) for a in range(N_ANSWERS)]
     if partial is not None:
         partial.unlink(missing_ok=True)
@@ -212,7 +139,7 @@ def _finished(partial: Path | None, key: str) -> dict[str, np.ndarray]:
     """Arrays of an earlier run that was cut off, if it measured the same."""
     if partial is None or not partial.exists():
         return {}
-    arrays, metadata = read_arrays(partial, f"{_KIND}-partial")
+    arrays, metadata = read_arrays(partial, f"{KIND}-partial")
     return arrays if metadata["key"] == key else {}
 
 
@@ -251,53 +178,3 @@ def _measure(
     for (tensor, m, t, _), found in zip(places, measured.variants, strict=True):
         arrays[f"{tensor.name}.unit"][:, m, t] = found
     return arrays
-
-
-def shared_out(measured: UnitKl, by: SensitivityTable) -> SensitivityTable:
-    """`by` with every unit as it was measured, and its experts scaled to add up to that.
-
-    Per answer, modality and type, the experts of a tensor get its measured KL in the proportions they have in `by`,
-    equal ones where `by` has nothing but zeros. `blk.L.ffn_exps` (all projections of an expert) is scaled by what the
-    layer's projections together were measured to do, over what their experts have in `by`. A table without kinds of
-    answers (A = 1) lends its proportions to both.
-
-    Args:
-        by: experts' values must add up: a mean error must be multiplied by the experts' frequencies first.
-
-    Raises:
-        InputError: the tables are of different checkpoints, types, importance matrices or packings.
-    """
-    for what in ("fingerprint", "expert_types", "dense_types", "imatrix", "packing"):
-        if getattr(measured, what) != getattr(by, what):
-            raise InputError(
-                f"unit-kl was measured with {what} {getattr(measured, what)}, sensitivity with {getattr(by, what)}; "
-                "measure both on the same checkpoint with the same options"
-            )
-    arrays = dict(measured.arrays)
-    projections: dict[str, list[str]] = {}
-    for name, values in by.arrays.items():
-        tensor = name.removesuffix(".expert")
-        if tensor != name and f"{tensor}.unit" in measured.arrays:
-            arrays[name] = _scaled(values, measured.arrays[f"{tensor}.unit"], values.sum(axis=2))
-            projections.setdefault(_layer_of(tensor), []).append(tensor)
-    for layer, tensors in projections.items():
-        whole = by.arrays[f"{layer}.ffn_exps.expert"]
-        unit = sum((measured.arrays[f"{tensor}.unit"] for tensor in tensors), np.zeros(()))
-        total = sum((by.arrays[f"{tensor}.expert"].sum(axis=2) for tensor in tensors), np.zeros(()))
-        arrays[f"{layer}.ffn_exps.expert"] = _scaled(whole, unit, total)
-    return replace(by, arrays=arrays, positions=measured.positions)
-
-
-def _layer_of(tensor: str) -> str:
-    return ".".join(tensor.split(".")[:2])
-
-
-def _scaled(per_expert: np.ndarray, target: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """(A or 1, M, E, T) times target (A, M, T) over total (A or 1, M, T); equal shares of target where total is 0."""
-    share = np.divide(
-        per_expert,
-        total[:, :, None, :],
-        out=np.full(per_expert.shape, 1 / per_expert.shape[2]),
-        where=total[:, :, None, :] != 0,
-    )
-    return np.asarray(share * target[:, :, None, :])

@@ -1,6 +1,6 @@
 """Measured KL of many variants in one pass against one brute-force forward of the whole model for each of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,12 @@ from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.streaming import StreamedModel, open_streamed
 from mode_gguf.calibration.watch import KEY_VISION, REDUNDANT_VISION, TEXT, Pass
 from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.errors import UsageError
 from mode_gguf.importance.imatrix import Importance
-from mode_gguf.importance.quantized_kl import KlSettings, _kl, quantized_kl
+from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
 from mode_gguf.importance.type_changes import TypesByTensor, Variant
 from mode_gguf.importance.weight_changes import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from tests.pico import write_pico_qwen3vlmoe
 
 CPU = torch.device("cpu")
 Q2, Q3, Q4, Q6 = (QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q6_K"))
@@ -83,9 +81,7 @@ LATE_PLAN: TypesByTensor = {"blk.2.ffn_up_exps.weight": experts_types(Q3)}
 class BruteForce:
     """Hugging Face's model with hooks that compute what changed weights give; one forward per sample and question."""
 
-    def __init__(
-        self, folder: Path, checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance
-    ) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance) -> None:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.inputs, self.importance = inputs, importance
         self.tensors = {tensor.name: tensor for tensor in text_tensors(checkpoint)}
@@ -129,11 +125,16 @@ class BruteForce:
         """Replaces a module's output by what the variant's weights give for tokens of the modality, else the base's."""
         is_expert = tensor.role is Role.EXPERT
         path = f"{ROOT}.layers.{tensor.layer}.mlp.experts" if is_expert else tensor.sources[0].removesuffix(".weight")
-        module = self.model.get_submodule(f"model.{path}" if path.startswith("language_model") else path)
-        output_of = {
-            Role.EXPERT: lambda types: self._experts(module, tensor.layer, types),
-            Role.EMBEDDING: lambda types: lambda ids: self._weights(tensor, module.weight, types)[ids],
-        }.get(tensor.role, lambda types: lambda x: linear(x, self._weights(tensor, module.weight, types)))
+        module = self.model.get_submodule(path)
+
+        def output_of(types: TypesByTensor) -> Callable[..., Tensor]:
+            if is_expert:
+                return self._experts(module, tensor.layer, types)
+            weight = self._weights(tensor, module.weight, types)
+            if tensor.role is Role.EMBEDDING:
+                return lambda ids: weight[ids]
+            return lambda x: linear(x, weight)
+
         of_base, of_own = output_of(base), output_of(own)
         layer = {Role.EMBEDDING: 0, Role.OUTPUT: 2}.get(tensor.role, tensor.layer)
 
@@ -167,9 +168,7 @@ class BruteForce:
 
 
 @pytest.fixture(scope="module")
-def brute(
-    checkpoint: Checkpoint, pico_module: Path, inputs: list[ModelInputs], importance: Importance
-) -> BruteForce:
+def brute(checkpoint: Checkpoint, pico_module: Path, inputs: list[ModelInputs], importance: Importance) -> BruteForce:
     return BruteForce(pico_module, checkpoint, inputs, importance)
 
 
@@ -181,8 +180,9 @@ def test_against_brute_force(
     expected = brute.divergence(base, None)
     assert (expected > 0.001).all() == bool(base)
     np.testing.assert_allclose(measured.base, expected, rtol=2e-3, atol=1e-9)
-    assert measured.positions == (sum(len(one.scored) for one in inputs[:2]), sum(len(one.scored) for one in inputs[2:]))
+    assert measured.positions == (
+        sum(len(one.scored) for one in inputs[:2]),
+        sum(len(one.scored) for one in inputs[2:]),
+    )
     for variant, found in zip(VARIANTS, measured.variants, strict=True):
-        np.testing.assert_allclose(
-            found, brute.divergence(base, variant), rtol=2e-3, atol=1e-9, err_msg=variant.name
-        )
+        np.testing.assert_allclose(found, brute.divergence(base, variant), rtol=2e-3, atol=1e-9, err_msg=variant.name)
