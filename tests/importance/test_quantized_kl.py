@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.streaming import StreamedModel, open_streamed
 from mode_gguf.calibration.watch import KEY_VISION, REDUNDANT_VISION, TEXT, Pass
 from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import UsageError
 from mode_gguf.importance.imatrix import Importance
-from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
+from mode_gguf.importance.quantized_kl import KlSettings, _kl, quantized_kl
 from mode_gguf.importance.type_changes import TypesByTensor, Variant
 from mode_gguf.importance.weight_changes import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from tests.pico import write_pico_qwen3vlmoe
 
 CPU = torch.device("cpu")
 Q2, Q3, Q4, Q6 = (QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q6_K"))
@@ -186,3 +189,107 @@ def test_against_brute_force(
     )
     for variant, found in zip(VARIANTS, measured.variants, strict=True):
         np.testing.assert_allclose(found, brute.divergence(base, variant), rtol=2e-3, atol=1e-9, err_msg=variant.name)
+
+
+def test_a_tied_embedding_is_the_head_too(tmp_path: Path, samples: list[Sample], settings: KlSettings) -> None:
+    folder = write_pico_qwen3vlmoe(tmp_path / "tied", layout="module", tied=True)
+    checkpoint = Checkpoint.open(folder)
+    builder = InputBuilder.open(checkpoint)
+    inputs = [builder.build(sample) for sample in (samples[0], samples[4])]
+    measured = quantized_kl(
+        open_streamed(checkpoint, "cpu"), inputs, [Variant("tied", {"token_embd.weight": (Q2,)})], settings
+    )
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def predictions() -> list[Tensor]:
+        with torch.no_grad():
+            return [
+                model(**one.model_arguments(CPU, torch.float32)).logits[0, one.scored].double().log_softmax(-1)
+                for one in inputs
+            ]
+
+    (embedding,) = (t for t in text_tensors(checkpoint) if t.role is Role.EMBEDDING)
+    before = predictions()
+    with torch.no_grad():
+        model.get_input_embeddings().weight += change_of_weights(embedding, 0, Q2, settings.importance, EXACT, CPU)
+    expected = [
+        float((p.exp() * (p - q)).sum()) / len(one.scored)
+        for one, p, q in zip(inputs, before, predictions(), strict=True)
+    ]
+    np.testing.assert_allclose(measured.variants[0], expected, rtol=2e-3)
+
+
+def test_every_layer_is_loaded_once_and_freed(
+    checkpoint: Checkpoint, inputs: list[ModelInputs], settings: KlSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    load = StreamedModel.load_layer
+
+    def counted(self: StreamedModel, index: int) -> None:
+        loaded.append(index)
+        load(self, index)
+
+    monkeypatch.setattr(StreamedModel, "load_layer", counted)
+    streamed = open_streamed(checkpoint, "cpu")
+    quantized_kl(streamed, inputs[:1], VARIANTS, settings, base=PLAN)
+    assert loaded == [0, 1, 2]
+    assert all(parameter.is_meta for layer in streamed.layers for parameter in layer.parameters())
+
+
+def test_neither_files_nor_batches_change_the_result(
+    checkpoint: Checkpoint, inputs: list[ModelInputs], settings: KlSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = open_streamed(checkpoint, "cpu")
+    whole = quantized_kl(streamed, inputs[1:3], VARIANTS, settings, base=PLAN)
+    monkeypatch.setattr("mode_gguf.importance.quantized_kl.TOKENS_PER_CALL", 150)
+    monkeypatch.setattr("mode_gguf.importance.quantized_kl.LOGITS_PER_CALL", 2000)
+    parts = quantized_kl(streamed, inputs[1:3], VARIANTS, replace(settings, hidden_bytes=1000), base=PLAN)
+    np.testing.assert_allclose(parts.variants, whole.variants, rtol=1e-4)
+    np.testing.assert_allclose(parts.base, whole.base, rtol=1e-4)
+
+
+def test_what_changes_nothing_costs_nothing(
+    checkpoint: Checkpoint, inputs: list[ModelInputs], settings: KlSettings
+) -> None:
+    variants = (
+        Variant("exact", {"blk.0.attn_q.weight": (QUANT_TYPES["F32"],)}),
+        Variant("as the base", {"blk.1.attn_v.weight": PLAN["blk.1.attn_v.weight"]}),
+        Variant("no such token", {"blk.1.attn_v.weight": (Q2,)}, KEY_VISION),
+    )
+    streamed = open_streamed(checkpoint, "cpu")
+    alone = quantized_kl(streamed, inputs[:2], variants[::2], settings)
+    np.testing.assert_allclose(alone.variants, 0, atol=1e-12)
+    assert alone.positions[1] == 0
+    on_plan = quantized_kl(streamed, inputs[:2], variants[1:], settings, base=PLAN)
+    assert (on_plan.variants == on_plan.base).all()
+
+
+@pytest.mark.parametrize(
+    ("types", "modality", "message"),
+    [
+        ({"blk.9.attn_q.weight": (Q2,)}, None, "x: types are given for blk.9.attn_q.weight, which this model"),
+        ({"blk.0.ffn_up_exps.weight": (Q2,)}, None, "x: 1 types are given for blk.0.ffn_up_exps.weight, 4 expected"),
+        ({"blk.0.attn_q.weight": (Q2,)}, 3, "x: modality 3, 0 to 2 expected"),
+    ],
+)
+def test_bad_variants(
+    checkpoint: Checkpoint,
+    inputs: list[ModelInputs],
+    settings: KlSettings,
+    types: TypesByTensor,
+    modality: int | None,
+    message: str,
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        quantized_kl(open_streamed(checkpoint, "cpu"), inputs, [Variant("x", types, modality)], settings)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 200.0])
+def test_divergence_of_close_and_of_far_predictions(size: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = 5 * torch.randn(20, 300, generator=generator, dtype=torch.float64)
+    moved = logits + size * torch.randn(20, 300, generator=generator, dtype=torch.float64)
+    p, q = logits.log_softmax(-1), moved.log_softmax(-1)
+    expected = float((p.exp() * (p - q)).sum())
+    assert float(_kl(p.float(), q.float())) == pytest.approx(expected, rel=5e-3)
+    assert float(_kl(p.float(), p.float())) == 0
