@@ -2,15 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mode_gguf.allocation.costs import CostModel, Measurements, tensor_units
 from mode_gguf.allocation.solver import solve
-from mode_gguf.allocation.units import AllocationUnit, Candidate
+from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import Role
+from mode_gguf.calibration.sample import Message, Sample
+from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import UsageError
+from mode_gguf.importance.quantized_kl import KlSettings
+from mode_gguf.importance.unit_kl import open_kl_model
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from mode_gguf.refinement import Measure, refine
+from mode_gguf.refinement import Measure, measure_plans, refine
+from tests.calibration.conftest import picture
 
 NAMES = ("Q2_K", "Q3_K", "Q4_K")
 SIZES = {"Q2_K": 80, "Q3_K": 110, "Q4_K": 140}
@@ -140,3 +150,41 @@ def test_a_first_plan_above_the_budget(interacting: Interacting) -> None:
     units = units_with(interacting.errors)
     with pytest.raises(UsageError, match="takes 1120 bytes, more than its budget of 880"):
         refine(units, [unit.candidates[2] for unit in units], 880, interacting)
+
+
+def test_on_a_model(pico: Path) -> None:
+    """A plan for nothing but size gets better, stays within its size, and the history says what is measured."""
+    checkpoint = Checkpoint.open(pico)
+    tensors = text_tensors(checkpoint)
+    question = (Message("user", "What colour is the square?"), Message("assistant", "The square is red."))
+    samples = [
+        Sample("text", "tests", text="The quick brown fox jumps over the lazy dog, and the dog does not mind."),
+        Sample("image", "tests", messages=question, image=picture(0, 64, 64)),
+    ]
+    types = CandidateTypes(
+        tuple(QUANT_TYPES[name] for name in NAMES), tuple(QUANT_TYPES[name] for name in ("Q4_K", "Q6_K"))
+    )
+    arrays = {
+        f"{tensor.name}.unit": np.ones((2, 3, len(types.expert if tensor.role is Role.EXPERT else types.dense)))
+        for tensor in tensors
+        if tensor.role is not Role.KEEP
+    }
+    names = (NAMES, ("Q4_K", "Q6_K"))
+    units = tensor_units(tensors, types, Measurements(arrays, *names, {}), CostModel())
+    first = [unit.candidates[0] for unit in units[:-6]] + [unit.candidates[-1] for unit in units[-6:]]
+    budget = sum(choice.size_bytes for choice in first)
+    model = open_kl_model(checkpoint, samples, device="cpu")
+    measure = measure_plans(model, KlSettings({}, EXACT, key_ratio=0.2), tensors)
+    result = refine(units, first, budget, measure, answer_weights=(1.0, 0.5), rounds=1)
+    accepted = [trial for trial in result.history if trial.accepted]
+    assert len(accepted) == 2
+    assert accepted[1].objective < accepted[0].objective
+    assert sum(choice.size_bytes for choice in result.choices) == accepted[1].size_bytes <= budget
+    assert all(choice in unit.candidates for unit, choice in zip(units, result.choices, strict=True))
+    chosen = {unit.name: choice.quant_type for unit, choice in zip(units, result.choices, strict=True)}
+    other = next(c.quant_type for c in units[3].candidates if c.quant_type != chosen[units[3].name])
+    kl, moved = measure(chosen, [(units[3].name, other)])
+    np.testing.assert_allclose(kl, accepted[1].kl, rtol=1e-6)
+    alone, _ = measure({**chosen, units[3].name: other}, [])
+    np.testing.assert_allclose(moved[0], alone, rtol=2e-3)
+    assert accepted[1].objective == pytest.approx(kl[0] + 0.5 * kl[1])
