@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.imatrix import Imatrix
     from mode_gguf.importance.table import Method
+    from mode_gguf.importance.unit_table import UnitKl
 
 log = logging.getLogger(__name__)
 
@@ -303,6 +304,52 @@ def run_sensitivity(
     table.save(folder.sensitivity)
     if fisher_imatrix:
         _write_imatrix(folder.imatrix_of("fisher"), fisher_imatrix, statistics)
+
+
+def run_unit_kl(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    options: CalibrationOptions,
+    types: CandidateTypes | None = None,
+    *,
+    sample_budget: int = 64,
+    progress: Progress = silent,
+) -> "UnitKl":
+    """Write unit-kl.safetensors: what every tensor in every type was measured to do, packed as `sensitivity` packed.
+
+    Cut off, it continues where it was when run again.
+
+    Args:
+        types: None for those that `sensitivity` measured.
+        sample_budget: of the calibration samples that are measured on, half of them with an image.
+
+    Raises:
+        InputError: `calibrate` or `sensitivity` has not run in this folder, or ran for another model.
+    """
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.importance.quantized_kl import KlSettings
+    from mode_gguf.importance.table import SensitivityTable
+    from mode_gguf.importance.unit_kl import measure_unit_kl, open_kl_model, stratified
+
+    table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
+    _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
+    _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
+    types = types or CandidateTypes(
+        tuple(QUANT_TYPES[name] for name in table.expert_types), tuple(QUANT_TYPES[name] for name in table.dense_types)
+    )
+    samples = stratified(_samples(options), sample_budget, options.seed)
+    measured = measure_unit_kl(
+        open_kl_model(checkpoint, samples, device=options.device),
+        KlSettings(read_imatrix(folder.imatrix_of(table.imatrix)), table.packing, statistics.key_tokens),
+        expert_types=types.expert,
+        dense_types=types.dense,
+        imatrix=table.imatrix,
+        seed=options.seed,
+        partial=folder.unit_kl.with_suffix(".partial"),
+        progress=progress,
+    )
+    measured.save(folder.unit_kl)
+    return measured
 
 
 def run_plan(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.hidden_store import HiddenStore
 from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.streaming import StreamedModel
@@ -48,9 +49,8 @@ _HEAD = "head"
 
 @dataclass(slots=True)
 class _LayerCall:
-    """What one layer was called with for one sample."""
+    """What one layer was called with for one sample; its hidden states are in the store."""
 
-    hidden: Tensor
     options: Mapping[str, Any]
     modality: Tensor
 
@@ -73,19 +73,31 @@ def fisher_sensitivity(
 ) -> Measurement:
     """Fisher sensitivity of every expert, matrix and the embedding, at every candidate type.
 
-    Hidden states of all samples and layers are kept in host memory: samples x tokens x layers x H values.
+    Hidden states of all samples and layers are kept, samples x tokens x layers x H values: beyond the first gigabytes
+    in temporary files.
     """
+    with HiddenStore() as store:
+        return _measured(streamed, inputs, settings, store, progress)
+
+
+def _measured(
+    streamed: StreamedModel,
+    inputs: Sequence[ModelInputs],
+    settings: MeasurementSettings,
+    store: HiddenStore,
+    progress: Progress,
+) -> Measurement:
     positions = np.zeros(N_ANSWERS)
     for one in inputs:
         positions[one.answer] += len(one.scored)
     result = Measurement({}, tuple(int(n) for n in positions), {})
     per_position = 1 / np.maximum(positions, 1)[:, None]
     traces = [_Trace(one, Pass.of(one, streamed.device)) for one in inputs]
-    _forward_all(streamed, traces, settings, progress)
+    _forward_all(streamed, traces, settings, store, progress)
     by_role = {role: [tensor for tensor in streamed.tensors if tensor.role is role] for role in Role}
     head = (by_role[Role.OUTPUT] or by_role[Role.EMBEDDING])[0]
     head_cost = _head_cost(streamed, head, traces, settings, per_position, result) * per_position[..., None]
-    _backward_all(streamed, traces, settings, per_position, result, progress)
+    _backward_all(streamed, traces, settings, store, per_position, result, progress)
     embedding = by_role[Role.EMBEDDING][0]
     embedding_cost = _embedding_cost(streamed, embedding, traces, settings, result) * per_position[..., None]
     result.arrays[f"{embedding.name}.unit"] = embedding_cost
@@ -98,14 +110,18 @@ def fisher_sensitivity(
 
 
 def _forward_all(
-    streamed: StreamedModel, traces: Sequence[_Trace], settings: MeasurementSettings, progress: Progress
+    streamed: StreamedModel,
+    traces: Sequence[_Trace],
+    settings: MeasurementSettings,
+    store: HiddenStore,
+    progress: Progress,
 ) -> None:
     """Fill the traces: every layer's call, the head's input, and the gradients at the last layer's output."""
     watch = Watch(settings.key_tokens, keep_hidden=False)
-    running: list[_Trace] = []
+    running: list[tuple[int, _Trace]] = []
 
     def enter(number: int) -> None:
-        running[:] = [traces[number]]
+        running[:] = [(number, traces[number])]
         watch.current = traces[number].passed
 
     def leave(number: int, layer: int) -> None:
@@ -117,13 +133,14 @@ def _forward_all(
         trace.passed.forget()
 
     def keep_call(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        trace = running[0]
-        trace.layers.append(_LayerCall(arguments[0].cpu(), options, trace.passed.modality))
+        number, trace = running[0]
+        store.put((number, len(trace.layers)), arguments[0])
+        trace.layers.append(_LayerCall(options, trace.passed.modality))
 
     def start_of_gradient(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
         # Only what follows the last layer is recorded for autograd; `_gradients` ends the thread's gradient mode.
         last = output.detach().requires_grad_()
-        running[0].last = last
+        running[0][1].last = last
         torch.set_grad_enabled(True)
         return last
 
@@ -174,6 +191,7 @@ def _backward_all(
     streamed: StreamedModel,
     traces: Sequence[_Trace],
     settings: MeasurementSettings,
+    store: HiddenStore,
     per_position: np.ndarray,
     result: Measurement,
     progress: Progress,
@@ -197,8 +215,9 @@ def _backward_all(
                     for tensor in streamed.layer_tensors(index, Role.DENSE)
                 }
                 routed: list[_Routed] = []
-                for trace in traces:
-                    calls = _backward_layer(streamed, index, layer, modules, trace)
+                for number, trace in enumerate(traces):
+                    hidden = store.take((number, index))
+                    calls = _backward_layer(streamed, index, layer, modules, trace, hidden)
                     if calls.routed is not None:
                         routed.append(calls.routed)
                     token_scale = _token_scale(calls.group, per_position)
@@ -235,14 +254,19 @@ class _BackwardCalls:
 
 
 def _backward_layer(
-    streamed: StreamedModel, index: int, layer: nn.Module, modules: dict[str, nn.Module], trace: _Trace
+    streamed: StreamedModel,
+    index: int,
+    layer: nn.Module,
+    modules: dict[str, nn.Module],
+    trace: _Trace,
+    hidden: Tensor,
 ) -> _BackwardCalls:
     """Recompute one layer for one sample and move the trace's gradients from its output to its input."""
     call = trace.layers[index]
-    trace.layers[index] = _LayerCall(torch.empty(0), {}, call.modality)  # its memory is not needed again
+    trace.layers[index] = _LayerCall({}, call.modality)  # its memory is not needed again
     passed = Pass(trace.inputs, call.modality)
     watch = Watch(key=None, keep_hidden=False, current=passed)
-    hidden = call.hidden.to(streamed.device).requires_grad_()
+    hidden = hidden.to(streamed.device).requires_grad_()
     with watching(layer, modules, watch), torch.enable_grad():
         output = layer(hidden, **call.options)
     outputs = {name: linear.output for name, linear in passed.linears.items()}

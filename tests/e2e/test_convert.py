@@ -66,6 +66,23 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, 
     assert Path(exported["mmproj"]).read_bytes() == Path(whole["mmproj"]).read_bytes()
 
 
+def test_unit_kl_beside_what_sensitivity_predicted(pico: Path, out: Path, run: Run) -> None:
+    small = (*SMALL, "--samples-budget", "2", "--types", "Q2_K", "--dense-types", "Q4_K")
+    result = json.loads(run("unit-kl", pico, "--out", out, "--json", *small))
+    assert Path(result["unit_kl"]) == out / "unit-kl.safetensors"
+    assert not (out / "unit-kl.partial").exists()
+    assert {(row["part"], row["type"]) for row in result["compared"]} == {
+        *((f"blk.{layer} experts", "Q2_K") for layer in range(3)),
+        *((f"blk.{layer} attention", "Q4_K") for layer in range(3)),
+        ("token_embd.weight", "Q4_K"),
+        ("output.weight", "Q4_K"),
+    }
+    assert all(0 < value < 10 for row in result["compared"] for value in row["measured"])
+    text = run("unit-kl", pico, "--out", out, *small)
+    assert "text: predicted, measured" in text
+    assert "blk.2 experts         Q2_K" in text
+
+
 def test_paper_preset_makes_a_file_too(pico: Path, tmp_path: Path, run: Run) -> None:
     arguments = ("--preset", "paper", "--bpw", "4.0", "--out", tmp_path, "--json", "--no-validate", *SMALL)
     result = json.loads(run("convert", pico, *arguments))
