@@ -44,6 +44,7 @@ HIGHS_OPTIONS = {
     "dual_feasibility_tolerance": 1e-9,
     # Cores are small and nearly solved by their relaxation: these take longer than the search itself.
     "mip_allow_restart": False,
+    "presolve": "off",
     "mip_heuristic_run_feasibility_jump": False,
 }
 
@@ -149,7 +150,7 @@ def _solution(units: Sequence[AllocationUnit], chosen: np.ndarray, bound: float,
 
 
 def _moves(relaxation: Relaxation, base: np.ndarray, cost: float, n_moves: int) -> tuple[np.ndarray, float]:
-    """The `n_moves` candidates, not those of `base`, that are likeliest to be needed by a choice that costs under `cost`.
+    """The `n_moves` candidates, but not those of `base`, likeliest to be needed by a choice that costs under `cost`.
 
     Returns flat indices of (unit, candidate), ties in the units' order, and the least reduced cost of those left out:
     inf where that choice, if there is one, needs no other.
@@ -211,9 +212,18 @@ def _solve_core(
     problem = pulp.LpProblem("types", pulp.LpMinimize)
     variables = [problem.add_variable(f"x_{u}_{c}", cat=pulp.LpBinary) for u, c in zip(units, candidates, strict=True)]
     problem += pulp.LpAffineExpression(zip(variables, (costs / scale).tolist(), strict=True))
-    growth = pulp.LpAffineExpression(zip(variables, (growths // grid).tolist(), strict=True))
-    problem += growth <= (allowed.budget - base_size) // grid
-    problem += growth >= -((base_size - allowed.floor) // grid)
+    # How many moves of each size is a variable of its own: which of equal moves are made is settled by their costs, so
+    # that the search may branch on the counts, which are few, where the budget cannot be met by any mixture.
+    counts = []
+    for index, growth in enumerate(sorted(set(growths.tolist()))):
+        alike = [variable for variable, own in zip(variables, growths.tolist(), strict=True) if own == growth]
+        count = problem.add_variable(f"n_{index}", 0, len(alike), pulp.LpInteger) if len(alike) > 1 else alike[0]
+        if len(alike) > 1:
+            problem += pulp.lpSum(alike) - count == 0
+        counts.append((count, growth // grid))
+    growth_of_all = pulp.LpAffineExpression(counts)
+    problem += growth_of_all <= (allowed.budget - base_size) // grid
+    problem += growth_of_all >= -((base_size - allowed.floor) // grid)
     by_unit: dict[int, list[pulp.LpVariable]] = {}
     for unit, variable in zip(units.tolist(), variables, strict=True):
         by_unit.setdefault(unit, []).append(variable)
