@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode_gguf import __version__
-from mode_gguf.allocation.budget import ReachableRange, check_reachable
-from mode_gguf.allocation.costs import Measurements
+from mode_gguf.allocation.budget import Budget, Reach
+from mode_gguf.allocation.costs import ExpertUse, Measurements
 from mode_gguf.allocation.plan import Plan, Provenance
-from mode_gguf.allocation.planner import PRESETS, optimal_plan, uniform_plan
+from mode_gguf.allocation.planner import Problem, optimal_plan, settled_types, uniform_plan
+from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
@@ -28,7 +29,7 @@ from mode_gguf.export.imatrix import read_imatrix, write_imatrix
 from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.tensor_types import tensor_types_text
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import metadata_bytes, write_text_model
 from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
@@ -42,10 +43,12 @@ from mode_gguf.validation.validate import validate
 from mode_gguf.workfolder import StageLedger, WorkFolder, model_file_name, projector_file_name
 
 if TYPE_CHECKING:
+    from mode_gguf.calibration.key_tokens import Criterion, KeyTokens
     from mode_gguf.calibration.sample import Sample
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.imatrix import Imatrix
     from mode_gguf.importance.table import Method
+    from mode_gguf.importance.unit_table import UnitKl
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +60,15 @@ REFERENCE_TYPE = QUANT_TYPES["BF16"]
 class CalibrationOptions:
     """What the model is run on, and where.
 
-    `source` is as in `load_samples`; `key_ratio` is the share of an image's tokens that count as key vision tokens.
+    `source` is as in `load_samples`; `key_ratio` is the share of an image's tokens that count as key vision tokens, and
+    `key_tokens` the criterion that chooses them, see `mode_gguf.calibration.key_tokens`.
     """
 
     source: str | None = None
     image_samples: int = 128
     text_samples: int = 128
     key_ratio: float = 0.2
+    key_tokens: "Criterion" = "text-attention"
     device: str = "auto"
     seed: int = 0
 
@@ -72,9 +77,9 @@ class CalibrationOptions:
 class ConvertOptions:
     """Everything `convert` can be told; each stage takes the part it needs."""
 
-    bpw: float
+    budget: Budget
     calibration: CalibrationOptions = CalibrationOptions()
-    preset: str = "mode"
+    preset: Preset = PRESETS["mode"]
     imatrix: ImatrixKind | None = None
     packing: Packing = DEFAULT_PACKING
     types: CandidateTypes = DEFAULT_TYPES
@@ -106,7 +111,7 @@ class Estimate:
 
     model_name: str
     family: str
-    reachable: ReachableRange
+    reach: Reach
     model_bytes: int
     n_weights: int
     expert_weights: int
@@ -129,16 +134,17 @@ def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
         UsageError: the preset makes no importance matrix of the kind asked for.
         InfeasibleBudgetError: the bits per weight are out of reach.
     """
-    chosen_imatrix(options.imatrix, PRESETS[options.preset].method)
+    chosen_imatrix(options.imatrix, options.preset.method)
     tensors = text_tensors(checkpoint)
-    reachable = check_reachable(tensors, options.types, options.bpw)
+    overhead = _overhead(checkpoint, options.budget, options.pre_tokenizer)
+    _, reach = settled_types(tensors, options.types, options.budget, options.preset, overhead)
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     n_weights = sum(tensor.n_weights for tensor in tensors)
     return Estimate(
         model_name=checkpoint.name,
         family=find_family(checkpoint).hf_class,
-        reachable=reachable,
-        model_bytes=int(options.bpw * n_weights / 8),
+        reach=reach,
+        model_bytes=reach.budget + overhead,
         n_weights=n_weights,
         expert_weights=sum(tensor.n_weights for tensor in experts),
         layers=len({tensor.layer for tensor in experts}),
@@ -157,7 +163,7 @@ def convert(
     """
     estimate(checkpoint, folder, options)
     ledger = StageLedger(folder)
-    method = PRESETS[options.preset].method
+    method = options.preset.method
     imatrix = chosen_imatrix(options.imatrix, method)
 
     samples = samples_fingerprint(options.calibration.source)
@@ -180,10 +186,12 @@ def convert(
                 progress=progress,
             )
 
-    planned = fingerprint(measured, options.bpw, options.preset)
+    planned = fingerprint(measured, options.budget.model_dump(), asdict(options.preset), options.pre_tokenizer)
     if not ledger.is_current("plan", planned):
         with ledger.running("plan", planned, [folder.plan, folder.tensor_types]):
-            run_plan(checkpoint, folder, options.bpw, options.preset, options.types)
+            run_plan(
+                checkpoint, folder, options.budget, options.preset, options.types, pre_tokenizer=options.pre_tokenizer
+            )
 
     plan = Plan.load(folder.plan)
     model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
@@ -205,7 +213,9 @@ def convert(
             with ledger.running("validate", validated, [folder.report]):
                 reference = None
                 if _reference_fits(checkpoint):
-                    reference = run_reference(checkpoint, folder, options, progress)
+                    reference = run_reference(
+                        checkpoint, folder, pre_tokenizer=options.pre_tokenizer, progress=progress
+                    )
                 run_validation(
                     model,
                     mmproj,
@@ -234,12 +244,16 @@ def run_calibration(
 ) -> "CalibrationStatistics":
     """Write calibration.safetensors and the importance matrix."""
     from mode_gguf.calibration.calibrate import calibrate
+    from mode_gguf.calibration.coverage import calibration_warnings
     from mode_gguf.importance.imatrix import balanced_imatrix
 
     samples = _samples(options)
-    statistics = calibrate(checkpoint, samples, device=options.device, key_ratio=options.key_ratio, progress=progress)
+    statistics = calibrate(
+        checkpoint, samples, device=options.device, key_tokens=_key_tokens(options), progress=progress
+    )
     statistics.save(folder.calibration)
-    _report_coverage(statistics)
+    for warning in calibration_warnings(statistics):
+        log.warning("%s", warning)
     _write_imatrix(folder.imatrix, balanced_imatrix(statistics, text_tensors(checkpoint)), statistics)
     return statistics
 
@@ -267,6 +281,12 @@ def run_sensitivity(
     from mode_gguf.importance.sensitivity import measure_sensitivity
 
     statistics = CalibrationStatistics.load(folder.calibration)
+    if statistics.key_tokens != _key_tokens(options):
+        log.warning(
+            "key tokens are chosen as in calibration (%s), not as asked for here (%s); to change them, calibrate again",
+            statistics.key_tokens,
+            _key_tokens(options),
+        )
     table, fisher_imatrix = measure_sensitivity(
         checkpoint,
         _samples(options),
@@ -286,38 +306,104 @@ def run_sensitivity(
         _write_imatrix(folder.imatrix_of("fisher"), fisher_imatrix, statistics)
 
 
-def run_plan(checkpoint: Checkpoint, folder: WorkFolder, bpw: float, preset: str, types: CandidateTypes) -> Plan:
-    """Write plan.json and tensor-types.txt for a budget of `bpw` bits per weight.
+def run_unit_kl(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    options: CalibrationOptions,
+    types: CandidateTypes | None = None,
+    *,
+    sample_budget: int = 64,
+    progress: Progress = silent,
+) -> "UnitKl":
+    """Write unit-kl.safetensors: what every tensor in every type was measured to do, packed as `sensitivity` packed.
+
+    Cut off, it continues where it was when run again.
+
+    Args:
+        types: None for those that `sensitivity` measured.
+        sample_budget: of the calibration samples that are measured on, half of them with an image.
 
     Raises:
-        InfeasibleBudgetError: `bpw` is out of reach.
+        InputError: `calibrate` or `sensitivity` has not run in this folder, or ran for another model.
+    """
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.importance.quantized_kl import KlSettings
+    from mode_gguf.importance.table import SensitivityTable
+    from mode_gguf.importance.unit_kl import measure_unit_kl, open_kl_model, stratified
+
+    table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
+    _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
+    _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
+    types = types or CandidateTypes(
+        tuple(QUANT_TYPES[name] for name in table.expert_types), tuple(QUANT_TYPES[name] for name in table.dense_types)
+    )
+    samples = stratified(_samples(options), sample_budget, options.seed)
+    measured = measure_unit_kl(
+        open_kl_model(checkpoint, samples, device=options.device),
+        KlSettings(read_imatrix(folder.imatrix_of(table.imatrix)), table.packing, statistics.key_tokens),
+        expert_types=types.expert,
+        dense_types=types.dense,
+        imatrix=table.imatrix,
+        seed=options.seed,
+        partial=folder.unit_kl.with_suffix(".partial"),
+        progress=progress,
+    )
+    measured.save(folder.unit_kl)
+    return measured
+
+
+def run_plan(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    pre_tokenizer: str | None = None,
+) -> Plan:
+    """Write plan.json and tensor-types.txt for a budget.
+
+    Raises:
+        InfeasibleBudgetError: it is out of reach.
         InputError: the measurements are missing or belong to another model.
         UsageError: they were made for another preset.
+    """
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer)
+    return save_plan(folder, optimal_plan(problem, made_from, budget, packing))
+
+
+def planning_problem(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    pre_tokenizer: str | None = None,
+) -> tuple[Problem, Provenance, Packing]:
+    """What a plan for this budget is chosen from, what that was made from, and how candidates were packed.
+
+    Raises like `run_plan`.
     """
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.table import SensitivityTable
 
     tensors = text_tensors(checkpoint)
-    check_reachable(tensors, types, bpw)
+    overhead = _overhead(checkpoint, budget, pre_tokenizer)
+    settled_types(tensors, types, budget, preset, overhead)
     table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
     _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
     _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
-    if table.method != PRESETS[preset].method:
+    if table.method != preset.method:
         raise UsageError(
-            f"{folder.sensitivity}: measured with {table.method}, but --preset {preset} needs "
-            f"{PRESETS[preset].method}; run `mode-gguf sensitivity --preset {preset}`"
+            f"{folder.sensitivity}: measured with {table.method}, but this plan needs {preset.method} (preset "
+            f"{preset.name}); run `mode-gguf sensitivity` with the same --preset and --sensitivity"
         )
-    frequency = {layer: statistics.frequency(layer) for layer in statistics.moe_layers}
-    plan = optimal_plan(
-        tensors,
-        Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), frequency),
-        _provenance(checkpoint, folder, table.method, table.imatrix),
-        bpw=bpw,
-        types=types,
-        preset=PRESETS[preset],
-        packing=table.packing,
-    )
-    return save_plan(folder, plan)
+    use = {
+        layer: ExpertUse(statistics.counts(layer), statistics.routing_weights(layer)) for layer in statistics.moe_layers
+    }
+    measured = Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
+    problem = Problem.of(tensors, measured, budget=budget, types=types, preset=preset, overhead=overhead)
+    return problem, _provenance(checkpoint, folder, table.method, table.imatrix), table.packing
 
 
 def make_uniform_plan(
@@ -405,15 +491,15 @@ def export_text(
 
 
 def run_reference(
-    checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress = silent
+    checkpoint: Checkpoint, folder: WorkFolder, *, pre_tokenizer: str | None = None, progress: Progress = silent
 ) -> Path:
     """Write, unless it is there already, the full-precision text model that results are compared with."""
     plan = make_uniform_plan(checkpoint, folder, REFERENCE_TYPE, imatrix="plain")
     path, ledger = model_path(folder, plan), StageLedger(folder)
-    inputs = fingerprint(checkpoint.fingerprint, options.pre_tokenizer, __version__)
+    inputs = fingerprint(checkpoint.fingerprint, pre_tokenizer, __version__)
     if not ledger.is_current("reference", inputs):
         with ledger.running("reference", inputs, [path]):
-            export_text(checkpoint, folder, plan, pre_tokenizer=options.pre_tokenizer, progress=progress)
+            export_text(checkpoint, folder, plan, pre_tokenizer=pre_tokenizer, progress=progress)
     return path
 
 
@@ -462,14 +548,20 @@ def environment(llama_cpp: Path | None = None) -> dict[str, object]:
 
 def model_path(folder: WorkFolder, plan: Plan) -> Path:
     """Where the text model of `plan` goes."""
-    if plan.target_bpw is None:
+    if plan.budget is None:
         return folder.path / f"{folder.name}-{plan.main_type}.gguf"
-    return folder.path / model_file_name(folder.name, plan.target_bpw, plan.main_type)
+    bpw = plan.budget.value if plan.budget.kind == "bpw" else plan.bpw
+    return folder.path / model_file_name(folder.name, bpw, plan.main_type)
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:
     """Where the projector goes."""
     return folder.path / projector_file_name(folder.name, projector_type)
+
+
+def _overhead(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None) -> int:
+    """Bytes of the file that a budget of its size must leave for metadata; not asked for by other budgets."""
+    return metadata_bytes(checkpoint, pre_tokenizer) if budget.kind == "size" else 0
 
 
 def _write_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStatistics") -> None:
@@ -490,21 +582,6 @@ def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
     return [folder.sensitivity, *([folder.imatrix_of("fisher")] if method == "fisher" else [])]
 
 
-def _report_coverage(statistics: "CalibrationStatistics") -> None:
-    """Name the experts that calibration says nothing about, or nothing about one modality."""
-    for layer in statistics.coverage():
-        for modality, experts in layer.never_routed.items():
-            if experts:
-                log.warning(
-                    "layer %d: no %s token reached %s %s of %d; the layer's mean stands in",
-                    layer.layer,
-                    modality.replace("_", " "),
-                    "expert" if len(experts) == 1 else "experts",
-                    ", ".join(map(str, experts)),
-                    layer.n_experts,
-                )
-
-
 def _reference_fits(checkpoint: Checkpoint) -> bool:
     """Whether the full-precision file would leave half of this machine's memory free; says so when it would not."""
     needed = sum(tensor.n_weights for tensor in text_tensors(checkpoint)) * REFERENCE_TYPE.type_size
@@ -519,6 +596,12 @@ def _reference_fits(checkpoint: Checkpoint) -> bool:
             memory / 2**30,
         )
     return fits
+
+
+def _key_tokens(options: CalibrationOptions) -> "KeyTokens":
+    from mode_gguf.calibration.key_tokens import KeyTokens
+
+    return KeyTokens(options.key_tokens, options.key_ratio, options.seed)
 
 
 def _samples(options: CalibrationOptions) -> "Sequence[Sample]":

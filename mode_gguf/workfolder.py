@@ -56,6 +56,10 @@ class WorkFolder:
         return self.path / "sensitivity.safetensors"
 
     @property
+    def unit_kl(self) -> Path:
+        return self.path / "unit-kl.safetensors"
+
+    @property
     def plan(self) -> Path:
         return self.path / "plan.json"
 

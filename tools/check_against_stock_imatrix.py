@@ -23,8 +23,9 @@ from rich.table import Table
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.calibrate import DEFAULT_KEY_RATIO, run_watched
+from mode_gguf.calibration.calibrate import run_watched
 from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
+from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.observers import Observer
 from mode_gguf.calibration.samples import load_samples
 from mode_gguf.calibration.streaming import open_streamed
@@ -85,7 +86,7 @@ def our_sums(checkpoint: Checkpoint, text: str, context: int, chunks: int) -> di
     run_watched(
         streamed,
         inputs,
-        key_ratio=DEFAULT_KEY_RATIO,
+        key_tokens=TEXT_ATTENTION,
         leave=observer.observe,
         finish=lambda layer: observer.finish_layer(),
         description="calibrating",

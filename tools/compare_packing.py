@@ -92,11 +92,10 @@ def measure(
     checkpoint: Checkpoint, folder: WorkFolder, held_out: Path, types: list[str], variants: list[Variant]
 ) -> Iterator[Result]:
     """Export and validate every type in every variant."""
-    options = pipeline.ConvertOptions(bpw=3.0)
     projector = pipeline.projector_path(folder, PROJECTOR)
     if not projector.exists():
         write_projector(projector, checkpoint, PROJECTOR)
-    reference = pipeline.run_reference(checkpoint, folder, options)
+    reference = pipeline.run_reference(checkpoint, folder)
     for type_name in types:
         for variant in variants:
             plan = plan_of(checkpoint, folder, type_name, variant)

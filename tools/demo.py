@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf import pipeline
+from mode_gguf.allocation.budget import Budget
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.progress import Progress
 from mode_gguf.quantization.packing import EXACT
@@ -53,7 +54,7 @@ def main() -> None:
 
     checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
     options = pipeline.ConvertOptions(
-        bpw=BITS,
+        budget=Budget(value=BITS),
         calibration=pipeline.CalibrationOptions(source=str(DEMO / "calibration")),
         held_out=DEMO / "heldout",
     )
@@ -80,7 +81,7 @@ def uniform(
     return pipeline.run_validation(
         pipeline.export_text(checkpoint, folder, plan, progress=watch),
         pipeline.projector_path(folder, options.projector_type),
-        pipeline.run_reference(checkpoint, folder, options, watch),
+        pipeline.run_reference(checkpoint, folder, progress=watch),
         folder.path / f"report-{name}.json",
         plan=plan,
         held_out=options.held_out,

@@ -1,12 +1,15 @@
 """Options that several commands share, declared once so that they read and behave the same everywhere."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:  # the library is imported when a command runs, so that --help stays instant
+    from mode_gguf.allocation.budget import Budget
+    from mode_gguf.allocation.presets import Preset
     from mode_gguf.allocation.units import CandidateTypes
     from mode_gguf.pipeline import CalibrationOptions
     from mode_gguf.quantization.packing import Packing
@@ -21,10 +24,43 @@ class Device(StrEnum):
 
 
 class PresetName(StrEnum):
-    """Ways of measuring and weighing; see `mode_gguf.allocation.planner.PRESETS`."""
+    """Ways of measuring, weighing and budgeting; see `mode_gguf.allocation.presets`."""
 
     MODE = "mode"
     PAPER = "paper"
+    PMQ = "pmq"
+
+
+class MetricName(StrEnum):
+    """Sensitivity metrics; see `mode_gguf.importance.table`."""
+
+    FISHER = "fisher"
+    EXPERT_MSE = "expert-mse"
+    BLOCK_MSE = "block-mse"
+
+
+class CombinationName(StrEnum):
+    """What an expert's cost is made of; see `mode_gguf.allocation.costs`."""
+
+    SENSITIVITY = "sensitivity"
+    PRODUCT = "product"
+    FREQUENCY = "frequency"
+    PMQ = "pmq"
+    RANDOM = "random"
+
+
+class ScopeName(StrEnum):
+    """What shares one budget."""
+
+    MODEL = "model"
+    LAYER = "layer"
+
+
+class DenseName(StrEnum):
+    """How attention, embedding and output get their types."""
+
+    MEASURED = "measured"
+    FIXED = "fixed"
 
 
 class ImatrixName(StrEnum):
@@ -49,6 +85,17 @@ class Effort(StrEnum):
     MAX = "max"
 
 
+class KeyTokensName(StrEnum):
+    """Ways of choosing key vision tokens; see `mode_gguf.calibration.key_tokens`."""
+
+    TEXT_ATTENTION = "text-attention"
+    ALL = "all"
+    REDUNDANT = "redundant"
+    RANDOM = "random"
+    RECEIVED_ATTENTION = "received-attention"
+    MAX_MIN_DIVERSITY = "max-min-diversity"
+
+
 class ProjectorType(StrEnum):
     """Types the projector can be stored in."""
 
@@ -66,8 +113,22 @@ Out = Annotated[
     typer.Option(help="Work folder for everything written; default: <model name>-mode-gguf in the current folder."),
 ]
 Bpw = Annotated[
-    float,
-    typer.Option(help="Bits per weight of the whole text model: all its tensor bits over all its weights."),
+    float | None,
+    typer.Option(
+        help="Budget: bits per weight of the whole text model, all its tensor bits over all its weights. Default: 3.0.",
+        show_default=False,
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Budget: size of the text model's file, such as 12GiB.", show_default=False),
+]
+ExpertBpw = Annotated[
+    float | None,
+    typer.Option(
+        help="Budget: bits per weight of the routed experts; everything else takes the largest of --dense-types.",
+        show_default=False,
+    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -82,11 +143,99 @@ TextSamples = Annotated[int, typer.Option(help="Text samples to use at most.")]
 KeyRatio = Annotated[
     float, typer.Option(help="Share of an image's tokens kept as key vision tokens.", min=0.001, max=1.0)
 ]
+KeyTokensOption = Annotated[
+    KeyTokensName,
+    typer.Option(
+        help="Which of them: text-attention: those the text looks at (the paper's choice); received-attention: those "
+        "that all later tokens look at; max-min-diversity: those that differ most; for comparison: all, redundant "
+        "(those the text looks at least), random."
+    ),
+]
 DeviceOption = Annotated[Device, typer.Option(help="Where torch computes.")]
 PresetOption = Annotated[
     PresetName,
     typer.Option(
-        help="mode: Fisher sensitivity (our default); paper: frequency times expert error, as in arXiv 2606.17118."
+        help="mode: Fisher sensitivity, one budget (our default); paper: frequency times expert error, a budget per "
+        "layer, as in arXiv 2606.17118; pmq: MC-MoE's. The options of signals change single parts of a preset."
+    ),
+]
+_SIGNALS = "Signals (default: the preset's)"
+MetricOption = Annotated[
+    MetricName | None,
+    typer.Option("--sensitivity", help="What damage is measured by.", show_default=False, rich_help_panel=_SIGNALS),
+]
+CombineOption = Annotated[
+    CombinationName | None,
+    typer.Option(
+        "--combine",
+        help="What an expert's cost is made of: sensitivity alone, its product with frequency, frequency times weight "
+        "error, PMQ's, or random.",
+        show_default=False,
+        rich_help_panel=_SIGNALS,
+    ),
+]
+ModalityWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="T,K,R",
+        help="Weights of text, key vision and redundant vision tokens.",
+        show_default=False,
+        rich_help_panel=_SIGNALS,
+    ),
+]
+AnswerWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="T,I",
+        help="Weights of text and of image answers.",
+        show_default=False,
+        rich_help_panel=_SIGNALS,
+    ),
+]
+Pooled = Annotated[
+    bool | None,
+    typer.Option(
+        "--pooled/--per-modality",
+        help="Frequencies count all weighted tokens alike, or each modality by itself.",
+        show_default=False,
+        rich_help_panel=_SIGNALS,
+    ),
+]
+FrequencyFloor = Annotated[
+    float | None,
+    typer.Option(
+        help="Least frequency of an expert, in parts of the layer's mean.",
+        min=0.0,
+        max=1.0,
+        show_default=False,
+        rich_help_panel=_SIGNALS,
+    ),
+]
+ScopeOption = Annotated[
+    ScopeName | None,
+    typer.Option(
+        "--budget-per",
+        help="One budget for the model, or one of equal bits per layer's experts.",
+        show_default=False,
+        rich_help_panel=_SIGNALS,
+    ),
+]
+Equality = Annotated[
+    bool | None,
+    typer.Option(
+        "--use-all/--at-most",
+        help="Use the budget to the last byte that sizes allow, or at most it.",
+        show_default=False,
+        rich_help_panel=_SIGNALS,
+    ),
+]
+DenseOption = Annotated[
+    DenseName | None,
+    typer.Option(
+        "--dense",
+        help="Attention, embedding and output: measured and planned like experts, or all of one type.",
+        show_default=False,
+        rich_help_panel=_SIGNALS,
     ),
 ]
 ImatrixOption = Annotated[
@@ -138,8 +287,9 @@ HeldOut = Annotated[
 ]
 
 DEFAULT_SIZE_POWER = 0.0
-DEFAULT_EXPERT_TYPES = "Q2_K,Q3_K,Q4_K"
-DEFAULT_DENSE_TYPES = "Q4_K,Q5_K,Q6_K,Q8_0"
+DEFAULT_EXPERT_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"
+DEFAULT_DENSE_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0"
+DEFAULT_BPW = 3.0
 
 
 def candidate_types(expert: str, dense: str) -> "CandidateTypes":
@@ -158,6 +308,84 @@ def candidate_types(expert: str, dense: str) -> "CandidateTypes":
     return types
 
 
+def budget_of(bpw: float | None, size: str | None, expert_bpw: float | None) -> "Budget":
+    """The budget from the three ways of giving one.
+
+    Raises:
+        UsageError: more than one, or a value that is none.
+    """
+    from mode_gguf.allocation.budget import Budget, parse_size
+    from mode_gguf.errors import UsageError
+
+    given = [
+        f"--{name}" for name, value in (("bpw", bpw), ("size", size), ("expert-bpw", expert_bpw)) if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are different budgets: give one of them")
+    for option, value in (("--bpw", bpw), ("--expert-bpw", expert_bpw)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{option} {value:g} is no number of bits: give a positive one, such as 3.0")
+    if size is not None:
+        return Budget(kind="size", value=parse_size(size))
+    if expert_bpw is not None:
+        return Budget(kind="expert-bpw", value=expert_bpw)
+    return Budget(kind="bpw", value=DEFAULT_BPW if bpw is None else bpw)
+
+
+def preset_of(
+    name: PresetName,
+    sensitivity: MetricName | None = None,
+    combine: CombinationName | None = None,
+    modality_weights: str | None = None,
+    answer_weights: str | None = None,
+    pooled: bool | None = None,
+    frequency_floor: float | None = None,
+    budget_per: ScopeName | None = None,
+    use_all: bool | None = None,
+    dense: DenseName | None = None,
+    seed: int | None = None,
+) -> "Preset":
+    """The named preset with the signals that the command line changes.
+
+    Raises:
+        UsageError: a list of weights is none, or signals that do not go together.
+    """
+    from mode_gguf.allocation.presets import PRESETS
+
+    preset = PRESETS[name.value]
+    costs: dict[str, Any] = {
+        "combination": combine and combine.value,
+        "modality_weights": modality_weights and _numbers("--modality-weights", modality_weights, 3),
+        "answer_weights": answer_weights and _numbers("--answer-weights", answer_weights, 2),
+        "pooled": pooled,
+        "frequency_floor": frequency_floor,
+        "seed": seed,
+    }
+    scope = budget_per.value if budget_per else None
+    fixed = DenseName.FIXED.value if scope == "layer" and dense is None else None
+    changes: dict[str, Any] = {
+        "method": sensitivity and sensitivity.value,
+        "scope": scope,
+        "equality": use_all,
+        "dense": dense.value if dense else fixed,
+        "costs": replace(preset.costs, **{key: value for key, value in costs.items() if value is not None}),
+    }
+    return replace(preset, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _numbers(option: str, text: str, count: int) -> tuple[float, ...]:
+    """`count` comma-separated numbers."""
+    from mode_gguf.errors import UsageError
+
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count:
+        raise UsageError(f"{option} {text} is not {count} numbers with commas, such as {','.join(['1'] * count)}")
+    return numbers
+
+
 def packing_of(mode: PackingMode, effort: Effort, size_power: float) -> "Packing":
     """The library's packing from the command line's.
 
@@ -170,9 +398,15 @@ def packing_of(mode: PackingMode, effort: Effort, size_power: float) -> "Packing
 
 
 def calibration_options(
-    source: str | None, image_samples: int, text_samples: int, key_ratio: float, device: Device, seed: int
+    source: str | None,
+    image_samples: int,
+    text_samples: int,
+    key_ratio: float,
+    key_tokens: KeyTokensName,
+    device: Device,
+    seed: int,
 ) -> "CalibrationOptions":
     """The pipeline's calibration options from the command line's."""
     from mode_gguf.pipeline import CalibrationOptions
 
-    return CalibrationOptions(source, image_samples, text_samples, key_ratio, device.value, seed)
+    return CalibrationOptions(source, image_samples, text_samples, key_ratio, key_tokens.value, device.value, seed)

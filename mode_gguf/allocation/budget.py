@@ -1,51 +1,128 @@
-"""The byte budget behind a number of bits per weight, and which numbers can be reached at all."""
+"""Budgets, in the units people think in, as bytes of tensors; and which budgets can be reached at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from mode_gguf.allocation.units import FALLBACK, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.errors import InfeasibleBudgetError
+from mode_gguf.artifacts import Record
+from mode_gguf.errors import InfeasibleBudgetError, UsageError
+
+_SIZE_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMG", start=1)
+    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
+
+
+class Budget(Record):
+    """How large the text model may be.
+
+    `bpw`: bits per weight of the whole text model; `size`: bytes of its file; `expert-bpw`: bits per weight of the
+    routed experts alone, everything else taking the largest of its candidate types.
+    """
+
+    kind: Literal["bpw", "size", "expert-bpw"] = "bpw"
+    value: Annotated[float, Field(gt=0)]
+
+    def __str__(self) -> str:
+        return f"--{self.kind} {self.value:g}" if self.kind != "size" else f"--size {self.value / 2**20:.2f}MiB"
 
 
 @dataclass(frozen=True, slots=True)
-class ReachableRange:
-    """Bits per weight of the whole text model when every tensor takes its smallest or its largest candidate."""
+class Reach:
+    """Bytes of all tensors when each takes its smallest or largest candidate, and the budget's in between."""
 
-    lowest_bpw: float
-    highest_bpw: float
+    lowest: int
+    highest: int
+    budget: int
+    n_weights: int
     limits: tuple[str, ...]
     """What keeps the range where it is, in words: fixed tensors, rows that fit no candidate's block."""
 
+    @property
+    def lowest_bpw(self) -> float:
+        return 8 * self.lowest / self.n_weights
 
-def budget_bytes(tensors: Sequence[SourceTensor], bpw: float) -> int:
-    """Bytes that `bpw` bits per weight allow for all tensors of the text model together."""
-    return int(bpw * sum(tensor.n_weights for tensor in tensors) / 8)
-
-
-def reachable_range(tensors: Sequence[SourceTensor], types: CandidateTypes) -> ReachableRange:
-    """The bits per weight this model can have with these candidates; needs shapes only, so it runs before anything."""
-    weights = sum(tensor.n_weights for tensor in tensors)
-    sizes = [[tensor_bytes(tensor, candidate) for candidate in types.of(tensor)] for tensor in tensors]
-    lowest = 8 * sum(map(min, sizes)) / weights
-    highest = 8 * sum(map(max, sizes)) / weights
-    return ReachableRange(lowest, highest, tuple(_limits(tensors, types, weights)))
+    @property
+    def highest_bpw(self) -> float:
+        return 8 * self.highest / self.n_weights
 
 
-def check_reachable(tensors: Sequence[SourceTensor], types: CandidateTypes, bpw: float) -> ReachableRange:
-    """The reachable range, after checking that `bpw` lies in it.
+def parse_size(text: str) -> int:
+    """Bytes of `12GiB`, `800MB`, `6G` (binary, as `ls -h` writes it) or a plain number of bytes.
+
+    Raises:
+        UsageError: not a size.
+    """
+    number = text.strip().rstrip("KMGiB")
+    unit = text.strip()[len(number) :]
+    try:
+        value = float(number) * _SIZE_UNITS[unit]
+    except (ValueError, KeyError):
+        value = 0
+    if not 1 <= value < 2**63:
+        raise UsageError(f"--size {text} is not a size: write a number with MiB, GiB, MB or GB, such as 12GiB")
+    return int(value)
+
+
+def effective_types(types: CandidateTypes, budget: Budget) -> CandidateTypes:
+    """The candidates under this budget: one on experts alone leaves everything else at its largest."""
+    if budget.kind != "expert-bpw":
+        return types
+    return CandidateTypes(types.expert, (max(types.dense, key=lambda quant_type: quant_type.bits_per_weight),))
+
+
+def budget_bytes(tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, overhead: int = 0) -> int:
+    """Bytes that `budget` allows for all tensors of the text model together.
+
+    Args:
+        types: as `effective_types` gives them.
+        overhead: bytes of the file that hold no weights; a `size` budget pays for them.
+    """
+    match budget.kind:
+        case "bpw":
+            return int(budget.value * sum(tensor.n_weights for tensor in tensors) / 8)
+        case "size":
+            return int(budget.value) - overhead
+        case "expert-bpw":
+            experts = sum(tensor.n_weights for tensor in tensors if tensor.role is Role.EXPERT)
+            others = (tensor_bytes(t, types.of(t)[-1]) for t in tensors if t.role is not Role.EXPERT)
+            return int(budget.value * experts / 8) + sum(others)
+
+
+def check_reachable(tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, overhead: int = 0) -> Reach:
+    """What the candidates can reach, after checking that the budget lies in it; needs shapes only.
 
     Raises:
         InfeasibleBudgetError: it does not; the message gives the range and what limits it.
     """
-    reachable = reachable_range(tensors, types)
-    if not reachable.lowest_bpw <= bpw <= reachable.highest_bpw:
-        limits = "; ".join(reachable.limits)
+    types = effective_types(types, budget)
+    sizes = [[tensor_bytes(tensor, candidate) for candidate in types.of(tensor)] for tensor in tensors]
+    n_weights = sum(tensor.n_weights for tensor in tensors)
+    reach = Reach(
+        lowest=sum(map(min, sizes)),
+        highest=sum(map(max, sizes)),
+        budget=budget_bytes(tensors, types, budget, overhead),
+        n_weights=n_weights,
+        limits=tuple(_limits(tensors, types, n_weights)),
+    )
+    if not reach.lowest <= reach.budget <= reach.highest:
         raise InfeasibleBudgetError(
-            f"--bpw {bpw:g} cannot be reached: with these candidate types the text model takes "
-            f"{reachable.lowest_bpw:.3f} to {reachable.highest_bpw:.3f} bits per weight ({limits})"
+            f"{budget} cannot be reached: with these candidate types the text model takes "
+            f"{_range(reach, budget, overhead)} "
+            f"({'; '.join(reach.limits)})"
         )
-    return reachable
+    return reach
+
+
+def _range(reach: Reach, budget: Budget, overhead: int) -> str:
+    if budget.kind == "size":
+        return f"{(reach.lowest + overhead) / 2**20:.2f} to {(reach.highest + overhead) / 2**20:.2f} MiB"
+    return f"{reach.lowest_bpw:.3f} to {reach.highest_bpw:.3f} bits per weight"
 
 
 def _limits(tensors: Sequence[SourceTensor], types: CandidateTypes, weights: int) -> list[str]:

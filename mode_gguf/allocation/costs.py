@@ -2,18 +2,30 @@
 
 Fisher sensitivity is already a KL divergence, summed over the tokens each expert really serves, so it is used as it
 is. The paper's recipe multiplies the mean squared error of an expert's output by the frequency of its use (MODE
-equation 4), both per modality.
+equation 4), both per modality. The other combinations are what both are compared with.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.errors import InputError
+from mode_gguf.errors import InputError, UsageError
 from mode_gguf.quantization.types import QuantType
+
+Combination: TypeAlias = Literal["sensitivity", "product", "frequency", "pmq", "random"]
+"""How an expert's cost is made of sensitivity d, frequency f and weight error (relative, squared) e, per modality:
+
+`sensitivity`: d; `product`: f d, the paper's; `frequency`: f e; `pmq`: f w^1.5 d with w the share of routing weight,
+both over all tokens alike (MC-MoE's PMQ, whose squared error is d of expert-mse); `random`: a random number times e.
+"""
+
+PMQ_WEIGHT_POWER = 1.5
+"""MC-MoE's beta; its alpha is 1 and its gamma 2, the latter in the squared error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,27 +33,49 @@ class CostModel:
     """How a sensitivity table becomes costs.
 
     Attributes:
+        combination: what an expert's cost is made of.
         answer_weights: importance of text answers and of image answers.
         modality_weights: importance of text, key vision and redundant vision tokens.
-        by_frequency: multiply an expert's sensitivity by its share of the modality's routed tokens in the layer.
+        pooled: frequencies count all tokens of weighted modalities alike instead of each modality by itself.
+        frequency_floor: least frequency of an expert, in parts of the layer's mean; 0 for none.
+        seed: of `random`.
     """
 
+    combination: Combination = "sensitivity"
     answer_weights: tuple[float, float] = (1.0, 1.0)
     modality_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    by_frequency: bool = False
+    pooled: bool = False
+    frequency_floor: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, weights in (("answer", self.answer_weights), ("modality", self.modality_weights)):
+            if not all(0 <= weight < np.inf for weight in weights) or not any(weights):
+                raise UsageError(
+                    f"{option} weights {weights} are not usable: none may be negative, one must be positive"
+                )
+        if not 0 <= self.frequency_floor <= 1:
+            raise UsageError(
+                f"frequency floor {self.frequency_floor:g} is out of range: choose a part of the mean, 0 to 1"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertUse:
+    """How one layer's experts were used: routed tokens and sums of routing weights, both (M, E)."""
+
+    counts: np.ndarray
+    weights: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """The sensitivity arrays (docs/DESIGN.md), the types their last axis stands for, and expert use per layer.
-
-    `frequency[layer]` is (M, E), each modality's row summing to one.
-    """
+    """The sensitivity arrays (docs/DESIGN.md), the types their last axis stands for, and expert use by layer."""
 
     arrays: Mapping[str, np.ndarray]
     expert_types: tuple[str, ...]
     dense_types: tuple[str, ...]
-    frequency: Mapping[int, np.ndarray]
+    use: Mapping[int, ExpertUse]
 
 
 def tensor_units(
@@ -58,7 +92,10 @@ def tensor_units(
         candidates = tuple(
             Candidate(offer, tensor_bytes(tensor, offer), cost) for offer, cost in zip(offered, costs, strict=True)
         )
-        units.append(AllocationUnit(tensor.name, (tensor.name,), tensor.n_weights, candidates, tensor.layer))
+        is_expert = tensor.role is Role.EXPERT
+        units.append(
+            AllocationUnit(tensor.name, (tensor.name,), tensor.n_weights, candidates, tensor.layer, is_expert=is_expert)
+        )
     return units
 
 
@@ -86,7 +123,7 @@ def expert_units(
             )
             tensor_names = tuple(tensor.name for tensor in projections)
             n_weights = sum(tensor.n_weights // tensor.n_experts for tensor in projections)
-            units.append(AllocationUnit(name, tensor_names, n_weights, candidates, layer, expert))
+            units.append(AllocationUnit(name, tensor_names, n_weights, candidates, layer, expert, True))
     return units
 
 
@@ -103,34 +140,75 @@ def _expert_costs(
     model: CostModel,
 ) -> np.ndarray:
     """Cost of every expert of a layer per type, (E, T): its projections measured together where all have a choice."""
-    share = _share(measured, model, layer)
     if len(free) == len(projections):
-        return _weighted(_array(measured, f"blk.{layer}.ffn_exps.expert"), model, share)
-    parts = [_weighted(_array(measured, f"{tensor.name}.expert"), model, share) for tensor in free or projections]
+        return _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
+    parts = [_combined(tensor.name, layer, measured, model) for tensor in free or projections]
     return np.asarray(np.sum(parts, axis=0))
 
 
 def _tensor_costs(tensor: SourceTensor, measured: Measurements, model: CostModel) -> np.ndarray:
     """Cost of the whole tensor per type, (T,)."""
-    if tensor.role is Role.EXPERT and model.by_frequency:
-        share = _share(measured, model, tensor.layer)
-        per_expert = _weighted(_array(measured, f"{tensor.name}.expert"), model, share)
-        return np.asarray(per_expert.sum(axis=0))
-    return _weighted(_array(measured, f"{tensor.name}.unit"), model, None)
+    if tensor.role is Role.EXPERT and tensor.layer is not None and model.combination != "sensitivity":
+        return np.asarray(_combined(tensor.name, tensor.layer, measured, model).sum(axis=0))
+    if model.combination == "random":
+        error = _array(measured, f"{tensor.name}.weight_error")[0]
+        return np.asarray(_random(tensor.name, 1, model.seed) * error)
+    return _answers_and_modalities(_array(measured, f"{tensor.name}.unit"), model)
 
 
-def _share(measured: Measurements, model: CostModel, layer: int | None) -> np.ndarray | None:
-    return measured.frequency[layer] if model.by_frequency and layer is not None else None
+def _combined(name: str, layer: int, measured: Measurements, model: CostModel) -> np.ndarray:
+    """Costs of the experts of `name`, a tensor or a layer's projections together, (E, T)."""
+    match model.combination:
+        case "sensitivity":
+            return _answers_and_modalities(_array(measured, f"{name}.expert"), model)
+        case "product":
+            share = expert_frequency(measured.use[layer].counts, model)
+            return _answers_and_modalities(_array(measured, f"{name}.expert") * share[None, :, :, None], model)
+        case "pmq":
+            use = measured.use[layer]
+            counts, weights = (_share(array.sum(axis=0, keepdims=True)) for array in (use.counts, use.weights))
+            tokens = use.counts / np.maximum(use.counts.sum(axis=0), 1)
+            error = np.einsum("me,amet->et", tokens, _array(measured, f"{name}.expert"))
+            return np.asarray((counts * weights**PMQ_WEIGHT_POWER)[0, :, None] * error)
+        case "frequency":
+            share = expert_frequency(measured.use[layer].counts, model)
+            weight = np.asarray(model.modality_weights) @ share
+            return np.asarray(weight[:, None] * _array(measured, f"{name}.weight_error"))
+        case "random":
+            error = _array(measured, f"{name}.weight_error")
+            return np.asarray(_random(name, len(error), model.seed)[:, None] * error)
 
 
-def _weighted(sensitivity: np.ndarray, model: CostModel, share: np.ndarray | None) -> np.ndarray:
-    """Sum answers and modalities out: (A, M, T) to (T,), (A, M, E, T) to (E, T), the latter times `share` (M, E)."""
+def expert_frequency(counts: np.ndarray, model: CostModel) -> np.ndarray:
+    """f_m(l, e), MODE's step 1: routed tokens (M, E) normalised per modality, with the model's floor and pooling.
+
+    Where a modality has no tokens its row is zero.
+    """
+    if model.pooled:
+        counted = np.asarray(model.modality_weights) > 0
+        pooled = counts[counted].sum(axis=0)
+        counts = np.where(counted[:, None], pooled, 0)
+    share = _share(counts)
+    floored = np.maximum(share, model.frequency_floor / counts.shape[1]) * (share.sum(axis=1, keepdims=True) > 0)
+    return _share(floored)
+
+
+def _share(values: np.ndarray) -> np.ndarray:
+    """Rows divided by their sums; rows of zeros stay."""
+    total = values.sum(axis=1, keepdims=True)
+    return np.asarray(values / np.where(total > 0, total, 1))
+
+
+def _random(name: str, count: int, seed: int) -> np.ndarray:
+    """Uniform numbers in (0, 1] that belong to a name, whatever else is drawn."""
+    return 1 - np.random.default_rng([seed, zlib.crc32(name.encode())]).random(count)
+
+
+def _answers_and_modalities(sensitivity: np.ndarray, model: CostModel) -> np.ndarray:
+    """Sum answers and modalities out: (A, M, ..., T) to (..., T)."""
     answers = np.asarray(model.answer_weights[: sensitivity.shape[0]])
     modalities = np.asarray(model.modality_weights)
-    if share is not None:
-        sensitivity = sensitivity * share[None, :, :, None]
-    weighted: np.ndarray = np.einsum("a,m,am...->...", answers, modalities, sensitivity)
-    return weighted
+    return np.asarray(np.einsum("a,m,am...->...", answers, modalities, sensitivity))
 
 
 def _array(measured: Measurements, name: str) -> np.ndarray:

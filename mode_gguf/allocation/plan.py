@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mode_gguf.allocation.budget import Budget
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
 from mode_gguf.quantization.packing import EXACT, Packing
@@ -35,6 +36,8 @@ class ExpertGranularity(Record):
 
     record: SolverRecord
     experts_bpw: float
+    size_bytes: int
+    """Of everything but routers, norms and biases."""
     types: dict[str, list[str]]
     """Layer number to the types of its experts in order."""
 
@@ -58,7 +61,8 @@ class Plan(Record):
     schema_version: Literal[1] = 1
     made_from: Provenance
     preset: str
-    target_bpw: float | None = None
+    budget: Budget | None = None
+    """What it was chosen for; None for a plan that was not."""
     bpw: float
     experts_bpw: float
     size_bytes: int

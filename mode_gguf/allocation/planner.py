@@ -1,11 +1,11 @@
 """Makes plans: the optimal one for a budget, and uniform ones to compare it with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from mode_gguf.allocation.budget import budget_bytes, check_reachable
-from mode_gguf.allocation.costs import CostModel, Measurements, expert_units, tensor_units
+from mode_gguf.allocation.budget import Budget, Reach, check_reachable, effective_types
+from mode_gguf.allocation.costs import Measurements, expert_units, tensor_units
 from mode_gguf.allocation.plan import (
     ExpertGranularity,
     Plan,
@@ -13,8 +13,10 @@ from mode_gguf.allocation.plan import (
     Provenance,
     SolverRecord,
 )
-from mode_gguf.allocation.solver import Solution, solve
-from mode_gguf.allocation.units import AllocationUnit, CandidateTypes, fitting_types, tensor_bytes
+from mode_gguf.allocation.presets import Preset
+from mode_gguf.allocation.reachable import greatest_size
+from mode_gguf.allocation.solver import SizeRange, Solution, solve, solve_layers
+from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, fitting_types, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
 from mode_gguf.quantization.packing import EXACT, Packing
@@ -24,65 +26,160 @@ UNDERSHOOT = 0.005
 """A plan uses at least this close to all of its budget, so that files of one name have one size."""
 
 DENSE_FLOOR = QUANT_TYPES["Q4_K"]
-"""Attention, embedding and output are never stored in less: they serve every token and weigh little."""
+"""Uniform plans never store attention, embedding and output in less: they serve every token and weigh little."""
+
+FIXED_DENSE = tuple(QUANT_TYPES[name] for name in ("Q4_K", "Q3_K", "Q2_K"))
+"""What attention, embedding and output all take where they are not measured: the first with which the budget is met.
+MODE keeps attention at 4 bits."""
 
 
 @dataclass(frozen=True, slots=True)
-class Preset:
-    """A named way of measuring and weighing; `method` is the sensitivity it needs."""
+class Problem:
+    """What a plan is chosen for: candidates as the budget and the preset leave them, and bytes for all tensors."""
 
-    name: str
-    method: Literal["fisher", "expert-mse"]
-    costs: CostModel
+    tensors: Sequence[SourceTensor]
+    measured: Measurements
+    preset: Preset
+    types: CandidateTypes
+    reach: Reach
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Sequence[SourceTensor],
+        measured: Measurements,
+        *,
+        budget: Budget,
+        types: CandidateTypes,
+        preset: Preset,
+        overhead: int = 0,
+    ) -> "Problem":
+        """Settle the candidates.
+
+        Raises:
+            InfeasibleBudgetError: the budget is out of reach for these tensors and candidates.
+        """
+        return cls(tensors, measured, preset, *settled_types(tensors, types, budget, preset, overhead))
+
+    def tensor_units(self) -> list[AllocationUnit]:
+        """One unit per tensor."""
+        return tensor_units(self.tensors, self.types, self.measured, self.preset.costs)
+
+    def expert_units(self) -> list[AllocationUnit]:
+        """One unit per expert, and one per other tensor."""
+        return expert_units(self.tensors, self.types, self.measured, self.preset.costs)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes left for the units once routers, norms and biases have theirs."""
+        return self.reach.budget - sum(4 * t.n_weights for t in self.tensors if t.role is Role.KEEP)
+
+    def solve(self, units: Sequence[AllocationUnit]) -> Solution:
+        """The choice of least cost.
+
+        Raises:
+            InfeasibleBudgetError: no choice meets the budget.
+        """
+        if self.preset.scope == "model":
+            floor, budget = self._range(units, self.unit_bytes)
+            try:
+                return solve(units, budget, floor=max(floor, int(budget * (1 - UNDERSHOOT)) + 1))
+            except InfeasibleBudgetError:
+                return solve(units, budget)
+        return solve_layers(units, self._layer_ranges(units))
+
+    def _range(self, units: Sequence[AllocationUnit], budget: int) -> SizeRange:
+        """What units with this budget may take: at most all of it, or exactly the most there is to take."""
+        if self.preset.equality and (most := greatest_size(units, budget)) is not None:
+            return SizeRange(most, most)
+        return SizeRange(0, budget)
+
+    def _layer_ranges(self, units: Sequence[AllocationUnit]) -> dict[int | None, SizeRange]:
+        """A range per layer: what its other tensors take, and as many bits per weight for its experts as everywhere."""
+        layers: dict[int | None, list[AllocationUnit]] = {}
+        for unit in units:
+            layers.setdefault(unit.layer, []).append(unit)
+        experts = {layer: [u for u in members if u.is_expert] for layer, members in layers.items()}
+        others = {layer: _smallest(u for u in members if not u.is_expert) for layer, members in layers.items()}
+        for_experts = self.unit_bytes - sum(others.values())
+        n_weights = sum(unit.n_weights for members in experts.values() for unit in members)
+        ranges: dict[int | None, SizeRange] = {}
+        left_over = 0
+        for layer, members in experts.items():
+            share = left_over + for_experts * sum(unit.n_weights for unit in members) // n_weights
+            floor, most = self._range(members, share)
+            ranges[layer] = SizeRange(others[layer] + floor, others[layer] + most)
+            # Three tensors can hardly ever use a layer's share exactly; the next layer gets what is left of it.
+            left_over = share - most
+        return ranges
 
 
-PRESETS: Mapping[str, Preset] = {
-    "mode": Preset("mode", "fisher", CostModel()),
-    # Frequency times expert error over text and key vision tokens; redundant vision tokens count for nothing.
-    "paper": Preset("paper", "expert-mse", CostModel(modality_weights=(1.0, 1.0, 0.0), by_frequency=True)),
-}
-
-
-def optimal_plan(
-    tensors: Sequence[SourceTensor],
-    measured: Measurements,
-    made_from: Provenance,
-    *,
-    bpw: float,
-    types: CandidateTypes,
-    preset: Preset,
-    packing: Packing = EXACT,
-) -> Plan:
-    """The types of least cost whose bits, over all weights of the text model, are at most `bpw`.
-
-    `packing` is how the measured candidates were packed.
+def settled_types(
+    tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, preset: Preset, overhead: int = 0
+) -> tuple[CandidateTypes, Reach]:
+    """The candidates that a preset leaves under a budget, and what they reach; needs shapes only.
 
     Raises:
-        InfeasibleBudgetError: `bpw` is out of reach for these tensors and candidates.
+        InfeasibleBudgetError: the budget is out of reach.
     """
-    reachable = check_reachable(tensors, types, bpw)
-    units = tensor_units(tensors, types, measured, preset.costs)
-    solution = _solve_filled(units, _unit_budget(tensors, bpw))
+    if preset.dense == "measured":
+        offered = effective_types(types, budget)
+        return offered, check_reachable(tensors, offered, budget, overhead)
+    *larger, smallest = (CandidateTypes(types.expert, (dense,)) for dense in FIXED_DENSE)
+    for fixed in larger:
+        try:
+            return fixed, check_reachable(tensors, fixed, budget, overhead)
+        except InfeasibleBudgetError:
+            continue
+    return smallest, check_reachable(tensors, smallest, budget, overhead)
+
+
+def optimal_plan(problem: Problem, made_from: Provenance, budget: Budget, packing: Packing = EXACT) -> Plan:
+    """The types of least cost for the problem's tensors.
+
+    Args:
+        budget: the problem's, for the record.
+        packing: how the measured candidates were packed.
+
+    Raises:
+        InfeasibleBudgetError: no choice meets the budget.
+    """
+    units = problem.tensor_units()
+    solution = problem.solve(units)
+    return plan_of(problem, units, solution, made_from, budget, packing)
+
+
+def plan_of(
+    problem: Problem,
+    units: Sequence[AllocationUnit],
+    solution: Solution,
+    made_from: Provenance,
+    budget: Budget,
+    packing: Packing = EXACT,
+) -> Plan:
+    """The plan that stores every tensor as `solution` chose for its unit; units are the problem's `tensor_units`."""
     chosen = {unit.name: choice for unit, choice in zip(units, solution.choices, strict=True)}
-    planned = [
-        PlannedTensor(
-            name=tensor.name,
-            type=chosen[tensor.name].quant_type.name if tensor.name in chosen else "F32",
-            n_weights=tensor.n_weights,
-            size_bytes=chosen[tensor.name].size_bytes if tensor.name in chosen else 4 * tensor.n_weights,
-            cost=chosen[tensor.name].cost if tensor.name in chosen else None,
-        )
-        for tensor in tensors
-    ]
+    planned = [_planned(tensor, chosen.get(tensor.name)) for tensor in problem.tensors]
     return Plan(
         made_from=made_from,
-        preset=preset.name,
+        preset=problem.preset.name,
         packing=packing,
-        target_bpw=bpw,
+        budget=budget,
         solver=_record(solution),
-        expert_granularity=_expert_granularity(tensors, types, measured, preset, bpw),
-        reachable_bpw=(reachable.lowest_bpw, reachable.highest_bpw),
-        **_sizes(tensors, planned),
+        expert_granularity=_expert_granularity(problem),
+        reachable_bpw=(problem.reach.lowest_bpw, problem.reach.highest_bpw),
+        **_sizes(problem.tensors, planned),
+    )
+
+
+def _planned(tensor: SourceTensor, choice: Candidate | None) -> PlannedTensor:
+    """A tensor as its unit's choice says; F32 without one."""
+    return PlannedTensor(
+        name=tensor.name,
+        type=choice.quant_type.name if choice else "F32",
+        n_weights=tensor.n_weights,
+        size_bytes=choice.size_bytes if choice else 4 * tensor.n_weights,
+        cost=choice.cost if choice else None,
     )
 
 
@@ -107,32 +204,21 @@ def uniform_plan(
         made_from=made_from,
         preset=f"uniform-{quant_type.name}",
         packing=packing,
-        target_bpw=None,
         **_sizes(tensors, planned),
     )
 
 
-def _unit_budget(tensors: Sequence[SourceTensor], bpw: float) -> int:
-    """Bytes left for the units once routers, norms and biases have theirs."""
-    return budget_bytes(tensors, bpw) - sum(4 * t.n_weights for t in tensors if t.role is Role.KEEP)
+def _smallest(units: Iterable[AllocationUnit]) -> int:
+    """Bytes of units that each take their smallest candidate."""
+    return sum(min(candidate.size_bytes for candidate in unit.candidates) for unit in units)
 
 
-def _solve_filled(units: Sequence[AllocationUnit], budget: int) -> Solution:
-    """Solve with the budget used to within `UNDERSHOOT` where tensor sizes allow it, and below it where not."""
-    try:
-        return solve(units, budget, floor=int(budget * (1 - UNDERSHOOT)) + 1)
-    except InfeasibleBudgetError:
-        return solve(units, budget)
-
-
-def _expert_granularity(
-    tensors: Sequence[SourceTensor], types: CandidateTypes, measured: Measurements, preset: Preset, bpw: float
-) -> ExpertGranularity | None:
+def _expert_granularity(problem: Problem) -> ExpertGranularity | None:
     """None where the types that all projections of an expert can have do not meet the budget, as with Q4_0 and Q2_K
     for rows of which some are a multiple of 32 only."""
-    units = expert_units(tensors, types, measured, preset.costs)
+    units = problem.expert_units()
     try:
-        solution = _solve_filled(units, _unit_budget(tensors, bpw))
+        solution = problem.solve(units)
     except InfeasibleBudgetError:
         return None
     experts = [(u, choice) for u, choice in zip(units, solution.choices, strict=True) if u.expert is not None]
@@ -142,6 +228,7 @@ def _expert_granularity(
     return ExpertGranularity(
         record=_record(solution),
         experts_bpw=8 * sum(c.size_bytes for _, c in experts) / sum(u.n_weights for u, _ in experts),
+        size_bytes=solution.size_bytes,
         types=by_layer,
     )
 

@@ -23,7 +23,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class AllocationUnit:
-    """Weights that must share a type: one tensor, or one expert's projections (`expert` is then its number)."""
+    """Weights that must share a type: one tensor, or one expert's projections (`expert` is then its number).
+
+    `is_expert`: whether they are routed experts' weights, of one or of all.
+    """
 
     name: str
     tensors: tuple[str, ...]
@@ -31,6 +34,7 @@ class AllocationUnit:
     candidates: tuple[Candidate, ...]
     layer: int | None = None
     expert: int | None = None
+    is_expert: bool = False
 
 
 def tensor_bytes(tensor: SourceTensor, quant_type: QuantType) -> int:
@@ -70,6 +74,6 @@ class CandidateTypes:
 
 
 DEFAULT_TYPES = CandidateTypes(
-    expert=tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K")),
-    dense=tuple(QUANT_TYPES[name] for name in ("Q4_K", "Q5_K", "Q6_K", "Q8_0")),
+    expert=tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")),
+    dense=tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")),
 )

@@ -7,6 +7,7 @@ import torch
 
 from mode_gguf.calibration.denormals import denormals_flushed
 from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder, ModelInputs
+from mode_gguf.calibration.key_tokens import TEXT_ATTENTION, KeyTokens
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.observers import Observer, unseen_activations
 from mode_gguf.calibration.sample import Sample
@@ -17,8 +18,6 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.progress import Progress, silent
 
-DEFAULT_KEY_RATIO = 0.2
-
 
 @denormals_flushed()
 def calibrate(
@@ -26,7 +25,7 @@ def calibrate(
     samples: Sequence[Sample],
     *,
     device: str = "auto",
-    key_ratio: float = DEFAULT_KEY_RATIO,
+    key_tokens: KeyTokens = TEXT_ATTENTION,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     progress: Progress = silent,
@@ -35,17 +34,16 @@ def calibrate(
 
     Args:
         device: `auto`, `cpu` (float32) or `cuda` (bfloat16).
-        key_ratio: share of the vision tokens that are key, 0 < ratio <= 1.
+        key_tokens: how key vision tokens are chosen.
         max_tokens: text tokens per sample; longer texts and answers are cut.
         max_image_pixels: images are scaled down to this area.
 
     Raises:
-        UsageError: no samples, a ratio out of range, or an unknown device.
+        UsageError: no samples, or an unknown device.
         InputError: model or sample cannot be used, or an activation was never seen.
     """
     if not samples:
         raise UsageError("calibration needs at least one sample")
-    check_key_ratio(key_ratio)
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
     inputs = [builder.build(sample) for sample in samples]
     streamed = open_streamed(checkpoint, device)
@@ -53,7 +51,7 @@ def calibrate(
     run_watched(
         streamed,
         inputs,
-        key_ratio=key_ratio,
+        key_tokens=key_tokens,
         leave=observer.observe,
         finish=lambda layer: observer.finish_layer(),
         description="calibrating",
@@ -67,7 +65,7 @@ def calibrate(
         fingerprint=checkpoint.fingerprint,
         arrays=observer.arrays,
         samples=count_samples(inputs),
-        key_ratio=key_ratio,
+        key_tokens=key_tokens,
         datasets=tuple(dict.fromkeys(sample.dataset for sample in samples)),
     )
 
@@ -76,7 +74,7 @@ def run_watched(
     streamed: StreamedModel,
     inputs: Sequence[ModelInputs],
     *,
-    key_ratio: float,
+    key_tokens: KeyTokens,
     leave: Callable[[Pass, int], None],
     finish: Callable[[int], None],
     description: str,
@@ -90,7 +88,7 @@ def run_watched(
         finish: finish(i) after all samples have left layer i, while its weights are still loaded.
     """
     passes = [Pass.of(one, streamed.device) for one in inputs]
-    watch = Watch(key_ratio, keep_hidden=True)
+    watch = Watch(key_tokens, keep_hidden=True)
 
     def enter(number: int) -> None:
         watch.current = passes[number]
@@ -119,12 +117,6 @@ def run_watched(
 def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:
     with torch.no_grad():
         streamed.model(**inputs.model_arguments(streamed.device, streamed.dtype))
-
-
-def check_key_ratio(key_ratio: float) -> None:
-    """Raises UsageError unless 0 < key_ratio <= 1."""
-    if not 0 < key_ratio <= 1:
-        raise UsageError(f"key ratio {key_ratio} is out of range: choose a share of the vision tokens above 0, up to 1")
 
 
 def count_samples(inputs: Sequence[ModelInputs]) -> SampleCounts:

@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
+from mode_gguf.calibration.coverage import LayerCoverage, calibration_warnings
+from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.calibration.watch import MODALITIES
 from mode_gguf.errors import InputError
 
@@ -15,8 +18,6 @@ EXPERTS_INPUT = "blk.{layer}.ffn_exps.input"
 """Activation that gate and up read."""
 EXPERTS_HIDDEN = "blk.{layer}.ffn_exps.hidden"
 """Activation that down reads: the gated one."""
-
-CRITERION = "mean attention from text tokens after the image, per layer (SparseVLM)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,6 @@ class SampleCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCoverage:
-    """Experts of one layer that no token of a modality was routed to; a modality without tokens is left out."""
-
-    layer: int
-    n_experts: int
-    never_routed: Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
 class CalibrationStatistics:
     """Statistics of a model's activations; arrays are named and shaped as docs/DESIGN.md says.
 
@@ -55,7 +47,7 @@ class CalibrationStatistics:
         fingerprint: of its checkpoint.
         arrays: `{activation}.sum2`, `{activation}.count`, `blk.L.ffn_exps.weight`, `blk.L.ffn_exps.weight2`.
         samples: what it was shown.
-        key_ratio: share of the vision tokens that are key.
+        key_tokens: how key vision tokens were chosen.
         datasets: names of the data sets.
     """
 
@@ -63,7 +55,7 @@ class CalibrationStatistics:
     fingerprint: str
     arrays: Mapping[str, np.ndarray]
     samples: SampleCounts
-    key_ratio: float
+    key_tokens: KeyTokens
     datasets: Sequence[str]
 
     @property
@@ -81,6 +73,10 @@ class CalibrationStatistics:
     def counts(self, layer: int) -> np.ndarray:
         """Routed tokens of one layer, int64 (M, E); a token counts once for each of its top-k experts."""
         return self.arrays[f"{EXPERTS_INPUT.format(layer=layer)}.count"]
+
+    def routing_weights(self, layer: int) -> np.ndarray:
+        """Sum of the routing weights each expert of one layer received, float64 (M, E)."""
+        return self.arrays[f"blk.{layer}.ffn_exps.weight"]
 
     def frequency(self, layer: int) -> np.ndarray:
         """f_m(l, e), MODE's step 1: counts normalised per modality, float64 (M, E); zero for a modality unseen."""
@@ -110,11 +106,11 @@ class CalibrationStatistics:
             "model": self.model,
             "fingerprint": self.fingerprint,
             "samples": asdict(self.samples),
-            "key_ratio": self.key_ratio,
-            "key_criterion": CRITERION,
+            "key_tokens": asdict(self.key_tokens),
             "datasets": list(self.datasets),
             "modalities": list(MODALITIES),
             "never_routed": {str(layer.layer): layer.never_routed for layer in self.coverage()},
+            "warnings": calibration_warnings(self),
         }
         write_arrays(path, self.arrays, metadata)
 
@@ -131,9 +127,14 @@ class CalibrationStatistics:
             fingerprint=metadata["fingerprint"],
             arrays=arrays,
             samples=SampleCounts(**metadata["samples"]),
-            key_ratio=metadata["key_ratio"],
+            key_tokens=_key_tokens(metadata),
             datasets=tuple(metadata["datasets"]),
         )
+
+
+def _key_tokens(metadata: Mapping[str, Any]) -> KeyTokens:
+    """As `save` wrote it, or a ratio alone, from before there was a choice of criteria."""
+    return KeyTokens(**metadata["key_tokens"]) if "key_tokens" in metadata else KeyTokens(ratio=metadata["key_ratio"])
 
 
 def merge(first: CalibrationStatistics, second: CalibrationStatistics) -> CalibrationStatistics:
@@ -147,9 +148,9 @@ def merge(first: CalibrationStatistics, second: CalibrationStatistics) -> Calibr
             f"calibration files of {first.model} ({first.fingerprint}) and {second.model} ({second.fingerprint}) "
             "cannot be merged: they belong to different checkpoints"
         )
-    if first.key_ratio != second.key_ratio:
+    if first.key_tokens != second.key_tokens:
         raise InputError(
-            f"calibration files with key ratios {first.key_ratio} and {second.key_ratio} cannot be merged: "
+            f"calibration files with key tokens by {first.key_tokens} and by {second.key_tokens} cannot be merged: "
             "run one of them again"
         )
     return CalibrationStatistics(
@@ -157,6 +158,6 @@ def merge(first: CalibrationStatistics, second: CalibrationStatistics) -> Calibr
         fingerprint=first.fingerprint,
         arrays={name: array + second.arrays[name] for name, array in first.arrays.items()},
         samples=first.samples + second.samples,
-        key_ratio=first.key_ratio,
+        key_tokens=first.key_tokens,
         datasets=tuple(dict.fromkeys((*first.datasets, *second.datasets))),
     )

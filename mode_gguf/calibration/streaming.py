@@ -19,6 +19,9 @@ from mode_gguf.errors import InputError, MissingResourceError, UsageError
 LAYERS = "model.language_model.layers"
 """Where every supported family keeps its decoder layers, in the module tree and in the checkpoint."""
 
+FINAL_NORM = "model.language_model.norm"
+"""What a supported family's last layer and its output head have between them."""
+
 
 def choose_device(device: str) -> torch.device:
     """The device named `auto` (CUDA where there is one), `cpu` or `cuda`.
@@ -44,7 +47,7 @@ class StreamedModel:
         layers: its decoder layers.
         tensors: the text tensors of the checkpoint.
         device: where weights and activations lie.
-        dtype: float32 on the CPU, bfloat16 on CUDA.
+        dtype: of weights and activations.
     """
 
     checkpoint: Checkpoint
@@ -142,8 +145,11 @@ class StreamedModel:
         setattr(self.model.get_submodule(owner), leaf, value)
 
 
-def open_streamed(checkpoint: Checkpoint, device: str = "auto") -> StreamedModel:
+def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dtype | None = None) -> StreamedModel:
     """Build the model of `checkpoint` without its decoder layers.
+
+    Args:
+        dtype: to compute in; None for float32 on the CPU, bfloat16 on CUDA.
 
     Raises:
         InputError: the family is not supported, or a tensor is missing or has another shape than configured.
@@ -151,7 +157,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto") -> StreamedModel
     """
     tensors = text_tensors(checkpoint)
     chosen = choose_device(device)
-    dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
     config = AutoConfig.from_pretrained(checkpoint.path)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")

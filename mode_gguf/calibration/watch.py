@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mode_gguf.calibration.inputs import ModelInputs
-from mode_gguf.calibration.key_tokens import key_vision_tokens, vision_scores
+from mode_gguf.calibration.key_tokens import KeyTokens, LayerAttention, key_vision_tokens
 
 EXPERTS = "mode_gguf"
 ATTENTION = "mode_gguf"
@@ -82,11 +82,11 @@ class Watch:
     """What a model shows of the sample that runs through it at the moment.
 
     Attributes:
-        key_ratio: share of the vision tokens that are key; None leaves the modalities of the pass as they are.
+        key: how key tokens are chosen; None leaves the modalities of the pass as they are.
         keep_hidden: whether the experts' gated activations are recorded.
     """
 
-    key_ratio: float | None
+    key: KeyTokens | None
     keep_hidden: bool
     current: Pass | None = None
 
@@ -136,20 +136,17 @@ def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: scaled dot-product attention, plus the choice of this layer's key tokens."""
     watch = _WATCHES.get(module)
-    if watch is not None and watch.current is not None and watch.key_ratio is not None:
+    if watch is not None and watch.current is not None and watch.key is not None:
         inputs = watch.current.inputs
-        if inputs.has_image:
-            is_vision = inputs.is_vision.to(query.device)
+        if inputs.is_vision.any():
             with torch.no_grad():
-                scores = vision_scores(
-                    query[0], key[0], inputs.is_query.to(query.device), is_vision, attention_mask, options["scaling"]
-                )
-                key_tokens = key_vision_tokens(scores, is_vision, watch.key_ratio)
-            modality = torch.where(is_vision, REDUNDANT_VISION, TEXT)
+                layer = LayerAttention(query[0], key[0], value[0], attention_mask, options["scaling"])
+                key_tokens = key_vision_tokens(watch.key, inputs, module.layer_idx, layer)
+            modality = torch.where(inputs.is_vision.to(query.device), REDUNDANT_VISION, TEXT)
             modality[key_tokens] = KEY_VISION
             watch.current.modality = modality
     attended: tuple[Tensor, Tensor | None] = sdpa_attention_forward(

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import numpy as np
@@ -108,6 +109,25 @@ def write_gguf(
             _write(writer, temporary, tensors, description, progress)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); choose another place") from error
+
+
+def header_bytes(
+    architecture: str, add_keys: Callable[[GGUFWriter], None], tensors: Sequence[tuple[str, tuple[int, ...]]]
+) -> int:
+    """Bytes of a file of these tensors (name, shape) without their weights, each tensor padded as much as can be."""
+    writer = GGUFWriter(None, architecture)
+    add_keys(writer)
+    for name, shape in tensors:
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        try:
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        return path.stat().st_size + (len(tensors) + 1) * int(writer.data_alignment)
 
 
 def _write(

@@ -11,7 +11,7 @@ from mode_gguf.architectures import Metadata, find_family, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, write_gguf
+from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, header_bytes, write_gguf
 from mode_gguf.export.metadata import add_general_keys, file_type, main_expert_type
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.progress import Progress, silent
@@ -47,21 +47,11 @@ def write_text_model(
         InputError: the checkpoint, the types, the importance or a weight cannot be used.
         MissingResourceError: not enough disk space, or no libggml for a type that it packs.
     """
-    family = find_family(checkpoint)
     tensors = text_tensors(checkpoint)
     importance = importance or {}
     stored = stored_types(tensors, types)
     check_available(stored.values())
     _check_importance(tensors, stored, importance)
-    vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
-
-    def add_keys(writer: GGUFWriter) -> None:
-        add_general_keys(writer, checkpoint, tensors, kind="model")
-        writer.add_file_type(file_type(main_expert_type(tensors, stored)))
-        add_metadata(writer, family.text_metadata(checkpoint))
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer)
-        add_metadata(writer, metadata or {})
-
     outgoing = [
         OutgoingTensor(
             tensor.name,
@@ -72,7 +62,49 @@ def write_text_model(
         )
         for tensor in tensors
     ]
-    write_gguf(path, family.gguf_arch, add_keys, outgoing, description="packing", progress=progress)
+    write_gguf(
+        path,
+        find_family(checkpoint).gguf_arch,
+        partial(_add_keys, checkpoint, tensors, stored, metadata or {}, pre_tokenizer),
+        outgoing,
+        description="packing",
+        progress=progress,
+    )
+
+
+def metadata_bytes(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> int:
+    """Upper bound of what a text model's file holds besides weights: keys, tokenizer, tensor names and padding.
+
+    Raises:
+        InputError: the checkpoint cannot be used.
+    """
+    tensors = text_tensors(checkpoint)
+    f32 = dict.fromkeys((tensor.name for tensor in tensors), QUANT_TYPES["F32"])
+    add_keys = partial(_add_keys, checkpoint, tensors, f32, {}, pre_tokenizer)
+    keys = header_bytes(
+        find_family(checkpoint).gguf_arch, add_keys, [(tensor.name, tensor.shape) for tensor in tensors]
+    )
+    return keys + _IMATRIX_KEYS_BYTES
+
+
+_IMATRIX_KEYS_BYTES = 1024
+"""Room for the keys that name the importance matrix and its data sets."""
+
+
+def _add_keys(
+    checkpoint: Checkpoint,
+    tensors: Sequence[SourceTensor],
+    stored: Mapping[str, QuantType],
+    metadata: Metadata,
+    pre_tokenizer: str | None,
+    writer: GGUFWriter,
+) -> None:
+    vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
+    add_general_keys(writer, checkpoint, tensors, kind="model")
+    writer.add_file_type(file_type(main_expert_type(tensors, stored)))
+    add_metadata(writer, find_family(checkpoint).text_metadata(checkpoint))
+    add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer)
+    add_metadata(writer, metadata)
 
 
 def stored_types(tensors: Sequence[SourceTensor], types: Mapping[str, QuantType]) -> dict[str, QuantType]:

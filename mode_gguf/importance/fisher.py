@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.hidden_store import HiddenStore
 from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.streaming import StreamedModel
@@ -39,7 +40,7 @@ from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES, group_of, group
 from mode_gguf.importance.imatrix import Imatrix, Importance, importance_of
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
-from mode_gguf.importance.weight_changes import PARTS, change_of_weights, expert_changes
+from mode_gguf.importance.weight_changes import PARTS, expert_changes, matrix_changes
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import is_storable
 
@@ -48,9 +49,8 @@ _HEAD = "head"
 
 @dataclass(slots=True)
 class _LayerCall:
-    """What one layer was called with for one sample."""
+    """What one layer was called with for one sample; its hidden states are in the store."""
 
-    hidden: Tensor
     options: Mapping[str, Any]
     modality: Tensor
 
@@ -73,21 +73,33 @@ def fisher_sensitivity(
 ) -> Measurement:
     """Fisher sensitivity of every expert, matrix and the embedding, at every candidate type.
 
-    Hidden states of all samples and layers are kept in host memory: samples x tokens x layers x H values.
+    Hidden states of all samples and layers are kept, samples x tokens x layers x H values: beyond the first gigabytes
+    in temporary files.
     """
+    with HiddenStore() as store:
+        return _measured(streamed, inputs, settings, store, progress)
+
+
+def _measured(
+    streamed: StreamedModel,
+    inputs: Sequence[ModelInputs],
+    settings: MeasurementSettings,
+    store: HiddenStore,
+    progress: Progress,
+) -> Measurement:
     positions = np.zeros(N_ANSWERS)
     for one in inputs:
         positions[one.answer] += len(one.scored)
     result = Measurement({}, tuple(int(n) for n in positions), {})
     per_position = 1 / np.maximum(positions, 1)[:, None]
     traces = [_Trace(one, Pass.of(one, streamed.device)) for one in inputs]
-    _forward_all(streamed, traces, settings, progress)
+    _forward_all(streamed, traces, settings, store, progress)
     by_role = {role: [tensor for tensor in streamed.tensors if tensor.role is role] for role in Role}
     head = (by_role[Role.OUTPUT] or by_role[Role.EMBEDDING])[0]
     head_cost = _head_cost(streamed, head, traces, settings, per_position, result) * per_position[..., None]
-    _backward_all(streamed, traces, settings, per_position, result, progress)
+    _backward_all(streamed, traces, settings, store, per_position, result, progress)
     embedding = by_role[Role.EMBEDDING][0]
-    embedding_cost = _embedding_cost(streamed, embedding, traces, settings) * per_position[..., None]
+    embedding_cost = _embedding_cost(streamed, embedding, traces, settings, result) * per_position[..., None]
     result.arrays[f"{embedding.name}.unit"] = embedding_cost
     # A tied embedding is the head as well: one tensor, both costs.
     result.arrays[f"{head.name}.unit"] = head_cost + (embedding_cost if head is embedding else 0.0)
@@ -98,14 +110,18 @@ def fisher_sensitivity(
 
 
 def _forward_all(
-    streamed: StreamedModel, traces: Sequence[_Trace], settings: MeasurementSettings, progress: Progress
+    streamed: StreamedModel,
+    traces: Sequence[_Trace],
+    settings: MeasurementSettings,
+    store: HiddenStore,
+    progress: Progress,
 ) -> None:
     """Fill the traces: every layer's call, the head's input, and the gradients at the last layer's output."""
-    watch = Watch(settings.key_ratio, keep_hidden=False)
-    running: list[_Trace] = []
+    watch = Watch(settings.key_tokens, keep_hidden=False)
+    running: list[tuple[int, _Trace]] = []
 
     def enter(number: int) -> None:
-        running[:] = [traces[number]]
+        running[:] = [(number, traces[number])]
         watch.current = traces[number].passed
 
     def leave(number: int, layer: int) -> None:
@@ -117,13 +133,14 @@ def _forward_all(
         trace.passed.forget()
 
     def keep_call(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        trace = running[0]
-        trace.layers.append(_LayerCall(arguments[0].cpu(), options, trace.passed.modality))
+        number, trace = running[0]
+        store.put((number, len(trace.layers)), arguments[0])
+        trace.layers.append(_LayerCall(options, trace.passed.modality))
 
     def start_of_gradient(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
         # Only what follows the last layer is recorded for autograd; `_gradients` ends the thread's gradient mode.
         last = output.detach().requires_grad_()
-        running[0].last = last
+        running[0][1].last = last
         torch.set_grad_enabled(True)
         return last
 
@@ -174,6 +191,7 @@ def _backward_all(
     streamed: StreamedModel,
     traces: Sequence[_Trace],
     settings: MeasurementSettings,
+    store: HiddenStore,
     per_position: np.ndarray,
     result: Measurement,
     progress: Progress,
@@ -185,31 +203,27 @@ def _backward_all(
         for index in reversed(range(n_layers)):
             with streamed.loaded_layer(index) as layer:
                 changes = {
-                    tensor.name: [
-                        change_of_weights(tensor, 0, quant_type, settings.importance, settings.packing, streamed.device)
-                        if is_storable(tensor, quant_type)
-                        else None
-                        for quant_type in settings.dense_types
-                    ]
+                    tensor.name: list(matrix_changes(tensor, settings, settings.importance, result, streamed.device))
                     for tensor in streamed.layer_tensors(index, Role.DENSE)
                 }
                 modules = {
                     tensor.name: linears[str(tensor.activation)] for tensor in streamed.layer_tensors(index, Role.DENSE)
                 }
-                dense = {name: np.zeros((N_ANSWERS, N_MODALITIES, len(types))) for name, types in changes.items()}
+                dense = {name: _no_cost([t for t, _ in fitting], settings) for name, fitting in changes.items()}
                 columns = {
                     tensor.name: ColumnSums.of(1, tensor.row_width)
                     for tensor in streamed.layer_tensors(index, Role.DENSE)
                 }
                 routed: list[_Routed] = []
-                for trace in traces:
-                    calls = _backward_layer(streamed, index, layer, modules, trace)
+                for number, trace in enumerate(traces):
+                    hidden = store.take((number, index))
+                    calls = _backward_layer(streamed, index, layer, modules, trace, hidden)
                     if calls.routed is not None:
                         routed.append(calls.routed)
                     token_scale = _token_scale(calls.group, per_position)
                     for name, (x, gradients) in calls.linears.items():
                         columns[name].add(x, squared_norms(gradients) * token_scale)
-                        for t, change in enumerate(changes[name]):
+                        for t, change in changes[name]:
                             dense[name][..., t] += _linear_cost(x, gradients, change, calls.group)
                     done(1)
                 for name, cost in dense.items():
@@ -240,14 +254,19 @@ class _BackwardCalls:
 
 
 def _backward_layer(
-    streamed: StreamedModel, index: int, layer: nn.Module, modules: dict[str, nn.Module], trace: _Trace
+    streamed: StreamedModel,
+    index: int,
+    layer: nn.Module,
+    modules: dict[str, nn.Module],
+    trace: _Trace,
+    hidden: Tensor,
 ) -> _BackwardCalls:
     """Recompute one layer for one sample and move the trace's gradients from its output to its input."""
     call = trace.layers[index]
-    trace.layers[index] = _LayerCall(torch.empty(0), {}, call.modality)  # its memory is not needed again
+    trace.layers[index] = _LayerCall({}, call.modality)  # its memory is not needed again
     passed = Pass(trace.inputs, call.modality)
-    watch = Watch(key_ratio=None, keep_hidden=False, current=passed)
-    hidden = call.hidden.to(streamed.device).requires_grad_()
+    watch = Watch(key=None, keep_hidden=False, current=passed)
+    hidden = hidden.to(streamed.device).requires_grad_()
     with watching(layer, modules, watch), torch.enable_grad():
         output = layer(hidden, **call.options)
     outputs = {name: linear.output for name, linear in passed.linears.items()}
@@ -297,10 +316,15 @@ def _half_mean_square(products: Tensor) -> Tensor:
     return products.square().mean(0) / 2
 
 
-def _linear_cost(x: Tensor, gradients: Tensor, change: Tensor | None, group: Tensor) -> np.ndarray:
-    """Summed cost (A, M) of one matrix on one sample; NaN for a type that does not fit."""
-    if change is None:
-        return np.full((N_ANSWERS, N_MODALITIES), np.nan)
+def _no_cost(fitting: Sequence[int], settings: MeasurementSettings) -> np.ndarray:
+    """Where costs (A, M, T) of a matrix are added up: zero at the types that fit its rows, NaN at the others."""
+    cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
+    cost[..., list(fitting)] = 0.0
+    return cost
+
+
+def _linear_cost(x: Tensor, gradients: Tensor, change: Tensor, group: Tensor) -> np.ndarray:
+    """Summed cost (A, M) of one matrix on one sample."""
     products = (gradients.float() * linear(x.float(), change)).sum(-1)
     return _half_square_of_sums(products, group)
 
@@ -351,6 +375,7 @@ def _measure_experts(
         filled = fill_unseen(cost[part], counts, error[part], summed=True)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled * per_position[..., None, None]
+        result.arrays[f"{name}.weight_error"] = error[part]
     for projection, tensor in projections.items():
         unit = np.stack(
             [group_sums(_half_mean_square(block[projection][t]), routed.group) for t in range(n_types)], axis=-1
@@ -405,7 +430,7 @@ def _head_cost(
 
     Its importance goes to `result`; the squared norm of a logits' gradient is on average 1 less the sum of p^2.
     """
-    cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
+    cost = _no_cost([], settings)
     weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
     if head.activation is not None:  # a tied embedding has no importance
         columns = ColumnSums.of(1, head.row_width)
@@ -416,10 +441,7 @@ def _head_cost(
             columns.add(trace.head_input, (1 - squares.double()) * per_position[trace.inputs.answer, 0])
         result.imatrix[head.name] = columns.entry()
     importance = _chosen_importance(settings, result.imatrix)
-    for t, quant_type in enumerate(settings.dense_types):
-        if not is_storable(head, quant_type):
-            continue
-        change = change_of_weights(head, 0, quant_type, importance, settings.packing, streamed.device)
+    for t, change in matrix_changes(head, settings, importance, result, streamed.device):
         cost[..., t] = 0.0
         for trace in traces:
             if trace.head_input is None:
@@ -435,14 +457,15 @@ def _head_cost(
 
 
 def _embedding_cost(
-    streamed: StreamedModel, embedding: SourceTensor, traces: Sequence[_Trace], settings: MeasurementSettings
+    streamed: StreamedModel,
+    embedding: SourceTensor,
+    traces: Sequence[_Trace],
+    settings: MeasurementSettings,
+    result: Measurement,
 ) -> np.ndarray:
     """Summed cost (A, M, T) of the token embedding: its gradients are those at the first layer's input."""
-    cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
-    for t, quant_type in enumerate(settings.dense_types):
-        if not is_storable(embedding, quant_type):
-            continue
-        change = change_of_weights(embedding, 0, quant_type, settings.importance, settings.packing, streamed.device)
+    cost = _no_cost([], settings)
+    for t, change in matrix_changes(embedding, settings, settings.importance, result, streamed.device):
         cost[..., t] = 0.0
         for trace in traces:
             is_text = ~trace.inputs.is_vision  # placeholders' embeddings are replaced by the image's

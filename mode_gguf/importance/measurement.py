@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.importance.imatrix import Imatrix, Importance
 from mode_gguf.quantization.packing import EXACT, Packing
@@ -18,7 +19,7 @@ class MeasurementSettings:
     Attributes:
         expert_types: candidates of expert tensors; dense_types: of all other matrices.
         importance: the plain one, which they are packed with, except where `imatrix` says otherwise.
-        key_ratio: share of the vision tokens that are key.
+        key_tokens: how key vision tokens are chosen.
         draws: label draws per scored position; seed: of the draws. Only Fisher sensitivity draws.
         imatrix: `fisher`: experts and the output head are packed with the Fisher importance, which is known before
             they are measured.
@@ -28,7 +29,7 @@ class MeasurementSettings:
     expert_types: Sequence[QuantType]
     dense_types: Sequence[QuantType]
     importance: Importance
-    key_ratio: float
+    key_tokens: KeyTokens
     draws: int
     seed: int
     imatrix: ImatrixKind = "plain"

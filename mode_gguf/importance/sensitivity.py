@@ -10,10 +10,10 @@ from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
-from mode_gguf.importance.expert_mse import expert_mse
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Imatrix, Importance
 from mode_gguf.importance.measurement import MeasurementSettings
+from mode_gguf.importance.output_error import block_mse, expert_mse
 from mode_gguf.importance.table import METHODS, Method, SensitivityTable
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import EXACT, Packing
@@ -47,8 +47,8 @@ def measure_sensitivity(
 
     Args:
         importance: the plain one; a tensor without is packed plainly.
-        statistics: of the same checkpoint; its key ratio is used again.
-        method: `fisher` (KL, see `fisher`) or `expert-mse` (the paper's recipe, see `expert_mse`).
+        statistics: of the same checkpoint; its key tokens are chosen again.
+        method: `fisher` (KL, see `fisher`), `expert-mse` (the paper's recipe) or `block-mse`, see `output_error`.
         imatrix: which importance the file will be packed with; for `fisher` see `MeasurementSettings`.
         packing: how the file will be packed.
         label_draws: per scored position; Fisher only.
@@ -76,9 +76,9 @@ def measure_sensitivity(
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
     inputs = [builder.build(sample) for sample in samples]
     settings = MeasurementSettings(
-        expert_types, dense_types, importance, statistics.key_ratio, label_draws, seed, imatrix, packing
+        expert_types, dense_types, importance, statistics.key_tokens, label_draws, seed, imatrix, packing
     )
-    measure = fisher_sensitivity if method == "fisher" else expert_mse
+    measure = {"fisher": fisher_sensitivity, "expert-mse": expert_mse, "block-mse": block_mse}[method]
     measurement = measure(open_streamed(checkpoint, device), inputs, settings, progress)
     table = SensitivityTable(
         model=checkpoint.name,

@@ -14,7 +14,7 @@ from mode_gguf.calibration.watch import MODALITIES
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.quantization.packing import EXACT, Packing
 
-Method: TypeAlias = Literal["fisher", "expert-mse"]
+Method: TypeAlias = Literal["fisher", "expert-mse", "block-mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
@@ -25,12 +25,12 @@ class SensitivityTable:
     Attributes:
         model: name of the model.
         fingerprint: of its checkpoint.
-        method: `fisher` (KL in nats per scored position) or `expert-mse`.
+        method: `fisher` (KL in nats per scored position), `expert-mse` or `block-mse` (mean squared errors).
         expert_types: names along the last axis of expert tensors' arrays.
         dense_types: names along the last axis of all other arrays.
-        arrays: `{tensor}.unit`, `{tensor}.expert`, `blk.L.ffn_exps.expert`.
+        arrays: `{tensor}.unit`, `{tensor}.expert`, `blk.L.ffn_exps.expert`, and the `.weight_error` of all three.
         positions: scored positions per kind of answer.
-        draws: label draws per position; 0 for `expert-mse`.
+        draws: label draws per position; 0 where nothing is drawn.
         seed: of the draws.
         estimated: experts per (layer, answer, modality) that no token reached, whose values are estimates.
         imatrix: which importance matrix candidates were packed with; packing: how.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -15,6 +16,7 @@ from torch.nn.functional import linear
 from mode_gguf.architectures.tensors import SourceTensor, as_float32
 from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
+from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.quantization.ahead import in_order
 from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
@@ -62,6 +64,32 @@ def change_of_weights(
     columns = importance[tensor.name][expert] if tensor.name in importance else None
     packed = pack_matrix(matrix, quant_type, columns, name=tensor.name, packing=packing)
     return torch.from_numpy(unpack_matrix(packed, quant_type, matrix.shape[1]) - matrix).to(device)
+
+
+def matrix_changes(
+    tensor: SourceTensor,
+    settings: MeasurementSettings,
+    importance: Importance,
+    result: Measurement,
+    device: torch.device,
+) -> Iterator[tuple[int, Tensor]]:
+    """Changes of a matrix that is no expert, with the index of their type, at all dense types that its rows fit.
+
+    Puts their size relative to the weights, `{tensor}.weight_error`, into the arrays of `result`.
+    """
+    errors = np.full((1, len(settings.dense_types)), np.nan)
+    result.arrays[f"{tensor.name}.weight_error"] = errors
+    fitting = [t for t, quant_type in enumerate(settings.dense_types) if is_storable(tensor, quant_type)]
+    squares = _sum_of_squares(torch.from_numpy(as_float32(tensor.read(0)))) if fitting else 0.0
+    for t in fitting:
+        change = change_of_weights(tensor, 0, settings.dense_types[t], importance, settings.packing, device)
+        errors[0, t] = _sum_of_squares(change) / squares
+        yield t, change
+
+
+def _sum_of_squares(matrix: Tensor) -> float:
+    """Of a matrix that may be too large for a copy in float64."""
+    return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())
 
 
 def expert_changes(

@@ -27,7 +27,7 @@ class Divergence(Record):
     Attributes:
         kl_mean: nats per scored token, full vocabulary, from the reference to the candidate.
         kl_mean_error: standard error of that mean over positions.
-        kl_p99: 99th percentile over positions.
+        kl_p99, kl_p99_9: 99th and 99.9th percentile over positions.
         top1_agreement: share of positions where both would pick the same token.
         perplexity: of the scored tokens; for answers the reference chose itself, of those.
     """
@@ -36,6 +36,7 @@ class Divergence(Record):
     kl_mean: float | None
     kl_mean_error: float | None
     kl_p99: float | None
+    kl_p99_9: float | None
     top1_agreement: float | None
     perplexity: float
     reference_perplexity: float | None
@@ -48,6 +49,7 @@ class Divergence(Record):
             kl_mean=float(kl.mean()) if with_reference else None,
             kl_mean_error=float(kl.std() / np.sqrt(len(kl))) if with_reference else None,
             kl_p99=float(np.percentile(kl, 99)) if with_reference else None,
+            kl_p99_9=float(np.percentile(kl, 99.9)) if with_reference else None,
             top1_agreement=float(scores.same_top1.mean()) if with_reference else None,
             perplexity=float(np.exp(scores.nll.mean())),
             reference_perplexity=float(np.exp(scores.reference_nll.mean())) if with_reference else None,

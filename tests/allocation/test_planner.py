@@ -6,16 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mode_gguf.allocation.costs import Measurements
+from mode_gguf.allocation.budget import Budget
+from mode_gguf.allocation.costs import ExpertUse, Measurements
 from mode_gguf.allocation.plan import Plan, Provenance
-from mode_gguf.allocation.planner import PRESETS, UNDERSHOOT, optimal_plan, uniform_plan
-from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes, tensor_bytes
+from mode_gguf.allocation.planner import UNDERSHOOT, Problem, optimal_plan, uniform_plan
+from mode_gguf.allocation.presets import PRESETS, Preset
+from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError, InputError
 from mode_gguf.quantization.types import QUANT_TYPES
 
 E, LAYERS = 4, 6
 EXPERT_TYPES, DENSE_TYPES = ("Q2_K", "Q3_K", "Q4_K"), ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
+TYPES = CandidateTypes(
+    tuple(QUANT_TYPES[name] for name in EXPERT_TYPES), tuple(QUANT_TYPES[name] for name in DENSE_TYPES)
+)
 MADE_FROM = Provenance(tool_version="0", model="m", model_fingerprint="f")
 
 
@@ -51,16 +56,32 @@ def measurements(tensors: list[SourceTensor], seed: int = 0) -> Measurements:
             arrays[layer] = arrays.get(layer, 0) + arrays[f"{t.name}.expert"]
         elif t.role is not Role.KEEP:
             arrays[f"{t.name}.unit"] = generator.random((2, 3, 1)) * dense_drop * 0.1
-    frequency = {layer: np.full((3, E), 1 / E) for layer in range(LAYERS)}
-    return Measurements(arrays, EXPERT_TYPES, DENSE_TYPES, frequency)
+    use = {layer: ExpertUse(np.full((3, E), 10), np.full((3, E), 2.5)) for layer in range(LAYERS)}
+    return Measurements(arrays, EXPERT_TYPES, DENSE_TYPES, use)
+
+
+def plan_for(
+    tensors: list[SourceTensor],
+    measured: Measurements,
+    *,
+    bpw: float,
+    types: CandidateTypes = TYPES,
+    preset: str | Preset = "mode",
+) -> Plan:
+    budget = Budget(value=bpw)
+    chosen = PRESETS[preset] if isinstance(preset, str) else preset
+    problem = Problem.of(tensors, measured, budget=budget, types=types, preset=chosen)
+    return optimal_plan(problem, MADE_FROM, budget)
 
 
 @pytest.mark.parametrize("preset", ["mode", "paper"])
 @pytest.mark.parametrize("bpw", [3.2, 3.5, 4.0])
 def test_budget_is_kept_and_used(preset: str, bpw: float) -> None:
     tensors = model()
-    plan = optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=bpw, types=DEFAULT_TYPES, preset=PRESETS[preset])
-    assert bpw * (1 - UNDERSHOOT) <= plan.bpw <= bpw
+    plan = plan_for(tensors, measurements(tensors), bpw=bpw, preset=preset)
+    largest_step = QUANT_TYPES["Q4_K"].bits_per_weight - QUANT_TYPES["Q3_K"].bits_per_weight
+    one_tensor = largest_step * E * 256 * 256 / sum(t.n_weights for t in tensors)
+    assert (bpw * (1 - UNDERSHOOT) if preset == "mode" else bpw - one_tensor) <= plan.bpw <= bpw
     weights = sum(t.n_weights for t in tensors)
     assert plan.bpw == pytest.approx(8 * sum(tensor_bytes(t, plan.types[t.name]) for t in tensors) / weights)
     assert plan.solver is not None
@@ -69,7 +90,7 @@ def test_budget_is_kept_and_used(preset: str, bpw: float) -> None:
 
 def test_policies() -> None:
     tensors = model()
-    plan = optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    plan = plan_for(tensors, measurements(tensors), bpw=3.3)
     for t in tensors:
         allowed = {Role.KEEP: {"F32"}, Role.EXPERT: set(EXPERT_TYPES)}.get(t.role, set(DENSE_TYPES))
         assert plan.types[t.name].name in allowed
@@ -80,7 +101,7 @@ def test_what_is_sensitive_gets_the_bits() -> None:
     measured = measurements(tensors)
     name = "blk.3.ffn_down_exps.weight"
     measured.arrays[f"{name}.unit"][...] *= 1000
-    plan = optimal_plan(tensors, measured, MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    plan = plan_for(tensors, measured, bpw=3.3)
     assert plan.types[name].name == "Q4_K"
 
 
@@ -93,12 +114,7 @@ def test_redundant_vision_counts_for_nothing_in_the_paper_preset() -> None:
             if t.role is Role.EXPERT and t.layer == 2:
                 measured.arrays[f"{t.name}.expert"][:, 2] *= factor
                 measured.arrays[f"{t.name}.unit"][:, 2] *= factor
-        plans.append(
-            [
-                optimal_plan(tensors, measured, MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS[preset])
-                for preset in ("paper", "mode")
-            ]
-        )
+        plans.append([plan_for(tensors, measured, bpw=3.3, preset=preset) for preset in ("paper", "mode")])
     experts = [t.name for t in tensors if t.role is Role.EXPERT]
     assert [plans[0][0].types[n] for n in experts] == [plans[1][0].types[n] for n in experts]
     assert [plans[0][1].types[n] for n in experts] != [plans[1][1].types[n] for n in experts]
@@ -107,7 +123,7 @@ def test_redundant_vision_counts_for_nothing_in_the_paper_preset() -> None:
 def test_a_type_per_expert_predicts_no_more_than_a_type_per_tensor() -> None:
     tensors = model()
     measured = measurements(tensors)
-    plan = optimal_plan(tensors, measured, MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    plan = plan_for(tensors, measured, bpw=3.3)
     assert plan.expert_granularity is not None
     assert {len(types) for types in plan.expert_granularity.types.values()} == {E}
     assert set(plan.expert_granularity.types) == {str(layer) for layer in range(LAYERS)}
@@ -118,14 +134,14 @@ def test_out_of_reach_names_the_range_and_the_reason() -> None:
     with pytest.raises(
         InfeasibleBudgetError, match=r"--bpw 2 .* \d\.\d+ to \d\.\d+ .*rows of 704 in 6 tensors"
     ) as caught:
-        optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=2, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+        plan_for(tensors, measurements(tensors), bpw=2)
     assert caught.value.exit_code == 3
 
 
 def test_a_projection_that_fits_no_candidate_does_not_stop_the_others() -> None:
     tensors = model(expert_width=704)
     measured = measurements(tensors)
-    plan = optimal_plan(tensors, measured, MADE_FROM, bpw=6.0, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    plan = plan_for(tensors, measured, bpw=6.0)
     assert {plan.types[f"blk.{layer}.ffn_down_exps.weight"].name for layer in range(LAYERS)} == {"Q8_0"}
     assert plan.expert_granularity is not None
     assert plan.expert_granularity.experts_bpw == pytest.approx(plan.experts_bpw, rel=0.05)
@@ -133,9 +149,9 @@ def test_a_projection_that_fits_no_candidate_does_not_stop_the_others() -> None:
 
 def test_rows_no_candidate_fits_fall_back_or_fail() -> None:
     narrow = tensor("blk.0.ffn_down_exps.weight", (E, 256, 704), Role.EXPERT, 0, "down")
-    assert [t.name for t in DEFAULT_TYPES.of(narrow)] == ["Q8_0"]
+    assert [t.name for t in TYPES.of(narrow)] == ["Q8_0"]
     with pytest.raises(InfeasibleBudgetError, match="rows of 100 weights"):
-        DEFAULT_TYPES.of(tensor("odd", (4, 100), Role.DENSE))
+        TYPES.of(tensor("odd", (4, 100), Role.DENSE))
 
 
 @pytest.mark.parametrize(("name", "dense"), [("Q2_K", "Q4_K"), ("Q8_0", "Q8_0"), ("BF16", "BF16")])
@@ -149,14 +165,14 @@ def test_uniform_plan_keeps_the_dense_floor(name: str, dense: str) -> None:
 
 def test_unmeasured_type_is_refused() -> None:
     tensors = model()
-    types = CandidateTypes((QUANT_TYPES["Q2_K"], QUANT_TYPES["Q6_K"]), DEFAULT_TYPES.dense)
+    types = CandidateTypes((QUANT_TYPES["Q2_K"], QUANT_TYPES["Q6_K"]), TYPES.dense)
     with pytest.raises(InputError, match="not measured at Q6_K"):
-        optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=3.5, types=types, preset=PRESETS["mode"])
+        plan_for(tensors, measurements(tensors), bpw=3.5, types=types)
 
 
 def test_plan_file_round_trip_and_refusals(tmp_path: Path) -> None:
     tensors = model()
-    plan = optimal_plan(tensors, measurements(tensors), MADE_FROM, bpw=3.3, types=DEFAULT_TYPES, preset=PRESETS["mode"])
+    plan = plan_for(tensors, measurements(tensors), bpw=3.3)
     path = tmp_path / "plan.json"
     plan.save(path)
     assert Plan.load(path) == plan

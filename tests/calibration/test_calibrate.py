@@ -12,6 +12,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.calibration.inputs import InputBuilder
+from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.calibration.observers import Observer
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics, merge
@@ -117,8 +118,9 @@ def test_merged_halves_equal_the_whole(
 def test_merging_what_does_not_belong_together(statistics: CalibrationStatistics) -> None:
     with pytest.raises(InputError, match="different checkpoints"):
         merge(statistics, replace(statistics, fingerprint="other"))
-    with pytest.raises(InputError, match=r"key ratios 0\.2 and 0\.5"):
-        merge(statistics, replace(statistics, key_ratio=0.5))
+    for other in (KeyTokens(ratio=0.5), KeyTokens("redundant")):
+        with pytest.raises(InputError, match=f"by text-attention, ratio 0.2 and by {other} cannot be merged"):
+            merge(statistics, replace(statistics, key_tokens=other))
 
 
 def test_coverage_names_experts_never_routed(statistics: CalibrationStatistics) -> None:
@@ -148,8 +150,6 @@ def test_silent_capture_is_an_error(
 def test_bad_options(checkpoint: Checkpoint, samples: list[Sample]) -> None:
     with pytest.raises(UsageError, match="at least one sample"):
         calibrate(checkpoint, [], device="cpu")
-    with pytest.raises(UsageError, match="key ratio 0 is out of range"):
-        calibrate(checkpoint, samples, device="cpu", key_ratio=0)
 
 
 def test_every_dense_tensor_is_watched(checkpoint: Checkpoint, statistics: CalibrationStatistics) -> None:

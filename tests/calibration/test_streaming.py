@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.key_tokens import key_vision_tokens, vision_scores
+from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.streaming import StreamedModel, choose_device, open_streamed
@@ -84,7 +84,10 @@ def test_key_tokens_are_those_of_eager_attention(pico: Path, pico_module: Path, 
         def leave(number: int, layer: int, passed: Pass = passed, modalities: list[torch.Tensor] = modalities) -> None:
             modalities.append(passed.modality)
 
-        with watching(streamed.model, {}, Watch(ratio, keep_hidden=False, current=passed)), torch.no_grad():
+        with (
+            watching(streamed.model, {}, Watch(KeyTokens(ratio=ratio), keep_hidden=False, current=passed)),
+            torch.no_grad(),
+        ):
             run_in_lockstep(
                 streamed.layers,
                 [forward],
@@ -99,34 +102,12 @@ def test_key_tokens_are_those_of_eager_attention(pico: Path, pico_module: Path, 
         chosen = set()
         for modality, attention in zip(modalities, attentions, strict=True):
             scores = attention[0][:, one.is_query][:, :, vision].mean((0, 1))
-            best = vision[scores.topk(max(1, int(ratio * len(vision)))).indices]
+            best = vision[scores.topk(int(ratio * len(vision))).indices]
             expected = torch.where(one.is_vision, REDUNDANT_VISION, TEXT)
             expected[best] = KEY_VISION
             assert torch.equal(modality, expected)
             chosen.add(tuple(best.sort().values.tolist()))
         assert len(chosen) > 1, "every layer chose the same tokens: the test could not tell layers apart"
-
-
-def test_vision_scores_in_blocks_and_with_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    query, key = torch.randn(4, 12, 8), torch.randn(2, 12, 8)
-    is_vision = torch.arange(12) < 5
-    is_query = torch.arange(12) > 6
-    causal = torch.ones(12, 12).tril().bool()
-    whole = vision_scores(query, key, is_query, is_vision, None, 0.3)
-    logits = (query @ key.repeat_interleave(2, 0).mT * 0.3).masked_fill(~causal, -torch.inf)
-    torch.testing.assert_close(whole, logits.softmax(-1)[:, is_query][:, :, is_vision].mean((0, 1)))
-    for mask in (causal[None, None], torch.where(causal, 0.0, -1e9)[None, None]):
-        torch.testing.assert_close(vision_scores(query, key, is_query, is_vision, mask, 0.3), whole)
-    monkeypatch.setattr("mode_gguf.calibration.key_tokens._BLOCK_ELEMENTS", 4 * 12 * 2)
-    torch.testing.assert_close(vision_scores(query, key, is_query, is_vision, None, 0.3), whole)
-
-
-@pytest.mark.parametrize(("ratio", "count"), [(0.2, 1), (0.5, 2), (1.0, 5), (0.01, 1)])
-def test_number_of_key_tokens(ratio: float, count: int) -> None:
-    is_vision = torch.tensor([False, True, True, True, True, True, False])
-    chosen = key_vision_tokens(torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3]), is_vision, ratio)
-    assert chosen.tolist() == [4, 2, 5, 3, 1][:count]
 
 
 def test_unknown_device() -> None:

@@ -66,6 +66,23 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, 
     assert Path(exported["mmproj"]).read_bytes() == Path(whole["mmproj"]).read_bytes()
 
 
+def test_unit_kl_beside_what_sensitivity_predicted(pico: Path, out: Path, run: Run) -> None:
+    small = (*SMALL, "--samples-budget", "2", "--types", "Q2_K", "--dense-types", "Q4_K")
+    result = json.loads(run("unit-kl", pico, "--out", out, "--json", *small))
+    assert Path(result["unit_kl"]) == out / "unit-kl.safetensors"
+    assert not (out / "unit-kl.partial").exists()
+    assert {(row["part"], row["type"]) for row in result["compared"]} == {
+        *((f"blk.{layer} experts", "Q2_K") for layer in range(3)),
+        *((f"blk.{layer} attention", "Q4_K") for layer in range(3)),
+        ("token_embd.weight", "Q4_K"),
+        ("output.weight", "Q4_K"),
+    }
+    assert all(0 < value < 10 for row in result["compared"] for value in row["measured"])
+    text = run("unit-kl", pico, "--out", out, *small)
+    assert "text: predicted, measured" in text
+    assert "blk.2 experts         Q2_K" in text
+
+
 def test_paper_preset_makes_a_file_too(pico: Path, tmp_path: Path, run: Run) -> None:
     arguments = ("--preset", "paper", "--bpw", "4.0", "--out", tmp_path, "--json", "--no-validate", *SMALL)
     result = json.loads(run("convert", pico, *arguments))
@@ -162,9 +179,10 @@ def test_types_that_libggml_packs_reach_below_the_k_quants(pico: Path, tmp_path:
 
 def test_rows_that_only_small_blocks_fit(tmp_path: Path, run: Run) -> None:
     model, out = write_pico_qwen3vlmoe(tmp_path / "narrow", expert_width=96), tmp_path / "out"
-    arguments = ("--out", out, "--json", "--no-validate", *SMALL)
-    assert "rows of 96 in 3 tensors do not fit Q2_K, Q3_K, Q4_K and take Q8_0; IQ4_NL, Q4_0 and Q5_0 would fit" in run(
-        "convert", model, "--bpw", "4.2", *arguments, code=3
+    arguments = ("--out", out, "--json", "--no-validate", "--dense-types", "Q4_K,Q8_0", *SMALL)
+    assert (
+        "rows of 96 in 3 tensors do not fit Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and take Q8_0; IQ4_NL, Q4_0 and Q5_0 would fit"
+        in run("convert", model, "--bpw", "4.2", *arguments, code=3)
     )
     result = json.loads(run("convert", model, "--bpw", "4.2", *arguments, "--types", "Q2_K,Q3_K,Q4_0,IQ4_NL,Q5_0"))
     assert 4.2 * 0.995 <= result["bpw"] <= 4.2

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, silu
 from transformers import AutoModelForImageTextToText
 
-from mode_gguf.allocation.planner import PRESETS
+from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
+from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ def inputs(checkpoint: Checkpoint, samples: list[Sample]) -> list[ModelInputs]:
 
 
 def measure(checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, **options: Any) -> Measurement:
-    settings = MeasurementSettings(TYPES, TYPES, importance, 0.2, DRAWS, SEED, **options)
+    settings = MeasurementSettings(TYPES, TYPES, importance, TEXT_ATTENTION, DRAWS, SEED, **options)
     return fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings)
 
 
@@ -179,7 +180,7 @@ def test_planning_and_packing_pursue_the_same_objective() -> None:
     """The matrix adds answers and modalities up as they come; so must the costs of the preset that goes with it."""
     costs = PRESETS["mode"].costs
     assert {*costs.answer_weights, *costs.modality_weights} == {1.0}
-    assert not costs.by_frequency
+    assert costs.combination == "sensitivity"
 
 
 def sums_of(tokens: list[list[tuple[float, list[float]]]]) -> ColumnSums:

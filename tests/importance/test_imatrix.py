@@ -9,6 +9,7 @@ import pytest
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
@@ -30,7 +31,7 @@ def statistics_of(sum2: Sequence[object], count: list[list[int]]) -> Calibration
         "blk.0.ffn_exps.input.sum2": np.array(sum2, np.float64),
         "blk.0.ffn_exps.input.count": np.array(count, np.int64),
     }
-    return CalibrationStatistics("m", "f", arrays, SampleCounts(1, 1, 1, 1), 0.2, ("d",))
+    return CalibrationStatistics("m", "f", arrays, SampleCounts(1, 1, 1, 1), TEXT_ATTENTION, ("d",))
 
 
 UNEVEN = statistics_of(

@@ -9,21 +9,23 @@ import pytest
 import torch
 
 from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import as_float32
 from mode_gguf.calibration.calibrate import run_watched
 from mode_gguf.calibration.inputs import InputBuilder
+from mode_gguf.calibration.key_tokens import TEXT_ATTENTION, KeyTokens
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.calibration.watch import Pass
+from mode_gguf.calibration.watch import ExpertsCall, Pass
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.importance.table import SensitivityTable
+from mode_gguf.importance.table import METHODS, Method, SensitivityTable
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import change_of_weights
 from mode_gguf.quantization.packing import EXACT
-from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from tests.pico import write_pico_qwen3vlmoe
 
 TYPES = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
@@ -65,7 +67,7 @@ def test_expert_mse_by_hand(
     run_watched(
         open_streamed(checkpoint, "cpu"),
         [builder.build(sample) for sample in samples],
-        key_ratio=0.2,
+        key_tokens=TEXT_ATTENTION,
         leave=leave,
         finish=lambda layer: None,
         description="test",
@@ -76,15 +78,150 @@ def test_expert_mse_by_hand(
     np.testing.assert_allclose(paper_table.arrays["blk.0.ffn_down_exps.weight.expert"][0, 0, 1, 0], expected, rtol=1e-4)
 
 
-def test_expert_mse_units_are_frequency_times_error(
-    paper_table: SensitivityTable, statistics: CalibrationStatistics
-) -> None:
+def test_expert_mse_units_are_the_sums_of_their_experts(paper_table: SensitivityTable) -> None:
     assert paper_table.arrays["blk.1.ffn_up_exps.weight.expert"].shape == (1, 3, 4, 2)
     assert paper_table.arrays["blk.1.attn_q.weight.unit"].shape == (1, 3, 1)
     for name in ("gate", "up", "down"):
         per_expert = paper_table.arrays[f"blk.1.ffn_{name}_exps.weight.expert"]
-        expected = (statistics.frequency(1)[None, :, :, None] * per_expert).sum(axis=2)
-        np.testing.assert_allclose(paper_table.arrays[f"blk.1.ffn_{name}_exps.weight.unit"], expected, rtol=1e-6)
+        unit = paper_table.arrays[f"blk.1.ffn_{name}_exps.weight.unit"]
+        np.testing.assert_allclose(unit, per_expert.sum(axis=2), rtol=1e-6)
+
+
+class Block:
+    """Layer 1's MoE block on all samples, computed with its weights changed as wished."""
+
+    def __init__(self, checkpoint: Checkpoint, samples: list[Sample]) -> None:
+        builder = InputBuilder.open(checkpoint)
+        self.calls: list[ExpertsCall] = []
+        modality: list[torch.Tensor] = []
+        streamed = open_streamed(checkpoint, "cpu")
+
+        def leave(passed: Pass, layer: int) -> None:
+            if layer == 1 and passed.experts is not None:
+                self.calls.append(passed.experts)
+                modality.append(passed.modality)
+
+        run_watched(
+            streamed,
+            [builder.build(sample) for sample in samples],
+            key_tokens=TEXT_ATTENTION,
+            leave=leave,
+            finish=lambda layer: None,
+            description="test",
+        )
+        self.modality = torch.cat(modality)
+        self.tensors = {t.name: t for t in text_tensors(checkpoint)}
+
+    def output(self, changes: dict[tuple[str, int], torch.Tensor]) -> torch.Tensor:
+        """The block's output (N, H) with some (projection, expert) changed."""
+        x = torch.cat([call.input for call in self.calls])
+        index, weight = (torch.cat([getattr(c, name) for c in self.calls]) for name in ("index", "weight"))
+        output = torch.zeros_like(x)
+        for expert in range(4):
+            gate, up, down = (
+                torch.from_numpy(as_float32(self.tensors[f"blk.1.ffn_{name}_exps.weight"].read(expert)))
+                + changes.get((name, expert), torch.tensor(0.0))
+                for name in ("gate", "up", "down")
+            )
+            y = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+            output += y * (weight * (index == expert)).sum(-1, keepdim=True)
+        return output
+
+    def mean_squares(self, changes: dict[tuple[str, int], torch.Tensor]) -> np.ndarray:
+        """Mean square of what the changes do to the output, per modality (M,)."""
+        squares = (self.output(changes) - self.output({})).square().mean(-1)
+        return np.array([float(squares[self.modality == m].mean()) for m in range(3)])
+
+
+def test_block_mse_is_the_mean_square_of_the_blocks_change(
+    checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
+) -> None:
+    """Against the block computed anew with one expert, or one projection of all experts, stored in Q2_K."""
+    table, imatrix = measure_sensitivity(
+        checkpoint,
+        samples,
+        importance,
+        expert_types=TYPES,
+        dense_types=TYPES,
+        statistics=statistics,
+        method="block-mse",
+        device="cpu",
+    )
+    assert imatrix == {}
+    block = Block(checkpoint, samples)
+
+    def change(name: str, expert: int) -> torch.Tensor:
+        tensor = block.tensors[f"blk.1.ffn_{name}_exps.weight"]
+        return change_of_weights(tensor, expert, TYPES[0], importance, EXACT, CPU)
+
+    for name in ("gate", "up", "down"):
+        changes = {(name, expert): change(name, expert) for expert in range(4)}
+        prefix = f"blk.1.ffn_{name}_exps.weight"
+        np.testing.assert_allclose(table.arrays[f"{prefix}.unit"][0, :, 0], block.mean_squares(changes), rtol=1e-3)
+        for expert in range(4):
+            alone = {(name, expert): changes[name, expert]}
+            measured = table.arrays[f"{prefix}.expert"][0, :, expert, 0]
+            np.testing.assert_allclose(measured, block.mean_squares(alone), rtol=1e-3)
+    together = {(name, 2): change(name, 2) for name in ("gate", "up", "down")}
+    measured = table.arrays["blk.1.ffn_exps.expert"][0, :, 2, 0]
+    np.testing.assert_allclose(measured, block.mean_squares(together), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_the_errors_of_weights(
+    method: Method, checkpoint: Checkpoint, samples: list[Sample], statistics: CalibrationStatistics
+) -> None:
+    """Packed without importance, so that they are the same whatever the method."""
+    table, _ = measure_sensitivity(
+        checkpoint,
+        samples[-1:],
+        {},
+        expert_types=TYPES,
+        dense_types=TYPES,
+        statistics=statistics,
+        method=method,
+        label_draws=1,
+        device="cpu",
+    )
+    tensors = {t.name: t for t in text_tensors(checkpoint)}
+
+    def relative(name: str, expert: int, quant_type: QuantType) -> float:
+        matrix = as_float32(tensors[name].read(expert))
+        change = change_of_weights(tensors[name], expert, quant_type, {}, EXACT, CPU).numpy()
+        return float(np.square(change, dtype=np.float64).sum() / np.square(matrix, dtype=np.float64).sum())
+
+    for name in ("token_embd.weight", "output.weight", "blk.1.attn_k.weight", "blk.1.ffn_down_exps.weight"):
+        n_matrices = tensors[name].n_experts if "exps" in name else 1
+        expected = [[relative(name, matrix, t) for t in TYPES] for matrix in range(n_matrices)]
+        error = table.arrays[f"{name}.weight_error"]
+        assert error.dtype == np.float64
+        np.testing.assert_allclose(error, expected, rtol=1e-5)
+    parts = (table.arrays[f"blk.1.ffn_{name}_exps.weight.weight_error"] for name in ("gate", "up", "down"))
+    np.testing.assert_allclose(table.arrays["blk.1.ffn_exps.weight_error"], sum(parts), rtol=1e-5)
+
+
+def test_key_tokens_are_those_of_the_statistics(
+    checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
+) -> None:
+    """Where every vision token is key, none is redundant, and key ones carry what both carried before."""
+    tables = [
+        measure_sensitivity(
+            checkpoint,
+            samples[-2:],
+            importance,
+            expert_types=TYPES[:1],
+            dense_types=TYPES[:1],
+            statistics=replace(statistics, key_tokens=key_tokens),
+            label_draws=1,
+            device="cpu",
+        )[0]
+        .arrays["blk.1.ffn_exps.expert"][1]
+        .sum(axis=1)[:, 0]
+        for key_tokens in (TEXT_ATTENTION, KeyTokens("all"))
+    ]
+    text, key, redundant = tables[0]
+    assert redundant > 0
+    np.testing.assert_allclose(tables[1], [text, key + redundant, 0], rtol=1e-5)
 
 
 def test_save_and_load(paper_table: SensitivityTable, tmp_path: Path) -> None:
@@ -147,9 +284,9 @@ def test_statistics_of_another_checkpoint(
         )
 
 
-@pytest.mark.parametrize("method", ["fisher", "expert-mse"])
+@pytest.mark.parametrize("method", METHODS)
 def test_types_that_do_not_fit_are_not_a_number(
-    method: str, tmp_path: Path, samples: list[Sample], statistics: CalibrationStatistics
+    method: Method, tmp_path: Path, samples: list[Sample], statistics: CalibrationStatistics
 ) -> None:
     """Experts 320 wide: down cannot be a K-quant; a tied embedding carries the head's cost."""
     checkpoint = Checkpoint.open(write_pico_qwen3vlmoe(tmp_path / "odd", expert_width=320, tied=True))
@@ -161,11 +298,17 @@ def test_types_that_do_not_fit_are_not_a_number(
         expert_types=types,
         dense_types=types,
         statistics=replace(statistics, fingerprint=checkpoint.fingerprint),
-        method=method,  # type: ignore[arg-type]
+        method=method,
         label_draws=1,
         device="cpu",
     )
-    for name in ("blk.0.ffn_down_exps.weight.unit", "blk.0.ffn_down_exps.weight.expert", "blk.0.ffn_exps.expert"):
+    for name in (
+        "blk.0.ffn_down_exps.weight.unit",
+        "blk.0.ffn_down_exps.weight.expert",
+        "blk.0.ffn_down_exps.weight.weight_error",
+        "blk.0.ffn_exps.expert",
+        "blk.0.ffn_exps.weight_error",
+    ):
         assert np.isnan(table.arrays[name][..., 0]).all()
         assert np.isfinite(table.arrays[name][..., 1]).all()
     assert np.isfinite(table.arrays["blk.0.ffn_gate_exps.weight.unit"]).all()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mode_gguf.allocation.budget import reachable_range
+from mode_gguf.allocation.budget import Budget, check_reachable
 from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
@@ -37,7 +37,7 @@ def test_experts_hold_most_weights_and_three_bits_are_within_reach(checkpoint: C
     tensors = text_tensors(checkpoint)
     in_experts = sum(tensor.n_weights for tensor in tensors if tensor.role is Role.EXPERT)
     assert in_experts >= 0.85 * sum(tensor.n_weights for tensor in tensors)
-    assert reachable_range(tensors, DEFAULT_TYPES).lowest_bpw < 3.0
+    assert check_reachable(tensors, DEFAULT_TYPES, Budget(value=3.0)).lowest_bpw < 3.0
 
 
 def test_calibration_and_held_out_sets_share_nothing() -> None:

@@ -14,6 +14,7 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     key_ratio: options.KeyRatio = 0.2,
+    key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
@@ -22,15 +23,17 @@ def command(
     Writes calibration.safetensors and a stock imatrix GGUF, good for any budget afterwards.
     """
     from mode_gguf import pipeline
+    from mode_gguf.calibration.coverage import calibration_warnings
 
-    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed)
+    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed)
     checkpoint, folder = pipeline.open_model(model, out)
     statistics = pipeline.run_calibration(checkpoint, folder, chosen, progress())
     counts = asdict(statistics.samples)
     never = {layer.layer: layer.never_routed for layer in statistics.coverage() if any(layer.never_routed.values())}
     if json:
         files = {"calibration": str(folder.calibration), "imatrix": str(folder.imatrix)}
-        emit_json({**files, "samples": counts, "never_routed": never})
+        warnings = calibration_warnings(statistics)
+        emit_json({**files, "samples": counts, "never_routed": never, "warnings": warnings})
         return
     show(f"statistics  {folder.calibration}")
     show(f"imatrix     {folder.imatrix}")

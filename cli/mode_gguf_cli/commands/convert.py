@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def command(
     model: options.Model,
-    bpw: options.Bpw = 3.0,
+    bpw: options.Bpw = None,
+    size: options.Size = None,
+    expert_bpw: options.ExpertBpw = None,
     out: options.Out = None,
     calibration: options.Calibration = None,
     device: options.DeviceOption = options.Device.AUTO,
@@ -26,6 +28,15 @@ def command(
     ] = True,
     samples: options.HeldOut = None,
     preset: options.PresetOption = options.PresetName.MODE,
+    sensitivity: options.MetricOption = None,
+    combine: options.CombineOption = None,
+    modality_weights: options.ModalityWeights = None,
+    answer_weights: options.AnswerWeights = None,
+    pooled: options.Pooled = None,
+    frequency_floor: options.FrequencyFloor = None,
+    budget_per: options.ScopeOption = None,
+    use_all: options.Equality = None,
+    dense: options.DenseOption = None,
     imatrix: options.ImatrixOption = None,
     packing: options.PackingOption = options.PackingMode.REFINED,
     effort: options.EffortOption = options.Effort.DEFAULT,
@@ -36,23 +47,38 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     key_ratio: options.KeyRatio = 0.2,
+    key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     pre_tokenizer: options.PreTokenizer = None,
     llama_cpp: options.LlamaCpp = None,
     json: options.Json = False,
 ) -> None:
-    """Calibrate, measure, plan, pack and check MODEL: a GGUF at --bpw bits per weight, and its projector.
+    """Calibrate, measure, plan, pack and check MODEL: a GGUF of the size asked for, and its projector.
 
-    Everything lands in one work folder; running the command again reuses whatever is still right, so another --bpw
+    Everything lands in one work folder; running the command again reuses whatever is still right, so another budget
     costs a plan and a packing run only.
     """
     from mode_gguf import pipeline
 
     chosen = pipeline.ConvertOptions(
-        bpw=bpw,
-        calibration=options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed),
-        preset=preset.value,
+        budget=options.budget_of(bpw, size, expert_bpw),
+        calibration=options.calibration_options(
+            calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed
+        ),
+        preset=options.preset_of(
+            preset,
+            sensitivity,
+            combine,
+            modality_weights,
+            answer_weights,
+            pooled,
+            frequency_floor,
+            budget_per,
+            use_all,
+            dense,
+            seed,
+        ),
         imatrix=imatrix.value if imatrix else None,
         packing=options.packing_of(packing, effort, size_power),
         types=options.candidate_types(types, dense_types),
@@ -65,7 +91,7 @@ def command(
     )
     checkpoint, folder = pipeline.open_model(model, out)
     if dry_run:
-        _show_estimate(pipeline.estimate(checkpoint, folder, chosen), chosen.bpw, as_json=json)
+        _show_estimate(pipeline.estimate(checkpoint, folder, chosen), as_json=json)
         return
     result = pipeline.convert(checkpoint, folder, chosen, progress())
     if json:
@@ -90,8 +116,9 @@ def command(
         say(f"reused from the last run in this folder: {', '.join(reused)}")
 
 
-def _show_estimate(estimate: "Estimate", bpw: float, *, as_json: bool) -> None:
-    lowest, highest = estimate.reachable.lowest_bpw, estimate.reachable.highest_bpw
+def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
+    reach = estimate.reach
+    bpw = 8 * reach.budget / reach.n_weights
     share = estimate.expert_weights / estimate.n_weights
     if as_json:
         emit_json(
@@ -103,8 +130,8 @@ def _show_estimate(estimate: "Estimate", bpw: float, *, as_json: bool) -> None:
                 "layers": estimate.layers,
                 "experts": estimate.experts,
                 "bpw": bpw,
-                "reachable_bpw": [lowest, highest],
-                "limits": list(estimate.reachable.limits),
+                "reachable_bpw": [reach.lowest_bpw, reach.highest_bpw],
+                "limits": list(reach.limits),
                 "model_bytes": estimate.model_bytes,
                 "free_disk_bytes": estimate.free_disk_bytes,
             }
@@ -113,8 +140,8 @@ def _show_estimate(estimate: "Estimate", bpw: float, *, as_json: bool) -> None:
     experts = f"{100 * share:.1f} % in {estimate.layers} layers of {estimate.experts} experts"
     show(f"model      {estimate.model_name} ({estimate.family})")
     show(f"weights    {estimate.n_weights:,}, {experts}")
-    show(f"bpw        {bpw:g}; {lowest:.3f} to {highest:.3f} can be reached")
-    for limit in estimate.reachable.limits:
+    show(f"bpw        {bpw:.4g}; {reach.lowest_bpw:.3f} to {reach.highest_bpw:.3f} can be reached")
+    for limit in reach.limits:
         show(f"           {limit}")
     show(f"text file  {estimate.model_bytes / 1e6:,.1f} MB; {estimate.free_disk_bytes / 1e9:,.1f} GB are free")
     show("nothing was written")

@@ -10,9 +10,20 @@ from mode_gguf_cli.console import emit_json, show
 
 def command(
     model: options.Model,
-    bpw: options.Bpw = 3.0,
+    bpw: options.Bpw = None,
+    size: options.Size = None,
+    expert_bpw: options.ExpertBpw = None,
     out: options.Out = None,
     preset: options.PresetOption = options.PresetName.MODE,
+    sensitivity: options.MetricOption = None,
+    combine: options.CombineOption = None,
+    modality_weights: options.ModalityWeights = None,
+    answer_weights: options.AnswerWeights = None,
+    pooled: options.Pooled = None,
+    frequency_floor: options.FrequencyFloor = None,
+    budget_per: options.ScopeOption = None,
+    use_all: options.Equality = None,
+    dense: options.DenseOption = None,
     types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
     uniform: Annotated[
@@ -26,9 +37,11 @@ def command(
     packing: Annotated[
         options.PackingMode | None, typer.Option(help="With --uniform: how K-quants are packed; default: refined.")
     ] = None,
+    pre_tokenizer: options.PreTokenizer = None,
+    seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
-    """Choose the types of all tensors for --bpw bits per weight; writes plan.json and tensor-types.txt.
+    """Choose the types of all tensors under a budget; writes plan.json and tensor-types.txt.
 
     Needs the results of `sensitivity` in the work folder, except with --uniform. The plan may be edited by hand.
     Weights will be packed as `sensitivity` packed its candidates.
@@ -56,7 +69,21 @@ def command(
         raise UsageError(f"{option} goes with --uniform; otherwise give it to `mode-gguf sensitivity`")
     else:
         candidates = options.candidate_types(types, dense_types)
-        made = pipeline.run_plan(checkpoint, folder, bpw, preset.value, candidates)
+        chosen = options.preset_of(
+            preset,
+            sensitivity,
+            combine,
+            modality_weights,
+            answer_weights,
+            pooled,
+            frequency_floor,
+            budget_per,
+            use_all,
+            dense,
+            seed,
+        )
+        budget = options.budget_of(bpw, size, expert_bpw)
+        made = pipeline.run_plan(checkpoint, folder, budget, chosen, candidates, pre_tokenizer=pre_tokenizer)
     if json:
         emit_json(
             {

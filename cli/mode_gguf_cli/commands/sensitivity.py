@@ -10,6 +10,7 @@ def command(
     calibration: options.Calibration = None,
     device: options.DeviceOption = options.Device.AUTO,
     preset: options.PresetOption = options.PresetName.MODE,
+    sensitivity: options.MetricOption = None,
     imatrix: options.ImatrixOption = None,
     packing: options.PackingOption = options.PackingMode.REFINED,
     effort: options.EffortOption = options.Effort.DEFAULT,
@@ -19,6 +20,7 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     key_ratio: options.KeyRatio = 0.2,
+    key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
@@ -28,12 +30,11 @@ def command(
     the Fisher importance matrix, whichever --imatrix the candidates are packed with.
     """
     from mode_gguf import pipeline
-    from mode_gguf.allocation.planner import PRESETS
     from mode_gguf.importance.choice import chosen_imatrix
 
-    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, device, seed)
+    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed)
     checkpoint, folder = pipeline.open_model(model, out)
-    method = PRESETS[preset.value].method
+    method = options.preset_of(preset, sensitivity).method
     candidates = options.candidate_types(types, dense_types)
     pipeline.run_sensitivity(
         checkpoint,

@@ -1,0 +1,66 @@
+"""mode-gguf unit-kl: what every type really does to every tensor, measured."""
+
+from typing import Annotated
+
+import typer
+
+from mode_gguf_cli import options
+from mode_gguf_cli.console import emit_json, progress, show
+
+
+def command(
+    model: options.Model,
+    out: options.Out = None,
+    calibration: options.Calibration = None,
+    samples_budget: Annotated[
+        int, typer.Option(help="Calibration samples to measure on, half of them with an image.", min=1)
+    ] = 64,
+    device: options.DeviceOption = options.Device.AUTO,
+    types: Annotated[
+        str | None, typer.Option(help="Types of expert tensors, comma-separated; default: those of `sensitivity`.")
+    ] = None,
+    dense_types: Annotated[
+        str | None, typer.Option(help="Types of all other matrices; default: those of `sensitivity`.")
+    ] = None,
+    image_samples: options.ImageSamples = 128,
+    text_samples: options.TextSamples = 128,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Measure the KL divergence that each tensor of MODEL in each type causes, by modality and kind of answer.
+
+    Needs the results of `sensitivity` in the work folder, and packs as it did. Prints its predictions beside what was
+    measured, if they are KL divergences, too. Interrupted, it continues where it was.
+    """
+    from mode_gguf import pipeline
+    from mode_gguf.importance.table import SensitivityTable
+    from mode_gguf.importance.unit_table import compared
+
+    chosen = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
+    checkpoint, folder = pipeline.open_model(model, out)
+    table = SensitivityTable.load(folder.sensitivity)
+    candidates = options.candidate_types(
+        types or ",".join(table.expert_types), dense_types or ",".join(table.dense_types)
+    )
+    measured = pipeline.run_unit_kl(
+        checkpoint, folder, chosen, candidates, sample_budget=samples_budget, progress=progress()
+    )
+    rows = compared(measured, table) if table.method == "fisher" else []
+    if json:
+        emit_json(
+            {
+                "unit_kl": str(folder.unit_kl),
+                "positions": {"text": measured.positions[0], "image": measured.positions[1]},
+                "compared": [
+                    {"part": row.part, "type": row.quant_type, "predicted": row.predicted, "measured": row.measured}
+                    for row in rows
+                ],
+            }
+        )
+        return
+    show(f"unit-kl  {folder.unit_kl}  (on {measured.positions[0]} text and {measured.positions[1]} image positions)")
+    if rows:
+        show(f"{'':<22}{'':<8}{'text: predicted, measured':>28}{'image: predicted, measured':>30}")
+    for row in rows:
+        text, image = (f"{p:.6f} {m:.6f}" for p, m in zip(row.predicted, row.measured, strict=True))
+        show(f"{row.part:<22}{row.quant_type:<8}{text:>28}{image:>30}")

@@ -1,0 +1,94 @@
+"""A place for hidden states: in memory up to a limit, beyond it in files that are mapped when they are read."""
+
+import tempfile
+from collections.abc import Hashable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+DEFAULT_LIMIT_BYTES = 4 << 30
+
+
+class HiddenStore:
+    """Tensors by key, on the CPU. Once those held take `limit_bytes`, further ones go to a temporary folder.
+
+    The folder is removed when the store is closed or, as it is a context manager, left. Tensors that `get` or `take`
+    gave stay valid: a mapped file lives on until nobody maps it.
+    """
+
+    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self._limit = limit_bytes
+        self._held: dict[Hashable, Tensor] = {}
+        self._held_bytes = 0
+        self._filed: dict[Hashable, tuple[Path, torch.Size, torch.dtype]] = {}
+        self._files_made = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory; never more than the limit."""
+        return self._held_bytes
+
+    @property
+    def filed(self) -> int:
+        """Number of tensors in files."""
+        return len(self._filed)
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keep a copy of `tensor`, in place of what `key` had; one in memory may share it, so do not write to it."""
+        self.drop(key)
+        if self._held_bytes + tensor.nbytes <= self._limit:
+            self._held[key] = tensor.cpu()
+            self._held_bytes += tensor.nbytes
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="mode-gguf-hidden-")
+        path = Path(self._folder.name) / str(self._files_made)
+        self._files_made += 1
+        if tensor.numel():
+            mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            mapped.copy_(tensor.detach().flatten())
+        self._filed[key] = (path, tensor.shape, tensor.dtype)
+
+    def get(self, key: Hashable) -> Tensor:
+        """What was put under `key`; KeyError if nothing was. Not to be written to."""
+        if key in self._held:
+            return self._held[key]
+        path, shape, dtype = self._filed[key]
+        if not shape.numel():
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_file(str(path), shared=False, size=shape.numel(), dtype=dtype).view(shape)
+
+    def take(self, key: Hashable) -> Tensor:
+        """`get` for the last time: the store forgets it."""
+        tensor = self.get(key)
+        self.drop(key)
+        return tensor
+
+    def drop(self, key: Hashable) -> None:
+        """Forget what was put under `key`, if anything was."""
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._held_bytes -= held.nbytes
+        path, _, _ = self._filed.pop(key, (None, None, None))
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+        self._held_bytes = 0
+        self._filed.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> "HiddenStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,216 @@
+"""Sensitivity as squared error of outputs on full-precision inputs, in one forward, layer by layer.
+
+`expert-mse` is the paper's own recipe (MODE's `expert_mse`): errors of an expert's output, averaged over its tokens of
+a modality and over features, without routing weights. A whole expert tensor's value is the sum over experts;
+frequency comes in with the costs (MODE step 3).
+
+`block-mse` looks at what the experts do to the output of their MoE block: errors are multiplied by the routing weight
+before they are squared, summed over the tokens routed to an expert, and divided by all tokens of the modality in the
+layer, so that frequency and routing weight are inside the sum (nothing is counted twice). For a whole expert tensor the
+weighed errors of a token's experts are added before they are squared.
+
+Any other matrix's value is the mean squared error of its output. Neither tells answers apart (A = 1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.calibrate import run_watched
+from mode_gguf.calibration.inputs import ModelInputs
+from mode_gguf.calibration.streaming import StreamedModel
+from mode_gguf.calibration.watch import TEXT, Pass
+from mode_gguf.importance.groups import N_MODALITIES, group_sums
+from mode_gguf.importance.measurement import Measurement, MeasurementSettings
+from mode_gguf.importance.unseen import fill_unseen, unseen_experts
+from mode_gguf.importance.weight_changes import PARTS, expert_changes, matrix_changes
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.libggml import is_storable
+
+
+@dataclass(slots=True)
+class _LayerInputs:
+    """One layer's inputs on the samples so far; modality is the group, as if every answer were one kind."""
+
+    modality: list[Tensor] = field(default_factory=list)
+    linears: dict[str, list[Tensor]] = field(default_factory=dict)
+    experts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Routed:
+    """A layer's routed tokens of all samples: inputs (N, H), index and weight (N, k), modality (N,)."""
+
+    inputs: Tensor
+    index: Tensor
+    weight: Tensor
+    modality: Tensor
+
+
+def expert_mse(
+    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: MeasurementSettings, progress: Progress = silent
+) -> Measurement:
+    """Mean squared output error of every expert, matrix and the embedding, at every candidate type."""
+    return _output_error(streamed, inputs, settings, progress, of_block=False)
+
+
+def block_mse(
+    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: MeasurementSettings, progress: Progress = silent
+) -> Measurement:
+    """As `expert_mse`, but for experts the share of their MoE block's mean squared error."""
+    return _output_error(streamed, inputs, settings, progress, of_block=True)
+
+
+def _output_error(
+    streamed: StreamedModel,
+    inputs: Sequence[ModelInputs],
+    settings: MeasurementSettings,
+    progress: Progress,
+    *,
+    of_block: bool,
+) -> Measurement:
+    result = Measurement({}, (sum(len(one.input_ids) for one in inputs),), {})
+    last = len(streamed.layers) - 1
+    seen = _LayerInputs()
+
+    def leave(passed: Pass, layer: int) -> None:
+        seen.modality.append(passed.modality)
+        for name, call in passed.linears.items():
+            seen.linears.setdefault(name, []).append(call.input[0])
+        if passed.experts is not None:
+            seen.experts.append((passed.experts.input, passed.experts.index, passed.experts.weight))
+
+    def finish(layer: int) -> None:
+        nonlocal seen
+        modality = torch.cat(seen.modality)
+        dense = streamed.layer_tensors(layer, Role.DENSE)
+        if layer == last:
+            dense += [tensor for tensor in streamed.tensors if tensor.role is Role.OUTPUT]
+        for tensor in dense:
+            x = torch.cat(seen.linears[str(tensor.activation)])
+            result.arrays[f"{tensor.name}.unit"] = _matrix_error(streamed, tensor, x, modality, settings, result)
+        if seen.experts:
+            x, index, weight = (torch.cat(parts) for parts in zip(*seen.experts, strict=True))
+            routed = _Routed(x, index, weight, modality)
+            _measure_experts(streamed, layer, routed, settings, result, of_block=of_block)
+        seen = _LayerInputs()
+
+    run_watched(
+        streamed,
+        inputs,
+        key_tokens=settings.key_tokens,
+        leave=leave,
+        finish=finish,
+        description="sensitivity",
+        progress=progress,
+    )
+    for tensor in streamed.tensors:
+        if tensor.role is Role.EMBEDDING:
+            result.arrays[f"{tensor.name}.unit"] = _embedding_error(streamed, tensor, inputs, settings, result)
+    return result
+
+
+def _matrix_error(
+    streamed: StreamedModel,
+    tensor: SourceTensor,
+    x: Tensor,
+    modality: Tensor,
+    settings: MeasurementSettings,
+    result: Measurement,
+) -> np.ndarray:
+    """Mean squared error of a linear layer's output, (1, M, T)."""
+    error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
+    for t, change in matrix_changes(tensor, settings, settings.importance, result, streamed.device):
+        error[0, :, t] = _means(linear(x.float(), change).square().mean(-1), modality)
+    return error
+
+
+def _embedding_error(
+    streamed: StreamedModel,
+    tensor: SourceTensor,
+    inputs: Sequence[ModelInputs],
+    settings: MeasurementSettings,
+    result: Measurement,
+) -> np.ndarray:
+    """Mean squared error of the embeddings of all text tokens, (1, M, T)."""
+    ids = torch.cat([one.input_ids[~one.is_vision] for one in inputs]).to(streamed.device)
+    error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
+    for t, change in matrix_changes(tensor, settings, settings.importance, result, streamed.device):
+        error[0, :, t] = _means(change.square().mean(-1)[ids], torch.full_like(ids, TEXT))
+    return error
+
+
+def _measure_experts(
+    streamed: StreamedModel,
+    layer: int,
+    routed: _Routed,
+    settings: MeasurementSettings,
+    result: Measurement,
+    *,
+    of_block: bool,
+) -> None:
+    projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
+    module = streamed.experts_module(layer)
+    n_experts, n_types = module.num_experts, len(settings.expert_types)
+    counts = np.stack(
+        [_counts(routed.modality[(routed.index == expert).any(-1)]) for expert in range(n_experts)], axis=-1
+    )[None]
+    tokens = np.maximum(_counts(routed.modality), 1)
+    error = {part: np.full((1, N_MODALITIES, n_experts, n_types), np.nan) for part in PARTS}
+    unit = {part: np.full((1, N_MODALITIES, n_types), np.nan) for part in projections}
+    weight_error = {part: np.full((n_experts, n_types), np.nan) for part in PARTS}
+    for t, quant_type in enumerate(settings.expert_types):  # one at a time: a block's change takes N x H values
+        block = {
+            part: torch.zeros_like(routed.inputs, dtype=torch.float32)
+            for part, tensor in projections.items()
+            if of_block and is_storable(tensor, quant_type)
+        }
+        for change in expert_changes(
+            streamed,
+            module,
+            projections,
+            (quant_type,),
+            settings.importance,
+            settings.packing,
+            routed.inputs,
+            routed.index,
+        ):
+            output, modality = change.output, routed.modality[change.token]
+            if of_block:
+                output = output * routed.weight[change.token, change.slot, None].float()
+            if change.part in block:
+                block[change.part].index_add_(0, change.token, output)
+            shared_by = tokens if of_block else np.maximum(counts[0, :, change.expert], 1)
+            error[change.part][0, :, change.expert, t] = _sums(output.square().mean(-1), modality) / shared_by
+            weight_error[change.part][change.expert, t] = change.weight_error
+        for part, total in block.items():
+            unit[part][0, :, t] = _means(total.square().mean(-1), routed.modality)
+    for part in PARTS:
+        filled = fill_unseen(error[part], counts, weight_error[part], summed=of_block)
+        name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
+        result.arrays[f"{name}.expert"] = filled
+        result.arrays[f"{name}.weight_error"] = weight_error[part]
+        if part in projections:
+            result.arrays[f"{name}.unit"] = unit[part] if of_block else filled.sum(axis=2)
+    result.estimated.update(unseen_experts(layer, counts, answers=("any",)))
+
+
+def _counts(modality: Tensor) -> np.ndarray:
+    return np.bincount(modality.cpu().numpy(), minlength=N_MODALITIES)
+
+
+def _sums(values: Tensor, modality: Tensor) -> np.ndarray:
+    """Sum of `values` (n,) per modality, float64 (M,)."""
+    sums: np.ndarray = group_sums(values, modality)[0]
+    return sums
+
+
+def _means(values: Tensor, modality: Tensor) -> np.ndarray:
+    """Mean of `values` (n,) per modality, float64 (M,); zero for one without tokens."""
+    means: np.ndarray = _sums(values, modality) / np.maximum(_counts(modality), 1)
+    return means

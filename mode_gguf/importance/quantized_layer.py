@@ -1,0 +1,119 @@
+"""One decoder layer run with other weights: the base's in its place, and each variant's added where it differs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from mode_gguf.architectures.tensors import Role
+from mode_gguf.calibration.streaming import StreamedModel
+from mode_gguf.importance.type_changes import TypeChanges, Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One of the models that run through a layer side by side, whose weights differ from the base's in it.
+
+    Attributes:
+        variant: what it is.
+        mask: (S,) bool, tokens that pass through the weights that differ.
+    """
+
+    variant: Variant
+    mask: Tensor
+
+
+class QuantizedLayer:
+    """A loaded layer with the base's weights.
+
+    Several models run through it as one batch: the layer computes what the base does, and hooks on its linear layers
+    and its experts add, for the tokens of a row's mask, what its own weights give more.
+    """
+
+    def __init__(self, streamed: StreamedModel, index: int, changes: TypeChanges) -> None:
+        """Put the base's weights in place; they go when the layer is freed."""
+        self._layer = streamed.layers[index]
+        self._changes = changes
+        linears = streamed.watched_linears()
+        self._linears: dict[str, Any] = {
+            tensor.name: linears[str(tensor.activation)] for tensor in streamed.layer_tensors(index, Role.DENSE)
+        }
+        self._projections = {str(t.projection): t.name for t in streamed.layer_tensors(index, Role.EXPERT)}
+        self._experts: Any = streamed.experts_module(index) if self._projections else None
+        for (name, expert), change in changes.base.items():
+            weight = self._linears[name].weight if name in self._linears else self._expert_weights(expert)[name]
+            weight += change
+
+    def __call__(self, hidden: Tensor, options: Mapping[str, Any], rows: Sequence[Row | None]) -> Tensor:
+        """Outputs (R, S, H) of inputs (R, S, H), one row per model, None for one as the base.
+
+        Args:
+            options: of the layer's call, as for a batch of one.
+        """
+        with self._differing(rows):
+            # Not the module itself: its own hooks belong to the full-precision forwards.
+            output: Tensor = self._layer.forward(hidden, **options)
+        return output
+
+    @contextmanager
+    def _differing(self, rows: Sequence[Row | None]) -> Iterator[None]:
+        differing = [(number, row.variant, row.mask) for number, row in enumerate(rows) if row is not None]
+
+        def add_to_linear(name: str) -> Any:
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                for number, variant, mask in differing:
+                    change = self._changes.of(variant, name)
+                    if change is not None:
+                        added = linear(arguments[0][number, mask].float(), change)
+                        output[number, mask] += added.to(output.dtype)
+
+            return hook
+
+        def add_to_experts(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            by_row = [argument.view(len(rows), -1, argument.shape[-1]) for argument in (*arguments, output)]
+            for number, variant, mask in differing:
+                x, index, weight, result = (part[number] for part in by_row)
+                self._add_experts(variant, mask, x, index, weight, result)
+
+        hooks = [module.register_forward_hook(add_to_linear(name)) for name, module in self._linears.items()]
+        if self._experts is not None:
+            hooks.append(self._experts.register_forward_hook(add_to_experts))
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def _add_experts(
+        self, variant: Variant, mask: Tensor, x: Tensor, index: Tensor, weight: Tensor, result: Tensor
+    ) -> None:
+        """Add to `result` (S, H) what the variant's experts give more than the base's."""
+        for expert in range(self._experts.num_experts):
+            differing = {
+                projection: change
+                for projection, name in self._projections.items()
+                if (change := self._changes.of(variant, name, expert)) is not None
+            }
+            token, slot = torch.where((index == expert) & mask[:, None])
+            if not differing or not len(token):
+                continue
+            weights = self._expert_weights(expert)
+            gate, up, down = (weights[self._projections[projection]].float() for projection in ("gate", "up", "down"))
+            before = linear(x[token].float(), torch.cat([gate, up]))
+            hidden = self._experts._apply_gate(before)
+            moved = linear(hidden, differing["down"]) if "down" in differing else 0.0
+            if "gate" in differing or "up" in differing:
+                new_gate, new_up = gate + differing.get("gate", 0.0), up + differing.get("up", 0.0)
+                new_hidden = self._experts._apply_gate(linear(x[token].float(), torch.cat([new_gate, new_up])))
+                moved = linear(new_hidden, down + differing.get("down", 0.0)) - linear(hidden, down)
+            result.index_add_(0, token, (moved * weight[token, slot, None]).to(result.dtype))
+
+    def _expert_weights(self, expert: int) -> dict[str, Tensor]:
+        """Views of one expert's matrices, by tensor name."""
+        gate, up = self._experts.gate_up_proj[expert].chunk(2)
+        by_projection = {"gate": gate, "up": up, "down": self._experts.down_proj[expert]}
+        return {name: by_projection[projection] for projection, name in self._projections.items()}

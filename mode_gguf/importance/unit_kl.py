@@ -1,0 +1,180 @@
+"""What every unit really does: the KL of each tensor in each candidate type, measured instead of predicted.
+
+A unit is a whole tensor: one projection of a layer's experts, a matrix, the embedding, the head. There are few of them,
+so that a suffix of the model can be run for each one, type and modality (`quantized_kl`). Single experts are too many;
+`unit_table.shared_out` gives them what they have in another table, scaled to what their tensor was measured to do.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mode_gguf import __version__
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.artifacts import fingerprint, read_arrays, write_arrays
+from mode_gguf.calibration.denormals import denormals_flushed
+from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder, ModelInputs
+from mode_gguf.calibration.sample import Sample
+from mode_gguf.calibration.streaming import StreamedModel, open_streamed
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import UsageError
+from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES
+from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
+from mode_gguf.importance.type_changes import Variant
+from mode_gguf.importance.unit_table import KIND, UnitKl
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.libggml import is_storable
+from mode_gguf.quantization.types import QuantType
+
+DEFAULT_SAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KlModel:
+    """A checkpoint opened for measuring, with the samples it is measured on; make one with `open_kl_model`.
+
+    Attributes:
+        samples: digest of what the samples are.
+    """
+
+    checkpoint: Checkpoint
+    streamed: StreamedModel
+    inputs: Sequence[ModelInputs]
+    samples: str
+
+
+def open_kl_model(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    *,
+    device: str = "auto",
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+) -> KlModel:
+    """Open `checkpoint` in float32 on any device: KLs of 1e-5 are far below what bfloat16 can tell.
+
+    Raises:
+        UsageError: no samples, or an unknown device.
+        InputError: model or sample cannot be used.
+    """
+    if not samples:
+        raise UsageError("measuring KL needs at least one sample")
+    builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
+    inputs = [builder.build(sample) for sample in samples]
+    digest = fingerprint([(one.origin, one.input_ids.tolist(), one.scored.tolist()) for one in inputs])
+    return KlModel(checkpoint, open_streamed(checkpoint, device, torch.float32), inputs, digest)
+
+
+def stratified(samples: Sequence[Sample], budget: int, seed: int = 0) -> list[Sample]:
+    """At most `budget` samples, half with an image and half without as far as there are; in their own order.
+
+    Raises:
+        UsageError: a budget below one.
+    """
+    if budget < 1:
+        raise UsageError(f"sample budget is {budget}: at least one is needed")
+    kinds = [[i for i, sample in enumerate(samples) if sample.has_image is image] for image in (False, True)]
+    of_text = min(len(kinds[0]), max(budget - budget // 2, budget - len(kinds[1])))
+    counts = (of_text, min(len(kinds[1]), budget - of_text))
+    drawn = [random.Random(seed).sample(kind, count) for kind, count in zip(kinds, counts, strict=True)]
+    return [samples[i] for i in sorted(index for kind in drawn for index in kind)]
+
+
+@denormals_flushed()
+def measure_unit_kl(
+    model: KlModel,
+    settings: KlSettings,
+    *,
+    expert_types: Sequence[QuantType],
+    dense_types: Sequence[QuantType],
+    imatrix: ImatrixKind,
+    seed: int,
+    partial: Path | None = None,
+    progress: Progress = silent,
+) -> UnitKl:
+    """Measure every unit at every type and modality, one pass over the layers for each layer's units.
+
+    Args:
+        settings: its importance is the one that `imatrix` names.
+        seed: of the choice of the model's samples, for the record.
+        partial: file that keeps what is finished, so that a rerun with the same inputs continues; removed at the end.
+    """
+    streamed, packing = model.streamed, settings.packing
+    names = [[quant_type.name for quant_type in types] for types in (expert_types, dense_types)]
+    key = fingerprint(
+        model.checkpoint.fingerprint, model.samples, names, imatrix, asdict(packing), asdict(settings.key_tokens), __version__
+    )
+    arrays = _finished(partial, key)
+    passes = _passes(streamed.tensors)
+    for number, tensors in enumerate(passes):
+        if all(f"{tensor.name}.unit" in arrays for tensor in tensors):
+            continue
+        types = {t.name: expert_types if t.role is Role.EXPERT else dense_types for t in tensors}
+        description = f"measuring units, pass {number + 1} of {len(passes)}"
+        arrays |= _measure(model, settings, tensors, types, description, progress)
+        if partial is not None:
+            write_arrays(partial, arrays, {"kind": f"{KIND}-partial", "key": key})
+    positions = [sum(len(one.scored) for one in model.inputs if one.answer == a) for a in range(N_ANSWERS)]
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    return UnitKl(
+        model=model.checkpoint.name,
+        fingerprint=model.checkpoint.fingerprint,
+        expert_types=tuple(names[0]),
+        dense_types=tuple(names[1]),
+        arrays=arrays,
+        positions=tuple(positions),
+        seed=seed,
+        imatrix=imatrix,
+        packing=packing,
+    )
+
+
+def _finished(partial: Path | None, key: str) -> dict[str, np.ndarray]:
+    """Arrays of an earlier run that was cut off, if it measured the same."""
+    if partial is None or not partial.exists():
+        return {}
+    arrays, metadata = read_arrays(partial, f"{KIND}-partial")
+    return arrays if metadata["key"] == key else {}
+
+
+def _passes(tensors: Sequence[SourceTensor]) -> list[list[SourceTensor]]:
+    """Units by layer, those outside the layers first: what is measured together, and kept together."""
+    units = [tensor for tensor in tensors if tensor.role is not Role.KEEP]
+    layers = sorted({-1 if tensor.layer is None else tensor.layer for tensor in units})
+    return [[t for t in units if (-1 if t.layer is None else t.layer) == layer] for layer in layers]
+
+
+def _measure(
+    model: KlModel,
+    settings: KlSettings,
+    tensors: Sequence[SourceTensor],
+    types: Mapping[str, Sequence[QuantType]],
+    description: str,
+    progress: Progress,
+) -> dict[str, np.ndarray]:
+    places = [
+        (tensor, m, t, quant_type)
+        for tensor in tensors
+        for t, quant_type in enumerate(types[tensor.name])
+        if is_storable(tensor, quant_type)
+        for m in range(N_MODALITIES)
+    ]
+    variants = [
+        Variant(f"{tensor.name} in {quant_type.name}", {tensor.name: (quant_type,) * tensor.n_experts}, m)
+        for tensor, m, _, quant_type in places
+    ]
+    measured = quantized_kl(
+        model.streamed, model.inputs, variants, settings, description=description, progress=progress
+    )
+    arrays = {
+        f"{tensor.name}.unit": np.full((N_ANSWERS, N_MODALITIES, len(types[tensor.name])), np.nan) for tensor in tensors
+    }
+    for (tensor, m, t, _), found in zip(places, measured.variants, strict=True):
+        arrays[f"{tensor.name}.unit"][:, m, t] = found
+    return arrays

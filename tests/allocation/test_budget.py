@@ -1,0 +1,74 @@
+"""Budgets: bytes meant by each kind, sizes as people write them, and refusals that say what can be reached."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mode_gguf.allocation.budget import Budget, budget_bytes, check_reachable, effective_types, parse_size
+from mode_gguf.allocation.reachable import greatest_size
+from mode_gguf.allocation.units import DEFAULT_TYPES, AllocationUnit, Candidate, tensor_bytes
+from mode_gguf.errors import InfeasibleBudgetError, UsageError
+from mode_gguf.quantization.types import QUANT_TYPES
+from tests.allocation.test_planner import model
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12GiB", 12 * 2**30),
+        ("12G", 12 * 2**30),
+        ("1.5MiB", 3 * 2**19),
+        ("800MB", 800 * 10**6),
+        (" 7 KiB", 7 * 1024),
+        ("4096", 4096),
+        ("4096B", 4096),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "twelve", "12 GiBi", "12XB", "nan", "inf", "0"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--size"):
+        parse_size(text)
+
+
+def test_the_three_kinds_mean_their_bytes() -> None:
+    tensors = model()
+    weights = sum(tensor.n_weights for tensor in tensors)
+    assert budget_bytes(tensors, DEFAULT_TYPES, Budget(value=3.0)) == int(3.0 * weights / 8)
+    assert budget_bytes(tensors, DEFAULT_TYPES, Budget(kind="size", value=10**6), overhead=1000) == 10**6 - 1000
+
+    budget = Budget(kind="expert-bpw", value=3.0)
+    types = effective_types(DEFAULT_TYPES, budget)
+    assert [dense.name for dense in types.dense] == ["Q8_0"]
+    experts = sum(tensor.n_weights for tensor in tensors if tensor.n_experts > 1)
+    others = sum(tensor_bytes(tensor, types.of(tensor)[0]) for tensor in tensors if tensor.n_experts == 1)
+    assert budget_bytes(tensors, types, budget) == int(3.0 * experts / 8) + others
+
+
+@pytest.mark.parametrize(
+    ("budget", "option"),
+    [
+        (Budget(value=2.0), "--bpw 2 .* bits per weight"),
+        (Budget(kind="size", value=5 * 10**5), r"--size 0\.48MiB .* MiB"),
+        (Budget(kind="expert-bpw", value=9.0), "--expert-bpw 9 .* bits per weight"),
+    ],
+)
+def test_out_of_reach_names_the_option_and_the_range(budget: Budget, option: str) -> None:
+    with pytest.raises(InfeasibleBudgetError, match=option):
+        check_reachable(model(), DEFAULT_TYPES, budget, overhead=1000)
+
+
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=3), min_size=1, max_size=6), st.integers(0, 120))
+def test_greatest_size_is_the_best_of_all_combinations(sizes: list[list[int]], budget: int) -> None:
+    q2_k = QUANT_TYPES["Q2_K"]
+    units = [
+        AllocationUnit(str(i), (str(i),), 1, tuple(Candidate(q2_k, size, 0.0) for size in one))
+        for i, one in enumerate(sizes)
+    ]
+    totals = {0}
+    for one in sizes:
+        totals = {total + size for total in totals for size in one}
+    assert greatest_size(units, budget) == max((total for total in totals if total <= budget), default=None)
