@@ -25,7 +25,7 @@ class Relaxation:
         sizes: (U, C) int64 bytes.
         start: (U,) int64, a candidate per unit whose reduced cost is zero.
         reduced_costs: (U, C) float64, not negative; inf where there is no candidate.
-        bound: no choice within the limits costs less; one that uses a candidate costs `bound` + its reduced cost at least.
+        bound: no choice within the limits costs less, and one that uses a candidate its reduced cost more at least.
     """
 
     costs: np.ndarray
@@ -42,7 +42,7 @@ class Relaxation:
 
 
 def relax(units: Sequence[AllocationUnit], floor: int, budget: int) -> Relaxation | None:
-    """Solve the relaxation exactly; None where even the smallest choice exceeds `budget` or the largest misses `floor`."""
+    """Solve the relaxation exactly; None where the smallest choice exceeds `budget` or the largest misses `floor`."""
     costs, sizes = _arrays(units)
     exists = np.isfinite(costs)
     smallest = _cheapest_where(sizes == np.where(exists, sizes, np.iinfo(np.int64).max).min(axis=1)[:, None], costs)
@@ -108,8 +108,8 @@ def _arrays(units: Sequence[AllocationUnit]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cheapest_where(allowed: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    return np.where(allowed, costs, np.inf).argmin(axis=1)
+    return np.asarray(np.where(allowed, costs, np.inf).argmin(axis=1))
 
 
 def _picked(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    return values[np.arange(len(values)), chosen]
+    return np.asarray(values[np.arange(len(values)), chosen])

@@ -15,31 +15,37 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pulp
 
 from mode_gguf.allocation.relaxation import Relaxation, relax
+from mode_gguf.allocation.size_range import SizeRange
 from mode_gguf.allocation.units import AllocationUnit, Candidate
 from mode_gguf.errors import InfeasibleBudgetError, ModeGgufError
 
 RELATIVE_GAP = 1e-4
 """How far from the proven optimum the solution may be, relative to its cost."""
 
-CORE_MOVES = 512
-"""Candidates that the first core offers besides the start; all the moves of a layer of 128 experts, three types each."""
-CORE_GROWTH = 8
+CORE_MOVES = 128
+"""Candidates that the first core offers besides the start."""
+
+CORE_GROWTH = 4
 """How many times as many the next one offers where a core did not prove enough."""
 
 TOLERANCE = 1e-6
 """How far from the truth a solver's bound may be, relative to the dearest move."""
 
 
-HIGHS_TOLERANCES = {
+HIGHS_OPTIONS = {
+    "random_seed": 0,
     "mip_feasibility_tolerance": 1e-9,
     "primal_feasibility_tolerance": 1e-9,
     "dual_feasibility_tolerance": 1e-9,
+    # Cores are small and nearly solved by their relaxation: these take longer than the search itself.
+    "mip_allow_restart": False,
+    "presolve": "off",
+    "mip_heuristic_run_feasibility_jump": False,
 }
 
 
@@ -64,13 +70,6 @@ class Solution:
         return sum(choice.size_bytes for choice in self.choices)
 
 
-class SizeRange(NamedTuple):
-    """Bytes that units must occupy together at least, and may at most."""
-
-    floor: int
-    budget: int
-
-
 def solve(units: Sequence[AllocationUnit], budget: int, *, floor: int = 0, gap: float = RELATIVE_GAP) -> Solution:
     """Choose one candidate per unit.
 
@@ -92,7 +91,7 @@ def solve(units: Sequence[AllocationUnit], budget: int, *, floor: int = 0, gap: 
         return _solution(units, chosen, relaxation.bound, "relaxation")
     while True:
         moves, left_out = _moves(relaxation, chosen, cost, n_moves)
-        core = _solve_core(relaxation, chosen, moves, SizeRange(floor, budget), gap * relaxation.bound / 2)
+        core = _solve_core(relaxation, chosen, moves, SizeRange(floor, budget), 0.9 * gap * relaxation.bound)
         if core is not None:
             improved = relaxation.total_cost(core.chosen) < cost
             chosen, cost = core.chosen, relaxation.total_cost(core.chosen)
@@ -151,10 +150,10 @@ def _solution(units: Sequence[AllocationUnit], chosen: np.ndarray, bound: float,
 
 
 def _moves(relaxation: Relaxation, base: np.ndarray, cost: float, n_moves: int) -> tuple[np.ndarray, float]:
-    """The `n_moves` candidates, not those of `base`, that are likeliest to be needed by a choice that costs under `cost`.
+    """The `n_moves` candidates, but not those of `base`, likeliest to be needed by a choice that costs under `cost`.
 
-    Returns flat indices of (unit, candidate) by reduced cost, ties in the units' order, and the reduced cost of the
-    next one: inf where that choice, if there is one, needs no other.
+    Returns flat indices of (unit, candidate), ties in the units' order, and the least reduced cost of those left out:
+    inf where that choice, if there is one, needs no other.
     """
     dearer = relaxation.costs - relaxation.costs.min(axis=1)[:, None]
     cheapest = float(relaxation.costs.min(axis=1).sum())
@@ -164,9 +163,23 @@ def _moves(relaxation: Relaxation, base: np.ndarray, cost: float, n_moves: int) 
     needed[np.arange(len(base)), base] = False
     flat = np.flatnonzero(needed)
     reduced_costs = relaxation.reduced_costs.flat[flat]
-    order = np.argsort(reduced_costs, kind="stable")
-    left_out = float(reduced_costs[order[n_moves]]) if n_moves < len(order) else math.inf
-    return flat[order[:n_moves]], left_out
+    growths = (relaxation.sizes - relaxation.sizes[np.arange(len(base)), base][:, None]).flat[flat]
+    by_cost = np.argsort(reduced_costs, kind="stable")
+    # Half of the core are the likeliest moves. Were they all of one size they might not fill the budget, so the other
+    # half are the likeliest of every size, the second of every size, and so on.
+    half, others = by_cost[: n_moves // 2], by_cost[n_moves // 2 :]
+    others = others[np.argsort(_rank_among_equals(growths[others]), kind="stable")]
+    left_out = float(reduced_costs[others[n_moves - len(half) :]].min(initial=math.inf))
+    return flat[np.concatenate([half, others[: n_moves - len(half)]])], left_out
+
+
+def _rank_among_equals(values: np.ndarray) -> np.ndarray:
+    """How many equal values come before each: 0, 0, 1, 2 for 5, 7, 5, 5."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    ranks = np.empty(len(values), np.int64)
+    ranks[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered, "left")
+    return ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +212,18 @@ def _solve_core(
     problem = pulp.LpProblem("types", pulp.LpMinimize)
     variables = [problem.add_variable(f"x_{u}_{c}", cat=pulp.LpBinary) for u, c in zip(units, candidates, strict=True)]
     problem += pulp.LpAffineExpression(zip(variables, (costs / scale).tolist(), strict=True))
-    growth = pulp.LpAffineExpression(zip(variables, (growths // grid).tolist(), strict=True))
-    problem += growth <= (allowed.budget - base_size) // grid
-    problem += growth >= -((base_size - allowed.floor) // grid)
+    # How many moves of each size is a variable of its own: which of equal moves are made is settled by their costs, so
+    # that the search may branch on the counts, which are few, where the budget cannot be met by any mixture.
+    counts = []
+    for index, growth in enumerate(sorted(set(growths.tolist()))):
+        alike = [variable for variable, own in zip(variables, growths.tolist(), strict=True) if own == growth]
+        count = problem.add_variable(f"n_{index}", 0, len(alike), pulp.LpInteger) if len(alike) > 1 else alike[0]
+        if len(alike) > 1:
+            problem += pulp.lpSum(alike) - count == 0
+        counts.append((count, growth // grid))
+    growth_of_all = pulp.LpAffineExpression(counts)
+    problem += growth_of_all <= (allowed.budget - base_size) // grid
+    problem += growth_of_all >= -((base_size - allowed.floor) // grid)
     by_unit: dict[int, list[pulp.LpVariable]] = {}
     for unit, variable in zip(units.tolist(), variables, strict=True):
         by_unit.setdefault(unit, []).append(variable)
@@ -224,7 +246,7 @@ def _solve_core(
 
 def _run(problem: pulp.LpProblem, gap: float) -> tuple[str, int, float]:
     """Solve in place, to an absolute gap; gives the solver's name, pulp's status and the proven lower bound."""
-    highs = pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=gap, threads=1, random_seed=0, **HIGHS_TOLERANCES)
+    highs = pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=gap, threads=1, **HIGHS_OPTIONS)
     if highs.available():
         status = problem.solve(highs)
         return "HiGHS", status, float(problem.solverModel.getInfo().mip_dual_bound)
