@@ -87,6 +87,8 @@ class ConvertOptions:
     budget: Budget
     calibration: CalibrationOptions = CalibrationOptions()
     preset: Preset = PRESETS["mode"]
+    refine: int = 0
+    measured_samples: int = DEFAULT_MEASURED_SAMPLES
     imatrix: ImatrixKind | None = None
     packing: Packing = DEFAULT_PACKING
     types: CandidateTypes = DEFAULT_TYPES
@@ -193,12 +195,50 @@ def convert(
                 progress=progress,
             )
 
-    planned = fingerprint(measured, options.budget.model_dump(), asdict(options.preset), options.pre_tokenizer)
+    if options.preset.unit_kl:
+        units = fingerprint(measured, options.measured_samples)
+        if not ledger.is_current("unit-kl", units):
+            with ledger.running("unit-kl", units, [folder.unit_kl]):
+                run_unit_kl(
+                    checkpoint,
+                    folder,
+                    options.calibration,
+                    options.types,
+                    sample_budget=options.measured_samples,
+                    progress=progress,
+                )
+
+    planned = fingerprint(
+        measured,
+        options.budget.model_dump(),
+        asdict(options.preset),
+        options.pre_tokenizer,
+        (options.refine, options.measured_samples) if options.refine or options.preset.unit_kl else None,
+    )
     if not ledger.is_current("plan", planned):
         with ledger.running("plan", planned, [folder.plan, folder.tensor_types]):
-            run_plan(
-                checkpoint, folder, options.budget, options.preset, options.types, pre_tokenizer=options.pre_tokenizer
-            )
+            if options.refine:
+                run_refined_plan(
+                    checkpoint,
+                    folder,
+                    options.calibration,
+                    options.budget,
+                    options.preset,
+                    options.types,
+                    rounds=options.refine,
+                    sample_budget=options.measured_samples,
+                    pre_tokenizer=options.pre_tokenizer,
+                    progress=progress,
+                )
+            else:
+                run_plan(
+                    checkpoint,
+                    folder,
+                    options.budget,
+                    options.preset,
+                    options.types,
+                    pre_tokenizer=options.pre_tokenizer,
+                )
 
     plan = Plan.load(folder.plan)
     model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
