@@ -67,7 +67,7 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, 
 
 
 def test_unit_kl_beside_what_sensitivity_predicted(pico: Path, out: Path, run: Run) -> None:
-    small = (*SMALL, "--samples-budget", "2", "--types", "Q2_K", "--dense-types", "Q4_K")
+    small = (*SMALL, "--measured-samples", "2", "--types", "Q2_K", "--dense-types", "Q4_K")
     result = json.loads(run("unit-kl", pico, "--out", out, "--json", *small))
     assert Path(result["unit_kl"]) == out / "unit-kl.safetensors"
     assert not (out / "unit-kl.partial").exists()
