@@ -272,6 +272,7 @@ def convert(
                     held_out=options.held_out,
                     llama_cpp=options.llama_cpp,
                     reference_folder=folder.path / "reference",
+                    warnings=_calibration_warnings(folder),
                     progress=progress,
                 )
     return ConvertResult(
@@ -688,9 +689,10 @@ def run_validation(
     held_out: Path | None = None,
     llama_cpp: Path | None = None,
     reference_folder: Path | None = None,
+    warnings: Sequence[str] = (),
     progress: Progress = silent,
 ) -> ValidationReport:
-    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`."""
+    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`, `warnings` included."""
     result = validate(
         candidate,
         reference,
@@ -701,6 +703,7 @@ def run_validation(
         reference_folder=reference_folder,
         progress=progress,
     )
+    result = result.model_copy(update={"warnings": tuple(warnings)})
     result.save(report)
     return result
 
@@ -750,6 +753,13 @@ def _write_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStati
         chunk_count=n_samples,
         chunk_size=(samples.text_tokens + samples.vision_tokens) // n_samples,
     )
+
+
+def _calibration_warnings(folder: WorkFolder) -> list[str]:
+    from mode_gguf.calibration.coverage import calibration_warnings
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+
+    return calibration_warnings(CalibrationStatistics.load(folder.calibration))
 
 
 def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
