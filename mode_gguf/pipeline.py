@@ -9,15 +9,16 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode_gguf import __version__
 from mode_gguf.allocation.budget import Budget, Reach
-from mode_gguf.allocation.costs import ExpertUse, Measurements
-from mode_gguf.allocation.plan import Plan, Provenance
-from mode_gguf.allocation.planner import Problem, optimal_plan, settled_types, uniform_plan
+from mode_gguf.allocation.costs import ExpertUse, Measurements, expert_frequency
+from mode_gguf.allocation.granularity import GranularityReport, GranularityRow
+from mode_gguf.allocation.plan import Plan, Provenance, RefinementTrial
+from mode_gguf.allocation.planner import Problem, optimal_plan, plan_of, settled_types, uniform_plan
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes
 from mode_gguf.architectures import find_family, text_tensors
@@ -35,6 +36,7 @@ from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, Packer, QuantType, types_packed_by
+from mode_gguf.refinement import measure_plans, refine
 from mode_gguf.validation.c_api import library_version
 from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.report import ValidationReport
@@ -47,10 +49,15 @@ if TYPE_CHECKING:
     from mode_gguf.calibration.sample import Sample
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.imatrix import Imatrix
-    from mode_gguf.importance.table import Method
+    from mode_gguf.importance.quantized_kl import KlSettings
+    from mode_gguf.importance.table import Method, SensitivityTable
+    from mode_gguf.importance.unit_kl import KlModel
     from mode_gguf.importance.unit_table import UnitKl
 
 log = logging.getLogger(__name__)
+
+DEFAULT_MEASURED_SAMPLES = 64
+"""Calibration samples that KL is measured on, where it is measured rather than predicted."""
 
 REFERENCE_TYPE = QUANT_TYPES["BF16"]
 """What a result is compared with: the checkpoint's own weights, unless they are stored in more."""
@@ -312,7 +319,7 @@ def run_unit_kl(
     options: CalibrationOptions,
     types: CandidateTypes | None = None,
     *,
-    sample_budget: int = 64,
+    sample_budget: int = DEFAULT_MEASURED_SAMPLES,
     progress: Progress = silent,
 ) -> "UnitKl":
     """Write unit-kl.safetensors: what every tensor in every type was measured to do, packed as `sensitivity` packed.
@@ -326,21 +333,16 @@ def run_unit_kl(
     Raises:
         InputError: `calibrate` or `sensitivity` has not run in this folder, or ran for another model.
     """
-    from mode_gguf.calibration.statistics import CalibrationStatistics
-    from mode_gguf.importance.quantized_kl import KlSettings
-    from mode_gguf.importance.table import SensitivityTable
-    from mode_gguf.importance.unit_kl import measure_unit_kl, open_kl_model, stratified
+    from mode_gguf.importance.unit_kl import measure_unit_kl
 
-    table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
-    _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
-    _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
+    table, _ = _measured(checkpoint, folder)
     types = types or CandidateTypes(
         tuple(QUANT_TYPES[name] for name in table.expert_types), tuple(QUANT_TYPES[name] for name in table.dense_types)
     )
-    samples = stratified(_samples(options), sample_budget, options.seed)
+    model, settings = _kl_measurement(checkpoint, folder, options, sample_budget)
     measured = measure_unit_kl(
-        open_kl_model(checkpoint, samples, device=options.device),
-        KlSettings(read_imatrix(folder.imatrix_of(table.imatrix)), table.packing, statistics.key_tokens),
+        model,
+        settings,
         expert_types=types.expert,
         dense_types=types.dense,
         imatrix=table.imatrix,
@@ -384,15 +386,12 @@ def planning_problem(
 
     Raises like `run_plan`.
     """
-    from mode_gguf.calibration.statistics import CalibrationStatistics
-    from mode_gguf.importance.table import SensitivityTable
+    from mode_gguf.importance.unit_table import UnitKl
 
     tensors = text_tensors(checkpoint)
     overhead = _overhead(checkpoint, budget, pre_tokenizer)
     settled_types(tensors, types, budget, preset, overhead)
-    table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
-    _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
-    _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
+    table, statistics = _measured(checkpoint, folder)
     if table.method != preset.method:
         raise UsageError(
             f"{folder.sensitivity}: measured with {table.method}, but this plan needs {preset.method} (preset "
@@ -401,9 +400,145 @@ def planning_problem(
     use = {
         layer: ExpertUse(statistics.counts(layer), statistics.routing_weights(layer)) for layer in statistics.moe_layers
     }
+    if preset.unit_kl:
+        measured_units = UnitKl.load(folder.unit_kl)
+        _check_same_model(checkpoint, folder.unit_kl, measured_units.fingerprint)
+        table, preset = with_unit_kl(table, measured_units, use, preset)
     measured = Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
     problem = Problem.of(tensors, measured, budget=budget, types=types, preset=preset, overhead=overhead)
     return problem, _provenance(checkpoint, folder, table.method, table.imatrix), table.packing
+
+
+def with_unit_kl(
+    table: "SensitivityTable", measured: "UnitKl", use: Mapping[int, ExpertUse], preset: Preset
+) -> tuple["SensitivityTable", Preset]:
+    """The table with measured units, and the preset that takes them as they are.
+
+    A product with frequencies is formed before its proportions are taken, because measured KL holds frequency already.
+    """
+    from mode_gguf.importance.unit_table import shared_out
+
+    if preset.costs.combination == "product":
+        shares = {f"blk.{layer}": expert_frequency(one.counts, preset.costs) for layer, one in use.items()}
+        arrays = {
+            name: values * shares[name[: name.index(".ffn_")]][None, :, :, None] if name.endswith(".expert") else values
+            for name, values in table.arrays.items()
+        }
+        table = replace(table, arrays=arrays)
+    elif preset.costs.combination != "sensitivity":
+        raise UsageError(
+            f"--unit-kl shares out by sensitivity or its product with frequency, not by {preset.costs.combination}"
+        )
+    return shared_out(measured, table), replace(preset, costs=replace(preset.costs, combination="sensitivity"))
+
+
+def run_refined_plan(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    calibration: CalibrationOptions,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    rounds: int,
+    sample_budget: int = DEFAULT_MEASURED_SAMPLES,
+    pre_tokenizer: str | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """As `run_plan`, then improve the plan by measuring it and its neighbours on calibration samples, see `refine`.
+
+    Args:
+        rounds: how often all neighbours are measured at most.
+        sample_budget: of the calibration samples, half of them with an image.
+    """
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer)
+    units = problem.tensor_units()
+    first = problem.solve(units)
+    measure = measure_plans(*_kl_measurement(checkpoint, folder, calibration, sample_budget), problem.tensors, progress)
+    refined = refine(
+        units,
+        first.choices,
+        problem.unit_bytes,
+        measure,
+        answer_weights=preset.costs.answer_weights,
+        rounds=rounds,
+    )
+    history = [
+        RefinementTrial(kl=trial.kl, size_bytes=trial.size_bytes, moved=trial.moved, accepted=trial.accepted)
+        for trial in refined.history
+    ]
+    best = replace(first, choices=refined.choices)
+    return save_plan(folder, plan_of(problem, units, best, made_from, budget, packing, history))
+
+
+def run_granularity(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    calibration: CalibrationOptions,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    sample_budget: int = DEFAULT_MEASURED_SAMPLES,
+    progress: Progress = silent,
+) -> GranularityReport:
+    """Plan one type per tensor and one per expert under one budget, and measure both with unpacked weights.
+
+    The first is written as plan.json. The second cannot be loaded by stock llama.cpp; granularity.json has both.
+    """
+    from mode_gguf.importance.quantized_kl import quantized_kl
+
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types)
+    save_plan(folder, optimal_plan(problem, made_from, budget, packing))
+    per_tensor, per_expert = problem.tensor_units(), problem.expert_units()
+    model, settings = _kl_measurement(checkpoint, folder, calibration, sample_budget)
+    n_experts = {tensor.name: tensor.n_experts for tensor in problem.tensors}
+    solutions = (problem.solve(per_tensor), problem.solve(per_expert))
+    chosen = (
+        {
+            unit.name: (choice.quant_type,) * n_experts[unit.name]
+            for unit, choice in zip(per_tensor, solutions[0].choices, strict=True)
+        },
+        problem.expert_types(solutions[1]),
+    )
+    rows = []
+    for name, solution, by_tensor in zip(("tensor", "expert"), solutions, chosen, strict=True):
+        description = f"measuring one type per {name}"
+        kl = quantized_kl(
+            model.streamed, model.inputs, [], settings, base=by_tensor, description=description, progress=progress
+        ).base
+        rows.append(
+            GranularityRow(
+                granularity=name, size_bytes=solution.size_bytes, predicted=solution.objective, kl=tuple(map(float, kl))
+            )
+        )
+    report = GranularityReport(budget=budget, preset=preset.name, rows=rows)
+    write_text(folder.granularity, report.model_dump_json(indent=1) + "\n")
+    return report
+
+
+def _kl_measurement(
+    checkpoint: Checkpoint, folder: WorkFolder, calibration: CalibrationOptions, sample_budget: int
+) -> tuple["KlModel", "KlSettings"]:
+    """The model on some of the calibration samples, and packing as `sensitivity` packed."""
+    from mode_gguf.importance.quantized_kl import KlSettings
+    from mode_gguf.importance.unit_kl import open_kl_model, stratified
+
+    table, statistics = _measured(checkpoint, folder)
+    samples = stratified(_samples(calibration), sample_budget, calibration.seed)
+    settings = KlSettings(read_imatrix(folder.imatrix_of(table.imatrix)), table.packing, statistics.key_tokens)
+    return open_kl_model(checkpoint, samples, device=calibration.device), settings
+
+
+def _measured(checkpoint: Checkpoint, folder: WorkFolder) -> tuple["SensitivityTable", "CalibrationStatistics"]:
+    """What `sensitivity` and `calibrate` left in the folder, when it is of this checkpoint."""
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.importance.table import SensitivityTable
+
+    table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
+    _check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
+    _check_same_model(checkpoint, folder.calibration, statistics.fingerprint)
+    return table, statistics
 
 
 def make_uniform_plan(

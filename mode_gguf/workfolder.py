@@ -64,6 +64,10 @@ class WorkFolder:
         return self.path / "plan.json"
 
     @property
+    def granularity(self) -> Path:
+        return self.path / "granularity.json"
+
+    @property
     def tensor_types(self) -> Path:
         return self.path / "tensor-types.txt"
 

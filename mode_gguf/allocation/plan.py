@@ -42,6 +42,16 @@ class ExpertGranularity(Record):
     """Layer number to the types of its experts in order."""
 
 
+class RefinementTrial(Record):
+    """A plan that was measured on the way to this one: KL in nats per scored position of text and of image answers."""
+
+    kl: tuple[float, ...]
+    size_bytes: int
+    moved: tuple[str, ...]
+    """Tensors whose type differs from the best plan before."""
+    accepted: bool
+
+
 class Provenance(Record):
     """What the plan was made from."""
 
@@ -72,6 +82,8 @@ class Plan(Record):
     """The expert type that holds most weights; names the file."""
     solver: SolverRecord | None = None
     expert_granularity: ExpertGranularity | None = None
+    refinement: list[RefinementTrial] | None = None
+    """Measured plans, the solver's first; None where it was not refined."""
     reachable_bpw: tuple[float, float] | None = None
     tensors: list[PlannedTensor]
 

@@ -11,6 +11,7 @@ from mode_gguf.allocation.plan import (
     Plan,
     PlannedTensor,
     Provenance,
+    RefinementTrial,
     SolverRecord,
 )
 from mode_gguf.allocation.presets import Preset
@@ -64,6 +65,19 @@ class Problem:
     def tensor_units(self) -> list[AllocationUnit]:
         """One unit per tensor."""
         return tensor_units(self.tensors, self.types, self.measured, self.preset.costs)
+
+    def expert_types(self, solution: Solution) -> dict[str, tuple[QuantType, ...]]:
+        """Per matrix the type of each of its experts (one for any other matrix), as chosen for `expert_units`."""
+        chosen: dict[str, list[QuantType]] = {
+            tensor.name: [] for tensor in self.tensors if tensor.role is not Role.KEEP
+        }
+        by_name = {tensor.name: self.types.of(tensor) for tensor in self.tensors}
+        for unit, choice in zip(self.expert_units(), solution.choices, strict=True):
+            for name in unit.tensors:
+                # A projection whose rows fit no candidate keeps its fallback.
+                fits = choice.quant_type in by_name[name]
+                chosen[name].append(choice.quant_type if fits else by_name[name][0])
+        return {name: tuple(types) for name, types in chosen.items()}
 
     def expert_units(self) -> list[AllocationUnit]:
         """One unit per expert, and one per other tensor."""
@@ -156,6 +170,7 @@ def plan_of(
     made_from: Provenance,
     budget: Budget,
     packing: Packing = EXACT,
+    refinement: list[RefinementTrial] | None = None,
 ) -> Plan:
     """The plan that stores every tensor as `solution` chose for its unit; units are the problem's `tensor_units`."""
     chosen = {unit.name: choice for unit, choice in zip(units, solution.choices, strict=True)}
@@ -167,6 +182,7 @@ def plan_of(
         budget=budget,
         solver=_record(solution),
         expert_granularity=_expert_granularity(problem),
+        refinement=refinement,
         reachable_bpw=(problem.reach.lowest_bpw, problem.reach.highest_bpw),
         **_sizes(problem.tensors, planned),
     )

@@ -28,6 +28,7 @@ class Preset:
         costs: how that becomes costs.
         scope, dense: see `Scope` and `DenseRule`; a layer's own budget leaves nothing for measured dense tensors, so
             `layer` goes with `fixed`.
+        unit_kl: take whole tensors' costs from `unit-kl`, shared out over experts in the proportions of the metric.
         equality: use the whole budget, as the paper does: the greatest size that can be reached exactly.
     """
 
@@ -37,6 +38,7 @@ class Preset:
     scope: Scope = "model"
     dense: DenseRule = "measured"
     equality: bool = False
+    unit_kl: bool = False
 
     def __post_init__(self) -> None:
         if self.scope == "layer" and self.dense == "measured":

@@ -107,7 +107,13 @@ def measure_unit_kl(
     streamed, packing = model.streamed, settings.packing
     names = [[quant_type.name for quant_type in types] for types in (expert_types, dense_types)]
     key = fingerprint(
-        model.checkpoint.fingerprint, model.samples, names, imatrix, asdict(packing), asdict(settings.key_tokens), __version__
+        model.checkpoint.fingerprint,
+        model.samples,
+        names,
+        imatrix,
+        asdict(packing),
+        asdict(settings.key_tokens),
+        __version__,
     )
     arrays = _finished(partial, key)
     passes = _passes(streamed.tensors)

@@ -99,7 +99,9 @@ class BruteForce:
         def leave(passed: Pass, layer: int) -> None:
             seen[passed.inputs.origin, layer] = passed.modality.clone()
 
-        run_watched(streamed, self.inputs, key_tokens=TEXT_ATTENTION, leave=leave, finish=lambda layer: None, description="test")
+        run_watched(
+            streamed, self.inputs, key_tokens=TEXT_ATTENTION, leave=leave, finish=lambda layer: None, description="test"
+        )
         return seen
 
     def _predictions(self) -> list[Tensor]:
