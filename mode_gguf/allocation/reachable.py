@@ -1,10 +1,9 @@
 """Which sizes a set of units can have exactly: what an equality budget can ask for."""
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
-
-import numpy as np
 
 from mode_gguf.allocation.units import AllocationUnit
 
@@ -21,7 +20,7 @@ def greatest_size(units: Sequence[AllocationUnit], budget: int) -> int | None:
     sizes = [{candidate.size_bytes for candidate in unit.candidates} for unit in units]
     smallest = sum(map(min, sizes))
     growths = [{size - min(own) for size in own} for own in sizes]
-    room, step = budget - smallest, int(np.gcd.reduce(sorted(set().union(*growths)))) or 1
+    room, step = budget - smallest, math.gcd(*set().union(*growths)) or 1
     if room < 0 or room // step > MAX_STEPS:
         return None
     reachable, mask = 1, (1 << (room // step + 1)) - 1  # bit n: a sum n steps above the smallest
