@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mode_gguf import __version__
 from mode_gguf.allocation.budget import Budget, Reach
 from mode_gguf.allocation.costs import ExpertUse, Measurements, expert_frequency
+from mode_gguf.allocation.frontier import Frontier, frontier
 from mode_gguf.allocation.granularity import GranularityReport, GranularityRow
 from mode_gguf.allocation.plan import Plan, Provenance, RefinementTrial
 from mode_gguf.allocation.planner import Problem, optimal_plan, plan_of, settled_types, uniform_plan
@@ -427,11 +428,20 @@ def planning_problem(
 
     Raises like `run_plan`.
     """
-    from mode_gguf.importance.unit_table import UnitKl
-
     tensors = text_tensors(checkpoint)
     overhead = _overhead(checkpoint, budget, pre_tokenizer)
     settled_types(tensors, types, budget, preset, overhead)
+    measured, preset, table = _measurements(checkpoint, folder, preset)
+    problem = Problem.of(tensors, measured, budget=budget, types=types, preset=preset, overhead=overhead)
+    return problem, _provenance(checkpoint, folder, table.method, table.imatrix), table.packing
+
+
+def _measurements(
+    checkpoint: Checkpoint, folder: WorkFolder, preset: Preset
+) -> tuple[Measurements, Preset, "SensitivityTable"]:
+    """What costs are made of, the preset that makes them of it, and the table that it is from."""
+    from mode_gguf.importance.unit_table import UnitKl
+
     table, statistics = _measured(checkpoint, folder)
     if table.method != preset.method:
         raise UsageError(
@@ -446,8 +456,34 @@ def planning_problem(
         _check_same_model(checkpoint, folder.unit_kl, measured_units.fingerprint)
         table, preset = with_unit_kl(table, measured_units, use, preset)
     measured = Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
-    problem = Problem.of(tensors, measured, budget=budget, types=types, preset=preset, overhead=overhead)
-    return problem, _provenance(checkpoint, folder, table.method, table.imatrix), table.packing
+    return measured, preset, table
+
+
+def run_frontier(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    points: int = 20,
+    plot: Path | None = None,
+) -> Frontier:
+    """Predict the damage at `points` sizes from what was measured; writes frontier.json, and a plot of it.
+
+    Args:
+        plot: where the PNG goes; None for the folder's own.
+
+    Raises:
+        InputError: the measurements are missing or belong to another model.
+        UsageError: they were made for another preset.
+    """
+    from mode_gguf.allocation.frontier_plot import draw
+
+    measured, preset, _ = _measurements(checkpoint, folder, preset)
+    made = frontier(checkpoint.name, text_tensors(checkpoint), measured, preset=preset, types=types, points=points)
+    write_text(folder.frontier, made.model_dump_json(indent=1, exclude_none=True) + "\n")
+    draw(made, plot or folder.frontier_plot)
+    return made
 
 
 def with_unit_kl(

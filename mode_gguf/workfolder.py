@@ -68,6 +68,14 @@ class WorkFolder:
         return self.path / "granularity.json"
 
     @property
+    def frontier(self) -> Path:
+        return self.path / "frontier.json"
+
+    @property
+    def frontier_plot(self) -> Path:
+        return self.path / "frontier.png"
+
+    @property
     def tensor_types(self) -> Path:
         return self.path / "tensor-types.txt"
 

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf.allocation.planner import UNDERSHOOT
-from mode_gguf.allocation.size_range import SizeRange, filled_range
-from mode_gguf.allocation.solver import Solution, solve, solve_layers
+from mode_gguf.allocation.reachable import greatest_size
+from mode_gguf.allocation.solver import SizeRange, Solution, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate
 from mode_gguf.quantization.types import QuantType, quant_type
 
@@ -72,19 +72,17 @@ def programmes(units: list[AllocationUnit], bpw: float, gap: float) -> Iterator[
         budget = int(bpw * sum(unit.n_weights for unit in members) / 8)
         return SizeRange(int(budget * (1 - UNDERSHOOT)) + 1, budget)
 
-    def equal() -> Solution:
-        shares = {
-            layer: filled_range(members, share(members).budget, UNDERSHOOT) for layer, members in by_layer.items()
-        }
-        return solve_layers(units, shares, gap=gap)
+    def exactly(members: list[AllocationUnit]) -> SizeRange:
+        most = greatest_size(members, share(members).budget)
+        return SizeRange(most, most) if most is not None else share(members)
+
+    def each(limits: Callable[[list[AllocationUnit]], SizeRange]) -> Solution:
+        return solve_layers(units, {layer: limits(members) for layer, members in by_layer.items()}, gap=gap)
 
     floor, budget = share(units)
     yield "global", lambda: solve(units, budget, floor=floor, gap=gap)
-    yield (
-        "per layer",
-        lambda: solve_layers(units, {name: share(members) for name, members in by_layer.items()}, gap=gap),
-    )
-    yield "equal", equal
+    yield "per layer", lambda: each(share)
+    yield "equal", lambda: each(exactly)
 
 
 def main() -> None:

@@ -6,7 +6,18 @@ import sys
 import typer
 
 from mode_gguf.errors import ModeGgufError
-from mode_gguf_cli.commands import calibrate, convert, doctor, export, inspect, plan, sensitivity, unit_kl, validate
+from mode_gguf_cli.commands import (
+    calibrate,
+    convert,
+    doctor,
+    export,
+    frontier,
+    inspect,
+    plan,
+    sensitivity,
+    unit_kl,
+    validate,
+)
 from mode_gguf_cli.console import log_to_stderr, say
 
 app = typer.Typer(
@@ -20,7 +31,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
-for module in (convert, calibrate, sensitivity, unit_kl, plan, export, validate, inspect, doctor):
+for module in (convert, calibrate, sensitivity, unit_kl, frontier, plan, export, validate, inspect, doctor):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 

@@ -15,12 +15,12 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pulp
 
 from mode_gguf.allocation.relaxation import Relaxation, relax
-from mode_gguf.allocation.size_range import SizeRange
 from mode_gguf.allocation.units import AllocationUnit, Candidate
 from mode_gguf.errors import InfeasibleBudgetError, ModeGgufError
 
@@ -68,6 +68,13 @@ class Solution:
     @property
     def size_bytes(self) -> int:
         return sum(choice.size_bytes for choice in self.choices)
+
+
+class SizeRange(NamedTuple):
+    """Bytes that units must occupy together at least, and may at most."""
+
+    floor: int
+    budget: int
 
 
 def solve(units: Sequence[AllocationUnit], budget: int, *, floor: int = 0, gap: float = RELATIVE_GAP) -> Solution:

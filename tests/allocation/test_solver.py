@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mode_gguf.allocation.size_range import MAX_STEPS, SizeRange, filled_range, largest_size
-from mode_gguf.allocation.solver import RELATIVE_GAP, solve, solve_layers
+from mode_gguf.allocation.reachable import greatest_size
+from mode_gguf.allocation.solver import RELATIVE_GAP, SizeRange, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate
 from mode_gguf.errors import InfeasibleBudgetError
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -82,9 +82,11 @@ def test_equal_average_per_layer_is_the_exact_solver_s(
         [unit(f"{layer}.{e}", 12, c, layer) for e, c in enumerate(drawn)] for layer, drawn in enumerate((first, second))
     ]
     units = [u for pair in zip(*layers, strict=True) for u in pair]  # layers need not be together
-    ranges: dict[int | None, SizeRange] = {
-        layer: filled_range(members, budget_of(members, bpw), 0.005) for layer, members in enumerate(layers)
-    }
+    ranges: dict[int | None, SizeRange] = {}
+    for layer, members in enumerate(layers):
+        most = greatest_size(members, budget_of(members, bpw))
+        assert most is not None
+        ranges[layer] = SizeRange(most, most)
     solution = solve_layers(units, ranges)
     best = 0.0
     for layer, members in enumerate(layers):
@@ -146,25 +148,6 @@ def test_impossible_budget_is_infeasible() -> None:
         solve_layers(units, ranges)
     with pytest.raises(InfeasibleBudgetError, match=r"outside the layers: .* 0 and 1 bytes"):
         solve_layers(units, ranges | {1: SizeRange(0, 900), None: SizeRange(0, 1)})
-
-
-@settings(max_examples=60, deadline=None)
-@given(any_units, st.floats(0, 1))
-def test_largest_size(units: list[AllocationUnit], share: float) -> None:
-    smallest, largest = (sum(bound(c.size_bytes for c in u.candidates) for u in units) for bound in (min, max))
-    budget = int(smallest + share * (largest - smallest))
-    found = largest_size(units, budget)
-    assume(found is not None)
-    assert found is not None
-    assert found <= budget
-    assert exact(units, found, found) is not None
-    assert exact(units, found + 1, budget) is None
-
-
-def test_equality_without_a_common_step_is_nearly_all_of_the_budget() -> None:
-    units = [sized(f"u{i}", [(1000, 1.0), (4 * MAX_STEPS + i, 0.5)]) for i in range(3)]
-    assert filled_range(units, 6 * MAX_STEPS, 0.01) == SizeRange(int(6 * MAX_STEPS * 0.99) + 1, 6 * MAX_STEPS)
-    assert filled_range(units, 2999, 0.01) == SizeRange(2999, 2999), "infeasible, as solve then says"
 
 
 def test_cbc_takes_over_when_highs_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
