@@ -15,8 +15,8 @@ from mode_gguf.allocation.plan import (
     SolverRecord,
 )
 from mode_gguf.allocation.presets import Preset
-from mode_gguf.allocation.size_range import SizeRange, filled_range
-from mode_gguf.allocation.solver import Solution, solve, solve_layers
+from mode_gguf.allocation.reachable import greatest_size
+from mode_gguf.allocation.solver import SizeRange, Solution, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, fitting_types, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
@@ -104,7 +104,9 @@ class Problem:
 
     def _range(self, units: Sequence[AllocationUnit], budget: int) -> SizeRange:
         """What units with this budget may take: at most all of it, or exactly the most there is to take."""
-        return filled_range(units, budget, UNDERSHOOT) if self.preset.equality else SizeRange(0, budget)
+        if self.preset.equality and (most := greatest_size(units, budget)) is not None:
+            return SizeRange(most, most)
+        return SizeRange(0, budget)
 
     def _layer_ranges(self, units: Sequence[AllocationUnit]) -> dict[int | None, SizeRange]:
         """A range per layer: what its other tensors take, and as many bits per weight for its experts as everywhere."""
@@ -119,7 +121,7 @@ class Problem:
         left_over = 0
         for layer, members in experts.items():
             share = left_over + for_experts * sum(unit.n_weights for unit in members) // n_weights
-            floor, most = self._range(members, share) if members else SizeRange(0, 0)
+            floor, most = self._range(members, share)
             ranges[layer] = SizeRange(others[layer] + floor, others[layer] + most)
             # Three tensors can hardly ever use a layer's share exactly; the next layer gets what is left of it.
             left_over = share - most
