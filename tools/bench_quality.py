@@ -68,9 +68,13 @@ ABLATIONS = {
     "text and key vision tokens": Preset("", "fisher", CostModel(modality_weights=(1.0, 1.0, 0.0))),
     "text tokens": Preset("", "fisher", CostModel(modality_weights=(1.0, 0.0, 0.0))),
     "text answers": Preset("", "fisher", CostModel(answer_weights=(1.0, 0.0))),
+    "measured units": replace(PRESETS["mode"], unit_kl=True),
     "image answers": Preset("", "fisher", CostModel(answer_weights=(0.0, 1.0))),
 }
 """Our plan with one signal taken out or exchanged."""
+
+REFINED, ROUNDS = "refined", 2
+"""Our plan, improved by measuring it and its neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +186,18 @@ def planned(bench: Bench, contestant: str, seed: int, size: int) -> Plan:
         return max(
             (plan for plan in plans if plan.size_bytes <= size), key=lambda plan: plan.size_bytes, default=plans[0]
         )
-    preset = (CONTESTANTS | ABLATIONS)[contestant]
+    preset = (CONTESTANTS | ABLATIONS | {REFINED: PRESETS[OURS]})[contestant]
     preset = replace(preset, costs=replace(preset.costs, seed=seed))
-    folder = calibrated(bench, seed, preset.method)
-    plan = pipeline.run_plan(bench.checkpoint, folder, Budget(kind="size", value=size), preset, DEFAULT_TYPES)
+    folder, options = calibrated(bench, seed, preset.method), sample_options(bench, seed)
+    if preset.unit_kl and not folder.unit_kl.exists():
+        say(f"seed {seed}: measuring units")
+        pipeline.run_unit_kl(bench.checkpoint, folder, options)
+    budget = Budget(kind="size", value=size)
+    if contestant == REFINED:
+        return pipeline.run_refined_plan(
+            bench.checkpoint, folder, options, budget, preset, DEFAULT_TYPES, rounds=ROUNDS
+        )
+    plan = pipeline.run_plan(bench.checkpoint, folder, budget, preset, DEFAULT_TYPES)
     return plan if preset.dense == "measured" else filled(plan, size - metadata_bytes(bench.checkpoint))
 
 
@@ -253,7 +265,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything written")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
-    names = [*CONTESTANTS, UNIFORM, *ABLATIONS]
+    names = [*CONTESTANTS, UNIFORM, *ABLATIONS, REFINED]
     parser.add_argument("--contestants", nargs="+", choices=names, default=[*CONTESTANTS, UNIFORM])
     parser.add_argument("--report", type=Path, help="folder for the table and the plot of all results")
     arguments = parser.parse_args()
