@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from mode_gguf.allocation.reachable import greatest_size
 from rich.console import Console
 from rich.table import Table
 
 from mode_gguf.allocation.planner import UNDERSHOOT
+from mode_gguf.allocation.reachable import greatest_size
 from mode_gguf.allocation.solver import SizeRange, Solution, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate
 from mode_gguf.quantization.types import QuantType, quant_type

@@ -5,8 +5,8 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mode_gguf.allocation.reachable import greatest_size
 
+from mode_gguf.allocation.reachable import greatest_size
 from mode_gguf.allocation.solver import RELATIVE_GAP, SizeRange, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate
 from mode_gguf.errors import InfeasibleBudgetError
