@@ -88,6 +88,8 @@ class ConvertOptions:
     budget: Budget
     calibration: CalibrationOptions = CalibrationOptions()
     preset: Preset = PRESETS["mode"]
+    refine: int = 0
+    measured_samples: int = DEFAULT_MEASURED_SAMPLES
     imatrix: ImatrixKind | None = None
     packing: Packing = DEFAULT_PACKING
     types: CandidateTypes = DEFAULT_TYPES
@@ -194,12 +196,50 @@ def convert(
                 progress=progress,
             )
 
-    planned = fingerprint(measured, options.budget.model_dump(), asdict(options.preset), options.pre_tokenizer)
+    if options.preset.unit_kl:
+        units = fingerprint(measured, options.measured_samples)
+        if not ledger.is_current("unit-kl", units):
+            with ledger.running("unit-kl", units, [folder.unit_kl]):
+                run_unit_kl(
+                    checkpoint,
+                    folder,
+                    options.calibration,
+                    options.types,
+                    sample_budget=options.measured_samples,
+                    progress=progress,
+                )
+
+    planned = fingerprint(
+        measured,
+        options.budget.model_dump(),
+        asdict(options.preset),
+        options.pre_tokenizer,
+        (options.refine, options.measured_samples) if options.refine or options.preset.unit_kl else None,
+    )
     if not ledger.is_current("plan", planned):
         with ledger.running("plan", planned, [folder.plan, folder.tensor_types]):
-            run_plan(
-                checkpoint, folder, options.budget, options.preset, options.types, pre_tokenizer=options.pre_tokenizer
-            )
+            if options.refine:
+                run_refined_plan(
+                    checkpoint,
+                    folder,
+                    options.calibration,
+                    options.budget,
+                    options.preset,
+                    options.types,
+                    rounds=options.refine,
+                    sample_budget=options.measured_samples,
+                    pre_tokenizer=options.pre_tokenizer,
+                    progress=progress,
+                )
+            else:
+                run_plan(
+                    checkpoint,
+                    folder,
+                    options.budget,
+                    options.preset,
+                    options.types,
+                    pre_tokenizer=options.pre_tokenizer,
+                )
 
     plan = Plan.load(folder.plan)
     model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
@@ -233,6 +273,7 @@ def convert(
                     held_out=options.held_out,
                     llama_cpp=options.llama_cpp,
                     reference_folder=folder.path / "reference",
+                    warnings=_calibration_warnings(folder),
                     progress=progress,
                 )
     return ConvertResult(
@@ -684,9 +725,10 @@ def run_validation(
     held_out: Path | None = None,
     llama_cpp: Path | None = None,
     reference_folder: Path | None = None,
+    warnings: Sequence[str] = (),
     progress: Progress = silent,
 ) -> ValidationReport:
-    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`."""
+    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`, `warnings` included."""
     result = validate(
         candidate,
         reference,
@@ -697,6 +739,7 @@ def run_validation(
         reference_folder=reference_folder,
         progress=progress,
     )
+    result = result.model_copy(update={"warnings": tuple(warnings)})
     result.save(report)
     return result
 
@@ -746,6 +789,13 @@ def _write_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStati
         chunk_count=n_samples,
         chunk_size=(samples.text_tokens + samples.vision_tokens) // n_samples,
     )
+
+
+def _calibration_warnings(folder: WorkFolder) -> list[str]:
+    from mode_gguf.calibration.coverage import calibration_warnings
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+
+    return calibration_warnings(CalibrationStatistics.load(folder.calibration))
 
 
 def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:

@@ -30,6 +30,7 @@ from mode_gguf.calibration.samples import load_samples
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InfeasibleBudgetError, InputError
 from mode_gguf.export.projector import write_projector
+from mode_gguf.export.text_model import metadata_bytes
 from mode_gguf.importance.table import Method
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.report import ValidationReport
@@ -41,6 +42,7 @@ MIXES = ("Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S")
 UNIFORM_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K")
 OURS, UNIFORM, STOCK, STOCK_TEXT = "mode", "uniform", "stock, our imatrix", "stock, text imatrix"
 SHARE_OF_SAMPLES = 0.75
+FILLED_FIRST = ("output.weight", "attn_v", "attn_output", "attn_k", "attn_q", "token_embd")
 
 _GLOBAL = Preset("", "expert-mse", PAPER_COSTS, dense="fixed")
 """The paper's costs with one budget for the model; the variants below change one signal of it."""
@@ -66,9 +68,13 @@ ABLATIONS = {
     "text and key vision tokens": Preset("", "fisher", CostModel(modality_weights=(1.0, 1.0, 0.0))),
     "text tokens": Preset("", "fisher", CostModel(modality_weights=(1.0, 0.0, 0.0))),
     "text answers": Preset("", "fisher", CostModel(answer_weights=(1.0, 0.0))),
+    "measured units": replace(PRESETS["mode"], unit_kl=True),
     "image answers": Preset("", "fisher", CostModel(answer_weights=(0.0, 1.0))),
 }
 """Our plan with one signal taken out or exchanged."""
+
+REFINED, ROUNDS = "refined", 2
+"""Our plan, improved by measuring it and its neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +186,37 @@ def planned(bench: Bench, contestant: str, seed: int, size: int) -> Plan:
         return max(
             (plan for plan in plans if plan.size_bytes <= size), key=lambda plan: plan.size_bytes, default=plans[0]
         )
-    preset = (CONTESTANTS | ABLATIONS)[contestant]
+    preset = (CONTESTANTS | ABLATIONS | {REFINED: PRESETS[OURS]})[contestant]
     preset = replace(preset, costs=replace(preset.costs, seed=seed))
-    folder = calibrated(bench, seed, preset.method)
-    return pipeline.run_plan(bench.checkpoint, folder, Budget(kind="size", value=size), preset, DEFAULT_TYPES)
+    folder, options = calibrated(bench, seed, preset.method), sample_options(bench, seed)
+    if preset.unit_kl and not folder.unit_kl.exists():
+        say(f"seed {seed}: measuring units")
+        pipeline.run_unit_kl(bench.checkpoint, folder, options)
+    budget = Budget(kind="size", value=size)
+    if contestant == REFINED:
+        return pipeline.run_refined_plan(
+            bench.checkpoint, folder, options, budget, preset, DEFAULT_TYPES, rounds=ROUNDS
+        )
+    plan = pipeline.run_plan(bench.checkpoint, folder, budget, preset, DEFAULT_TYPES)
+    return plan if preset.dense == "measured" else filled(plan, size - metadata_bytes(bench.checkpoint))
+
+
+def filled(plan: Plan, size: int) -> Plan:
+    """The plan with what is left of `size` bytes spent on the tensors it did not choose for, one type up at a time.
+
+    A type of a whole tensor of experts is a large step in a small model; without this, files would differ in size. The
+    order is llama.cpp's: output, values and attention output first.
+    """
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    for kind in FILLED_FIRST:
+        for tensor in (one for one in plan.tensors if kind in one.name):
+            for quant_type in DEFAULT_TYPES.dense:
+                larger = tensor.n_weights * quant_type.type_size // quant_type.block_size
+                spent = sum(one.size_bytes for one in tensors.values()) - tensors[tensor.name].size_bytes
+                if tensors[tensor.name].size_bytes < larger <= size - spent:
+                    changes = {"type": quant_type.name, "size_bytes": larger}
+                    tensors[tensor.name] = tensor.model_copy(update=changes)
+    return plan.model_copy(update={"tensors": list(tensors.values())})
 
 
 def run(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -232,7 +265,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything written")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
-    names = [*CONTESTANTS, UNIFORM, *ABLATIONS]
+    names = [*CONTESTANTS, UNIFORM, *ABLATIONS, REFINED]
     parser.add_argument("--contestants", nargs="+", choices=names, default=[*CONTESTANTS, UNIFORM])
     parser.add_argument("--report", type=Path, help="folder for the table and the plot of all results")
     arguments = parser.parse_args()

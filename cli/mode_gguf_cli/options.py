@@ -260,6 +260,23 @@ SizePower = Annotated[
         "0, 0.5, 1, ...; 0 is the importance alone."
     ),
 ]
+UnitKlOption = Annotated[
+    bool,
+    typer.Option(
+        "--unit-kl",
+        help="Take whole tensors' costs from `mode-gguf unit-kl`, shared out over experts by the sensitivity.",
+        rich_help_panel=_SIGNALS,
+    ),
+]
+Refine = Annotated[
+    int,
+    typer.Option(
+        help="Rounds in which the plan is measured together with its neighbours and improved; 0 for none.", min=0
+    ),
+]
+MeasuredSamples = Annotated[
+    int, typer.Option(help="Calibration samples that KL is measured on, half of them with an image.", min=1)
+]
 ExpertTypes = Annotated[str, typer.Option("--types", help="Candidate types of expert tensors, comma-separated.")]
 DenseTypes = Annotated[str, typer.Option(help="Candidate types of attention, embedding and output tensors.")]
 ProjectorOption = Annotated[ProjectorType, typer.Option("--mmproj-type", help="Type of the projector's matrices.")]
@@ -290,6 +307,7 @@ DEFAULT_SIZE_POWER = 0.0
 DEFAULT_EXPERT_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"
 DEFAULT_DENSE_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0"
 DEFAULT_BPW = 3.0
+DEFAULT_MEASURED_SAMPLES = 64
 
 
 def candidate_types(expert: str, dense: str) -> "CandidateTypes":
@@ -344,6 +362,7 @@ def preset_of(
     use_all: bool | None = None,
     dense: DenseName | None = None,
     seed: int | None = None,
+    unit_kl: bool = False,
 ) -> "Preset":
     """The named preset with the signals that the command line changes.
 
@@ -367,6 +386,7 @@ def preset_of(
         "method": sensitivity and sensitivity.value,
         "scope": scope,
         "equality": use_all,
+        "unit_kl": unit_kl,
         "dense": dense.value if dense else fixed,
         "costs": replace(preset.costs, **{key: value for key, value in costs.items() if value is not None}),
     }

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mode_gguf.allocation.budget import Budget
+from mode_gguf.allocation.presets import Preset
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
 from mode_gguf.quantization.packing import EXACT, Packing
@@ -71,6 +72,8 @@ class Plan(Record):
     schema_version: Literal[1] = 1
     made_from: Provenance
     preset: str
+    signals: Preset | None = None
+    """The preset with all its parts, as options may have changed them; None for a plan that weighs nothing."""
     budget: Budget | None = None
     """What it was chosen for; None for a plan that was not."""
     bpw: float

@@ -178,6 +178,7 @@ def plan_of(
     return Plan(
         made_from=made_from,
         preset=problem.preset.name,
+        signals=problem.preset,
         packing=packing,
         budget=budget,
         solver=_record(solution),

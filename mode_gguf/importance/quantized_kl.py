@@ -243,42 +243,45 @@ class _Measurement:
 
     def _divergences(self) -> QuantizedKl:
         """Through the final norm and the output head, and compared at the scored positions."""
-        streamed = self.streamed
         changes = self._changes([self.head])
-        weight = streamed.model.get_output_embeddings().weight.float()  # type: ignore[operator]
-        in_base = changes.base.get((self.head.name, 0))
-        base_weight = weight if in_base is None else weight + in_base
-        norm = streamed.model.get_submodule(FINAL_NORM)
+        weight = self.streamed.model.get_output_embeddings().weight.float()  # type: ignore[operator]
         base, variants = np.zeros(N_ANSWERS), np.zeros((len(self.variants), N_ANSWERS))
         positions = np.zeros(N_ANSWERS, np.int64)
         for number, sample in enumerate(self.samples):
-            answer, scored = sample.inputs.answer, sample.inputs.scored.to(streamed.device)
-            positions[answer] += len(scored)
-            modality = sample.passed.modality[scored]
-            states = self.store.take(number).to(streamed.device)[:, scored] if sample.members else None
-
-            def last(
-                v: int, sample: _Sample = sample, states: Tensor | None = states, scored: Tensor = scored
-            ) -> Tensor:
-                """Head inputs (n, H) of the base or a variant; full precision for one that never left it."""
-                own = next((m for m in (v, _BASE) if m in sample.members), None)
-                if own is None or states is None:
-                    return norm(sample.output[0, scored]).float()  # type: ignore[no-any-return]
-                return norm(states[sample.members.index(own)]).float()  # type: ignore[no-any-return]
-
-            full = norm(sample.output[0, scored]).float()
-            compared = partial(_divergence, full, weight, base_weight)
-            base_differs = _BASE in sample.members or in_base is not None
-            of_base = compared(last(_BASE)) if base_differs else 0.0
+            answer = sample.inputs.answer
+            of_base, of_variants = self._sample_divergences(number, weight, changes)
             base[answer] += of_base
-            for v, variant in enumerate(self.variants):
-                change, mask = changes.of(variant, self.head.name), _mask(variant, modality)
-                if v in sample.members or (change is not None and mask.any()):
-                    variants[v, answer] += compared(last(v), change, mask)
-                else:
-                    variants[v, answer] += of_base
+            variants[:, answer] += of_variants
+            positions[answer] += len(sample.inputs.scored)
         per_position = 1 / np.maximum(positions, 1)
         return QuantizedKl(base * per_position, variants * per_position, tuple(int(n) for n in positions))
+
+    def _sample_divergences(self, number: int, weight: Tensor, changes: TypeChanges) -> tuple[float, list[float]]:
+        """Summed KL of the base and of every variant on one sample, with the head's weight and its changes."""
+        sample, device = self.samples[number], self.streamed.device
+        norm = self.streamed.model.get_submodule(FINAL_NORM)
+        scored = sample.inputs.scored
+        in_base = changes.base.get((self.head.name, 0))
+        base_weight = weight if in_base is None else weight + in_base
+        full = norm(sample.output[0, scored.to(device)]).float()
+        states = self.store.take(number)[:, scored] if sample.members else ()
+        head_inputs = dict(zip(sample.members, states, strict=True))
+
+        def divergence(of: int, change: Tensor | None = None, mask: Tensor | None = None) -> float:
+            own = head_inputs.get(of, head_inputs.get(_BASE))
+            x = full if own is None else norm(own.to(device)).float()
+            return _divergence(full, weight, base_weight, x, change, mask)
+
+        of_base = divergence(_BASE) if _BASE in head_inputs or in_base is not None else 0.0
+        of_variants = []
+        for v, variant in enumerate(self.variants):
+            change, mask = (
+                changes.of(variant, self.head.name),
+                _mask(variant, sample.passed.modality[scored.to(device)]),
+            )
+            differs = v in head_inputs or (change is not None and bool(mask.any()))
+            of_variants.append(divergence(v, change, mask) if differs else of_base)
+        return of_base, of_variants
 
 
 def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:

@@ -96,7 +96,10 @@ class Smoke(Record):
 
 
 class ValidationReport(Record):
-    """Everything `validate` found; `accuracy` is by kind, and over everything under `all`."""
+    """Everything `validate` found; `accuracy` is by kind, and over everything under `all`.
+
+    `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now.
+    """
 
     schema_version: Literal[1] = 1
     tool_version: str
@@ -112,6 +115,7 @@ class ValidationReport(Record):
     answers: list[Answer]
     smoke: Smoke | None
     seconds: dict[str, float]
+    warnings: tuple[str, ...] = ()
 
     @property
     def example(self) -> Answer | None:

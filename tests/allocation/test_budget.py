@@ -1,14 +1,10 @@
 """Budgets: bytes meant by each kind, sizes as people write them, and refusals that say what can be reached."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mode_gguf.allocation.budget import Budget, budget_bytes, check_reachable, effective_types, parse_size
-from mode_gguf.allocation.reachable import greatest_size
-from mode_gguf.allocation.units import DEFAULT_TYPES, AllocationUnit, Candidate, tensor_bytes
+from mode_gguf.allocation.units import DEFAULT_TYPES, tensor_bytes
 from mode_gguf.errors import InfeasibleBudgetError, UsageError
-from mode_gguf.quantization.types import QUANT_TYPES
 from tests.allocation.test_planner import model
 
 
@@ -59,16 +55,3 @@ def test_the_three_kinds_mean_their_bytes() -> None:
 def test_out_of_reach_names_the_option_and_the_range(budget: Budget, option: str) -> None:
     with pytest.raises(InfeasibleBudgetError, match=option):
         check_reachable(model(), DEFAULT_TYPES, budget, overhead=1000)
-
-
-@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=3), min_size=1, max_size=6), st.integers(0, 120))
-def test_greatest_size_is_the_best_of_all_combinations(sizes: list[list[int]], budget: int) -> None:
-    q2_k = QUANT_TYPES["Q2_K"]
-    units = [
-        AllocationUnit(str(i), (str(i),), 1, tuple(Candidate(q2_k, size, 0.0) for size in one))
-        for i, one in enumerate(sizes)
-    ]
-    totals = {0}
-    for one in sizes:
-        totals = {total + size for total in totals for size in one}
-    assert greatest_size(units, budget) == max((total for total in totals if total <= budget), default=None)

@@ -67,7 +67,7 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, 
 
 
 def test_unit_kl_beside_what_sensitivity_predicted(pico: Path, out: Path, run: Run) -> None:
-    small = (*SMALL, "--samples-budget", "2", "--types", "Q2_K", "--dense-types", "Q4_K")
+    small = (*SMALL, "--measured-samples", "2", "--types", "Q2_K", "--dense-types", "Q4_K")
     result = json.loads(run("unit-kl", pico, "--out", out, "--json", *small))
     assert Path(result["unit_kl"]) == out / "unit-kl.safetensors"
     assert not (out / "unit-kl.partial").exists()
@@ -81,6 +81,61 @@ def test_unit_kl_beside_what_sensitivity_predicted(pico: Path, out: Path, run: R
     text = run("unit-kl", pico, "--out", out, *small)
     assert "text: predicted, measured" in text
     assert "blk.2 experts         Q2_K" in text
+
+
+def test_a_size_is_the_file_s(pico: Path, out: Path, run: Run) -> None:
+    result = json.loads(run("convert", pico, "--size", "2.4MiB", "--out", out, "--json", "--no-validate", *SMALL))
+    assert 0.99 * 2.4 * 2**20 <= Path(result["model"]).stat().st_size <= 2.4 * 2**20
+    assert "--size 0.10MiB cannot be reached" in run("plan", pico, "--size", "0.1MiB", "--out", out, code=3)
+
+
+def test_a_budget_on_experts_alone_leaves_the_rest_large(pico: Path, out: Path, run: Run) -> None:
+    result = json.loads(run("plan", pico, "--expert-bpw", "3.2", "--out", out, "--json"))
+    assert 3.0 < result["experts_bpw"] <= 3.2
+    plan = Plan.load(out / "plan.json")
+    assert {plan.types["token_embd.weight"].name, plan.types["output.weight"].name} == {"Q8_0"}
+
+
+def test_signals_change_single_parts_of_a_preset(pico: Path, out: Path, run: Run) -> None:
+    signals = ("--combine", "frequency", "--modality-weights", "1,1,0", "--budget-per", "layer", "--use-all")
+    run("plan", pico, "--bpw", "4.0", "--out", out, *signals)
+    plan = Plan.load(out / "plan.json")
+    assert plan.signals is not None
+    assert plan.signals.costs.combination == "frequency"
+    assert plan.signals.costs.modality_weights == (1.0, 1.0, 0.0)
+    assert (plan.signals.scope, plan.signals.dense, plan.signals.equality) == ("layer", "fixed", True)
+    assert "3 numbers" in run("plan", pico, "--modality-weights", "1,1", "--out", out, code=2)
+    assert "different budgets" in run("plan", pico, "--bpw", "4", "--size", "1MiB", "--out", out, code=2)
+    assert "fixed" in run("plan", pico, "--budget-per", "layer", "--dense", "measured", "--out", out, code=2)
+
+
+def test_a_plan_is_refined_by_what_is_measured(pico: Path, out: Path, run: Run) -> None:
+    arguments = ("--bpw", "4.0", "--out", out, "--refine", "1", "--measured-samples", "2", *SMALL)
+    text = run("plan", pico, *arguments)
+    trials = Plan.load(out / "plan.json").refinement
+    assert trials is not None
+    assert trials[0].accepted
+    assert text.count("tensors moved") == len(trials)
+    best = min(trials, key=lambda trial: sum(trial.kl))
+    assert best.accepted
+    assert Plan.load(out / "plan.json").bpw <= 4.0
+
+
+def test_what_a_type_per_expert_would_be_worth(pico: Path, out: Path, run: Run) -> None:
+    arguments = ("--bpw", "4.0", "--out", out, "--granularity", "expert", "--measured-samples", "2", *SMALL)
+    report = json.loads(run("plan", pico, *arguments, "--json"))
+    by_tensor, by_expert = report["rows"]
+    assert by_expert["predicted"] < by_tensor["predicted"]
+    assert abs(by_expert["size_bytes"] / by_tensor["size_bytes"] - 1) < 0.01
+    assert all(kl > 0 for row in report["rows"] for kl in row["kl"])
+    assert "type per expert" in run("plan", pico, *arguments)
+
+
+def test_convert_with_measured_units(pico: Path, tmp_path: Path, run: Run) -> None:
+    arguments = ("--bpw", "4.0", "--out", tmp_path, "--unit-kl", "--measured-samples", "2", "--json", "--no-validate")
+    result = json.loads(run("convert", pico, *arguments, *SMALL, "--types", "Q2_K,Q4_K", "--dense-types", "Q4_K"))
+    assert "unit-kl" in result["seconds"]
+    assert result["bpw"] <= 4.0
 
 
 def test_paper_preset_makes_a_file_too(pico: Path, tmp_path: Path, run: Run) -> None:

@@ -1,11 +1,23 @@
 """mode-gguf plan: types under a budget."""
 
-from typing import Annotated
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, show
+from mode_gguf_cli.console import emit_json, progress, show
+
+if TYPE_CHECKING:
+    from mode_gguf.allocation.granularity import GranularityReport
+
+
+class Granularity(StrEnum):
+    """What shares one type."""
+
+    TENSOR = "tensor"
+    EXPERT = "expert"
 
 
 def command(
@@ -24,6 +36,19 @@ def command(
     budget_per: options.ScopeOption = None,
     use_all: options.Equality = None,
     dense: options.DenseOption = None,
+    unit_kl: options.UnitKlOption = False,
+    refine: options.Refine = 0,
+    granularity: Annotated[
+        Granularity,
+        typer.Option(
+            help="tensor: as stock llama.cpp loads it; expert: measure also what a type per expert would be worth."
+        ),
+    ] = Granularity.TENSOR,
+    measured_samples: options.MeasuredSamples = options.DEFAULT_MEASURED_SAMPLES,
+    calibration: options.Calibration = None,
+    image_samples: options.ImageSamples = 128,
+    text_samples: options.TextSamples = 128,
+    device: options.DeviceOption = options.Device.AUTO,
     types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
     uniform: Annotated[
@@ -81,9 +106,40 @@ def command(
             use_all,
             dense,
             seed,
+            unit_kl,
         )
         budget = options.budget_of(bpw, size, expert_bpw)
-        made = pipeline.run_plan(checkpoint, folder, budget, chosen, candidates, pre_tokenizer=pre_tokenizer)
+        samples = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
+        if granularity is Granularity.EXPERT:
+            if refine:
+                raise UsageError("--refine improves a type per tensor; leave it out with --granularity expert")
+            report = pipeline.run_granularity(
+                checkpoint,
+                folder,
+                samples,
+                budget,
+                chosen,
+                candidates,
+                sample_budget=measured_samples,
+                progress=progress(),
+            )
+            _show_granularity(report, folder.granularity, as_json=json)
+            return
+        if refine:
+            made = pipeline.run_refined_plan(
+                checkpoint,
+                folder,
+                samples,
+                budget,
+                chosen,
+                candidates,
+                rounds=refine,
+                sample_budget=measured_samples,
+                pre_tokenizer=pre_tokenizer,
+                progress=progress(),
+            )
+        else:
+            made = pipeline.run_plan(checkpoint, folder, budget, chosen, candidates, pre_tokenizer=pre_tokenizer)
     if json:
         emit_json(
             {
@@ -94,6 +150,7 @@ def command(
                 "size_bytes": made.size_bytes,
                 "predicted_cost": made.solver.objective if made.solver else None,
                 "gap": made.solver.gap if made.solver else None,
+                "refinement": [trial.model_dump() for trial in made.refinement or ()],
             }
         )
         return
@@ -105,3 +162,21 @@ def command(
     if made.expert_granularity:
         by_expert = made.expert_granularity.record.objective
         show(f"              {by_expert:.6g} if experts of a layer could differ")
+    for trial in made.refinement or ():
+        text, image = trial.kl
+        verdict = "taken" if trial.accepted else "left"
+        show(f"measured      text {text:.5f}, image {image:.5f}, {len(trial.moved)} tensors moved: {verdict}")
+
+
+def _show_granularity(report: "GranularityReport", path: Path, *, as_json: bool) -> None:
+    """Both plans side by side."""
+    if as_json:
+        emit_json({"report": str(path), **report.model_dump(mode="json")})
+        return
+    show(f"report        {path}")
+    for row in report.rows:
+        text, image = row.kl
+        show(
+            f"type per {row.granularity:<6} {row.size_bytes:>13,} bytes, cost {row.predicted:.5f} predicted; "
+            f"KL measured: text {text:.5f}, image {image:.5f}"
+        )

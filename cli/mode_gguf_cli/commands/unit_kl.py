@@ -12,9 +12,7 @@ def command(
     model: options.Model,
     out: options.Out = None,
     calibration: options.Calibration = None,
-    samples_budget: Annotated[
-        int, typer.Option(help="Calibration samples to measure on, half of them with an image.", min=1)
-    ] = 64,
+    measured_samples: options.MeasuredSamples = options.DEFAULT_MEASURED_SAMPLES,
     device: options.DeviceOption = options.Device.AUTO,
     types: Annotated[
         str | None, typer.Option(help="Types of expert tensors, comma-separated; default: those of `sensitivity`.")
@@ -43,7 +41,7 @@ def command(
         types or ",".join(table.expert_types), dense_types or ",".join(table.dense_types)
     )
     measured = pipeline.run_unit_kl(
-        checkpoint, folder, chosen, candidates, sample_budget=samples_budget, progress=progress()
+        checkpoint, folder, chosen, candidates, sample_budget=measured_samples, progress=progress()
     )
     rows = compared(measured, table) if table.method == "fisher" else []
     if json:
