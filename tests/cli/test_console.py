@@ -8,7 +8,18 @@ from typer.testing import CliRunner
 from mode_gguf.errors import InputError
 from mode_gguf_cli import console, main
 
-COMMANDS = ("convert", "calibrate", "sensitivity", "unit-kl", "plan", "export", "validate", "inspect", "doctor")
+COMMANDS = (
+    "convert",
+    "calibrate",
+    "sensitivity",
+    "unit-kl",
+    "frontier",
+    "plan",
+    "export",
+    "validate",
+    "inspect",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -50,7 +50,7 @@ def command(
     plot = png or folder.frontier_plot
     made = pipeline.run_frontier(checkpoint, folder, options.preset_of(preset), candidates, points=points, plot=plot)
     if json:
-        show(made.model_dump_json(indent=2))
+        show(made.model_dump_json(indent=2, exclude_none=True))
         return
     (stdout if stdout.is_terminal else Console(width=WIDTH)).print(_table(made))
     show(f"frontier  {folder.frontier}")
