@@ -171,6 +171,7 @@ def draw(
     from matplotlib import pyplot as plt
 
     contestants = list(dict.fromkeys(contestant for _, contestant in table))
+    first_other = next((one for one in contestants if one not in (ours, *stock)), None)
     colours = {ours: "tab:red", **dict(zip(stock, ("tab:blue", "tab:cyan"), strict=True))}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for axis, what in zip(axes, ("text", "image"), strict=True):
@@ -188,7 +189,7 @@ def draw(
                 error,
                 fmt="o-" if named else ".",
                 color=colours.get(contestant, "lightgrey"),
-                label=contestant if named else None,
+                label=contestant if named else "every other way" if contestant == first_other else None,
                 capsize=3,
             )
         axis.set(title=what, xlabel="file, MB", ylabel="KL divergence from BF16, nats per token", yscale="log")
