@@ -1,5 +1,6 @@
 """Plans: budget kept and used, policies obeyed, costs weighed as the presets say, files that survive editing."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mode_gguf.allocation.costs import ExpertUse, Measurements
 from mode_gguf.allocation.plan import Plan, Provenance
 from mode_gguf.allocation.planner import UNDERSHOOT, Problem, optimal_plan, uniform_plan
 from mode_gguf.allocation.presets import PRESETS, Preset
-from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
+from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError, InputError
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -188,3 +189,30 @@ def test_plan_file_round_trip_and_refusals(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(InputError, match="cannot be read as a plan"):
         Plan.load(path)
+
+
+def test_the_paper_s_budget_per_layer_reaches_the_exact_optimum() -> None:
+    """Every layer's best choice of all there are, of those that use its share as well as any."""
+    tensors = model()
+    problem = Problem.of(tensors, measurements(tensors), budget=Budget(value=3.3), types=TYPES, preset=PRESETS["paper"])
+    units = problem.expert_units()
+    solution = problem.solve(units)
+    by_layer: dict[int, list[tuple[AllocationUnit, Candidate]]] = {}
+    for unit, choice in zip(units, solution.choices, strict=True):
+        if unit.expert is not None and unit.layer is not None:
+            by_layer.setdefault(unit.layer, []).append((unit, choice))
+    assert len(by_layer) == LAYERS
+    sizes = set()
+    for members in by_layer.values():
+        size = sum(choice.size_bytes for _, choice in members)
+        equally_large = (
+            sum(c.cost for c in choices)
+            for choices in itertools.product(*(unit.candidates for unit, _ in members))
+            if sum(c.size_bytes for c in choices) == size
+        )
+        assert sum(choice.cost for _, choice in members) == pytest.approx(min(equally_large), rel=1e-9)
+        sizes.add(size)
+    steps = {c.size_bytes for unit, _ in by_layer[0] for c in unit.candidates}
+    largest_step = max(steps) - min(steps)
+    assert max(sizes) - min(sizes) <= largest_step, "layers differ by what sizes cannot split, and no more"
+    assert solution.size_bytes > problem.unit_bytes - largest_step

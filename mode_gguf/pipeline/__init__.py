@@ -1,0 +1,64 @@
+"""Runs the stages on one work folder: calibrate, sensitivity, plan, export, validate.
+
+Each `run_` function reads what earlier stages left in the folder, writes its own artefacts, and can be called alone.
+`convert` chains them. Stages that need torch import it when they run, so that planning and exporting start at once.
+"""
+
+from mode_gguf.pipeline.conversion import convert, estimate, open_model
+from mode_gguf.pipeline.exporting import (
+    REFERENCE_TYPE,
+    export_text,
+    model_path,
+    projector_path,
+    run_export,
+    run_reference,
+)
+from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl
+from mode_gguf.pipeline.options import (
+    DEFAULT_MEASURED_SAMPLES,
+    CalibrationOptions,
+    ConvertOptions,
+    ConvertResult,
+    Estimate,
+)
+from mode_gguf.pipeline.planning import (
+    make_uniform_plan,
+    planning_problem,
+    run_frontier,
+    run_granularity,
+    run_plan,
+    run_refined_plan,
+    save_plan,
+    with_unit_kl,
+)
+from mode_gguf.pipeline.validating import environment, run_validation
+
+__all__ = [
+    "DEFAULT_MEASURED_SAMPLES",
+    "REFERENCE_TYPE",
+    "CalibrationOptions",
+    "ConvertOptions",
+    "ConvertResult",
+    "Estimate",
+    "convert",
+    "environment",
+    "estimate",
+    "export_text",
+    "make_uniform_plan",
+    "model_path",
+    "open_model",
+    "planning_problem",
+    "projector_path",
+    "run_calibration",
+    "run_export",
+    "run_frontier",
+    "run_granularity",
+    "run_plan",
+    "run_reference",
+    "run_refined_plan",
+    "run_sensitivity",
+    "run_unit_kl",
+    "run_validation",
+    "save_plan",
+    "with_unit_kl",
+]

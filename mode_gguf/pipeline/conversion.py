@@ -1,0 +1,193 @@
+"""`convert`: all stages on one work folder; those whose inputs have not changed are skipped."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from mode_gguf import __version__
+from mode_gguf.allocation.plan import Plan
+from mode_gguf.allocation.planner import settled_types
+from mode_gguf.allocation.units import CandidateTypes
+from mode_gguf.architectures import find_family, text_tensors
+from mode_gguf.architectures.tensors import Role
+from mode_gguf.artifacts import file_fingerprint, fingerprint, samples_fingerprint
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.importance.choice import chosen_imatrix
+from mode_gguf.pipeline.exporting import model_path, projector_path, reference_fits, run_export, run_reference
+from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl, warnings_of_calibration
+from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
+from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan
+from mode_gguf.pipeline.validating import run_validation
+from mode_gguf.progress import Progress, silent
+from mode_gguf.workfolder import StageLedger, WorkFolder
+
+
+def open_model(model: Path, out: Path | None) -> tuple[Checkpoint, WorkFolder]:
+    """The checkpoint, and the work folder for it: `out`, or `<name>-mode-gguf` in the current folder."""
+    checkpoint = Checkpoint.open(model)
+    return checkpoint, WorkFolder(out or Path.cwd() / f"{checkpoint.name}-mode-gguf", checkpoint.name)
+
+
+def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions) -> Estimate:
+    """Check that the model is supported and the budget can be met, before anything is computed.
+
+    Raises:
+        InputError: the checkpoint cannot be converted.
+        UsageError: the preset makes no importance matrix of the kind asked for.
+        InfeasibleBudgetError: the bits per weight are out of reach.
+    """
+    chosen_imatrix(options.imatrix, options.preset.method)
+    tensors = text_tensors(checkpoint)
+    overhead = overhead_bytes(checkpoint, options.budget, options.pre_tokenizer)
+    _, reach = settled_types(tensors, options.types, options.budget, options.preset, overhead)
+    experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
+    n_weights = sum(tensor.n_weights for tensor in tensors)
+    return Estimate(
+        model_name=checkpoint.name,
+        family=find_family(checkpoint).hf_class,
+        reach=reach,
+        model_bytes=reach.budget + overhead,
+        n_weights=n_weights,
+        expert_weights=sum(tensor.n_weights for tensor in experts),
+        layers=len({tensor.layer for tensor in experts}),
+        experts=max(tensor.n_experts for tensor in experts),
+        free_disk_bytes=shutil.disk_usage(_existing_parent(folder.path)).free,
+    )
+
+
+def convert(
+    checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress = silent
+) -> ConvertResult:
+    """All stages; those whose inputs have not changed since the last run in this folder are skipped.
+
+    Raises:
+        ModeGgufError: whatever the stages raise; what earlier stages wrote stays and is reused next time.
+    """
+    estimate(checkpoint, folder, options)
+    ledger = StageLedger(folder)
+    method = options.preset.method
+    imatrix = chosen_imatrix(options.imatrix, method)
+
+    samples = samples_fingerprint(options.calibration.source)
+    calibrated = fingerprint(checkpoint.fingerprint, asdict(options.calibration), samples, __version__)
+    if not ledger.is_current("calibrate", calibrated):
+        with ledger.running("calibrate", calibrated, [folder.calibration, folder.imatrix]):
+            run_calibration(checkpoint, folder, options.calibration, progress)
+
+    measured = fingerprint(calibrated, method, imatrix, asdict(options.packing), _type_names(options.types))
+    if not ledger.is_current("sensitivity", measured):
+        with ledger.running("sensitivity", measured, _sensitivity_files(folder, method)):
+            run_sensitivity(
+                checkpoint,
+                folder,
+                options.calibration,
+                method,
+                options.types,
+                imatrix=imatrix,
+                packing=options.packing,
+                progress=progress,
+            )
+
+    if options.preset.unit_kl:
+        units = fingerprint(measured, options.measured_samples)
+        if not ledger.is_current("unit-kl", units):
+            with ledger.running("unit-kl", units, [folder.unit_kl]):
+                run_unit_kl(
+                    checkpoint,
+                    folder,
+                    options.calibration,
+                    options.types,
+                    sample_budget=options.measured_samples,
+                    progress=progress,
+                )
+
+    planned = fingerprint(
+        measured,
+        options.budget.model_dump(),
+        asdict(options.preset),
+        options.pre_tokenizer,
+        (options.refine, options.measured_samples) if options.refine or options.preset.unit_kl else None,
+    )
+    if not ledger.is_current("plan", planned):
+        with ledger.running("plan", planned, [folder.plan, folder.tensor_types]):
+            if options.refine:
+                run_refined_plan(
+                    checkpoint,
+                    folder,
+                    options.calibration,
+                    options.budget,
+                    options.preset,
+                    options.types,
+                    rounds=options.refine,
+                    sample_budget=options.measured_samples,
+                    pre_tokenizer=options.pre_tokenizer,
+                    progress=progress,
+                )
+            else:
+                run_plan(
+                    checkpoint,
+                    folder,
+                    options.budget,
+                    options.preset,
+                    options.types,
+                    pre_tokenizer=options.pre_tokenizer,
+                )
+
+    plan = Plan.load(folder.plan)
+    model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
+    exported = fingerprint(file_fingerprint(folder.plan), calibrated, options.projector_type, options.pre_tokenizer)
+    if not ledger.is_current("export", exported):
+        with ledger.running("export", exported, [model, mmproj]):
+            run_export(
+                checkpoint,
+                folder,
+                plan,
+                projector_type=options.projector_type,
+                pre_tokenizer=options.pre_tokenizer,
+                threads=options.threads,
+                progress=progress,
+            )
+    if options.validate:
+        validated = fingerprint(exported, samples_fingerprint(options.held_out), str(options.llama_cpp))
+        if not ledger.is_current("validate", validated):
+            with ledger.running("validate", validated, [folder.report]):
+                reference = None
+                if reference_fits(checkpoint):
+                    reference = run_reference(
+                        checkpoint, folder, pre_tokenizer=options.pre_tokenizer, progress=progress
+                    )
+                run_validation(
+                    model,
+                    mmproj,
+                    reference,
+                    folder.report,
+                    plan=plan,
+                    held_out=options.held_out,
+                    llama_cpp=options.llama_cpp,
+                    reference_folder=folder.path / "reference",
+                    warnings=warnings_of_calibration(folder),
+                    progress=progress,
+                )
+    return ConvertResult(
+        model=model,
+        mmproj=mmproj,
+        imatrix=folder.imatrix_of(imatrix),
+        plan=folder.plan,
+        report=folder.report if options.validate else None,
+        bpw=plan.bpw,
+        size_bytes=model.stat().st_size,
+        seconds=dict(ledger.seconds),
+    )
+
+
+def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
+    """What `run_sensitivity` writes."""
+    return [folder.sensitivity, *([folder.imatrix_of("fisher")] if method == "fisher" else [])]
+
+
+def _type_names(types: CandidateTypes) -> list[list[str]]:
+    return [[quant_type.name for quant_type in group] for group in (types.expert, types.dense)]
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -1,0 +1,84 @@
+"""What the stages can be told, and what a conversion tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mode_gguf.allocation.budget import Budget, Reach
+from mode_gguf.allocation.presets import PRESETS, Preset
+from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes
+from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
+
+if TYPE_CHECKING:
+    from mode_gguf.calibration.key_tokens import Criterion
+
+DEFAULT_MEASURED_SAMPLES = 64
+"""Calibration samples that KL is measured on, where it is measured rather than predicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """What the model is run on, and where.
+
+    `source` is as in `load_samples`; `key_ratio` is the share of an image's tokens that count as key vision tokens, and
+    `key_tokens` the criterion that chooses them, see `mode_gguf.calibration.key_tokens`.
+    """
+
+    source: str | None = None
+    image_samples: int = 128
+    text_samples: int = 128
+    key_ratio: float = 0.2
+    key_tokens: "Criterion" = "text-attention"
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """Everything `convert` can be told; each stage takes the part it needs."""
+
+    budget: Budget
+    calibration: CalibrationOptions = CalibrationOptions()
+    preset: Preset = PRESETS["mode"]
+    refine: int = 0
+    measured_samples: int = DEFAULT_MEASURED_SAMPLES
+    imatrix: ImatrixKind | None = None
+    packing: Packing = DEFAULT_PACKING
+    types: CandidateTypes = DEFAULT_TYPES
+    projector_type: str = "F16"
+    pre_tokenizer: str | None = None
+    threads: int | None = None
+    validate: bool = True
+    held_out: Path | None = None
+    llama_cpp: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertResult:
+    """What a conversion wrote, and how long each stage took (0 for one that was reused)."""
+
+    model: Path
+    mmproj: Path
+    imatrix: Path
+    plan: Path
+    report: Path | None
+    bpw: float
+    size_bytes: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a conversion will do, known from shapes alone."""
+
+    model_name: str
+    family: str
+    reach: Reach
+    model_bytes: int
+    n_weights: int
+    expert_weights: int
+    layers: int
+    experts: int
+    free_disk_bytes: int

@@ -1,0 +1,275 @@
+"""From what was measured to plan.json: plans, refined plans, granularity, frontier."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mode_gguf import __version__
+from mode_gguf.allocation.budget import Budget
+from mode_gguf.allocation.costs import ExpertUse, Measurements, expert_frequency
+from mode_gguf.allocation.frontier import Frontier, frontier
+from mode_gguf.allocation.granularity import GranularityReport, GranularityRow
+from mode_gguf.allocation.plan import Plan, Provenance, RefinementTrial
+from mode_gguf.allocation.planner import Problem, optimal_plan, plan_of, settled_types, uniform_plan
+from mode_gguf.allocation.presets import Preset
+from mode_gguf.allocation.units import CandidateTypes
+from mode_gguf.architectures import text_tensors
+from mode_gguf.artifacts import file_fingerprint, write_text
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import UsageError
+from mode_gguf.export.tensor_types import tensor_types_text
+from mode_gguf.export.text_model import metadata_bytes
+from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.pipeline.measuring import check_same_model, kl_measurement, measured_tables
+from mode_gguf.pipeline.options import DEFAULT_MEASURED_SAMPLES, CalibrationOptions
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
+from mode_gguf.quantization.types import QuantType
+from mode_gguf.refinement import measure_plans, refine
+from mode_gguf.workfolder import WorkFolder
+
+if TYPE_CHECKING:
+    from mode_gguf.importance.table import SensitivityTable
+    from mode_gguf.importance.unit_table import UnitKl
+
+
+def run_plan(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    pre_tokenizer: str | None = None,
+) -> Plan:
+    """Write plan.json and tensor-types.txt for a budget.
+
+    Raises:
+        InfeasibleBudgetError: it is out of reach.
+        InputError: the measurements are missing or belong to another model.
+        UsageError: they were made for another preset.
+    """
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer)
+    return save_plan(folder, optimal_plan(problem, made_from, budget, packing))
+
+
+def planning_problem(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    pre_tokenizer: str | None = None,
+) -> tuple[Problem, Provenance, Packing]:
+    """What a plan for this budget is chosen from, what that was made from, and how candidates were packed.
+
+    Raises like `run_plan`.
+    """
+    tensors = text_tensors(checkpoint)
+    overhead = overhead_bytes(checkpoint, budget, pre_tokenizer)
+    settled_types(tensors, types, budget, preset, overhead)
+    measured, preset, table = _measurements(checkpoint, folder, preset)
+    problem = Problem.of(tensors, measured, budget=budget, types=types, preset=preset, overhead=overhead)
+    return problem, _provenance(checkpoint, folder, table.method, table.imatrix), table.packing
+
+
+def run_refined_plan(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    calibration: CalibrationOptions,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    rounds: int,
+    sample_budget: int = DEFAULT_MEASURED_SAMPLES,
+    pre_tokenizer: str | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """As `run_plan`, then improve the plan by measuring it and its neighbours on calibration samples, see `refine`.
+
+    Args:
+        rounds: how often all neighbours are measured at most.
+        sample_budget: of the calibration samples, half of them with an image.
+    """
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer)
+    units = problem.tensor_units()
+    first = problem.solve(units)
+    measure = measure_plans(*kl_measurement(checkpoint, folder, calibration, sample_budget), problem.tensors, progress)
+    refined = refine(
+        units,
+        first.choices,
+        problem.unit_bytes,
+        measure,
+        answer_weights=preset.costs.answer_weights,
+        rounds=rounds,
+    )
+    history = [
+        RefinementTrial(kl=trial.kl, size_bytes=trial.size_bytes, moved=trial.moved, accepted=trial.accepted)
+        for trial in refined.history
+    ]
+    best = replace(first, choices=refined.choices)
+    return save_plan(folder, plan_of(problem, units, best, made_from, budget, packing, history))
+
+
+def run_granularity(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    calibration: CalibrationOptions,
+    budget: Budget,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    sample_budget: int = DEFAULT_MEASURED_SAMPLES,
+    progress: Progress = silent,
+) -> GranularityReport:
+    """Plan one type per tensor and one per expert under one budget, and measure both with unpacked weights.
+
+    The first is written as plan.json. The second cannot be loaded by stock llama.cpp; granularity.json has both.
+    """
+    from mode_gguf.importance.quantized_kl import quantized_kl
+
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types)
+    save_plan(folder, optimal_plan(problem, made_from, budget, packing))
+    per_tensor, per_expert = problem.tensor_units(), problem.expert_units()
+    model, settings = kl_measurement(checkpoint, folder, calibration, sample_budget)
+    n_experts = {tensor.name: tensor.n_experts for tensor in problem.tensors}
+    solutions = (problem.solve(per_tensor), problem.solve(per_expert))
+    chosen = (
+        {
+            unit.name: (choice.quant_type,) * n_experts[unit.name]
+            for unit, choice in zip(per_tensor, solutions[0].choices, strict=True)
+        },
+        problem.expert_types(solutions[1]),
+    )
+    rows = []
+    for name, solution, by_tensor in zip(("tensor", "expert"), solutions, chosen, strict=True):
+        description = f"measuring one type per {name}"
+        kl = quantized_kl(
+            model.streamed, model.inputs, [], settings, base=by_tensor, description=description, progress=progress
+        ).base
+        rows.append(
+            GranularityRow(
+                granularity=name, size_bytes=solution.size_bytes, predicted=solution.objective, kl=tuple(map(float, kl))
+            )
+        )
+    report = GranularityReport(budget=budget, preset=preset.name, rows=rows)
+    write_text(folder.granularity, report.model_dump_json(indent=1) + "\n")
+    return report
+
+
+def run_frontier(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    preset: Preset,
+    types: CandidateTypes,
+    *,
+    points: int = 20,
+    plot: Path | None = None,
+) -> Frontier:
+    """Predict the damage at `points` sizes from what was measured; writes frontier.json, and a plot of it.
+
+    Args:
+        plot: where the PNG goes; None for the folder's own.
+
+    Raises:
+        InputError: the measurements are missing or belong to another model.
+        UsageError: they were made for another preset.
+    """
+    from mode_gguf.allocation.frontier_plot import draw
+
+    measured, preset, _ = _measurements(checkpoint, folder, preset)
+    made = frontier(checkpoint.name, text_tensors(checkpoint), measured, preset=preset, types=types, points=points)
+    write_text(folder.frontier, made.model_dump_json(indent=1, exclude_none=True) + "\n")
+    draw(made, plot or folder.frontier_plot)
+    return made
+
+
+def make_uniform_plan(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    quant_type: QuantType,
+    *,
+    imatrix: ImatrixKind | None = None,
+    packing: Packing = DEFAULT_PACKING,
+) -> Plan:
+    """The plan that stores every expert in `quant_type`; nothing need be measured for it, and nothing is written.
+
+    `imatrix` None stands for the Fisher importance matrix if the folder has one.
+    """
+    kind = imatrix or ("fisher" if folder.imatrix_of("fisher").exists() else "plain")
+    return uniform_plan(text_tensors(checkpoint), _provenance(checkpoint, folder, kind=kind), quant_type, packing)
+
+
+def save_plan(folder: WorkFolder, plan: Plan) -> Plan:
+    """Write plan.json, and tensor-types.txt for llama-quantize."""
+    plan.save(folder.plan)
+    write_text(folder.tensor_types, tensor_types_text(plan.types))
+    return plan
+
+
+def with_unit_kl(
+    table: "SensitivityTable", measured: "UnitKl", use: Mapping[int, ExpertUse], preset: Preset
+) -> tuple["SensitivityTable", Preset]:
+    """The table with measured units, and the preset that takes them as they are.
+
+    A product with frequencies is formed before its proportions are taken, because measured KL holds frequency already.
+    """
+    from mode_gguf.importance.unit_table import shared_out
+
+    if preset.costs.combination == "product":
+        shares = {f"blk.{layer}": expert_frequency(one.counts, preset.costs) for layer, one in use.items()}
+        arrays = {
+            name: values * shares[name[: name.index(".ffn_")]][None, :, :, None] if name.endswith(".expert") else values
+            for name, values in table.arrays.items()
+        }
+        table = replace(table, arrays=arrays)
+    elif preset.costs.combination != "sensitivity":
+        raise UsageError(
+            f"--unit-kl shares out by sensitivity or its product with frequency, not by {preset.costs.combination}"
+        )
+    return shared_out(measured, table), replace(preset, costs=replace(preset.costs, combination="sensitivity"))
+
+
+def overhead_bytes(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None) -> int:
+    """Bytes of the file that a budget of its size must leave for metadata; not asked for by other budgets."""
+    return metadata_bytes(checkpoint, pre_tokenizer) if budget.kind == "size" else 0
+
+
+def _measurements(
+    checkpoint: Checkpoint, folder: WorkFolder, preset: Preset
+) -> tuple[Measurements, Preset, "SensitivityTable"]:
+    """What costs are made of, the preset that makes them of it, and the table that it is from."""
+    from mode_gguf.importance.unit_table import UnitKl
+
+    table, statistics = measured_tables(checkpoint, folder)
+    if table.method != preset.method:
+        raise UsageError(
+            f"{folder.sensitivity}: measured with {table.method}, but this plan needs {preset.method} (preset "
+            f"{preset.name}); run `mode-gguf sensitivity` with the same --preset and --sensitivity"
+        )
+    use = {
+        layer: ExpertUse(statistics.counts(layer), statistics.routing_weights(layer)) for layer in statistics.moe_layers
+    }
+    if preset.unit_kl:
+        measured_units = UnitKl.load(folder.unit_kl)
+        check_same_model(checkpoint, folder.unit_kl, measured_units.fingerprint)
+        table, preset = with_unit_kl(table, measured_units, use, preset)
+    measured = Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
+    return measured, preset, table
+
+
+def _provenance(
+    checkpoint: Checkpoint, folder: WorkFolder, method: str | None = None, kind: ImatrixKind = "plain"
+) -> Provenance:
+    imatrix = folder.imatrix_of(kind)
+    return Provenance(
+        tool_version=__version__,
+        model=checkpoint.name,
+        model_fingerprint=checkpoint.fingerprint,
+        imatrix=file_fingerprint(imatrix) if imatrix.exists() else None,
+        imatrix_kind=kind,
+        sensitivity_method=method,
+        sensitivity_fingerprint=file_fingerprint(folder.sensitivity) if method else None,
+    )

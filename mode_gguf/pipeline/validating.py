@@ -1,0 +1,60 @@
+"""The stage that asks llama.cpp, and what there is here to ask."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mode_gguf.allocation.plan import Plan
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization import libggml
+from mode_gguf.quantization.types import Packer, types_packed_by
+from mode_gguf.validation.c_api import library_version
+from mode_gguf.validation.questions import load_held_out
+from mode_gguf.validation.report import ValidationReport
+from mode_gguf.validation.runtimes import find_llama_cpp
+from mode_gguf.validation.validate import validate
+
+
+def run_validation(
+    candidate: Path,
+    mmproj: Path | None,
+    reference: Path | None,
+    report: Path,
+    *,
+    plan: Plan | None = None,
+    held_out: Path | None = None,
+    llama_cpp: Path | None = None,
+    reference_folder: Path | None = None,
+    warnings: Sequence[str] = (),
+    progress: Progress = silent,
+) -> ValidationReport:
+    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`, `warnings` included."""
+    result = validate(
+        candidate,
+        reference,
+        mmproj,
+        load_held_out(held_out) if held_out else None,
+        planned=plan.types if plan else None,
+        tools=find_llama_cpp(llama_cpp),
+        reference_folder=reference_folder,
+        progress=progress,
+    )
+    result = result.model_copy(update={"warnings": tuple(warnings)})
+    result.save(report)
+    return result
+
+
+def environment(llama_cpp: Path | None = None) -> dict[str, object]:
+    """What computes, packs and validates here: torch's device, who packs which types, and the llama.cpp found."""
+    from mode_gguf.calibration.streaming import choose_device
+
+    tools = find_llama_cpp(llama_cpp)
+    return {
+        "device": str(choose_device("auto")),
+        "cores": os.cpu_count(),
+        **{f"packed by {packer}": ", ".join(types_packed_by(packer)) for packer in Packer},
+        "libggml": libggml.status(),
+        "embedded llama.cpp": library_version(),
+        "llama.cpp": tools.version or ("of unknown version" if tools.programs else "none found"),
+        **{name: str(path) for name, path in tools.programs.items()},
+    }
