@@ -36,7 +36,6 @@ CORE_GROWTH = 4
 TOLERANCE = 1e-6
 """How far from the truth a solver's bound may be, relative to the dearest move."""
 
-
 HIGHS_OPTIONS = {
     "random_seed": 0,
     "mip_feasibility_tolerance": 1e-9,
@@ -96,9 +95,10 @@ def solve(units: Sequence[AllocationUnit], budget: int, *, floor: int = 0, gap: 
     chosen, cost, n_moves = relaxation.start, math.inf, CORE_MOVES
     if floor <= relaxation.total_size(chosen) <= budget and relaxation.total_cost(chosen) <= relaxation.bound:
         return _solution(units, chosen, relaxation.bound, "relaxation")
+    core_gap = 0.9 * gap * max(relaxation.bound, 0.0)  # absolute; the rest is for the solver's tolerance
     while True:
         moves, left_out = _moves(relaxation, chosen, cost, n_moves)
-        core = _solve_core(relaxation, chosen, moves, SizeRange(floor, budget), 0.9 * gap * relaxation.bound)
+        core = _solve_core(relaxation, chosen, moves, SizeRange(floor, budget), core_gap)
         if core is not None:
             improved = relaxation.total_cost(core.chosen) < cost
             chosen, cost = core.chosen, relaxation.total_cost(core.chosen)
