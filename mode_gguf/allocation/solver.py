@@ -47,6 +47,8 @@ HIGHS_OPTIONS = {
     "mip_heuristic_run_feasibility_jump": False,
 }
 
+CBC_OPTIONS = ["integerTolerance 1e-9", "primalTolerance 1e-9", "dualTolerance 1e-9"]
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -253,7 +255,7 @@ def _run(problem: pulp.LpProblem, gap: float) -> tuple[str, int, float]:
     with warnings.catch_warnings():
         # PuLP 4 will move its CBC binary to an extra of 600 MB; up to then (pyproject pins < 4) it lies in the wheel.
         warnings.simplefilter("ignore", DeprecationWarning)
-        cbc = pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, gapAbs=gap, threads=1)
+        cbc = pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, gapAbs=gap, threads=1, options=CBC_OPTIONS)
     status = problem.solve(cbc)
     # CBC's interface reports no bound; what it proved is the gap it was asked for.
     return "CBC", status, float(pulp.value(problem.objective) or 0.0) - gap
