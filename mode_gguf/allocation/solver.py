@@ -36,7 +36,6 @@ CORE_GROWTH = 4
 TOLERANCE = 1e-6
 """How far from the truth a solver's bound may be, relative to the dearest move."""
 
-
 HIGHS_OPTIONS = {
     "random_seed": 0,
     "mip_feasibility_tolerance": 1e-9,
@@ -47,6 +46,8 @@ HIGHS_OPTIONS = {
     "presolve": "off",
     "mip_heuristic_run_feasibility_jump": False,
 }
+
+CBC_OPTIONS = ["integerTolerance 1e-9", "primalTolerance 1e-9", "dualTolerance 1e-9"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +97,10 @@ def solve(units: Sequence[AllocationUnit], budget: int, *, floor: int = 0, gap: 
     chosen, cost, n_moves = relaxation.start, math.inf, CORE_MOVES
     if floor <= relaxation.total_size(chosen) <= budget and relaxation.total_cost(chosen) <= relaxation.bound:
         return _solution(units, chosen, relaxation.bound, "relaxation")
+    core_gap = 0.9 * gap * max(relaxation.bound, 0.0)  # absolute; the rest is for the solver's tolerance
     while True:
         moves, left_out = _moves(relaxation, chosen, cost, n_moves)
-        core = _solve_core(relaxation, chosen, moves, SizeRange(floor, budget), 0.9 * gap * relaxation.bound)
+        core = _solve_core(relaxation, chosen, moves, SizeRange(floor, budget), core_gap)
         if core is not None:
             improved = relaxation.total_cost(core.chosen) < cost
             chosen, cost = core.chosen, relaxation.total_cost(core.chosen)
@@ -159,8 +161,8 @@ def _solution(units: Sequence[AllocationUnit], chosen: np.ndarray, bound: float,
 def _moves(relaxation: Relaxation, base: np.ndarray, cost: float, n_moves: int) -> tuple[np.ndarray, float]:
     """The `n_moves` candidates, but not those of `base`, likeliest to be needed by a choice that costs under `cost`.
 
-    Returns flat indices of (unit, candidate), ties in the units' order, and the least reduced cost of those left out:
-    inf where that choice, if there is one, needs no other.
+    Returns flat indices of (unit, candidate) by reduced cost, ties in the units' order, and the reduced cost of the
+    next one: inf where that choice, if there is one, needs no other.
     """
     dearer = relaxation.costs - relaxation.costs.min(axis=1)[:, None]
     cheapest = float(relaxation.costs.min(axis=1).sum())
@@ -170,23 +172,9 @@ def _moves(relaxation: Relaxation, base: np.ndarray, cost: float, n_moves: int) 
     needed[np.arange(len(base)), base] = False
     flat = np.flatnonzero(needed)
     reduced_costs = relaxation.reduced_costs.flat[flat]
-    growths = (relaxation.sizes - relaxation.sizes[np.arange(len(base)), base][:, None]).flat[flat]
-    by_cost = np.argsort(reduced_costs, kind="stable")
-    # Half of the core are the likeliest moves. Were they all of one size they might not fill the budget, so the other
-    # half are the likeliest of every size, the second of every size, and so on.
-    half, others = by_cost[: n_moves // 2], by_cost[n_moves // 2 :]
-    others = others[np.argsort(_rank_among_equals(growths[others]), kind="stable")]
-    left_out = float(reduced_costs[others[n_moves - len(half) :]].min(initial=math.inf))
-    return flat[np.concatenate([half, others[: n_moves - len(half)]])], left_out
-
-
-def _rank_among_equals(values: np.ndarray) -> np.ndarray:
-    """How many equal values come before each: 0, 0, 1, 2 for 5, 7, 5, 5."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    ranks = np.empty(len(values), np.int64)
-    ranks[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered, "left")
-    return ranks
+    order = np.argsort(reduced_costs, kind="stable")
+    left_out = float(reduced_costs[order[n_moves]]) if n_moves < len(order) else math.inf
+    return flat[order[:n_moves]], left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,26 +199,29 @@ def _solve_core(
     """
     units, candidates = np.unravel_index(moves, relaxation.costs.shape)
     costs = relaxation.costs[units, candidates] - relaxation.costs[units, base[units]]
-    growths = relaxation.sizes[units, candidates] - relaxation.sizes[units, base[units]]
+    sizes = relaxation.sizes[units, candidates]
+    growths = sizes - relaxation.sizes[units, base[units]]
     base_size, base_cost = relaxation.total_size(base), relaxation.total_cost(base)
     # Solvers compare with absolute tolerances: costs are brought near one, sizes counted in the grid they all lie on.
     scale = float(np.abs(costs).max(initial=0.0)) or 1.0
     grid = int(np.gcd.reduce(growths)) or 1
     problem = pulp.LpProblem("types", pulp.LpMinimize)
-    variables = [problem.add_variable(f"x_{u}_{c}", cat=pulp.LpBinary) for u, c in zip(units, candidates, strict=True)]
+    variables = [problem.add_variable(f"x_{u}_{c}", 0, 1) for u, c in zip(units, candidates, strict=True)]
     problem += pulp.LpAffineExpression(zip(variables, (costs / scale).tolist(), strict=True))
-    # How many moves of each size is a variable of its own: which of equal moves are made is settled by their costs, so
-    # that the search may branch on the counts, which are few, where the budget cannot be met by any mixture.
-    counts = []
-    for index, growth in enumerate(sorted(set(growths.tolist()))):
-        alike = [variable for variable, own in zip(variables, growths.tolist(), strict=True) if own == growth]
-        count = problem.add_variable(f"n_{index}", 0, len(alike), pulp.LpInteger) if len(alike) > 1 else alike[0]
-        if len(alike) > 1:
-            problem += pulp.lpSum(alike) - count == 0
-        counts.append((count, growth // grid))
-    growth_of_all = pulp.LpAffineExpression(counts)
-    problem += growth_of_all <= (allowed.budget - base_size) // grid
-    problem += growth_of_all >= -((base_size - allowed.floor) // grid)
+    # How many more units of each size there are than in the base is an integer. Given these few counts, who has which
+    # size is an assignment problem, whose basic solutions are whole, so that the search branches on the counts alone.
+    ends: dict[int, list[tuple[pulp.LpVariable, int]]] = {}
+    for variable, growth, size in zip(variables, growths.tolist(), sizes.tolist(), strict=True):
+        if growth:
+            ends.setdefault(size, []).append((variable, 1))
+            ends.setdefault(size - growth, []).append((variable, -1))
+    grown = []
+    for size, arrivals in sorted(ends.items()):
+        more = problem.add_variable(f"n_{size}", -len(arrivals), len(arrivals), pulp.LpInteger)
+        problem += pulp.LpAffineExpression([*arrivals, (more, -1)]) == 0
+        grown.append((more, size // grid))  # sizes of one unit leave the same remainder
+    problem += pulp.LpAffineExpression(grown) <= (allowed.budget - base_size) // grid
+    problem += pulp.LpAffineExpression(grown) >= -((base_size - allowed.floor) // grid)
     by_unit: dict[int, list[pulp.LpVariable]] = {}
     for unit, variable in zip(units.tolist(), variables, strict=True):
         by_unit.setdefault(unit, []).append(variable)
@@ -239,6 +230,10 @@ def _solve_core(
             problem += pulp.lpSum(alternatives) <= 1
 
     name, status, bound = _run(problem, gap / scale)
+    if any(0.01 < (variable.value() or 0.0) < 0.99 for variable in variables):  # a solution between basic ones
+        for variable in variables:
+            variable.cat = pulp.LpInteger
+        name, status, bound = _run(problem, gap / scale)
     if status == pulp.LpStatusInfeasible:
         return None
     taken = np.array([(variable.value() or 0.0) > 0.5 for variable in variables], dtype=bool)
@@ -260,7 +255,7 @@ def _run(problem: pulp.LpProblem, gap: float) -> tuple[str, int, float]:
     with warnings.catch_warnings():
         # PuLP 4 will move its CBC binary to an extra of 600 MB; up to then (pyproject pins < 4) it lies in the wheel.
         warnings.simplefilter("ignore", DeprecationWarning)
-        cbc = pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, gapAbs=gap, threads=1)
+        cbc = pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, gapAbs=gap, threads=1, options=CBC_OPTIONS)
     status = problem.solve(cbc)
     # CBC's interface reports no bound; what it proved is the gap it was asked for.
     return "CBC", status, float(pulp.value(problem.objective) or 0.0) - gap

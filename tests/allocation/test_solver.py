@@ -2,10 +2,12 @@
 
 import math
 
+import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mode_gguf.allocation import solver
 from mode_gguf.allocation.reachable import greatest_size
 from mode_gguf.allocation.solver import RELATIVE_GAP, SizeRange, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate
@@ -161,3 +163,24 @@ def test_cbc_takes_over_when_highs_is_missing(monkeypatch: pytest.MonkeyPatch) -
     assert with_cbc.objective == pytest.approx(with_highs.objective, rel=2 * RELATIVE_GAP)
     with pytest.raises(InfeasibleBudgetError):
         solve(units, budget | 1, floor=budget | 1)  # every size is even
+
+
+def test_a_fractional_solution_is_searched_again_for_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An assignment's basic solutions are whole, but a solver may stop at a mixture of two of them."""
+    units = [unit(f"u{i}", 10 + i % 3, [1.0 / (i + 1), 0.3 / (i + 1), 0.1 / (i + 1)]) for i in range(12)]
+    budget = budget_of(units, 3.1)
+    expected = solve(units, budget)
+    integers: list[bool] = []
+
+    def mixed_at_first(problem: pulp.LpProblem, gap: float) -> tuple[str, int, float]:
+        result = run(problem, gap)
+        variables = [variable for variable in problem.variables() if variable.name.startswith("x_")]
+        integers.append(all(variable.cat == pulp.LpInteger for variable in variables))
+        if len(integers) == 1:
+            variables[0].varValue = 0.5
+        return result
+
+    run = solver._run
+    monkeypatch.setattr(solver, "_run", mixed_at_first)
+    assert solve(units, budget) == expected
+    assert integers[:2] == [False, True]
