@@ -7,7 +7,7 @@ import numpy as np
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.costs import CostModel, Measurements, tensor_units
-from mode_gguf.allocation.planner import DENSE_FLOOR, FIXED_DENSE, Problem, settled_types
+from mode_gguf.allocation.planner import FIXED_DENSE, Problem, settled_types, uniform_dense
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, fitting_types, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
@@ -115,22 +115,19 @@ def _answers(preset: Preset) -> Mapping[str, CostModel]:
     return {name: replace(preset.costs, answer_weights=own) for name, own in zip(KL_ANSWERS, weights, strict=True)}
 
 
-def _dense_of(quant_type: QuantType) -> QuantType:
-    """What attention, embedding and output take in a uniform plan."""
-    return max(quant_type, DENSE_FLOOR, key=lambda candidate: candidate.bits_per_weight)
-
-
 def _uniform_types(types: CandidateTypes, measured: Measurements, preset: Preset) -> Iterator[QuantType]:
     """Candidates of experts for which everything else was measured, too, if it is at all."""
     for quant_type in sorted(types.expert, key=lambda candidate: candidate.bits_per_weight):
-        if preset.dense == "fixed" or _dense_of(quant_type).name in measured.dense_types:
+        if preset.dense == "fixed" or uniform_dense(quant_type).name in measured.dense_types:
             yield quant_type
 
 
 def _uniform(tensors: Sequence[SourceTensor], quant_type: QuantType) -> dict[str, QuantType]:
     """Types of all tensors with a choice, as in `planner.uniform_plan`."""
     return {
-        tensor.name: fitting_types(tensor, (quant_type if tensor.role is Role.EXPERT else _dense_of(quant_type),))[0]
+        tensor.name: fitting_types(tensor, (quant_type if tensor.role is Role.EXPERT else uniform_dense(quant_type),))[
+            0
+        ]
         for tensor in tensors
         if tensor.role is not Role.KEEP
     }
@@ -160,7 +157,7 @@ class _Predictor:
         if preset.dense == "fixed":
             dense = FIXED_DENSE[:1]
         else:
-            needed = {_dense_of(quant_type) for quant_type in _uniform_types(types, measured, preset)}
+            needed = {uniform_dense(quant_type) for quant_type in _uniform_types(types, measured, preset)}
             dense = (*dense, *sorted(needed - set(dense), key=lambda quant_type: quant_type.name))
         costs: dict[str, dict[str, np.ndarray]] = {}
         for index, model in enumerate(answers.values()):

@@ -200,11 +200,16 @@ def _planned(tensor: SourceTensor, choice: Candidate | None) -> PlannedTensor:
     )
 
 
+def uniform_dense(quant_type: QuantType) -> QuantType:
+    """What attention, embedding and output take in a uniform plan."""
+    return max(quant_type, DENSE_FLOOR, key=lambda candidate: candidate.bits_per_weight)
+
+
 def uniform_plan(
     tensors: Sequence[SourceTensor], made_from: Provenance, quant_type: QuantType, packing: Packing = EXACT
 ) -> Plan:
     """Every expert in `quant_type`; attention, embedding and output in it too, but not below Q4_K."""
-    dense = max(quant_type, DENSE_FLOOR, key=lambda candidate: candidate.bits_per_weight)
+    dense = uniform_dense(quant_type)
     planned = []
     for tensor in tensors:
         wanted = {Role.KEEP: QUANT_TYPES["F32"], Role.EXPERT: quant_type}.get(tensor.role, dense)

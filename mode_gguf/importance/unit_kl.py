@@ -31,8 +31,6 @@ from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.types import QuantType
 
-DEFAULT_SAMPLES = 64
-
 
 @dataclass(frozen=True, slots=True)
 class KlModel:
