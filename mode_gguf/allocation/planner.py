@@ -66,13 +66,13 @@ class Problem:
         """One unit per tensor."""
         return tensor_units(self.tensors, self.types, self.measured, self.preset.costs)
 
-    def expert_types(self, solution: Solution) -> dict[str, tuple[QuantType, ...]]:
-        """Per matrix the type of each of its experts (one for any other matrix), as chosen for `expert_units`."""
+    def expert_types(self, units: Sequence[AllocationUnit], solution: Solution) -> dict[str, tuple[QuantType, ...]]:
+        """Per matrix the type of each of its experts (one for any other), as chosen for `expert_units`."""
         chosen: dict[str, list[QuantType]] = {
             tensor.name: [] for tensor in self.tensors if tensor.role is not Role.KEEP
         }
         by_name = {tensor.name: self.types.of(tensor) for tensor in self.tensors}
-        for unit, choice in zip(self.expert_units(), solution.choices, strict=True):
+        for unit, choice in zip(units, solution.choices, strict=True):
             for name in unit.tensors:
                 # A projection whose rows fit no candidate keeps its fallback.
                 fits = choice.quant_type in by_name[name]

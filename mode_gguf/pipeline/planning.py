@@ -131,17 +131,17 @@ def run_granularity(
     from mode_gguf.importance.quantized_kl import quantized_kl
 
     problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types)
-    save_plan(folder, optimal_plan(problem, made_from, budget, packing))
     per_tensor, per_expert = problem.tensor_units(), problem.expert_units()
+    solutions = (problem.solve(per_tensor), problem.solve(per_expert))
+    save_plan(folder, plan_of(problem, per_tensor, solutions[0], made_from, budget, packing))
     model, settings = kl_measurement(checkpoint, folder, calibration, sample_budget)
     n_experts = {tensor.name: tensor.n_experts for tensor in problem.tensors}
-    solutions = (problem.solve(per_tensor), problem.solve(per_expert))
     chosen = (
         {
             unit.name: (choice.quant_type,) * n_experts[unit.name]
             for unit, choice in zip(per_tensor, solutions[0].choices, strict=True)
         },
-        problem.expert_types(solutions[1]),
+        problem.expert_types(per_expert, solutions[1]),
     )
     rows = []
     for name, solution, by_tensor in zip(("tensor", "expert"), solutions, chosen, strict=True):
