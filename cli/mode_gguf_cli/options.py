@@ -1,5 +1,6 @@
 """Options that several commands share, declared once so that they read and behave the same everywhere."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -11,8 +12,10 @@ if TYPE_CHECKING:  # the library is imported when a command runs, so that --help
     from mode_gguf.allocation.budget import Budget
     from mode_gguf.allocation.presets import Preset
     from mode_gguf.allocation.units import CandidateTypes
+    from mode_gguf.architectures.tensors import Role
     from mode_gguf.pipeline import CalibrationOptions
     from mode_gguf.quantization.packing import Packing
+    from mode_gguf.quantization.types import QuantType
 
 
 class Device(StrEnum):
@@ -279,6 +282,16 @@ MeasuredSamples = Annotated[
 ]
 ExpertTypes = Annotated[str, typer.Option("--types", help="Candidate types of expert tensors, comma-separated.")]
 DenseTypes = Annotated[str, typer.Option(help="Candidate types of attention, embedding and output tensors.")]
+Floors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--floor",
+        metavar="ROLE=TYPE",
+        help="Offer tensors of ROLE (expert, dense, embedding, output) nothing below TYPE, such as output=Q6_K; may be "
+        "repeated.",
+        show_default=False,
+    ),
+]
 ProjectorOption = Annotated[ProjectorType, typer.Option("--mmproj-type", help="Type of the projector's matrices.")]
 Threads = Annotated[int | None, typer.Option(help="Threads that pack; default: all cores.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
@@ -310,8 +323,8 @@ DEFAULT_BPW = 3.0
 DEFAULT_MEASURED_SAMPLES = 64
 
 
-def candidate_types(expert: str, dense: str) -> "CandidateTypes":
-    """Candidates from two comma-separated lists.
+def candidate_types(expert: str, dense: str, floors: Sequence[str] = ()) -> "CandidateTypes":
+    """Candidates from two comma-separated lists, and floors from `role=type` each.
 
     Raises:
         UsageError: a name is unknown, or a list is empty.
@@ -321,9 +334,22 @@ def candidate_types(expert: str, dense: str) -> "CandidateTypes":
     from mode_gguf.quantization.libggml import check_available
     from mode_gguf.quantization.types import parse_types
 
-    types = CandidateTypes(expert=parse_types(expert), dense=parse_types(dense))
-    check_available((*types.expert, *types.dense))
+    types = CandidateTypes(parse_types(expert), parse_types(dense), dict(map(_floor, floors)))
+    check_available((*types.expert, *types.dense, *types.floors.values()))
     return types
+
+
+def _floor(text: str) -> "tuple[Role, QuantType]":
+    """Role and type of `role=type`."""
+    from mode_gguf.architectures.tensors import Role
+    from mode_gguf.errors import UsageError
+    from mode_gguf.quantization.types import quant_type
+
+    role, separator, name = text.partition("=")
+    roles = [known.value for known in Role if known is not Role.KEEP]
+    if not separator or role not in roles:
+        raise UsageError(f"--floor {text}: write a role ({', '.join(roles)}), = and a type, such as output=Q6_K")
+    return Role(role), quant_type(name)
 
 
 def budget_of(bpw: float | None, size: str | None, expert_bpw: float | None) -> "Budget":

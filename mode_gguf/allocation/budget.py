@@ -1,7 +1,7 @@
 """Budgets, in the units people think in, as bytes of tensors; and which budgets can be reached at all."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -73,7 +73,7 @@ def effective_types(types: CandidateTypes, budget: Budget) -> CandidateTypes:
     """The candidates under this budget: one on experts alone leaves everything else at its largest."""
     if budget.kind != "expert-bpw":
         return types
-    return CandidateTypes(types.expert, (max(types.dense, key=lambda quant_type: quant_type.bits_per_weight),))
+    return replace(types, dense=(max(types.dense, key=lambda quant_type: quant_type.bits_per_weight),))
 
 
 def budget_bytes(tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, overhead: int = 0) -> int:
@@ -132,6 +132,7 @@ def _limits(tensors: Sequence[SourceTensor], types: CandidateTypes, weights: int
         f"experts hold {100 * (weights - kept - dense) / weights:.1f} % of the weights, as {_names(types.expert)}",
         f"attention, embedding and output {100 * dense / weights:.1f} %, as {_names(types.dense)}",
         f"routers and norms {100 * kept / weights:.2f} %, as F32",
+        *(f"{role} not below {floor.name}" for role, floor in types.floors.items()),
     ]
     for role, offered in ((Role.EXPERT, types.expert), (None, types.dense)):
         matching = [t for t in tensors if (t.role is role if role else t.role not in (Role.KEEP, Role.EXPERT))]

@@ -74,7 +74,7 @@ def frontier(
     Budgets that cannot be shared out among layers, where `preset` gives each one of its own, have no point.
     """
     answers = _answers(preset)
-    offered = [types] if preset.dense == "measured" else [CandidateTypes(types.expert, (t,)) for t in FIXED_DENSE]
+    offered = [types] if preset.dense == "measured" else [replace(types, dense=(t,)) for t in FIXED_DENSE]
     sizes = [[tensor_bytes(t, c) for choice in offered for c in choice.of(t)] for t in tensors]
     lowest, highest = sum(map(min, sizes)), sum(map(max, sizes))
     predictor = _Predictor.of(tensors, measured, preset, types, answers)

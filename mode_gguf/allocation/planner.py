@@ -1,7 +1,7 @@
 """Makes plans: the optimal one for a budget, and uniform ones to compare it with."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mode_gguf.allocation.budget import Budget, Reach, check_reachable, effective_types
@@ -139,7 +139,7 @@ def settled_types(
     if preset.dense == "measured":
         offered = effective_types(types, budget)
         return offered, check_reachable(tensors, offered, budget, overhead)
-    *larger, smallest = (CandidateTypes(types.expert, (dense,)) for dense in FIXED_DENSE)
+    *larger, smallest = (replace(types, dense=(dense,)) for dense in FIXED_DENSE)
     for fixed in larger:
         try:
             return fixed, check_reachable(tensors, fixed, budget, overhead)

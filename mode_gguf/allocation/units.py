@@ -1,7 +1,7 @@
 """What the integer programme chooses between: units, each with its candidate types, their sizes and their costs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
@@ -61,16 +61,25 @@ def fitting_types(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class CandidateTypes:
-    """Types offered to the routed experts, and to attention, embedding and output ("dense")."""
+    """Types offered to the routed experts, and to attention, embedding and output ("dense").
+
+    `floors`: per role the type below whose bits per weight nothing is offered; where no candidate is as large, it is
+    offered itself.
+    """
 
     expert: tuple[QuantType, ...]
     dense: tuple[QuantType, ...]
+    floors: Mapping[Role, QuantType] = field(default_factory=dict)
 
     def of(self, tensor: SourceTensor) -> tuple[QuantType, ...]:
         """What `tensor` may be stored as; F32 alone for routers, norms and biases."""
         if tensor.role is Role.KEEP:
             return (QUANT_TYPES["F32"],)
-        return fitting_types(tensor, self.expert if tensor.role is Role.EXPERT else self.dense)
+        offered = self.expert if tensor.role is Role.EXPERT else self.dense
+        if floor := self.floors.get(tensor.role):
+            least = floor.bits_per_weight
+            offered = tuple(candidate for candidate in offered if candidate.bits_per_weight >= least) or (floor,)
+        return fitting_types(tensor, offered)
 
 
 DEFAULT_TYPES = CandidateTypes(

@@ -105,6 +105,7 @@ def convert(
         measured,
         options.budget.model_dump(),
         asdict(options.preset),
+        {role.value: floor.name for role, floor in options.types.floors.items()},
         options.pre_tokenizer,
         (options.refine, options.measured_samples) if options.refine or options.preset.unit_kl else None,
     )

@@ -122,6 +122,7 @@ def run_granularity(
     types: CandidateTypes,
     *,
     sample_budget: int = DEFAULT_MEASURED_SAMPLES,
+    pre_tokenizer: str | None = None,
     progress: Progress = silent,
 ) -> GranularityReport:
     """Plan one type per tensor and one per expert under one budget, and measure both with unpacked weights.
@@ -130,7 +131,7 @@ def run_granularity(
     """
     from mode_gguf.importance.quantized_kl import quantized_kl
 
-    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types)
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer)
     per_tensor, per_expert = problem.tensor_units(), problem.expert_units()
     solutions = (problem.solve(per_tensor), problem.solve(per_expert))
     save_plan(folder, plan_of(problem, per_tensor, solutions[0], made_from, budget, packing))

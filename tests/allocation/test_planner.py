@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,21 @@ def test_rows_no_candidate_fits_fall_back_or_fail() -> None:
     assert [t.name for t in TYPES.of(narrow)] == ["Q8_0"]
     with pytest.raises(InfeasibleBudgetError, match="rows of 100 weights"):
         TYPES.of(tensor("odd", (4, 100), Role.DENSE))
+
+
+@pytest.mark.parametrize("preset", ["mode", "paper"])
+def test_floors_hold_by_role(preset: str) -> None:
+    tensors = model()
+    floors = {Role.EMBEDDING: QUANT_TYPES["Q6_K"], Role.DENSE: QUANT_TYPES["F16"], Role.EXPERT: QUANT_TYPES["Q3_K"]}
+    types = replace(TYPES, floors=floors)
+    plan = plan_for(tensors, measurements(tensors), bpw=5.5, preset=preset, types=types)
+    chosen = {t.name: plan.types[t.name] for t in tensors}
+    for t in tensors:
+        least = floors.get(t.role)
+        assert least is None or chosen[t.name].bits_per_weight >= least.bits_per_weight
+    assert chosen["blk.0.attn_q.weight"].name == "F16", "no candidate is as large: the floor itself"
+    with pytest.raises(InfeasibleBudgetError, match="expert not below Q3_K"):
+        plan_for(tensors, measurements(tensors), bpw=3.3, preset=preset, types=types)
 
 
 @pytest.mark.parametrize(("name", "dense"), [("Q2_K", "Q4_K"), ("Q8_0", "Q8_0"), ("BF16", "BF16")])

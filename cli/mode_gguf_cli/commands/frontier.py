@@ -28,6 +28,7 @@ def command(
     dense_types: Annotated[
         str | None, typer.Option(help="Candidate types of all other matrices; default: those of `sensitivity`.")
     ] = None,
+    floor: options.Floors = None,
     points: Annotated[int, typer.Option(help="Budgets to solve, from the smallest file to the largest.", min=2)] = 20,
     png: Annotated[
         Path | None, typer.Option(help="Where the plot goes; default: frontier.png in the work folder.")
@@ -45,7 +46,7 @@ def command(
     checkpoint, folder = pipeline.open_model(model, out)
     table = SensitivityTable.load(folder.sensitivity)
     candidates = options.candidate_types(
-        types or ",".join(table.expert_types), dense_types or ",".join(table.dense_types)
+        types or ",".join(table.expert_types), dense_types or ",".join(table.dense_types), floor or ()
     )
     plot = png or folder.frontier_plot
     made = pipeline.run_frontier(checkpoint, folder, options.preset_of(preset), candidates, points=points, plot=plot)

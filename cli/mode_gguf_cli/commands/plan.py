@@ -51,6 +51,7 @@ def command(
     device: options.DeviceOption = options.Device.AUTO,
     types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
+    floor: options.Floors = None,
     uniform: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +94,7 @@ def command(
         option = "--imatrix" if imatrix else "--packing"
         raise UsageError(f"{option} goes with --uniform; otherwise give it to `mode-gguf sensitivity`")
     else:
-        candidates = options.candidate_types(types, dense_types)
+        candidates = options.candidate_types(types, dense_types, floor or ())
         chosen = options.preset_of(
             preset,
             sensitivity,
@@ -121,6 +122,7 @@ def command(
                 chosen,
                 candidates,
                 sample_budget=measured_samples,
+                pre_tokenizer=pre_tokenizer,
                 progress=progress(),
             )
             _show_granularity(report, folder.granularity, as_json=json)
