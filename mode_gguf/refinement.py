@@ -1,9 +1,10 @@
 """Improves a plan by measuring it: what units cost together, which costs measured one at a time cannot tell.
 
 Around a plan, every unit is moved to the next smaller and the next larger of its types and the whole model's KL is
-measured, all moves in one pass over the layers. Those marginal costs make a new integer programme, in which only a few
-units may leave their type at once, because marginal costs do not add up either. Its plan is measured and taken if its
-KL has really fallen; if not, fewer units may move. Then the next round starts from there.
+measured, as many moves in one pass over the layers as hidden states may be kept. Those marginal costs make a new
+integer programme, in which only a few units may leave their type at once, because marginal costs do not add up either.
+Its plan is measured and taken if its KL has really fallen; if not, fewer units may move. Then the next round starts
+from there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from mode_gguf.allocation.solver import solve
 from mode_gguf.allocation.units import AllocationUnit, Candidate
-from mode_gguf.architectures.tensors import SourceTensor
+from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import UsageError
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
@@ -27,6 +28,9 @@ DEFAULT_ROUNDS = 3
 
 MOVING_SHARE = 0.5
 """Of the units, how many may change their type in the first round."""
+
+DEFAULT_PASS_BYTES = 32 << 30
+"""Of hidden states that the moves of one pass keep, on disk beyond what memory is allowed."""
 
 _BISECTIONS = 24
 
@@ -128,14 +132,27 @@ def refine(
 
 
 def measure_plans(
-    model: "KlModel", settings: "KlSettings", tensors: Sequence[SourceTensor], progress: Progress = silent
+    model: "KlModel",
+    settings: "KlSettings",
+    tensors: Sequence[SourceTensor],
+    progress: Progress = silent,
+    *,
+    pass_bytes: int = DEFAULT_PASS_BYTES,
 ) -> Measure:
-    """Measures plans of tensor units (`allocation.costs.tensor_units`) on the model's samples."""
+    """Measures plans of tensor units (`allocation.costs.tensor_units`) on the model's samples.
+
+    Args:
+        pass_bytes: of hidden states that one pass may keep; moves beyond that take another pass, which packs the plan's
+            weights again.
+    """
     from mode_gguf.calibration.denormals import denormals_flushed
     from mode_gguf.importance.quantized_kl import quantized_kl
     from mode_gguf.importance.type_changes import Variant
 
     n_experts = {tensor.name: tensor.n_experts for tensor in tensors}
+    width = next(tensor.row_width for tensor in tensors if tensor.role is Role.EMBEDDING)
+    move_bytes = 4 * width * sum(one.input_ids.numel() for one in model.inputs)
+    per_pass = max(1, pass_bytes // move_bytes)
 
     @denormals_flushed()
     def measure(
@@ -146,11 +163,24 @@ def measure_plans(
             Variant(f"{name} in {quant_type.name}", {name: (quant_type,) * n_experts[name]})
             for name, quant_type in moves
         ]
-        description = f"measuring {len(moves)} moves" if moves else "measuring a plan"
-        measured = quantized_kl(
-            model.streamed, model.inputs, variants, settings, base=base, description=description, progress=progress
-        )
-        return measured.base, measured.variants
+        passes = [variants[start : start + per_pass] for start in range(0, len(variants), per_pass)] or [[]]
+        found = []
+        for number, together in enumerate(passes, start=1):
+            description = f"measuring {len(moves)} moves" if moves else "measuring a plan"
+            if len(passes) > 1:
+                description += f", pass {number} of {len(passes)}"
+            found.append(
+                quantized_kl(
+                    model.streamed,
+                    model.inputs,
+                    together,
+                    settings,
+                    base=base,
+                    description=description,
+                    progress=progress,
+                )
+            )
+        return found[0].base, np.concatenate([one.variants for one in found])
 
     return measure
 

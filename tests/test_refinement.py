@@ -189,3 +189,7 @@ def test_on_a_model(pico: Path) -> None:
     alone, _ = measure({**chosen, units[3].name: other}, [])
     np.testing.assert_allclose(moved[0], alone, rtol=2e-3)
     assert accepted[1].objective == pytest.approx(kl[0] + 0.5 * kl[1])
+    both = [(units[3].name, other), (units[0].name, units[0].candidates[1].quant_type)]
+    one_by_one = measure_plans(model, KlSettings({}, EXACT, TEXT_ATTENTION), tensors, pass_bytes=1)(chosen, both)
+    for alone, together in zip(one_by_one, measure(chosen, both), strict=True):
+        np.testing.assert_allclose(alone, together, rtol=1e-4)
