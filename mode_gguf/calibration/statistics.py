@@ -78,13 +78,6 @@ class CalibrationStatistics:
         """Sum of the routing weights each expert of one layer received, float64 (M, E)."""
         return self.arrays[f"blk.{layer}.ffn_exps.weight"]
 
-    def frequency(self, layer: int) -> np.ndarray:
-        """f_m(l, e), MODE's step 1: counts normalised per modality, float64 (M, E); zero for a modality unseen."""
-        counts = self.counts(layer).astype(np.float64)
-        total = counts.sum(axis=1, keepdims=True)
-        share: np.ndarray = counts / np.maximum(total, 1)
-        return share
-
     def coverage(self) -> list[LayerCoverage]:
         """Per layer, the experts that calibration says nothing about."""
         report = []

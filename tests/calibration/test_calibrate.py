@@ -43,7 +43,6 @@ def test_counts_add_up_to_tokens_times_top_k(statistics: CalibrationStatistics) 
         weight = statistics.arrays[f"blk.{layer}.ffn_exps.weight"]
         np.testing.assert_allclose(weight.sum(), shown.text_tokens + shown.vision_tokens, rtol=1e-6)
         assert (statistics.arrays[f"blk.{layer}.ffn_exps.weight2"] <= weight + 1e-9).all()
-        np.testing.assert_allclose(statistics.frequency(layer).sum(axis=1), 1)
 
 
 def test_key_tokens_are_a_fifth_of_each_image(
