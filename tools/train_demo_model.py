@@ -27,10 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Qwen3VLMoeForConditionalGeneration
 
 from demo_data.batches import Batcher, Knowledge, knowledge, to_patches
-from demo_data.evaluation import Loader, evaluate, load_sets, predictions, verdicts
+from demo_data.evaluation import Loader, evaluate, load, load_sets, predictions, verdicts
 from demo_data.export import write_checkpoint
 from demo_data.network import FastForward, Shape, build
 from demo_data.pictures import KINDS
@@ -274,7 +273,7 @@ def train(
 
 def check_reload(model: Any, checkpoint: Path, held_out: Path) -> float:
     """Largest difference between the trained model cast to bf16 and the checkpoint read back."""
-    loaded = Qwen3VLMoeForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    loaded = load(checkpoint)
     trained = copy.deepcopy(model).cpu().eval()
     for parameter in trained.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -287,9 +286,9 @@ def check_reload(model: Any, checkpoint: Path, held_out: Path) -> float:
     return worst
 
 
-def export(model: Any, known: Knowledge, demo: Path, name: str) -> None:
+def export(model: Any, known: Knowledge, shape: Shape, demo: Path, name: str) -> None:
     """The checkpoint and both data sets, and the proof that the checkpoint reads back as what was trained."""
-    write_checkpoint(model, known.tokenizer, demo / name)
+    write_checkpoint(model, known.tokenizer, shape, demo / name)
     write_held_out(known, demo / "heldout")
     write_calibration(known, demo / "calibration")
     worst = check_reload(model, demo / name, demo / "heldout")
@@ -354,7 +353,7 @@ def main() -> None:
         seed=args.seed,
         balance_weight=args.balance,
     )
-    export(model, known, args.demo, args.name)
+    export(model, known, shape, args.demo, args.name)
     report(args.demo, args.name)
 
 

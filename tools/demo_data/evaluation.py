@@ -194,11 +194,27 @@ def routing_cosine(model: Any, texts: list[Sample], asked: list[Sample], image_t
     return [round(float(counts[i, 0] @ counts[i, 1] / norms[i].prod()), 4) for i in range(len(gates))]
 
 
-def evaluate(checkpoint: Path, held_out: Path) -> dict[str, Any]:
-    """Every criterion, measured on the written checkpoint."""
+def load(checkpoint: Path) -> Any:
+    """The checkpoint in float32, as transformers runs it.
+
+    transformers tells whether stored experts have their input rows first by comparing shapes, and so leaves a
+    square stack as it is stored. The public layout, which the checkpoint has, always wants the transposition.
+    """
     from transformers import Qwen3VLMoeForConditionalGeneration
 
     model = Qwen3VLMoeForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        square = (
+            name.endswith(("experts.gate_up_proj", "experts.down_proj")) and parameter.shape[1] == parameter.shape[2]
+        )
+        if square:
+            parameter.data = parameter.data.transpose(1, 2).contiguous()
+    return model
+
+
+def evaluate(checkpoint: Path, held_out: Path) -> dict[str, Any]:
+    """Every criterion, measured on the written checkpoint."""
+    model = load(checkpoint)
     loader = Loader(checkpoint)
     texts, asked = load_sets(loader, held_out)
     text_base, asked_base = predictions(model, texts), predictions(model, asked)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from . import tokenizer as bpe
-from .network import MERGE, PATCH, config_dict
+from .network import MERGE, PATCH, Shape, config_dict
 from .pictures import SIZE
 
 SHARDS = 2
@@ -63,12 +63,12 @@ def processor_config(kind: str, smallest: int, largest: int) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+def write_checkpoint(model: Any, tokenizer: Tokenizer, shape: Shape, folder: Path) -> None:
     """The whole checkpoint folder."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = bpe.special_ids(tokenizer)
     write_weights(public_tensors(model), folder)
-    _write_json(folder / "config.json", config_dict(ids, model.config.text_config.num_experts))
+    _write_json(folder / "config.json", config_dict(ids, shape))
     generation = {
         "bos_token_id": ids["<|endoftext|>"],
         "do_sample": False,
