@@ -56,6 +56,14 @@ class WorkFolder:
         return self.path / "sensitivity.safetensors"
 
     @property
+    def token_weights(self) -> Path:
+        return self.path / "token-weights.safetensors"
+
+    @property
+    def rounded(self) -> Path:
+        return self.path / "rounded"
+
+    @property
     def unit_kl(self) -> Path:
         return self.path / "unit-kl.safetensors"
 

@@ -27,11 +27,12 @@ STAGE_MAY_IMPORT = {
     "llama_cpp_library": set(),
     "progress": set(),
     "quantization": FOUNDATION | {"llama_cpp_library"},
+    "rounding": FOUNDATION | {"quantization", "calibration", "importance"},
     "validation": FOUNDATION | {"llama_cpp_library", "quantization"},
     "workfolder": FOUNDATION,
 }
 HEAVY_ONLY_IN = {
-    "torch": {"calibration", "importance", "checkpoint"},
+    "torch": {"calibration", "importance", "rounding", "checkpoint"},
     "transformers": {"calibration", "importance"},
     "numba": {"mode_gguf_kernels"},
     "llvmlite": {"mode_gguf_kernels"},

@@ -87,7 +87,7 @@ def measured_pieces(
         for batch, draws in enumerate(batches):
             path = folder.path / "fisher-pieces" / f"{part}-of-{parts}-draws-{draws}-seed-{batch}.safetensors"
             if not path.exists():
-                table, _ = measure_sensitivity(
+                table = measure_sensitivity(
                     checkpoint,
                     samples[part::parts],
                     importance,
@@ -97,7 +97,7 @@ def measured_pieces(
                     packing=DEFAULT_PACKING,
                     label_draws=draws,
                     seed=batch,
-                )
+                ).table
                 table.save(path)
                 print(path, flush=True)
             pieces[part, batch] = SensitivityTable.load(path)

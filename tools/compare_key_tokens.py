@@ -41,7 +41,7 @@ def layer_costs(
 ) -> np.ndarray:
     """Cost of all experts of a layer in one type, summed: (layers, A, M)."""
     statistics = CalibrationStatistics.load(folder.calibration)
-    table, _ = measure_sensitivity(
+    table = measure_sensitivity(
         checkpoint,
         load_samples(source),
         read_imatrix(folder.imatrix),
@@ -50,7 +50,7 @@ def layer_costs(
         statistics=replace(statistics, key_tokens=key),
         packing=DEFAULT_PACKING,
         label_draws=draws,
-    )
+    ).table
     return np.stack(
         [table.arrays[f"blk.{layer}.ffn_exps.expert"][..., 0].sum(axis=-1) for layer in statistics.moe_layers]
     )

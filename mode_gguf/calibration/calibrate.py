@@ -74,21 +74,24 @@ def run_watched(
     streamed: StreamedModel,
     inputs: Sequence[ModelInputs],
     *,
-    key_tokens: KeyTokens,
+    key_tokens: KeyTokens | None,
     leave: Callable[[Pass, int], None],
     finish: Callable[[int], None],
+    keep_hidden: bool = True,
     description: str,
     progress: Progress = silent,
 ) -> None:
     """All samples forward, layer by layer, with experts, linear layers and key tokens watched.
 
     Args:
+        key_tokens: how they are chosen; None where nobody asks which vision tokens are key.
         leave: leave(pass, i) after a sample has left layer i (the last one includes the output head); it must take
             what it needs, the records are dropped afterwards.
         finish: finish(i) after all samples have left layer i, while its weights are still loaded.
+        keep_hidden: whether the experts' gated activations are recorded.
     """
     passes = [Pass.of(one, streamed.device) for one in inputs]
-    watch = Watch(key_tokens, keep_hidden=True)
+    watch = Watch(key_tokens, keep_hidden)
 
     def enter(number: int) -> None:
         watch.current = passes[number]

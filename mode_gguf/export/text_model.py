@@ -1,6 +1,6 @@
 """The text model's file: every tensor packed in the type the plan gives it, expert by expert."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ def write_text_model(
     importance: Mapping[str, np.ndarray] | None = None,
     *,
     packing: Packing = EXACT,
+    packed: Mapping[str, Callable[[], Iterator[np.ndarray]]] | None = None,
     metadata: Metadata | None = None,
     pre_tokenizer: str | None = None,
     threads: int = 1,
@@ -39,6 +40,7 @@ def write_text_model(
         types: of every matrix by GGUF name; norms and routers may be left out, they stay F32.
         importance: float32 (E, n) by GGUF name, as `read_imatrix` gives it; a tensor without is packed plainly.
         packing: how matrices are packed.
+        packed: by GGUF name, where matrices come from that are packed already, as `packed_experts` would yield them.
         metadata: further keys, such as `imatrix_keys`.
         pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
         threads: that pack one expert.
@@ -57,7 +59,8 @@ def write_text_model(
             tensor.name,
             tensor.shape,
             stored[tensor.name],
-            partial(_packed, checkpoint, tensor, stored[tensor.name], importance.get(tensor.name), packing, threads),
+            (packed or {}).get(tensor.name)
+            or partial(_packed, checkpoint, tensor, stored[tensor.name], importance.get(tensor.name), packing, threads),
             tensor.n_experts,
         )
         for tensor in tensors

@@ -39,6 +39,7 @@ from mode_gguf.importance.fisher_imatrix import ColumnSums, squared_norms
 from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES, group_of, group_sums
 from mode_gguf.importance.imatrix import Imatrix, Importance, importance_of
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
+from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import PARTS, expert_changes, matrix_changes
 from mode_gguf.progress import Progress, silent
@@ -215,6 +216,7 @@ def _backward_all(
                     for tensor in streamed.layer_tensors(index, Role.DENSE)
                 }
                 routed: list[_Routed] = []
+                weights: dict[str, list[np.ndarray]] = {name: [] for name in modules}
                 for number, trace in enumerate(traces):
                     hidden = store.take((number, index))
                     calls = _backward_layer(streamed, index, layer, modules, trace, hidden)
@@ -222,13 +224,16 @@ def _backward_all(
                         routed.append(calls.routed)
                     token_scale = _token_scale(calls.group, per_position)
                     for name, (x, gradients) in calls.linears.items():
-                        columns[name].add(x, squared_norms(gradients) * token_scale)
+                        weight = squared_norms(gradients) * token_scale
+                        columns[name].add(x, weight)
+                        weights[name].append(weight.float().cpu().numpy())
                         for t, change in changes[name]:
                             dense[name][..., t] += _linear_cost(x, gradients, change, calls.group)
                     done(1)
                 for name, cost in dense.items():
                     result.arrays[f"{name}.unit"] = cost * per_position[..., None]
                 result.imatrix.update({name: sums.entry() for name, sums in columns.items()})
+                result.token_weights.update({name: np.concatenate(parts) for name, parts in weights.items()})
                 if routed:
                     _measure_experts(streamed, index, _concatenated(routed), settings, per_position, result)
 
@@ -347,6 +352,8 @@ def _measure_experts(
     projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
     module = streamed.experts_module(layer)
     columns = _expert_columns(module, projections, routed, per_position)
+    at_block = squared_norms(routed.gradients) * _token_scale(routed.group, per_position)
+    result.token_weights[experts_entry(layer)] = at_block.float().cpu().numpy()
     fisher = {projections[projection].name: sums.entry() for projection, sums in columns.items()}
     result.imatrix.update(fisher)
     importance = _chosen_importance(settings, fisher)
@@ -434,12 +441,17 @@ def _head_cost(
     weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
     if head.activation is not None:  # a tied embedding has no importance
         columns = ColumnSums.of(1, head.row_width)
+        weights = []
         for trace in traces:
             if trace.head_input is None:
                 raise RuntimeError("the output head was not watched")
             squares = linear(trace.head_input, weight).float().softmax(-1).square().sum(-1)
-            columns.add(trace.head_input, (1 - squares.double()) * per_position[trace.inputs.answer, 0])
+            token_weight = (1 - squares.double()) * per_position[trace.inputs.answer, 0]
+            columns.add(trace.head_input, token_weight)
+            weights.append(np.zeros(len(trace.inputs.input_ids), np.float32))
+            weights[-1][trace.inputs.scored.numpy()] = token_weight.cpu().numpy()
         result.imatrix[head.name] = columns.entry()
+        result.token_weights[head.name] = np.concatenate(weights)
     importance = _chosen_importance(settings, result.imatrix)
     for t, change in matrix_changes(head, settings, importance, result, streamed.device):
         cost[..., t] = 0.0

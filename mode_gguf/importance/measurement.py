@@ -40,10 +40,12 @@ class MeasurementSettings:
 class Measurement:
     """Arrays, scored positions per kind of answer, and experts whose values are estimates; see `SensitivityTable`.
 
-    `imatrix` is the Fisher importance of all tensors that have an activation; empty for a method without gradients.
+    `imatrix` is the Fisher importance of all tensors that have an activation, `token_weights` what it weighed tokens by
+    (see `TokenWeights`); both are empty for a method without gradients.
     """
 
     arrays: dict[str, np.ndarray]
     positions: tuple[int, ...]
     estimated: dict[str, list[int]]
     imatrix: Imatrix = field(default_factory=dict)
+    token_weights: dict[str, np.ndarray] = field(default_factory=dict)

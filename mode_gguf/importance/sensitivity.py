@@ -1,6 +1,7 @@
 """The sensitivity stage: a checkpoint, samples and an importance matrix in; the damage of every candidate type out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mode_gguf.calibration.denormals import denormals_flushed
 from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder
@@ -15,6 +16,7 @@ from mode_gguf.importance.imatrix import Imatrix, Importance
 from mode_gguf.importance.measurement import MeasurementSettings
 from mode_gguf.importance.output_error import block_mse, expert_mse
 from mode_gguf.importance.table import METHODS, Method, SensitivityTable
+from mode_gguf.importance.token_weights import TokenWeights, tokens_digest
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QuantType
@@ -22,6 +24,21 @@ from mode_gguf.quantization.types import QuantType
 __all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
 
 DEFAULT_LABEL_DRAWS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What was measured.
+
+    Attributes:
+        table: the damage of every candidate.
+        imatrix: the Fisher importance matrix; empty where the method has no gradients.
+        token_weights: what the importance matrix weighed tokens by; None where the method has no gradients.
+    """
+
+    table: SensitivityTable
+    imatrix: Imatrix
+    token_weights: TokenWeights | None
 
 
 @denormals_flushed()
@@ -42,7 +59,7 @@ def measure_sensitivity(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
     progress: Progress = silent,
-) -> tuple[SensitivityTable, Imatrix]:
+) -> Sensitivity:
     """Measure every expert tensor and expert at `expert_types`, every other matrix at `dense_types`.
 
     Args:
@@ -53,9 +70,6 @@ def measure_sensitivity(
         packing: how the file will be packed.
         label_draws: per scored position; Fisher only.
         device, max_tokens, max_image_pixels: as for `calibrate`.
-
-    Returns:
-        The table, and the Fisher importance matrix; empty where the method has no gradients.
 
     Raises:
         UsageError: no samples, an unknown method or importance matrix, a pair that does not go together, or no draws.
@@ -94,4 +108,9 @@ def measure_sensitivity(
         imatrix=imatrix,
         packing=packing,
     )
-    return table, measurement.imatrix
+    weights = measurement.token_weights
+    return Sensitivity(
+        table,
+        measurement.imatrix,
+        TokenWeights(checkpoint.fingerprint, tokens_digest(inputs), weights) if weights else None,
+    )

@@ -183,7 +183,7 @@ def convert(
 
 def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
     """What `run_sensitivity` writes."""
-    return [folder.sensitivity, *([folder.imatrix_of("fisher")] if method == "fisher" else [])]
+    return [folder.sensitivity, *([folder.imatrix_of("fisher"), folder.token_weights] if method == "fisher" else [])]
 
 
 def _type_names(types: CandidateTypes) -> list[list[str]]:

@@ -60,7 +60,9 @@ def run_sensitivity(
     packing: Packing = DEFAULT_PACKING,
     progress: Progress = silent,
 ) -> None:
-    """Write sensitivity.safetensors, measured with weights packed as they will be, and the Fisher importance matrix.
+    """Write sensitivity.safetensors, measured with weights packed as they will be.
+
+    Fisher sensitivity writes the Fisher importance matrix and token weights, too.
 
     `imatrix` None stands for the best that `method` makes, see `chosen_imatrix`.
 
@@ -78,7 +80,7 @@ def run_sensitivity(
             statistics.key_tokens,
             _key_tokens(options),
         )
-    table, fisher_imatrix = measure_sensitivity(
+    measured = measure_sensitivity(
         checkpoint,
         _samples(options),
         read_imatrix(folder.imatrix),
@@ -92,9 +94,10 @@ def run_sensitivity(
         seed=options.seed,
         progress=progress,
     )
-    table.save(folder.sensitivity)
-    if fisher_imatrix:
-        _write_imatrix(folder.imatrix_of("fisher"), fisher_imatrix, statistics)
+    measured.table.save(folder.sensitivity)
+    if measured.token_weights is not None:
+        _write_imatrix(folder.imatrix_of("fisher"), measured.imatrix, statistics)
+        measured.token_weights.save(folder.token_weights)
 
 
 def run_unit_kl(

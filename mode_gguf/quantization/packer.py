@@ -15,7 +15,7 @@ from mode_gguf.quantization import libggml
 from mode_gguf.quantization.ahead import in_order
 from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import Packer, QuantType
-from mode_gguf_kernels import NonFiniteError, PackingError, pack, unpack
+from mode_gguf_kernels import FEEDBACK_TYPES, NonFiniteError, PackingError, pack, round_again, unpack
 
 _CHUNK_WEIGHTS = 1 << 18  # weights that are widened to float32 at a time, other than by our kernels
 _ROWS_PER_TASK = 32  # fewer rows than this are not worth another task
@@ -99,53 +99,77 @@ def packed_experts(
         )
     if tensor.role is not Role.EXPERT:
         weights = None if importance is None else importance[0]
-        yield _pack_rows(_read(tensor, 0, tensor.name), quant_type, weights, packing, tensor.name, threads)
+        yield pack_by_rows(
+            read_matrix(tensor, 0), quant_type, weights, name=tensor.name, packing=packing, threads=threads
+        )
         return
 
     def pack_expert(expert: int) -> np.ndarray:
-        name = f"{tensor.name}, expert {expert}"
         weights = None if importance is None else importance[expert]
-        return pack_matrix(_read(tensor, expert, name), quant_type, weights, name=name, packing=packing)
+        matrix, name = read_matrix(tensor, expert), matrix_name(tensor, expert)
+        return pack_matrix(matrix, quant_type, weights, name=name, packing=packing)
 
     yield from in_order(pack_expert, tensor.n_experts, threads)
 
 
-def _read(tensor: SourceTensor, index: int, name: str) -> Array:
-    """A tensor's matrix, with whatever dimensions it has before the last made one."""
+def matrix_name(tensor: SourceTensor, index: int) -> str:
+    """What errors call one of a tensor's matrices."""
+    return f"{tensor.name}, expert {index}" if tensor.role is Role.EXPERT else tensor.name
+
+
+def read_matrix(tensor: SourceTensor, index: int) -> Array:
+    """A tensor's matrix, with whatever dimensions it has before the last made one.
+
+    Raises:
+        InputError: it has another shape than the tensor says.
+    """
     array = tensor.read(index)
     expected = tensor.shape[1:] if tensor.role is Role.EXPERT else tensor.shape
     if array.shape != expected:
-        raise InputError(f"{name}: shape {expected} expected, {array.shape} found in the checkpoint")
+        raise InputError(
+            f"{matrix_name(tensor, index)}: shape {expected} expected, {array.shape} found in the checkpoint"
+        )
     return array.reshape(-1, tensor.row_width)
 
 
-def _pack_rows(
-    matrix: Array, quant_type: QuantType, importance: np.ndarray | None, packing: Packing, name: str, threads: int
+def pack_by_rows(
+    matrix: Array,
+    quant_type: QuantType,
+    importance: np.ndarray | None,
+    *,
+    name: str,
+    packing: Packing = EXACT,
+    threads: int = 1,
+    feedback: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`pack_matrix` with the rows spread over threads."""
+    """`pack_matrix` with the rows spread over threads.
+
+    Args:
+        feedback: float32 (n_in, n_in), the factor of the inputs' second moments: levels are chosen again with error
+            feedback (`mode_gguf_kernels.round_again`). Only for types that `has_feedback`.
+    """
     packed = _room_for(matrix, quant_type, name)
     rows = matrix.shape[0]
+
+    def pack_some(first: int, end: int) -> None:
+        _pack_into(packed[first:end], matrix[first:end], quant_type, importance, packing, name, first)
+        if feedback is not None:
+            round_again(packed[first:end], quant_type.name, as_float32(matrix[first:end]), feedback)
+
     step = max(_ROWS_PER_TASK, -(-rows // (4 * threads)))
     executor = ThreadPoolExecutor(threads, thread_name_prefix="packing")
     try:
-        futures = [
-            executor.submit(
-                _pack_into,
-                packed[row : row + step],
-                matrix[row : row + step],
-                quant_type,
-                importance,
-                packing,
-                name,
-                row,
-            )
-            for row in range(0, rows, step)
-        ]
+        futures = [executor.submit(pack_some, row, row + step) for row in range(0, rows, step)]
         for future in futures:
             future.result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
     return packed
+
+
+def has_feedback(quant_type: QuantType) -> bool:
+    """Whether a type can be rounded with error feedback."""
+    return quant_type.name in FEEDBACK_TYPES
 
 
 def _room_for(matrix: Array, quant_type: QuantType, name: str) -> np.ndarray:

@@ -41,7 +41,7 @@ LAYER = 1
 def table(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> SensitivityTable:
-    table, _ = measure_sensitivity(
+    table = measure_sensitivity(
         checkpoint,
         samples,
         importance,
@@ -50,7 +50,7 @@ def table(
         statistics=statistics,
         label_draws=DRAWS,
         device="cpu",
-    )
+    ).table
     return table
 
 

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 def paper_table(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> SensitivityTable:
-    table, imatrix = measure_sensitivity(
+    result = measure_sensitivity(
         checkpoint,
         samples,
         importance,
@@ -46,6 +46,7 @@ def paper_table(
         method="expert-mse",
         device="cpu",
     )
+    table, imatrix = result.table, result.imatrix
     assert imatrix == {}
     return table
 
@@ -137,7 +138,7 @@ def test_block_mse_is_the_mean_square_of_the_blocks_change(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> None:
     """Against the block computed anew with one expert, or one projection of all experts, stored in Q2_K."""
-    table, imatrix = measure_sensitivity(
+    result = measure_sensitivity(
         checkpoint,
         samples,
         importance,
@@ -147,6 +148,7 @@ def test_block_mse_is_the_mean_square_of_the_blocks_change(
         method="block-mse",
         device="cpu",
     )
+    table, imatrix = result.table, result.imatrix
     assert imatrix == {}
     block = Block(checkpoint, samples)
 
@@ -172,7 +174,7 @@ def test_every_method_writes_the_errors_of_weights(
     method: Method, checkpoint: Checkpoint, samples: list[Sample], statistics: CalibrationStatistics
 ) -> None:
     """Packed without importance, so that they are the same whatever the method."""
-    table, _ = measure_sensitivity(
+    table = measure_sensitivity(
         checkpoint,
         samples[-1:],
         {},
@@ -182,7 +184,7 @@ def test_every_method_writes_the_errors_of_weights(
         method=method,
         label_draws=1,
         device="cpu",
-    )
+    ).table
     tensors = {t.name: t for t in text_tensors(checkpoint)}
 
     def relative(name: str, expert: int, quant_type: QuantType) -> float:
@@ -214,8 +216,8 @@ def test_key_tokens_are_those_of_the_statistics(
             statistics=replace(statistics, key_tokens=key_tokens),
             label_draws=1,
             device="cpu",
-        )[0]
-        .arrays["blk.1.ffn_exps.expert"][1]
+        )
+        .table.arrays["blk.1.ffn_exps.expert"][1]
         .sum(axis=1)[:, 0]
         for key_tokens in (TEXT_ATTENTION, KeyTokens("all"))
     ]
@@ -267,7 +269,7 @@ def test_bad_options(
     with pytest.raises(UsageError, match=message):
         measure_sensitivity(
             checkpoint, importance=importance, expert_types=TYPES, dense_types=TYPES, device="cpu", **arguments
-        )
+        ).table
 
 
 def test_statistics_of_another_checkpoint(
@@ -291,7 +293,7 @@ def test_types_that_do_not_fit_are_not_a_number(
     """Experts 320 wide: down cannot be a K-quant; a tied embedding carries the head's cost."""
     checkpoint = Checkpoint.open(write_pico_qwen3vlmoe(tmp_path / "odd", expert_width=320, tied=True))
     types = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q8_0"])
-    table, _ = measure_sensitivity(
+    table = measure_sensitivity(
         checkpoint,
         samples[-2:],
         {},
@@ -301,7 +303,7 @@ def test_types_that_do_not_fit_are_not_a_number(
         method=method,
         label_draws=1,
         device="cpu",
-    )
+    ).table
     for name in (
         "blk.0.ffn_down_exps.weight.unit",
         "blk.0.ffn_down_exps.weight.expert",

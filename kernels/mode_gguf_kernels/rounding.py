@@ -1,0 +1,51 @@
+"""Packed K-quants rounded again with error feedback: their scales and mins stay, their levels are chosen anew."""
+
+from functools import partial
+
+import numpy as np
+
+from mode_gguf_kernels.feedback import round_with_feedback
+from mode_gguf_kernels.levels import LAYOUTS, grid_of, write_levels
+from mode_gguf_kernels.registry import TYPES, PackingError, unpack
+
+FEEDBACK_TYPES = tuple(LAYOUTS)
+"""The types that can be rounded with feedback."""
+
+
+def round_again(packed: np.ndarray, type_name: str, matrix: np.ndarray, factor: np.ndarray) -> None:
+    """Choose the levels of packed rows so that the errors of a row's weights make up for each other.
+
+    Runs in the calling thread and without the GIL; rows are independent of each other.
+
+    Args:
+        packed: uint8 (rows, row_bytes), contiguous: the rows as `pack` packed them; levels are overwritten.
+        type_name: one of `FEEDBACK_TYPES`.
+        matrix: float32 (rows, n), what was packed.
+        factor: float32 (n, n), the unit upper triangular U of H = U D U', see `feedback`.
+
+    Raises:
+        PackingError: another type, or shapes that do not go together.
+    """
+    if type_name not in LAYOUTS:
+        raise PackingError(f"{type_name} cannot be rounded with feedback: choose from {', '.join(FEEDBACK_TYPES)}")
+    layout, kernels = LAYOUTS[type_name], TYPES[type_name]
+    rows, n = matrix.shape
+    if packed.shape != (rows, n // kernels.block_size * kernels.block_bytes) or factor.shape != (n, n):
+        raise PackingError(f"packed {packed.shape}, matrix {matrix.shape} and factor {factor.shape} do not go together")
+    blocks = packed.reshape(rows, -1, kernels.block_bytes)
+    grid = grid_of(blocks, layout, partial(_weights, type_name=type_name, n=n))
+    levels = np.empty((rows, n), np.uint8)
+    round_with_feedback(
+        np.ascontiguousarray(matrix, np.float32),
+        np.ascontiguousarray(grid.lowest),
+        np.ascontiguousarray(grid.step),
+        grid.width,
+        grid.highest,
+        np.ascontiguousarray(factor, np.float32),
+        levels,
+    )
+    write_levels(levels, layout, blocks)
+
+
+def _weights(blocks: np.ndarray, type_name: str, n: int) -> np.ndarray:
+    return unpack(blocks.reshape(len(blocks), -1), type_name, n)

@@ -1,0 +1,57 @@
+"""Second moments of what matrices read, and the factors of them that rounding needs.
+
+Rounding a row w to q changes its output for an input x by (w - q) x; summed over weighed inputs the square of that is
+(w - q) H (w - q)' with H = sum of weight * x x'.
+"""
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.3
+"""Of the mean of H's diagonal, added to the diagonal (docs/EXPERIMENTS.md, "Rounding with feedback").
+
+Inputs of the calibration samples are not those of later use; damping is what directions that they leave out count.
+"""
+
+MIN_TOKENS = 8
+"""An expert that fewer tokens of equal weight reached is rounded to nearest: its moments say next to nothing."""
+
+
+class Moments:
+    """H of one matrix, added up over samples: float32 (n, n) on the inputs' device."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sums = torch.zeros(width, width, device=device)
+        self._weight = 0.0
+        self._weight2 = 0.0
+
+    def add(self, inputs: Tensor, weight: Tensor) -> None:
+        """Add tokens' inputs (S, n), weighed by `weight` (S,), not negative."""
+        weight = weight.to(inputs.device, torch.float32)
+        scaled = inputs.float() * weight.sqrt()[:, None]
+        self.sums.addmm_(scaled.T, scaled)
+        self._weight += float(weight.double().sum())
+        self._weight2 += float(weight.double().square().sum())
+
+    @property
+    def effective_tokens(self) -> float:
+        """Tokens of equal weight that would say as much, (sum w)^2 / sum w^2 (Kish)."""
+        return self._weight**2 / self._weight2 if self._weight2 > 0 else 0.0
+
+
+def unit_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
+    """The U of H = U D U', upper triangular with ones on its diagonal; what it is multiplied by is left out.
+
+    Args:
+        moments: H, float32 (n, n), symmetric, not negative definite, not all zero.
+        damping: of the mean of the diagonal, added to it; above 0.
+
+    Returns:
+        float32 (n, n).
+    """
+    mean = moments.diagonal().mean()
+    damped = moments / mean
+    damped.diagonal().add_(damping)
+    # Cholesky's factor is lower triangular; reversing both orders makes an upper one of it.
+    upper: Tensor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    return upper / upper.diagonal()

@@ -1,0 +1,210 @@
+"""The stage that rounds with error feedback: samples through the model, every layer packed as they leave it.
+
+What a layer's matrices read is only known when all samples have passed the layer, and second moments of all experts
+would fill the memory (2.4 GB a layer at 30B). So the inputs of the experts are kept, which take a fraction of that, and
+the moments are formed expert by expert. Dense matrices add theirs up sample by sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.calibrate import run_watched
+from mode_gguf.calibration.inputs import ModelInputs
+from mode_gguf.calibration.streaming import StreamedModel
+from mode_gguf.calibration.watch import ExpertsCall, Pass
+from mode_gguf.importance.imatrix import Importance
+from mode_gguf.importance.token_weights import experts_entry
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.packer import has_feedback, matrix_name, pack_by_rows, read_matrix
+from mode_gguf.quantization.packing import Packing
+from mode_gguf.quantization.types import QuantType
+from mode_gguf.rounding.moments import DAMPING, MIN_TOKENS, Moments, unit_factor
+from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, layer_part
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingSettings:
+    """How tensors are rounded.
+
+    Attributes:
+        types: of all tensors, by GGUF name; those without feedback are left to the export.
+        importance: what the grids are searched with, as for packing to nearest.
+        packing: how.
+        token_weights: what tokens count, float32 (N,), see `TokenWeights`; empty for all alike.
+        damping: see `unit_factor`.
+        threads: that pack.
+    """
+
+    types: Mapping[str, QuantType]
+    importance: Importance
+    packing: Packing
+    token_weights: Mapping[str, np.ndarray]
+    damping: float = DAMPING
+    threads: int = 1
+
+
+def round_tensors(
+    streamed: StreamedModel,
+    inputs: Sequence[ModelInputs],
+    settings: RoundingSettings,
+    rounded: RoundedTensors,
+    progress: Progress = silent,
+) -> None:
+    """Write the parts of `rounded` that are missing.
+
+    Raises:
+        InputError: model, sample or weight cannot be used.
+    """
+    work = _Work(streamed, inputs, settings, rounded)
+    if not work.missing:
+        return
+    run_watched(
+        streamed,
+        inputs,
+        key_tokens=None,
+        leave=work.collect,
+        finish=work.finish,
+        keep_hidden=False,
+        description="rounding",
+        progress=progress,
+    )
+
+
+class _Work:
+    """What is collected of the layer that samples pass, and what is done with it afterwards."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        inputs: Sequence[ModelInputs],
+        settings: RoundingSettings,
+        rounded: RoundedTensors,
+    ) -> None:
+        self._streamed, self._settings, self._rounded = streamed, settings, rounded
+        chosen = [tensor for tensor in streamed.tensors if _wanted(tensor, settings.types)]
+        self._tensors = {
+            part: tensors
+            for part in dict.fromkeys(map(part_of, chosen))
+            if (tensors := [tensor for tensor in chosen if part_of(tensor) == part]) and not rounded.has(part)
+        }
+        ends = np.cumsum([len(one.input_ids) for one in inputs])
+        self._tokens = {id(one): slice(end - len(one.input_ids), end) for one, end in zip(inputs, ends, strict=True)}
+        self._moments: dict[str, Moments] = {}
+        self._routed: list[tuple[ExpertsCall, Tensor]] = []
+
+    @property
+    def missing(self) -> bool:
+        return bool(self._tensors)
+
+    def collect(self, passed: Pass, layer: int) -> None:
+        """Take what the matrices of a layer read of one sample; of the head, too, after the last layer."""
+        for part in self._parts_after(layer):
+            for tensor in self._tensors[part]:
+                if tensor.role is not Role.EXPERT:
+                    call = passed.linears[str(tensor.activation)]
+                    if tensor.name not in self._moments:
+                        self._moments[tensor.name] = Moments(tensor.row_width, self._streamed.device)
+                    self._moments[tensor.name].add(call.input[0], self._weights(tensor.name, passed))
+        if layer_part(layer) in self._tensors and passed.experts is not None:
+            self._routed.append((passed.experts, self._weights(experts_entry(layer), passed)))
+
+    def finish(self, layer: int) -> None:
+        """Round what all samples have passed, while the layer's weights are there."""
+        for part in self._parts_after(layer):
+            packed: dict[str, np.ndarray] = {}
+            nearest: dict[str, int] = {}
+            experts = {tensor.projection: tensor for tensor in self._tensors[part] if tensor.role is Role.EXPERT}
+            for tensor in self._tensors[part]:
+                if tensor.role is not Role.EXPERT:
+                    factor = self._factor(self._moments.pop(tensor.name))
+                    nearest[tensor.name] = int(factor is None)
+                    packed[tensor.name] = self._pack(tensor, 0, factor)[None]
+            if experts:
+                self._round_experts(self._streamed.experts_module(layer), experts, packed, nearest)
+            self._rounded.write(part, packed, nearest)
+        self._routed.clear()
+
+    def _parts_after(self, layer: int) -> list[str]:
+        parts = [layer_part(layer)]
+        if layer == len(self._streamed.layers) - 1:
+            parts.append(OUTSIDE)
+        return [part for part in parts if part in self._tensors]
+
+    def _weights(self, name: str, passed: Pass) -> Tensor:
+        """What the tokens of a sample count at a matrix's output."""
+        tokens = self._tokens[id(passed.inputs)]
+        weights = self._settings.token_weights.get(name)
+        if weights is None:
+            return torch.ones(tokens.stop - tokens.start)
+        return torch.from_numpy(weights[tokens])
+
+    def _round_experts(
+        self,
+        module: Any,
+        experts: Mapping[str | None, SourceTensor],
+        packed: dict[str, np.ndarray],
+        nearest: dict[str, int],
+    ) -> None:
+        """Round the experts of one layer, one after the other."""
+        device = self._streamed.device
+        inputs = torch.cat([call.input for call, _ in self._routed])
+        index = torch.cat([call.index for call, _ in self._routed])
+        routing = torch.cat([call.weight for call, _ in self._routed]).float()
+        at_block = torch.cat([weights for _, weights in self._routed]).to(device)
+        for expert in range(module.num_experts):
+            token, slot = torch.where(index == expert)
+            # With weights at the block's output, an error at an expert's counts by its squared share in it.
+            weight = at_block[token]
+            if self._settings.token_weights:
+                weight = weight * routing[token, slot].square()
+            read = inputs[token]
+            before = Moments(inputs.shape[1], device)
+            before.add(read, weight)
+            hidden = module._apply_gate(linear(read, module.gate_up_proj[expert]))
+            after = Moments(hidden.shape[1], device)
+            after.add(hidden, weight)
+            factors = {"down": self._factor(after)}
+            factors["gate"] = factors["up"] = self._factor(before)
+            for projection, tensor in experts.items():
+                factor = factors[str(projection)]
+                nearest[tensor.name] = nearest.get(tensor.name, 0) + int(factor is None)
+                matrix = self._pack(tensor, expert, factor)
+                if tensor.name not in packed:
+                    packed[tensor.name] = np.empty((tensor.n_experts, *matrix.shape), np.uint8)
+                packed[tensor.name][expert] = matrix
+
+    def _factor(self, moments: Moments) -> np.ndarray | None:
+        """The factor to round with; None where there were too few tokens."""
+        if moments.effective_tokens < MIN_TOKENS:
+            return None
+        return unit_factor(moments.sums, self._settings.damping).cpu().numpy()
+
+    def _pack(self, tensor: SourceTensor, index: int, factor: np.ndarray | None) -> np.ndarray:
+        importance = self._settings.importance.get(tensor.name)
+        return pack_by_rows(
+            read_matrix(tensor, index),
+            self._settings.types[tensor.name],
+            None if importance is None else importance[index],
+            name=matrix_name(tensor, index),
+            packing=self._settings.packing,
+            threads=self._settings.threads,
+            feedback=factor,
+        )
+
+
+def part_of(tensor: SourceTensor) -> str:
+    """The part of `RoundedTensors` that holds a tensor."""
+    return OUTSIDE if tensor.layer is None else layer_part(tensor.layer)
+
+
+def _wanted(tensor: SourceTensor, types: Mapping[str, QuantType]) -> bool:
+    """Whether a tensor is rounded with feedback: a linear layer's matrix whose inputs are watched, in a K-quant."""
+    linear_layer = tensor.role in (Role.EXPERT, Role.DENSE, Role.OUTPUT) and tensor.activation is not None
+    return linear_layer and tensor.name in types and has_feedback(types[tensor.name])
