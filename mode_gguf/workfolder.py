@@ -64,6 +64,10 @@ class WorkFolder:
         return self.path / "rounded"
 
     @property
+    def rounding(self) -> Path:
+        return self.path / "rounding.json"
+
+    @property
     def unit_kl(self) -> Path:
         return self.path / "unit-kl.safetensors"
 

@@ -14,6 +14,7 @@ from mode_gguf_cli.commands import (
     frontier,
     inspect,
     plan,
+    round,
     sensitivity,
     unit_kl,
     validate,
@@ -31,7 +32,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
-for module in (convert, calibrate, sensitivity, unit_kl, frontier, plan, export, validate, inspect, doctor):
+for module in (convert, calibrate, sensitivity, unit_kl, frontier, plan, round, export, validate, inspect, doctor):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 

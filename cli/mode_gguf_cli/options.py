@@ -80,6 +80,13 @@ class PackingMode(StrEnum):
     REFINED = "refined"
 
 
+class RoundingName(StrEnum):
+    """How weights become levels; see `mode_gguf.pipeline.options.Rounding`."""
+
+    NEAREST = "nearest"
+    FEEDBACK = "feedback"
+
+
 class Effort(StrEnum):
     """How long refined packing searches."""
 
@@ -253,6 +260,13 @@ PackingOption = Annotated[
     PackingMode,
     typer.Option(
         help="How K-quants are packed: refined: with less error; exact: byte for byte as llama-quantize would."
+    ),
+]
+RoundingOption = Annotated[
+    RoundingName,
+    typer.Option(
+        help="nearest: every weight by itself; feedback: the errors of a row make up for each other (GPTQ), in as many "
+        "bytes."
     ),
 ]
 EffortOption = Annotated[Effort, typer.Option(help="How long refined packing searches.")]

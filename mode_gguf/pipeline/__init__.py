@@ -31,6 +31,7 @@ from mode_gguf.pipeline.planning import (
     save_plan,
     with_unit_kl,
 )
+from mode_gguf.pipeline.rounding import run_rounding
 from mode_gguf.pipeline.validating import environment, run_validation
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "run_plan",
     "run_reference",
     "run_refined_plan",
+    "run_rounding",
     "run_sensitivity",
     "run_unit_kl",
     "run_validation",

@@ -17,6 +17,7 @@ from mode_gguf.pipeline.exporting import model_path, projector_path, reference_f
 from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl, warnings_of_calibration
 from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
 from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan
+from mode_gguf.pipeline.rounding import forget_rounded, run_rounding, warnings_of_rounding
 from mode_gguf.pipeline.validating import run_validation
 from mode_gguf.progress import Progress, silent
 from mode_gguf.workfolder import StageLedger, WorkFolder
@@ -136,18 +137,25 @@ def convert(
 
     plan = Plan.load(folder.plan)
     model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
-    exported = fingerprint(file_fingerprint(folder.plan), calibrated, options.projector_type, options.pre_tokenizer)
+    exported = fingerprint(
+        file_fingerprint(folder.plan), calibrated, options.projector_type, options.pre_tokenizer, options.rounding
+    )
     if not ledger.is_current("export", exported):
+        if options.rounding == "feedback":
+            with ledger.running("round", exported, [folder.rounding]):
+                run_rounding(checkpoint, folder, plan, options.calibration, threads=options.threads, progress=progress)
         with ledger.running("export", exported, [model, mmproj]):
             run_export(
                 checkpoint,
                 folder,
                 plan,
+                rounding=options.rounding,
                 projector_type=options.projector_type,
                 pre_tokenizer=options.pre_tokenizer,
                 threads=options.threads,
                 progress=progress,
             )
+        forget_rounded(folder)
     if options.validate:
         validated = fingerprint(exported, samples_fingerprint(options.held_out), str(options.llama_cpp))
         if not ledger.is_current("validate", validated):
@@ -166,7 +174,7 @@ def convert(
                     held_out=options.held_out,
                     llama_cpp=options.llama_cpp,
                     reference_folder=folder.path / "reference",
-                    warnings=warnings_of_calibration(folder),
+                    warnings=[*warnings_of_calibration(folder), *_warnings_of_rounding(folder, options)],
                     progress=progress,
                 )
     return ConvertResult(
@@ -184,6 +192,10 @@ def convert(
 def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
     """What `run_sensitivity` writes."""
     return [folder.sensitivity, *([folder.imatrix_of("fisher"), folder.token_weights] if method == "fisher" else [])]
+
+
+def _warnings_of_rounding(folder: WorkFolder, options: ConvertOptions) -> list[str]:
+    return warnings_of_rounding(folder) if options.rounding == "feedback" else []
 
 
 def _type_names(types: CandidateTypes) -> list[list[str]]:

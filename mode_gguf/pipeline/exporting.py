@@ -16,7 +16,9 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.pipeline.measuring import check_same_model
+from mode_gguf.pipeline.options import Rounding
 from mode_gguf.pipeline.planning import make_uniform_plan
+from mode_gguf.pipeline.rounding import packed_sources
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import StageLedger, WorkFolder, model_file_name, projector_file_name
@@ -33,6 +35,7 @@ def run_export(
     plan: Plan,
     *,
     imatrix: ImatrixKind | None = None,
+    rounding: Rounding = "nearest",
     projector_type: str = "F16",
     pre_tokenizer: str | None = None,
     threads: int | None = None,
@@ -40,7 +43,14 @@ def run_export(
 ) -> tuple[Path, Path]:
     """Write the text model as planned, and the projector; returns their paths. Raises like `export_text`."""
     text = export_text(
-        checkpoint, folder, plan, imatrix=imatrix, pre_tokenizer=pre_tokenizer, threads=threads, progress=progress
+        checkpoint,
+        folder,
+        plan,
+        imatrix=imatrix,
+        rounding=rounding,
+        pre_tokenizer=pre_tokenizer,
+        threads=threads,
+        progress=progress,
     )
     projector = projector_path(folder, projector_type)
     write_projector(projector, checkpoint, projector_type, progress=progress)
@@ -53,6 +63,7 @@ def export_text(
     plan: Plan,
     *,
     imatrix: ImatrixKind | None = None,
+    rounding: Rounding = "nearest",
     pre_tokenizer: str | None = None,
     threads: int | None = None,
     progress: Progress = silent,
@@ -62,10 +73,12 @@ def export_text(
     Args:
         imatrix: which of them; None for the one that the plan's measurements were packed with, and that one may be
             missing if it is the plain one.
+        rounding: `feedback` takes what `run_rounding` has packed.
 
     Raises:
         InputError: the plan belongs to another model, or a weight cannot be packed.
-        MissingResourceError: not enough disk space, or the importance matrix asked for is not there.
+        MissingResourceError: not enough disk space, or the importance matrix or rounded tensors asked for are not
+            there.
     """
     check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
     path = model_path(folder, plan)
@@ -80,6 +93,7 @@ def export_text(
         plan.types,
         read_imatrix(packed_with) if with_imatrix else None,
         packing=plan.packing,
+        packed=packed_sources(checkpoint, folder, plan, imatrix) if rounding == "feedback" else None,
         metadata=imatrix_keys(packed_with) if with_imatrix else None,
         pre_tokenizer=pre_tokenizer,
         threads=threads or os.cpu_count() or 1,

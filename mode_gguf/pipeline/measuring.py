@@ -38,7 +38,7 @@ def run_calibration(
     from mode_gguf.calibration.coverage import calibration_warnings
     from mode_gguf.importance.imatrix import balanced_imatrix
 
-    samples = _samples(options)
+    samples = calibration_samples(options)
     statistics = calibrate(
         checkpoint, samples, device=options.device, key_tokens=_key_tokens(options), progress=progress
     )
@@ -82,7 +82,7 @@ def run_sensitivity(
         )
     measured = measure_sensitivity(
         checkpoint,
-        _samples(options),
+        calibration_samples(options),
         read_imatrix(folder.imatrix),
         statistics=statistics,
         method=method,
@@ -160,7 +160,7 @@ def kl_measurement(
     from mode_gguf.importance.unit_kl import open_kl_model, stratified
 
     table, statistics = measured_tables(checkpoint, folder)
-    samples = stratified(_samples(calibration), sample_budget, calibration.seed)
+    samples = stratified(calibration_samples(calibration), sample_budget, calibration.seed)
     settings = KlSettings(read_imatrix(folder.imatrix_of(table.imatrix)), table.packing, statistics.key_tokens)
     return open_kl_model(checkpoint, samples, device=calibration.device), settings
 
@@ -199,7 +199,8 @@ def _key_tokens(options: CalibrationOptions) -> "KeyTokens":
     return KeyTokens(options.key_tokens, options.key_ratio, options.seed)
 
 
-def _samples(options: CalibrationOptions) -> "Sequence[Sample]":
+def calibration_samples(options: CalibrationOptions) -> "Sequence[Sample]":
+    """The samples that the options stand for."""
     from mode_gguf.calibration.samples import load_samples
 
     return load_samples(

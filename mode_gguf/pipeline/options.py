@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from mode_gguf.allocation.budget import Budget, Reach
 from mode_gguf.allocation.presets import PRESETS, Preset
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MEASURED_SAMPLES = 64
 """Calibration samples that KL is measured on, where it is measured rather than predicted."""
+
+Rounding: TypeAlias = Literal["nearest", "feedback"]
+"""`nearest`: every weight by itself, as llama.cpp does; `feedback`: a row's errors make up for each other."""
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class ConvertOptions:
     measured_samples: int = DEFAULT_MEASURED_SAMPLES
     imatrix: ImatrixKind | None = None
     packing: Packing = DEFAULT_PACKING
+    rounding: Rounding = "nearest"
     types: CandidateTypes = DEFAULT_TYPES
     projector_type: str = "F16"
     pre_tokenizer: str | None = None

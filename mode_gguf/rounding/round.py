@@ -22,11 +22,11 @@ from mode_gguf.calibration.watch import ExpertsCall, Pass
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.packer import has_feedback, matrix_name, pack_by_rows, read_matrix
+from mode_gguf.quantization.packer import matrix_name, pack_by_rows, read_matrix
 from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
 from mode_gguf.rounding.moments import DAMPING, MIN_TOKENS, Moments, unit_factor
-from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, layer_part
+from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, is_rounded, layer_part, part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def round_tensors(
         InputError: model, sample or weight cannot be used.
     """
     work = _Work(streamed, inputs, settings, rounded)
-    if not work.missing:
+    if not work.is_needed:
         return
     run_watched(
         streamed,
@@ -88,7 +88,7 @@ class _Work:
         rounded: RoundedTensors,
     ) -> None:
         self._streamed, self._settings, self._rounded = streamed, settings, rounded
-        chosen = [tensor for tensor in streamed.tensors if _wanted(tensor, settings.types)]
+        chosen = [tensor for tensor in streamed.tensors if is_rounded(tensor, settings.types)]
         self._tensors = {
             part: tensors
             for part in dict.fromkeys(map(part_of, chosen))
@@ -100,7 +100,7 @@ class _Work:
         self._routed: list[tuple[ExpertsCall, Tensor]] = []
 
     @property
-    def missing(self) -> bool:
+    def is_needed(self) -> bool:
         return bool(self._tensors)
 
     def collect(self, passed: Pass, layer: int) -> None:
@@ -197,14 +197,3 @@ class _Work:
             threads=self._settings.threads,
             feedback=factor,
         )
-
-
-def part_of(tensor: SourceTensor) -> str:
-    """The part of `RoundedTensors` that holds a tensor."""
-    return OUTSIDE if tensor.layer is None else layer_part(tensor.layer)
-
-
-def _wanted(tensor: SourceTensor, types: Mapping[str, QuantType]) -> bool:
-    """Whether a tensor is rounded with feedback: a linear layer's matrix whose inputs are watched, in a K-quant."""
-    linear_layer = tensor.role in (Role.EXPERT, Role.DENSE, Role.OUTPUT) and tensor.activation is not None
-    return linear_layer and tensor.name in types and has_feedback(types[tensor.name])

@@ -8,8 +8,11 @@ import numpy as np
 from safetensors import safe_open
 
 from mode_gguf import __version__
+from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import read_metadata, write_arrays
 from mode_gguf.errors import InputError, MissingResourceError
+from mode_gguf.quantization.packer import has_feedback
+from mode_gguf.quantization.types import QuantType
 
 OUTSIDE = "outside"
 """The part that holds what is in no decoder layer."""
@@ -31,7 +34,7 @@ class RoundedTensors:
         """Keep a part's tensors, uint8 (E, rows, row_bytes), atomically.
 
         Args:
-            part: `layer_part` or `OUTSIDE`.
+            part: see `part_of`.
             nearest: by tensor, how many of its matrices were rounded to nearest for want of tokens.
         """
         metadata = {"kind": "rounded", "tool_version": __version__, "key": self.key, "nearest": dict(nearest)}
@@ -47,6 +50,17 @@ class RoundedTensors:
         except InputError:
             return False
 
+    def check(self, part: str) -> None:
+        """Make sure that a part is there and of this key.
+
+        Raises:
+            MissingResourceError: it is not.
+        """
+        if not self.has(part):
+            raise MissingResourceError(
+                f"{self._file(part)}: not there, or of another plan; run `mode-gguf round` in this work folder first"
+            )
+
     def nearest(self, part: str) -> dict[str, int]:
         """How many matrices of each tensor of a part were rounded to nearest for want of tokens."""
         found: dict[str, int] = read_metadata(self._file(part))["nearest"]
@@ -58,10 +72,7 @@ class RoundedTensors:
         Raises:
             MissingResourceError: they are not there, or were made from something else.
         """
-        if not self.has(part):
-            raise MissingResourceError(
-                f"{self._file(part)}: not there, or of another plan; run `mode-gguf round` in this work folder first"
-            )
+        self.check(part)
         with safe_open(self._file(part), framework="numpy") as file:
             stored = file.get_slice(tensor)
             for index in range(stored.get_shape()[0]):
@@ -74,3 +85,14 @@ class RoundedTensors:
 def layer_part(layer: int) -> str:
     """What the part of a decoder layer is called."""
     return f"blk.{layer}"
+
+
+def part_of(tensor: SourceTensor) -> str:
+    """The part that holds a tensor."""
+    return OUTSIDE if tensor.layer is None else layer_part(tensor.layer)
+
+
+def is_rounded(tensor: SourceTensor, types: Mapping[str, QuantType]) -> bool:
+    """Whether a tensor is rounded with feedback: a linear layer's matrix whose inputs are watched, in a K-quant."""
+    linear_layer = tensor.role in (Role.EXPERT, Role.DENSE, Role.OUTPUT) and tensor.activation is not None
+    return linear_layer and tensor.name in types and has_feedback(types[tensor.name])

@@ -23,6 +23,7 @@ from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.fisher_imatrix import PRIOR_TOKENS, ColumnSums
 from mode_gguf.importance.imatrix import Importance, importance_of
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
+from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.quantization.types import QUANT_TYPES
 
 CPU = torch.device("cpu")
@@ -60,6 +61,7 @@ class BruteForce:
         self.positions = [sum(len(one.scored) for one in inputs if one.answer == answer) for answer in (0, 1)]
         self.weighed: dict[str, list[tuple[int, float, Tensor]]] = {}
         """By matrix: expert, weight and input of every token."""
+        self.routing: list[Tensor] = []
         for number, one in enumerate(inputs):
             self._run(number, one)
 
@@ -73,6 +75,7 @@ class BruteForce:
         (values_in,), values_out = self.calls[self.value]
         arguments, routed_out = self.calls[self.experts]
         x, index, weight = (argument.detach() for argument in arguments)
+        self.routing.append(weight)
         gradients = []
         for _ in range(DRAWS):
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
@@ -139,6 +142,23 @@ def test_columns_are_weighed_by_squared_gradients(
 ) -> None:
     found = importance_of(measured.imatrix)[matrix]
     np.testing.assert_allclose(found, brute_force.importance(name, len(found)), rtol=1e-3)
+
+
+def test_tokens_weigh_what_they_weighed_in_the_sums(
+    measured: Measurement, brute_force: BruteForce, inputs: list[ModelInputs]
+) -> None:
+    """Dense matrices token by token; of experts at the block's output, which a token's experts share by routing."""
+    n_tokens = sum(len(one.input_ids) for one in inputs)
+    expected = [weight for _, weight, _ in brute_force.weighed["value"]]
+    np.testing.assert_allclose(measured.token_weights[f"blk.{LAYER}.attn_v.weight"], expected, rtol=1e-3)
+    head = measured.token_weights["output.weight"]
+    assert head.shape == (n_tokens,)
+    expected = [weight for _, weight, _ in brute_force.weighed["head"]]
+    np.testing.assert_allclose(head[head > 0], expected, rtol=1e-3)
+    at_down = np.array([weight for _, weight, _ in brute_force.weighed["down"]]).reshape(n_tokens, -1)
+    routing = torch.cat(brute_force.routing).numpy() ** 2
+    at_block = measured.token_weights[experts_entry(LAYER)]
+    np.testing.assert_allclose(at_block[:, None] * routing, at_down, rtol=1e-3)
 
 
 def test_every_tensor_of_the_plain_matrix_has_an_entry(measured: Measurement, importance: Importance) -> None:

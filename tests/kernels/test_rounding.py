@@ -30,13 +30,15 @@ def moments() -> np.ndarray:
     generator = np.random.default_rng(5)
     inputs = generator.standard_normal((2000, 40)) @ generator.standard_normal((40, COLUMNS))
     inputs += 0.3 * generator.standard_normal((2000, COLUMNS))
-    return inputs.T @ inputs / len(inputs)
+    result: np.ndarray = inputs.T @ inputs / len(inputs)
+    return result
 
 
 def factor_of(moments: np.ndarray) -> np.ndarray:
     """U of H = U D U', by definition of the Cholesky factor of the reversed matrix."""
     upper = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
-    return (upper / np.diag(upper)).astype(np.float32)
+    factor: np.ndarray = (upper / np.diag(upper)).astype(np.float32)
+    return factor
 
 
 def output_error(matrix: np.ndarray, packed: np.ndarray, type_name: str, moments: np.ndarray) -> float:
@@ -94,9 +96,10 @@ def test_every_column_takes_the_errors_of_those_before_it(type_name: str, moment
     expected = by_definition(packed, type_name, matrix, factor)
     round_again(packed, type_name, matrix, factor)
     found = read_levels(blocks_of(packed, type_name), LAYOUTS[type_name])
-    first_difference = [np.argmax(row) if row.any() else COLUMNS for row in found != expected]
-    assert np.mean(first_difference) > 0.7 * COLUMNS
-    same = np.arange(COLUMNS) < np.array(first_difference)[:, None]
+    differs = found != expected
+    first_difference = np.where(differs.any(axis=1), differs.argmax(axis=1), COLUMNS)
+    assert first_difference.mean() > 0.7 * COLUMNS
+    same = np.arange(COLUMNS) < first_difference[:, None]
     np.testing.assert_array_equal(found[same], expected[same])
 
 
@@ -120,9 +123,7 @@ def test_scales_stay(type_name: str, moments: np.ndarray) -> None:
     layout, stays = LAYOUTS[type_name], np.ones(TYPES[type_name].block_bytes, bool)
     for field in layout.fields:
         stays[field.place] = False
-    np.testing.assert_array_equal(
-        blocks_of(packed, type_name)[..., stays], blocks_of(nearest, type_name)[..., stays]
-    )
+    np.testing.assert_array_equal(blocks_of(packed, type_name)[..., stays], blocks_of(nearest, type_name)[..., stays])
     assert (packed != nearest).any()
 
 

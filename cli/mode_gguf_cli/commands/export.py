@@ -21,6 +21,7 @@ def command(
             help="Importance matrix to pack with; default: the one the plan was made with.", show_default=False
         ),
     ] = None,
+    rounding: options.RoundingOption = options.RoundingName.NEAREST,
     mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
     pre_tokenizer: options.PreTokenizer = None,
     threads: options.Threads = None,
@@ -28,7 +29,8 @@ def command(
 ) -> None:
     """Pack MODEL's weights as the plan says; writes the text GGUF and the projector.
 
-    Uses an importance matrix in the work folder; without a plain one it packs plainly.
+    Uses an importance matrix in the work folder; without a plain one it packs plainly. With --rounding feedback it
+    takes the tensors that `mode-gguf round` has packed.
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
@@ -40,6 +42,7 @@ def command(
         folder,
         loaded,
         imatrix=imatrix.value if imatrix else None,
+        rounding=rounding.value,
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,
         threads=threads,

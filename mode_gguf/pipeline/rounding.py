@@ -1,0 +1,159 @@
+"""The stage that rounds a plan's tensors with error feedback, and what the export takes from it."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from mode_gguf import __version__
+from mode_gguf.allocation.plan import Plan
+from mode_gguf.architectures import text_tensors
+from mode_gguf.artifacts import Record, file_fingerprint, fingerprint, read_record, write_text
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import MissingResourceError
+from mode_gguf.export.imatrix import read_imatrix
+from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.pipeline.measuring import calibration_samples, check_same_model
+from mode_gguf.pipeline.options import CalibrationOptions
+from mode_gguf.progress import Progress, silent
+from mode_gguf.rounding.spill import RoundedTensors, is_rounded, part_of
+from mode_gguf.workfolder import WorkFolder
+
+log = logging.getLogger(__name__)
+
+
+class RoundingReport(Record):
+    """rounding.json: what became of the matrices that were to be rounded with feedback.
+
+    Attributes:
+        damping: of the mean diagonal of the inputs' second moments.
+        matrices: how many there were, by tensor.
+        nearest: how many of them were rounded to nearest, because too few tokens reached them.
+    """
+
+    damping: float
+    matrices: dict[str, int]
+    nearest: dict[str, int]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know."""
+        left = sum(self.nearest.values())
+        if not left:
+            return []
+        share = f"{left} of {sum(self.matrices.values())} matrices"
+        return [f"rounding: too few calibration tokens reached {share}, which were rounded to nearest"]
+
+
+def run_rounding(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    plan: Plan,
+    options: CalibrationOptions,
+    *,
+    imatrix: ImatrixKind | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> RoundingReport:
+    """Pack the plan's K-quants with error feedback, layer by layer into the folder's `rounded`; write rounding.json.
+
+    Layers that are there are not packed again. With the Fisher importance matrix tokens count what `sensitivity` found
+    that they weigh, with the plain one all alike.
+
+    Args:
+        options: as calibration had them.
+        imatrix: as for `export_text`.
+        threads: that pack; None for all cores.
+
+    Raises:
+        InputError: plan or token weights belong to another model or other samples, or a weight cannot be packed.
+        MissingResourceError: no importance matrix or token weights in the folder, or not enough disk space.
+    """
+    from mode_gguf.calibration.inputs import InputBuilder
+    from mode_gguf.calibration.streaming import open_streamed
+    from mode_gguf.importance.token_weights import TokenWeights
+    from mode_gguf.rounding.moments import DAMPING
+    from mode_gguf.rounding.round import RoundingSettings, round_tensors
+
+    check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
+    rounded = rounded_tensors(checkpoint, folder, plan, imatrix)
+    builder = InputBuilder.open(checkpoint)
+    inputs = [builder.build(sample) for sample in calibration_samples(options)]
+    weights = {}
+    kind = imatrix or plan.made_from.imatrix_kind
+    if kind == "fisher":
+        measured = TokenWeights.load(folder.token_weights)
+        check_same_model(checkpoint, folder.token_weights, measured.fingerprint)
+        measured.check_samples(inputs, folder.token_weights)
+        weights = dict(measured.weights)
+    settings = RoundingSettings(
+        types=plan.types,
+        importance=read_imatrix(folder.imatrix_of(kind)),
+        packing=plan.packing,
+        token_weights=weights,
+        threads=threads or os.cpu_count() or 1,
+    )
+    round_tensors(open_streamed(checkpoint, options.device), inputs, settings, rounded, progress)
+    chosen = [tensor for tensor in text_tensors(checkpoint) if is_rounded(tensor, plan.types)]
+    nearest = [rounded.nearest(part) for part in dict.fromkeys(map(part_of, chosen))]
+    report = RoundingReport(
+        damping=DAMPING,
+        matrices={tensor.name: tensor.n_experts for tensor in chosen},
+        nearest={name: count for part in nearest for name, count in part.items() if count},
+    )
+    write_text(folder.rounding, report.model_dump_json(indent=1) + "\n")
+    for warning in report.warnings:
+        log.warning("%s", warning)
+    return report
+
+
+def rounded_tensors(
+    checkpoint: Checkpoint, folder: WorkFolder, plan: Plan, imatrix: ImatrixKind | None = None
+) -> RoundedTensors:
+    """Where the plan's rounded tensors are, or go.
+
+    Raises:
+        MissingResourceError: what they are made from is not in the folder.
+    """
+    kind = imatrix or plan.made_from.imatrix_kind
+    sources = [folder.imatrix_of(kind), *([folder.token_weights] if kind == "fisher" else [])]
+    for source in sources:
+        if not source.exists():
+            stage = "calibrate" if kind == "plain" else "sensitivity"
+            raise MissingResourceError(f"{source}: not there; `mode-gguf {stage}` writes it")
+    key = fingerprint(
+        checkpoint.fingerprint,
+        [(tensor.name, tensor.type) for tensor in plan.tensors],
+        plan.packing,
+        [file_fingerprint(source) for source in sources],
+        __version__,
+    )
+    return RoundedTensors(folder.rounded, key)
+
+
+def packed_sources(
+    checkpoint: Checkpoint, folder: WorkFolder, plan: Plan, imatrix: ImatrixKind | None = None
+) -> dict[str, Callable[[], Iterator[np.ndarray]]]:
+    """Where the export takes the plan's rounded tensors from, by name.
+
+    Raises:
+        MissingResourceError: some of them are not there.
+    """
+    rounded = rounded_tensors(checkpoint, folder, plan, imatrix)
+    chosen = [tensor for tensor in text_tensors(checkpoint) if is_rounded(tensor, plan.types)]
+    for part in dict.fromkeys(map(part_of, chosen)):
+        rounded.check(part)
+    return {tensor.name: partial(rounded.matrices, part_of(tensor), tensor.name) for tensor in chosen}
+
+
+def forget_rounded(folder: WorkFolder) -> None:
+    """Remove the rounded tensors, once a file has them: they take as much room as it."""
+    shutil.rmtree(folder.rounded, ignore_errors=True)
+
+
+def warnings_of_rounding(folder: WorkFolder) -> list[str]:
+    """What the last rounding in a folder had to say."""
+    return read_record(folder.rounding, RoundingReport, "rounding report").warnings

@@ -1,0 +1,68 @@
+"""Rounding with error feedback, from the command line to a file that llama.cpp runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader
+
+from mode_gguf.workfolder import WorkFolder
+
+SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rounding") / "work"
+
+
+def tensors_of(path: str) -> dict[str, tuple[int, bytes]]:
+    return {tensor.name: (int(tensor.tensor_type), tensor.data.tobytes()) for tensor in GGUFReader(path).tensors}
+
+
+def test_convert_rounds_and_validates(pico: Path, out: Path, run: Run) -> None:
+    result = json.loads(run("convert", pico, "--bpw", "3.5", "--out", out, "--rounding", "feedback", "--json", *SMALL))
+    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "validate"}
+    report = json.loads((out / "report.json").read_text())
+    assert report["text"]["kl_mean"] > 0
+    rounding = json.loads((out / "rounding.json").read_text())
+    assert sum(rounding["matrices"].values()) > 0
+    assert not WorkFolder(out, pico.name).rounded.exists(), "packed layers are in the file, and not needed again"
+
+    again = json.loads(run("convert", pico, "--bpw", "3.5", "--out", out, "--rounding", "feedback", "--json", *SMALL))
+    assert set(again["seconds"].values()) == {0.0}
+
+
+def test_stages_alone_give_the_same_file(pico: Path, out: Path, run: Run) -> None:
+    whole = json.loads(
+        run("convert", pico, "--bpw", "3.5", "--out", out, "--rounding", "feedback", "--no-validate", "--json", *SMALL)
+    )
+    with_feedback = tensors_of(whole["model"])
+    nearest = json.loads(run("export", pico, "--out", out, "--json"))
+    rounded_to_nearest = tensors_of(nearest["model"])
+    assert {name: kind for name, (kind, _) in with_feedback.items()} == {
+        name: kind for name, (kind, _) in rounded_to_nearest.items()
+    }
+    different = {name for name, tensor in with_feedback.items() if tensor != rounded_to_nearest[name]}
+    assert {name for name in different if "exps" in name}
+    assert "token_embd.weight" not in different
+
+    told = run("round", pico, "--out", out, *SMALL)
+    assert "matrices with feedback" in told
+    run("export", pico, "--out", out, "--rounding", "feedback")
+    assert tensors_of(nearest["model"]) == with_feedback
+
+
+def test_export_wants_the_rounded_tensors(pico: Path, out: Path, run: Run) -> None:
+    run("plan", pico, "--bpw", "4.0", "--out", out)
+    message = run("export", pico, "--out", out, "--rounding", "feedback", code=4)
+    assert "run `mode-gguf round` in this work folder first" in message
+
+
+def test_other_samples_are_refused(pico: Path, out: Path, run: Run) -> None:
+    run("plan", pico, "--bpw", "4.0", "--out", out)
+    message = run("round", pico, "--out", out, "--image-samples", "2", "--text-samples", "4", "--seed", "1", code=4)
+    assert "token-weights.safetensors: made from other samples than these" in message
