@@ -36,7 +36,7 @@ HEAVY_ONLY_IN = {
     "transformers": {"calibration", "importance"},
     "numba": {"mode_gguf_kernels"},
     "llvmlite": {"mode_gguf_kernels"},
-    "mode_gguf_kernels": {"quantization", "mode_gguf_kernels"},
+    "mode_gguf_kernels": {"quantization", "rounding", "mode_gguf_kernels"},
     "pulp": {"allocation"},
     "matplotlib": {"allocation"},
     "typer": {"mode_gguf_cli"},

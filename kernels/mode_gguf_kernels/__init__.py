@@ -9,11 +9,12 @@ The kernels need nothing but NumPy and Numba. On x86-64 they use AVX-512 or AVX2
 """
 
 from mode_gguf_kernels.registry import TYPES, Kernels, NonFiniteError, PackingError, Refinement, pack, unpack
-from mode_gguf_kernels.rounding import FEEDBACK_TYPES, round_again
+from mode_gguf_kernels.rounding import FEEDBACK_TYPES, Feedback, round_again
 
 __all__ = [
     "FEEDBACK_TYPES",
     "TYPES",
+    "Feedback",
     "Kernels",
     "NonFiniteError",
     "PackingError",

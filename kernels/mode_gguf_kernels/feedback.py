@@ -6,12 +6,14 @@ U upper triangular with ones on its diagonal, column j is rounded to what is nea
 
     w[j] + sum over i < j of (w[i] - q[i]) U[i, j]
 
-which is what GPTQ's updates through the inverse of H come to (Frantar et al. 2022; this form: Chee et al. 2023).
+which is what GPTQ's updates through the inverse of H come to (Frantar et al. 2022; this form: Chee et al. 2023). Each
+column is decided once, the first ones without knowing what will be left to the last ones; `polish` then goes over the
+row again and moves single levels for as long as that helps.
 """
 
 import numpy as np
 
-from mode_gguf_kernels.compilation import kernel
+from mode_gguf_kernels.compilation import device, kernel
 
 _PANEL = 32
 """Columns whose errors are gathered before they are passed on beyond the panel; a multiple of _TOGETHER."""
@@ -70,19 +72,81 @@ def round_with_feedback(
                 stop = min(start + _CHUNK, n)
                 for r in range(here):
                     for first in range(0, _PANEL, _TOGETHER):
-                        i = left + first
-                        e0, e1 = errors[r, first], errors[r, first + 1]
-                        e2, e3 = errors[r, first + 2], errors[r, first + 3]
-                        e4, e5 = errors[r, first + 4], errors[r, first + 5]
-                        e6, e7 = errors[r, first + 6], errors[r, first + 7]
-                        for k in range(start, stop):
-                            passed_on[r, k] += (
-                                e0 * factor[i, k]
-                                + e1 * factor[i + 1, k]
-                                + e2 * factor[i + 2, k]
-                                + e3 * factor[i + 3, k]
-                                + e4 * factor[i + 4, k]
-                                + e5 * factor[i + 5, k]
-                                + e6 * factor[i + 6, k]
-                                + e7 * factor[i + 7, k]
-                            )
+                        _pass_on(errors[r], first, factor, left + first, passed_on[r], start, stop)
+
+
+@kernel
+def polish(
+    weights: np.ndarray,
+    lowest: np.ndarray,
+    step: np.ndarray,
+    width: int,
+    highest: int,
+    moments: np.ndarray,
+    levels: np.ndarray,
+    sweeps: int,
+) -> None:
+    """Coordinate descent on (w - q) H (w - q)': every level in turn to where its row errs least, others as they are.
+
+    Args:
+        weights, lowest, step, width, highest: as in `round_with_feedback`.
+        moments: H, float32 (n, n), symmetric, its diagonal above 0.
+        levels: uint8 (rows, n), what to start from; overwritten.
+        sweeps: over a row, at most; one without a move ends it.
+    """
+    rows, n = weights.shape
+    errors = np.empty((_ROWS, n), np.float32)
+    gradients = np.empty((_ROWS, n), np.float32)
+    last, zero = np.float32(highest), np.float32(0)
+    for top in range(0, rows, _ROWS):
+        here = min(_ROWS, rows - top)
+        for r in range(here):
+            for j in range(n):
+                unit, low = step[top + r, j // width], lowest[top + r, j // width]
+                errors[r, j] = weights[top + r, j] - (low + unit * np.float32(levels[top + r, j]))
+        gradients[:here] = zero
+        for start in range(0, n, _CHUNK):
+            stop = min(start + _CHUNK, n)
+            for first in range(0, n, _TOGETHER):
+                for r in range(here):
+                    _pass_on(errors[r], first, moments, first, gradients[r], start, stop)
+        for r in range(here):
+            for _ in range(sweeps):
+                moved = False
+                for j in range(n):
+                    unit = step[top + r, j // width]
+                    if unit == zero:
+                        continue
+                    level = np.float32(levels[top + r, j])
+                    wanted = np.rint(level + gradients[r, j] / (unit * moments[j, j]))
+                    move = min(max(wanted, zero), last) - level
+                    if move == zero:
+                        continue
+                    change = unit * move
+                    # Rounding and clipping never overshoot by more than half a level, except in floating point.
+                    if change * (change * moments[j, j] - 2 * gradients[r, j]) >= zero:
+                        continue
+                    levels[top + r, j] = np.uint8(level + move)
+                    moved = True
+                    for k in range(n):
+                        gradients[r, k] -= change * moments[j, k]
+                if not moved:
+                    break
+
+
+@device
+def _pass_on(errors: np.ndarray, first: int, rows: np.ndarray, i: int, sums: np.ndarray, start: int, stop: int) -> None:
+    """Add errors[first + t] * rows[i + t, k] to sums[k], for _TOGETHER values of t and start <= k < stop."""
+    e0, e1, e2, e3 = errors[first], errors[first + 1], errors[first + 2], errors[first + 3]
+    e4, e5, e6, e7 = errors[first + 4], errors[first + 5], errors[first + 6], errors[first + 7]
+    for k in range(start, stop):
+        sums[k] += (
+            e0 * rows[i, k]
+            + e1 * rows[i + 1, k]
+            + e2 * rows[i + 2, k]
+            + e3 * rows[i + 3, k]
+            + e4 * rows[i + 4, k]
+            + e5 * rows[i + 5, k]
+            + e6 * rows[i + 6, k]
+            + e7 * rows[i + 7, k]
+        )

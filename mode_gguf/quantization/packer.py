@@ -15,7 +15,7 @@ from mode_gguf.quantization import libggml
 from mode_gguf.quantization.ahead import in_order
 from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import Packer, QuantType
-from mode_gguf_kernels import FEEDBACK_TYPES, NonFiniteError, PackingError, pack, round_again, unpack
+from mode_gguf_kernels import FEEDBACK_TYPES, Feedback, NonFiniteError, PackingError, pack, round_again, unpack
 
 _CHUNK_WEIGHTS = 1 << 18  # weights that are widened to float32 at a time, other than by our kernels
 _ROWS_PER_TASK = 32  # fewer rows than this are not worth another task
@@ -140,13 +140,13 @@ def pack_by_rows(
     name: str,
     packing: Packing = EXACT,
     threads: int = 1,
-    feedback: np.ndarray | None = None,
+    feedback: Feedback | None = None,
 ) -> np.ndarray:
     """`pack_matrix` with the rows spread over threads.
 
     Args:
-        feedback: float32 (n_in, n_in), the factor of the inputs' second moments: levels are chosen again with error
-            feedback (`mode_gguf_kernels.round_again`). Only for types that `has_feedback`.
+        feedback: what the rows read; levels are chosen again with error feedback (`mode_gguf_kernels.round_again`).
+            Only for types that `has_feedback`.
     """
     packed = _room_for(matrix, quant_type, name)
     rows = matrix.shape[0]

@@ -1,11 +1,14 @@
-"""Second moments of what matrices read, and the factors of them that rounding needs.
+"""Second moments of what matrices read, as rounding needs them.
 
 Rounding a row w to q changes its output for an input x by (w - q) x; summed over weighed inputs the square of that is
 (w - q) H (w - q)' with H = sum of weight * x x'.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mode_gguf_kernels import Feedback
 
 DAMPING = 0.3
 """Of the mean of H's diagonal, added to the diagonal (docs/EXPERIMENTS.md, "Rounding with feedback").
@@ -39,19 +42,16 @@ class Moments:
         return self._weight**2 / self._weight2 if self._weight2 > 0 else 0.0
 
 
-def unit_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
-    """The U of H = U D U', upper triangular with ones on its diagonal; what it is multiplied by is left out.
+def feedback_of(moments: Tensor, damping: float = DAMPING) -> Feedback:
+    """What rounding needs: H scaled to a mean diagonal of 1 and damped, and the U of H = U D U'.
 
     Args:
         moments: H, float32 (n, n), symmetric, not negative definite, not all zero.
         damping: of the mean of the diagonal, added to it; above 0.
-
-    Returns:
-        float32 (n, n).
     """
-    mean = moments.diagonal().mean()
-    damped = moments / mean
+    damped = moments / moments.diagonal().mean()
     damped.diagonal().add_(damping)
     # Cholesky's factor is lower triangular; reversing both orders makes an upper one of it.
     upper: Tensor = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    return upper / upper.diagonal()
+    unit = upper / upper.diagonal()
+    return Feedback(damped.cpu().numpy(), np.ascontiguousarray(unit.cpu().numpy()))

@@ -25,8 +25,9 @@ from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packer import matrix_name, pack_by_rows, read_matrix
 from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.rounding.moments import DAMPING, MIN_TOKENS, Moments, unit_factor
+from mode_gguf.rounding.moments import DAMPING, MIN_TOKENS, Moments, feedback_of
 from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, is_rounded, layer_part, part_of
+from mode_gguf_kernels import Feedback
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class RoundingSettings:
         importance: what the grids are searched with, as for packing to nearest.
         packing: how.
         token_weights: what tokens count, float32 (N,), see `TokenWeights`; empty for all alike.
-        damping: see `unit_factor`.
+        damping: see `feedback_of`.
         threads: that pack.
     """
 
@@ -123,9 +124,9 @@ class _Work:
             experts = {tensor.projection: tensor for tensor in self._tensors[part] if tensor.role is Role.EXPERT}
             for tensor in self._tensors[part]:
                 if tensor.role is not Role.EXPERT:
-                    factor = self._factor(self._moments.pop(tensor.name))
-                    nearest[tensor.name] = int(factor is None)
-                    packed[tensor.name] = self._pack(tensor, 0, factor)[None]
+                    feedback = self._feedback(self._moments.pop(tensor.name))
+                    nearest[tensor.name] = int(feedback is None)
+                    packed[tensor.name] = self._pack(tensor, 0, feedback)[None]
             if experts:
                 self._round_experts(self._streamed.experts_module(layer), experts, packed, nearest)
             self._rounded.write(part, packed, nearest)
@@ -170,23 +171,23 @@ class _Work:
             hidden = module._apply_gate(linear(read, module.gate_up_proj[expert]))
             after = Moments(hidden.shape[1], device)
             after.add(hidden, weight)
-            factors = {"down": self._factor(after)}
-            factors["gate"] = factors["up"] = self._factor(before)
+            feedback = {"down": self._feedback(after)}
+            feedback["gate"] = feedback["up"] = self._feedback(before)
             for projection, tensor in experts.items():
-                factor = factors[str(projection)]
-                nearest[tensor.name] = nearest.get(tensor.name, 0) + int(factor is None)
-                matrix = self._pack(tensor, expert, factor)
+                chosen = feedback[str(projection)]
+                nearest[tensor.name] = nearest.get(tensor.name, 0) + int(chosen is None)
+                matrix = self._pack(tensor, expert, chosen)
                 if tensor.name not in packed:
                     packed[tensor.name] = np.empty((tensor.n_experts, *matrix.shape), np.uint8)
                 packed[tensor.name][expert] = matrix
 
-    def _factor(self, moments: Moments) -> np.ndarray | None:
-        """The factor to round with; None where there were too few tokens."""
+    def _feedback(self, moments: Moments) -> Feedback | None:
+        """What to round with; None where there were too few tokens."""
         if moments.effective_tokens < MIN_TOKENS:
             return None
-        return unit_factor(moments.sums, self._settings.damping).cpu().numpy()
+        return feedback_of(moments.sums, self._settings.damping)
 
-    def _pack(self, tensor: SourceTensor, index: int, factor: np.ndarray | None) -> np.ndarray:
+    def _pack(self, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
         importance = self._settings.importance.get(tensor.name)
         return pack_by_rows(
             read_matrix(tensor, index),
@@ -195,5 +196,5 @@ class _Work:
             name=matrix_name(tensor, index),
             packing=self._settings.packing,
             threads=self._settings.threads,
-            feedback=factor,
+            feedback=feedback,
         )

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mode_gguf_kernels import FEEDBACK_TYPES, TYPES, PackingError, Refinement, pack, round_again, unpack
-from mode_gguf_kernels.levels import LAYOUTS, grid_of, read_levels, write_levels
+from mode_gguf_kernels import FEEDBACK_TYPES, TYPES, Feedback, PackingError, Refinement, pack, round_again, unpack
+from mode_gguf_kernels.feedback import polish, round_with_feedback
+from mode_gguf_kernels.levels import LAYOUTS, Grid, grid_of, read_levels, write_levels
 
 ROWS, COLUMNS = 24, 512
 
@@ -34,11 +35,10 @@ def moments() -> np.ndarray:
     return result
 
 
-def factor_of(moments: np.ndarray) -> np.ndarray:
+def feedback_of(moments: np.ndarray) -> Feedback:
     """U of H = U D U', by definition of the Cholesky factor of the reversed matrix."""
     upper = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
-    factor: np.ndarray = (upper / np.diag(upper)).astype(np.float32)
-    return factor
+    return Feedback(moments.astype(np.float32), (upper / np.diag(upper)).astype(np.float32))
 
 
 def output_error(matrix: np.ndarray, packed: np.ndarray, type_name: str, moments: np.ndarray) -> float:
@@ -72,17 +72,19 @@ def test_levels_lie_where_the_table_says(type_name: str, seed: int) -> None:
     np.testing.assert_array_equal(written, blocks)
 
 
-def by_definition(packed: np.ndarray, type_name: str, matrix: np.ndarray, factor: np.ndarray) -> np.ndarray:
+def grid_of_packed(packed: np.ndarray, type_name: str) -> Grid:
+    return grid_of(blocks_of(packed, type_name), LAYOUTS[type_name], lambda filled: weights_of(filled, type_name))
+
+
+def by_definition(grid: Grid, matrix: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """Levels chosen column by column in float64."""
-    layout = LAYOUTS[type_name]
-    grid = grid_of(blocks_of(packed, type_name), layout, lambda filled: weights_of(filled, type_name))
     lowest, step = (part.repeat(grid.width, 1).astype(np.float64) for part in (grid.lowest, grid.step))
     errors, levels = np.zeros(matrix.shape), np.zeros(matrix.shape, np.uint8)
     for j in range(matrix.shape[1]):
         target = matrix[:, j] + errors[:, :j] @ factor[:j, j].astype(np.float64)
         usable = step[:, j] != 0
         ratio = (target - lowest[:, j]) / np.where(usable, step[:, j], 1)
-        level = np.where(usable, np.clip(np.rint(ratio), 0, layout.highest), 0)
+        level = np.where(usable, np.clip(np.rint(ratio), 0, grid.highest), 0)
         levels[:, j] = level
         errors[:, j] = matrix[:, j] - (lowest[:, j] + step[:, j] * level)
     return levels
@@ -91,11 +93,11 @@ def by_definition(packed: np.ndarray, type_name: str, matrix: np.ndarray, factor
 @pytest.mark.parametrize("type_name", FEEDBACK_TYPES)
 def test_every_column_takes_the_errors_of_those_before_it(type_name: str, moments: np.ndarray) -> None:
     """Float32 may decide a tie otherwise, and what follows in that row with it: rows are compared up to there."""
-    matrix, factor = drawn(3), factor_of(moments)
-    packed = pack(matrix, type_name, refinement=Refinement())
-    expected = by_definition(packed, type_name, matrix, factor)
-    round_again(packed, type_name, matrix, factor)
-    found = read_levels(blocks_of(packed, type_name), LAYOUTS[type_name])
+    matrix, factor = drawn(3), feedback_of(moments).factor
+    grid = grid_of_packed(pack(matrix, type_name, refinement=Refinement()), type_name)
+    found = np.empty(matrix.shape, np.uint8)
+    round_with_feedback(matrix, grid.lowest, grid.step, grid.width, grid.highest, factor, found)
+    expected = by_definition(grid, matrix, factor)
     differs = found != expected
     first_difference = np.where(differs.any(axis=1), differs.argmax(axis=1), COLUMNS)
     assert first_difference.mean() > 0.7 * COLUMNS
@@ -104,12 +106,43 @@ def test_every_column_takes_the_errors_of_those_before_it(type_name: str, moment
 
 
 @pytest.mark.parametrize("type_name", FEEDBACK_TYPES)
+@pytest.mark.parametrize("sweeps", [1, 100])
+def test_polish_ends_where_no_single_level_is_better(type_name: str, sweeps: int, moments: np.ndarray) -> None:
+    """After many sweeps; after one, rows err less than before."""
+    matrix = drawn(5)
+    packed = pack(matrix, type_name, refinement=Refinement())
+    grid = grid_of_packed(packed, type_name)
+    levels = read_levels(blocks_of(packed, type_name), LAYOUTS[type_name])
+    lowest, step = (part.repeat(grid.width, 1).astype(np.float64) for part in (grid.lowest, grid.step))
+
+    def errors() -> np.ndarray:
+        found: np.ndarray = matrix - (lowest + step * levels)
+        return found
+
+    def costs() -> np.ndarray:
+        found: np.ndarray = np.einsum("ri,ij,rj->r", errors(), moments, errors())
+        return found
+
+    before = costs()
+    h = feedback_of(moments).moments
+    polish(matrix, grid.lowest, grid.step, grid.width, grid.highest, h, levels, sweeps)
+    after = costs()
+    assert (after < before).all()
+    if sweeps > 1:
+        gradients = errors() @ moments
+        for move in (-1, 1):
+            inside = (levels.astype(int) + move >= 0) & (levels.astype(int) + move <= grid.highest)
+            saved = 2 * move * step * gradients - (move * step) ** 2 * np.diag(moments)
+            assert (saved[inside] < 1e-5 * after.mean()).all()
+
+
+@pytest.mark.parametrize("type_name", FEEDBACK_TYPES)
 def test_outputs_err_far_less(type_name: str, moments: np.ndarray) -> None:
     matrix = drawn(4)
     importance = np.diag(moments).astype(np.float32)
     nearest = pack(matrix, type_name, importance, refinement=Refinement())
     packed = nearest.copy()
-    round_again(packed, type_name, matrix, factor_of(moments))
+    round_again(packed, type_name, matrix, feedback_of(moments))
     before, after = (output_error(matrix, one, type_name, moments) for one in (nearest, packed))
     assert after < 0.7 * before
 
@@ -119,7 +152,7 @@ def test_scales_stay(type_name: str, moments: np.ndarray) -> None:
     matrix = drawn(6)
     nearest = pack(matrix, type_name)
     packed = nearest.copy()
-    round_again(packed, type_name, matrix, factor_of(moments))
+    round_again(packed, type_name, matrix, feedback_of(moments))
     layout, stays = LAYOUTS[type_name], np.ones(TYPES[type_name].block_bytes, bool)
     for field in layout.fields:
         stays[field.place] = False
@@ -132,7 +165,8 @@ def test_without_correlation_every_weight_is_rounded_to_nearest(type_name: str) 
     """Of no weight is a level nearer than the one chosen, whatever packing had chosen."""
     matrix = drawn(7)
     packed = pack(matrix, type_name)
-    round_again(packed, type_name, matrix, np.eye(COLUMNS, dtype=np.float32))
+    identity = np.eye(COLUMNS, dtype=np.float32)
+    round_again(packed, type_name, matrix, Feedback(identity, identity))
     layout, blocks = LAYOUTS[type_name], blocks_of(packed, type_name)
     errors = np.abs(weights_of(blocks, type_name) - matrix)
     levels = read_levels(blocks, layout)
@@ -144,12 +178,12 @@ def test_without_correlation_every_weight_is_rounded_to_nearest(type_name: str) 
 
 @pytest.mark.parametrize("type_name", FEEDBACK_TYPES)
 def test_rows_do_not_depend_on_each_other(type_name: str, moments: np.ndarray) -> None:
-    matrix, factor = drawn(8), factor_of(moments)
+    matrix, feedback = drawn(8), feedback_of(moments)
     together = pack(matrix, type_name)
     apart = together.copy()
-    round_again(together, type_name, matrix, factor)
+    round_again(together, type_name, matrix, feedback)
     for first in range(0, ROWS, 5):
-        round_again(apart[first : first + 5], type_name, matrix[first : first + 5], factor)
+        round_again(apart[first : first + 5], type_name, matrix[first : first + 5], feedback)
     np.testing.assert_array_equal(apart, together)
 
 
@@ -158,16 +192,17 @@ def test_blocks_of_zeros_stay_zeros(type_name: str, moments: np.ndarray) -> None
     matrix = drawn(9)
     matrix[:, :256] = 0
     packed = pack(matrix, type_name)
-    round_again(packed, type_name, matrix, factor_of(moments))
+    round_again(packed, type_name, matrix, feedback_of(moments))
     assert (unpack(packed, type_name, COLUMNS)[:, :256] == 0).all()
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    matrix, factor = drawn(1), np.eye(COLUMNS, dtype=np.float32)
+    matrix, identity = drawn(1), np.eye(COLUMNS, dtype=np.float32)
+    feedback = Feedback(identity, identity)
     packed = pack(matrix, "Q2_K")
     with pytest.raises(PackingError, match=r"Q8_0 cannot be rounded with feedback: choose from Q2_K, Q3_K"):
-        round_again(pack(matrix, "Q8_0"), "Q8_0", matrix, factor)
+        round_again(pack(matrix, "Q8_0"), "Q8_0", matrix, feedback)
     with pytest.raises(PackingError, match="do not go together"):
-        round_again(packed[:3], "Q2_K", matrix, factor)
+        round_again(packed[:3], "Q2_K", matrix, feedback)
     with pytest.raises(PackingError, match="do not go together"):
-        round_again(packed, "Q2_K", matrix, factor[:256])
+        round_again(packed, "Q2_K", matrix, Feedback(identity, identity[:256]))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mode_gguf.rounding.moments import Moments, unit_factor
+from mode_gguf.rounding.moments import Moments, feedback_of
 
 CPU = torch.device("cpu")
 
@@ -44,10 +44,12 @@ def test_the_factor_gives_back_the_damped_moments(seed: int, tokens: int, dampin
     """Up to what is left out: U D U' with D = U^-1 H U'^-1, which must be diagonal; for any rank and scale."""
     x = drawn(seed, tokens, 32).double() * 10.0**exponent
     h = x.T @ x
-    factor = unit_factor(h.float(), damping).double()
+    feedback = feedback_of(h.float(), damping)
+    factor = torch.from_numpy(feedback.factor).double()
     assert (factor.diagonal() == 1).all()
     assert (factor.tril(-1) == 0).all()
     damped = h / h.diagonal().mean() + damping * torch.eye(32)
+    np.testing.assert_allclose(feedback.moments, damped.numpy(), rtol=1e-4, atol=1e-4)
     inverse = torch.linalg.inv(factor)
     middle = inverse @ damped @ inverse.T
     left = middle - torch.diag(middle.diagonal())

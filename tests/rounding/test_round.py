@@ -21,7 +21,7 @@ from mode_gguf.importance.imatrix import Importance
 from mode_gguf.quantization.packer import pack_by_rows, packed_experts, read_matrix
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.rounding.moments import DAMPING, unit_factor
+from mode_gguf.rounding.moments import DAMPING, feedback_of
 from mode_gguf.rounding.round import RoundingSettings, round_tensors
 from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, is_rounded, part_of
 
@@ -91,7 +91,7 @@ def expected(
         importance[tensor.name][index],
         name="expected",
         packing=DEFAULT_PACKING,
-        feedback=unit_factor(h, DAMPING).numpy(),
+        feedback=feedback_of(h, DAMPING),
     )
 
 
