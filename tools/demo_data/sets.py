@@ -104,7 +104,7 @@ def write_held_out(known: Knowledge, folder: Path) -> None:
 
 
 def write_larger_held_out(known: Knowledge, folder: Path) -> None:
-    """The same texts, and other pictures, `LARGER` times as many: for differences that the shipped set cannot decide."""
+    """The same texts, and `LARGER` times as many other pictures: for differences the shipped set cannot decide."""
     wanted = {kind: LARGER * count for kind, count in HELD_OUT.items()}
     _write_lines(folder / "questions.jsonl", pictures(known, wanted, LARGER_SEED, folder))
     _write_lines(folder / "text.jsonl", [{"text": passage} for passage in passages(known, "held-out")])
