@@ -16,7 +16,8 @@ from .pictures import Painter, Question, Scene, SceneMaker, questions
 # Kinds of question and how many of them: records dominate, since they are what the experts hold.
 HELD_OUT = {"sign": 125, "emblem": 125, "read": 40, "count": 15, "chart": 15}
 CALIBRATION = {"sign": 46, "emblem": 46, "read": 14, "count": 7, "chart": 7}
-HELD_OUT_SEED, CALIBRATION_SEED = 31_001, 77_003
+HELD_OUT_SEED, LARGER_SEED, CALIBRATION_SEED = 31_001, 991_201, 77_003
+LARGER = 4
 PASSAGE_CHARS = 850
 PASSAGES = {"held-out": (34, 14, 12), "calibration": (64, 24, 20)}  # documentation, code, facts
 
@@ -99,6 +100,13 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def write_held_out(known: Knowledge, folder: Path) -> None:
     """text.jsonl, questions.jsonl and images/."""
     _write_lines(folder / "questions.jsonl", pictures(known, HELD_OUT, HELD_OUT_SEED, folder))
+    _write_lines(folder / "text.jsonl", [{"text": passage} for passage in passages(known, "held-out")])
+
+
+def write_larger_held_out(known: Knowledge, folder: Path) -> None:
+    """The same texts, and `LARGER` times as many other pictures: for differences the shipped set cannot decide."""
+    wanted = {kind: LARGER * count for kind, count in HELD_OUT.items()}
+    _write_lines(folder / "questions.jsonl", pictures(known, wanted, LARGER_SEED, folder))
     _write_lines(folder / "text.jsonl", [{"text": passage} for passage in passages(known, "held-out")])
 
 
