@@ -16,8 +16,15 @@ DAMPING = 0.3
 Inputs of the calibration samples are not those of later use; damping is what directions that they leave out count.
 """
 
+SHARED = 0.5
+"""Of what all tokens of a layer read, added to what an expert's own tokens do (see `with_shared`)."""
+
 MIN_TOKENS = 8
 """An expert that fewer tokens of equal weight reached is rounded to nearest: its moments say next to nothing."""
+
+
+_TOGETHER = 16384
+"""Tokens that are weighed at a time: in float32 they take twice as much room as the inputs do."""
 
 
 class Moments:
@@ -31,8 +38,9 @@ class Moments:
     def add(self, inputs: Tensor, weight: Tensor) -> None:
         """Add tokens' inputs (S, n), weighed by `weight` (S,), not negative."""
         weight = weight.to(inputs.device, torch.float32)
-        scaled = inputs.float() * weight.sqrt()[:, None]
-        self.sums.addmm_(scaled.T, scaled)
+        for some, weights in zip(inputs.split(_TOGETHER), weight.split(_TOGETHER), strict=True):
+            scaled = some.float() * weights.sqrt()[:, None]
+            self.sums.addmm_(scaled.T, scaled)
         self._weight += float(weight.double().sum())
         self._weight2 += float(weight.double().square().sum())
 
@@ -40,6 +48,16 @@ class Moments:
     def effective_tokens(self) -> float:
         """Tokens of equal weight that would say as much, (sum w)^2 / sum w^2 (Kish)."""
         return self._weight**2 / self._weight2 if self._weight2 > 0 else 0.0
+
+
+def with_shared(own: Tensor, shared: Tensor) -> Tensor:
+    """An expert's moments, steadied by those of its layer: what few tokens leave open, the layer's tokens decide.
+
+    Args:
+        own: H of the tokens that reached the expert, float32 (n, n), not all zero.
+        shared: H of all tokens of the layer, likewise.
+    """
+    return own / own.diagonal().mean() + SHARED / shared.diagonal().mean() * shared
 
 
 def feedback_of(moments: Tensor, damping: float = DAMPING) -> Feedback:

@@ -25,7 +25,7 @@ from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packer import matrix_name, pack_by_rows, read_matrix
 from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.rounding.moments import DAMPING, MIN_TOKENS, Moments, feedback_of
+from mode_gguf.rounding.moments import DAMPING, MIN_TOKENS, Moments, feedback_of, with_shared
 from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, is_rounded, layer_part, part_of
 from mode_gguf_kernels import Feedback
 
@@ -159,6 +159,8 @@ class _Work:
         index = torch.cat([call.index for call, _ in self._routed])
         routing = torch.cat([call.weight for call, _ in self._routed]).float()
         at_block = torch.cat([weights for _, weights in self._routed]).to(device)
+        shared = Moments(inputs.shape[1], device)
+        shared.add(inputs, at_block)
         for expert in range(module.num_experts):
             token, slot = torch.where(index == expert)
             # With weights at the block's output, an error at an expert's counts by its squared share in it.
@@ -172,7 +174,7 @@ class _Work:
             after = Moments(hidden.shape[1], device)
             after.add(hidden, weight)
             feedback = {"down": self._feedback(after)}
-            feedback["gate"] = feedback["up"] = self._feedback(before)
+            feedback["gate"] = feedback["up"] = self._feedback(before, shared)
             for projection, tensor in experts.items():
                 chosen = feedback[str(projection)]
                 nearest[tensor.name] = nearest.get(tensor.name, 0) + int(chosen is None)
@@ -181,11 +183,12 @@ class _Work:
                     packed[tensor.name] = np.empty((tensor.n_experts, *matrix.shape), np.uint8)
                 packed[tensor.name][expert] = matrix
 
-    def _feedback(self, moments: Moments) -> Feedback | None:
+    def _feedback(self, moments: Moments, shared: Moments | None = None) -> Feedback | None:
         """What to round with; None where there were too few tokens."""
         if moments.effective_tokens < MIN_TOKENS:
             return None
-        return feedback_of(moments.sums, self._settings.damping)
+        sums = moments.sums if shared is None else with_shared(moments.sums, shared.sums)
+        return feedback_of(sums, self._settings.damping)
 
     def _pack(self, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
         importance = self._settings.importance.get(tensor.name)
