@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mode_gguf.rounding.moments import Moments, feedback_of
+from mode_gguf.rounding.moments import SHARED, Moments, feedback_of, with_shared
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,21 @@ def test_effective_tokens() -> None:
     assert moments.effective_tokens == pytest.approx(10)
     moments.add(drawn(1, 1, 4), torch.tensor([1e6]))
     assert moments.effective_tokens == pytest.approx(1, rel=1e-3)
+
+
+def test_many_tokens_are_added_up_in_parts() -> None:
+    x, weight = drawn(3, 40_000, 4), drawn(4, 40_000, 1)[:, 0].abs()
+    moments = Moments(4, CPU)
+    moments.add(x, weight)
+    expected = torch.einsum("s,si,sj->ij", weight.double(), x.double(), x.double())
+    np.testing.assert_allclose(moments.sums.numpy(), expected.numpy(), rtol=1e-3, atol=1)
+
+
+def test_shared_moments_count_the_same_at_any_scale() -> None:
+    own, shared = torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    for scale in (1e-6, 1.0, 1e6):
+        found = with_shared(own * scale, shared / scale)
+        np.testing.assert_allclose(found.numpy(), [[0.5 + SHARED, SHARED / 2], [SHARED / 2, 1.5 + SHARED]], rtol=1e-5)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

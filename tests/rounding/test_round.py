@@ -21,7 +21,7 @@ from mode_gguf.importance.imatrix import Importance
 from mode_gguf.quantization.packer import pack_by_rows, packed_experts, read_matrix
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.rounding.moments import DAMPING, feedback_of
+from mode_gguf.rounding.moments import DAMPING, feedback_of, with_shared
 from mode_gguf.rounding.round import RoundingSettings, round_tensors
 from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, is_rounded, part_of
 
@@ -81,10 +81,17 @@ def tensor_of(checkpoint: Checkpoint, name: str) -> SourceTensor:
     return next(tensor for tensor in text_tensors(checkpoint) if tensor.name == name)
 
 
+def moments_of(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("s,si,sj->ij", weight, x, x)
+
+
 def expected(
-    tensor: SourceTensor, index: int, x: Tensor, weight: Tensor, types: dict[str, QuantType], importance: Importance
+    tensor: SourceTensor,
+    index: int,
+    h: Tensor,
+    types: dict[str, QuantType],
+    importance: Importance,
 ) -> np.ndarray:
-    h = torch.einsum("s,si,sj->ij", weight, x, x)
     return pack_by_rows(
         read_matrix(tensor, index),
         types[tensor.name],
@@ -115,7 +122,7 @@ def test_dense_matrices(
     tensor = tensor_of(checkpoint, name)
     (found,) = rounded.matrices(part_of(tensor), name)
     weight = torch.from_numpy(token_weights[name])
-    assert_nearly_equal(found, expected(tensor, 0, whole.seen[read], weight, types, importance))
+    assert_nearly_equal(found, expected(tensor, 0, moments_of(whole.seen[read], weight), types, importance))
 
 
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
@@ -129,13 +136,16 @@ def test_experts(
     projection: str,
 ) -> None:
     tensor = tensor_of(checkpoint, f"blk.{LAYER}.ffn_{projection}_exps.weight")
+    at_block = token_weights[f"blk.{LAYER}.ffn_exps"]
     matrices = list(rounded.matrices(part_of(tensor), tensor.name))
     assert len(matrices) == tensor.n_experts
     for expert, found in enumerate(matrices):
-        x, weight = whole.routed(expert, token_weights[f"blk.{LAYER}.ffn_exps"])
+        x, weight = whole.routed(expert, at_block)
         if projection == "down":
-            x = whole.experts._apply_gate(linear(x, whole.experts.gate_up_proj[expert])).detach()
-        assert_nearly_equal(found, expected(tensor, expert, x, weight, types, importance))
+            h = moments_of(whole.experts._apply_gate(linear(x, whole.experts.gate_up_proj[expert])), weight)
+        else:
+            h = with_shared(moments_of(x, weight), moments_of(whole.seen["x"], torch.from_numpy(at_block)))
+        assert_nearly_equal(found, expected(tensor, expert, h, types, importance))
 
 
 def test_parts_hold_exactly_what_has_feedback(
