@@ -142,7 +142,7 @@ def test_experts(
     for expert, found in enumerate(matrices):
         x, weight = whole.routed(expert, at_block)
         if projection == "down":
-            h = moments_of(whole.experts._apply_gate(linear(x, whole.experts.gate_up_proj[expert])), weight)
+            h = moments_of(whole.experts._apply_gate(linear(x, whole.experts.gate_up_proj[expert])).detach(), weight)
         else:
             h = with_shared(moments_of(x, weight), moments_of(whole.seen["x"], torch.from_numpy(at_block)))
         assert_nearly_equal(found, expected(tensor, expert, h, types, importance))
