@@ -81,7 +81,7 @@ class PackingMode(StrEnum):
 
 
 class RoundingName(StrEnum):
-    """How weights become levels; see `mode_gguf.pipeline.options.Rounding`."""
+    """How weights become levels; see `mode_gguf.quantization.packing.Rounding`."""
 
     NEAREST = "nearest"
     FEEDBACK = "feedback"
@@ -262,13 +262,10 @@ PackingOption = Annotated[
         help="How K-quants are packed: refined: with less error; exact: byte for byte as llama-quantize would."
     ),
 ]
-RoundingOption = Annotated[
-    RoundingName,
-    typer.Option(
-        help="nearest: every weight by itself; feedback: the errors of a row make up for each other (GPTQ), in as many "
-        "bytes."
-    ),
-]
+ROUNDING_HELP = (
+    "nearest: every weight by itself; feedback: the errors of a row make up for each other (GPTQ), in as many bytes."
+)
+RoundingOption = Annotated[RoundingName, typer.Option(help=ROUNDING_HELP)]
 EffortOption = Annotated[Effort, typer.Option(help="How long refined packing searches.")]
 SizePower = Annotated[
     float,

@@ -9,7 +9,7 @@ from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.packing import EXACT, Packing, Rounding
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 
@@ -80,6 +80,7 @@ class Plan(Record):
     experts_bpw: float
     size_bytes: int
     packing: Packing = EXACT
+    rounding: Rounding = "nearest"
     """How K-quants are packed; costs were measured so."""
     main_type: str
     """The expert type that holds most weights; names the file."""

@@ -68,6 +68,7 @@ def convert(
     ledger = StageLedger(folder)
     method = options.preset.method
     imatrix = chosen_imatrix(options.imatrix, method)
+    rounding = options.rounding or options.packing.default_rounding
 
     samples = samples_fingerprint(options.calibration.source)
     calibrated = fingerprint(checkpoint.fingerprint, asdict(options.calibration), samples, __version__)
@@ -108,6 +109,7 @@ def convert(
         asdict(options.preset),
         {role.value: floor.name for role, floor in options.types.floors.items()},
         options.pre_tokenizer,
+        rounding,
         (options.refine, options.measured_samples) if options.refine or options.preset.unit_kl else None,
     )
     if not ledger.is_current("plan", planned):
@@ -122,6 +124,7 @@ def convert(
                     options.types,
                     rounds=options.refine,
                     sample_budget=options.measured_samples,
+                    rounding=rounding,
                     pre_tokenizer=options.pre_tokenizer,
                     progress=progress,
                 )
@@ -132,16 +135,15 @@ def convert(
                     options.budget,
                     options.preset,
                     options.types,
+                    rounding=rounding,
                     pre_tokenizer=options.pre_tokenizer,
                 )
 
     plan = Plan.load(folder.plan)
     model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
-    exported = fingerprint(
-        file_fingerprint(folder.plan), calibrated, options.projector_type, options.pre_tokenizer, options.rounding
-    )
+    exported = fingerprint(file_fingerprint(folder.plan), calibrated, options.projector_type, options.pre_tokenizer)
     if not ledger.is_current("export", exported):
-        if options.rounding == "feedback":
+        if plan.rounding == "feedback":
             with ledger.running("round", exported, [folder.rounding]):
                 run_rounding(checkpoint, folder, plan, options.calibration, threads=options.threads, progress=progress)
         with ledger.running("export", exported, [model, mmproj]):
@@ -149,7 +151,6 @@ def convert(
                 checkpoint,
                 folder,
                 plan,
-                rounding=options.rounding,
                 projector_type=options.projector_type,
                 pre_tokenizer=options.pre_tokenizer,
                 threads=options.threads,
@@ -174,7 +175,7 @@ def convert(
                     held_out=options.held_out,
                     llama_cpp=options.llama_cpp,
                     reference_folder=folder.path / "reference",
-                    warnings=[*warnings_of_calibration(folder), *_warnings_of_rounding(folder, options)],
+                    warnings=[*warnings_of_calibration(folder), *_warnings_of_rounding(folder, plan)],
                     progress=progress,
                 )
     return ConvertResult(
@@ -194,8 +195,8 @@ def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
     return [folder.sensitivity, *([folder.imatrix_of("fisher"), folder.token_weights] if method == "fisher" else [])]
 
 
-def _warnings_of_rounding(folder: WorkFolder, options: ConvertOptions) -> list[str]:
-    return warnings_of_rounding(folder) if options.rounding == "feedback" else []
+def _warnings_of_rounding(folder: WorkFolder, plan: Plan) -> list[str]:
+    return warnings_of_rounding(folder) if plan.rounding == "feedback" else []
 
 
 def _type_names(types: CandidateTypes) -> list[list[str]]:

@@ -16,10 +16,10 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.pipeline.measuring import check_same_model
-from mode_gguf.pipeline.options import Rounding
 from mode_gguf.pipeline.planning import make_uniform_plan
 from mode_gguf.pipeline.rounding import packed_sources
 from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.packing import Rounding
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import StageLedger, WorkFolder, model_file_name, projector_file_name
 
@@ -35,7 +35,7 @@ def run_export(
     plan: Plan,
     *,
     imatrix: ImatrixKind | None = None,
-    rounding: Rounding = "nearest",
+    rounding: Rounding | None = None,
     projector_type: str = "F16",
     pre_tokenizer: str | None = None,
     threads: int | None = None,
@@ -63,7 +63,7 @@ def export_text(
     plan: Plan,
     *,
     imatrix: ImatrixKind | None = None,
-    rounding: Rounding = "nearest",
+    rounding: Rounding | None = None,
     pre_tokenizer: str | None = None,
     threads: int | None = None,
     progress: Progress = silent,
@@ -73,7 +73,7 @@ def export_text(
     Args:
         imatrix: which of them; None for the one that the plan's measurements were packed with, and that one may be
             missing if it is the plain one.
-        rounding: `feedback` takes what `run_rounding` has packed.
+        rounding: None for the plan's; `feedback` takes what `run_rounding` has packed.
 
     Raises:
         InputError: the plan belongs to another model, or a weight cannot be packed.
@@ -93,7 +93,7 @@ def export_text(
         plan.types,
         read_imatrix(packed_with) if with_imatrix else None,
         packing=plan.packing,
-        packed=packed_sources(checkpoint, folder, plan, imatrix) if rounding == "feedback" else None,
+        packed=packed_sources(checkpoint, folder, plan, imatrix) if (rounding or plan.rounding) == "feedback" else None,
         metadata=imatrix_keys(packed_with) if with_imatrix else None,
         pre_tokenizer=pre_tokenizer,
         threads=threads or os.cpu_count() or 1,

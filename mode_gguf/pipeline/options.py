@@ -3,23 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING
 
 from mode_gguf.allocation.budget import Budget, Reach
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes
 from mode_gguf.importance.choice import ImatrixKind
-from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
+from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 
 if TYPE_CHECKING:
     from mode_gguf.calibration.key_tokens import Criterion
 
 DEFAULT_MEASURED_SAMPLES = 64
 """Calibration samples that KL is measured on, where it is measured rather than predicted."""
-
-Rounding: TypeAlias = Literal["nearest", "feedback"]
-"""`nearest`: every weight by itself, as llama.cpp does; `feedback`: a row's errors make up for each other."""
-ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,8 @@ class ConvertOptions:
     measured_samples: int = DEFAULT_MEASURED_SAMPLES
     imatrix: ImatrixKind | None = None
     packing: Packing = DEFAULT_PACKING
-    rounding: Rounding = "nearest"
+    rounding: Rounding | None = None
+    """None for `Packing.default_rounding`."""
     types: CandidateTypes = DEFAULT_TYPES
     projector_type: str = "F16"
     pre_tokenizer: str | None = None

@@ -24,9 +24,10 @@ from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.pipeline.measuring import check_same_model, kl_measurement, measured_tables
 from mode_gguf.pipeline.options import DEFAULT_MEASURED_SAMPLES, CalibrationOptions
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
+from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 from mode_gguf.quantization.types import QuantType
 from mode_gguf.refinement import measure_plans, refine
+from mode_gguf.rounding.gain import with_gain
 from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
@@ -41,17 +42,22 @@ def run_plan(
     preset: Preset,
     types: CandidateTypes,
     *,
+    rounding: Rounding = "nearest",
     pre_tokenizer: str | None = None,
 ) -> Plan:
     """Write plan.json and tensor-types.txt for a budget.
+
+    Args:
+        rounding: that the file will have; the measurements, which are to nearest, are corrected for it.
 
     Raises:
         InfeasibleBudgetError: it is out of reach.
         InputError: the measurements are missing or belong to another model.
         UsageError: they were made for another preset.
     """
-    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer)
-    return save_plan(folder, optimal_plan(problem, made_from, budget, packing))
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer, rounding)
+    plan = optimal_plan(problem, made_from, budget, packing)
+    return save_plan(folder, plan.model_copy(update={"rounding": rounding}))
 
 
 def planning_problem(
@@ -61,6 +67,7 @@ def planning_problem(
     preset: Preset,
     types: CandidateTypes,
     pre_tokenizer: str | None = None,
+    rounding: Rounding = "nearest",
 ) -> tuple[Problem, Provenance, Packing]:
     """What a plan for this budget is chosen from, what that was made from, and how candidates were packed.
 
@@ -70,6 +77,9 @@ def planning_problem(
     overhead = overhead_bytes(checkpoint, budget, pre_tokenizer)
     settled_types(tensors, types, budget, preset, overhead)
     measured, preset, table = _measurements(checkpoint, folder, preset)
+    if rounding == "feedback":
+        arrays = with_gain(measured.arrays, tensors, measured.expert_types, measured.dense_types)
+        measured = replace(measured, arrays=arrays)
     problem = Problem.of(tensors, measured, budget=budget, types=types, preset=preset, overhead=overhead)
     return problem, _provenance(checkpoint, folder, table.method, table.imatrix), table.packing
 
@@ -84,16 +94,19 @@ def run_refined_plan(
     *,
     rounds: int,
     sample_budget: int = DEFAULT_MEASURED_SAMPLES,
+    rounding: Rounding = "nearest",
     pre_tokenizer: str | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """As `run_plan`, then improve the plan by measuring it and its neighbours on calibration samples, see `refine`.
 
+    Plans are measured rounded to nearest, whatever the file will have.
+
     Args:
         rounds: how often all neighbours are measured at most.
         sample_budget: of the calibration samples, half of them with an image.
     """
-    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer)
+    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer, rounding)
     units = problem.tensor_units()
     first = problem.solve(units)
     measure = measure_plans(*kl_measurement(checkpoint, folder, calibration, sample_budget), problem.tensors, progress)
@@ -110,7 +123,8 @@ def run_refined_plan(
         for trial in refined.history
     ]
     best = replace(first, choices=refined.choices)
-    return save_plan(folder, plan_of(problem, units, best, made_from, budget, packing, history))
+    plan = plan_of(problem, units, best, made_from, budget, packing, history)
+    return save_plan(folder, plan.model_copy(update={"rounding": rounding}))
 
 
 def run_granularity(
@@ -194,13 +208,15 @@ def make_uniform_plan(
     *,
     imatrix: ImatrixKind | None = None,
     packing: Packing = DEFAULT_PACKING,
+    rounding: Rounding = "nearest",
 ) -> Plan:
     """The plan that stores every expert in `quant_type`; nothing need be measured for it, and nothing is written.
 
     `imatrix` None stands for the Fisher importance matrix if the folder has one.
     """
     kind = imatrix or ("fisher" if folder.imatrix_of("fisher").exists() else "plain")
-    return uniform_plan(text_tensors(checkpoint), _provenance(checkpoint, folder, kind=kind), quant_type, packing)
+    plan = uniform_plan(text_tensors(checkpoint), _provenance(checkpoint, folder, kind=kind), quant_type, packing)
+    return plan.model_copy(update={"rounding": rounding})
 
 
 def save_plan(folder: WorkFolder, plan: Plan) -> Plan:

@@ -29,12 +29,10 @@ class RoundingReport(Record):
     """rounding.json: what became of the matrices that were to be rounded with feedback.
 
     Attributes:
-        damping: of the mean diagonal of the inputs' second moments.
         matrices: how many there were, by tensor.
         nearest: how many of them were rounded to nearest, because too few tokens reached them.
     """
 
-    damping: float
     matrices: dict[str, int]
     nearest: dict[str, int]
 
@@ -75,7 +73,6 @@ def run_rounding(
     from mode_gguf.calibration.inputs import InputBuilder
     from mode_gguf.calibration.streaming import open_streamed
     from mode_gguf.importance.token_weights import TokenWeights
-    from mode_gguf.rounding.moments import DAMPING
     from mode_gguf.rounding.round import RoundingSettings, round_tensors
 
     check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
@@ -100,7 +97,6 @@ def run_rounding(
     chosen = [tensor for tensor in text_tensors(checkpoint) if is_rounded(tensor, plan.types)]
     nearest = [rounded.nearest(part) for part in dict.fromkeys(map(part_of, chosen))]
     report = RoundingReport(
-        damping=DAMPING,
         matrices={tensor.name: tensor.n_experts for tensor in chosen},
         nearest={name: count for part in nearest for name, count in part.items() if count},
     )

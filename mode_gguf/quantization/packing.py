@@ -11,6 +11,10 @@ Mode: TypeAlias = Literal["exact", "refined"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
+Rounding: TypeAlias = Literal["nearest", "feedback"]
+"""`nearest`: every weight by itself, as llama.cpp does; `feedback`: a row's errors make up for each other."""
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+
 
 @dataclass(frozen=True, slots=True)
 class Packing:
@@ -49,6 +53,11 @@ class Packing:
     def refinement(self) -> Refinement | None:
         """What the kernels are told."""
         return Refinement(self.effort, self.size_power, self.unbiased) if self.mode == "refined" else None
+
+    @property
+    def default_rounding(self) -> Rounding:
+        """With feedback, unless the bytes are to be libggml's."""
+        return "feedback" if self.mode == "refined" else "nearest"
 
 
 DEFAULT_PACKING = Packing()

@@ -16,7 +16,10 @@ DAMPING = 0.3
 Inputs of the calibration samples are not those of later use; damping is what directions that they leave out count.
 """
 
-SHARED = 0.5
+DOWN_DAMPING = 1.0
+"""The same for experts' down projections: what they read is known from the expert's own tokens alone."""
+
+SHARED = 1.0
 """Of what all tokens of a layer read, added to what an expert's own tokens do (see `with_shared`)."""
 
 MIN_TOKENS = 8

@@ -25,7 +25,7 @@ from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packer import matrix_name, pack_by_rows, read_matrix
 from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.rounding.moments import DAMPING, MIN_TOKENS, Moments, feedback_of, with_shared
+from mode_gguf.rounding.moments import DAMPING, DOWN_DAMPING, MIN_TOKENS, Moments, feedback_of, with_shared
 from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, is_rounded, layer_part, part_of
 from mode_gguf_kernels import Feedback
 
@@ -39,7 +39,6 @@ class RoundingSettings:
         importance: what the grids are searched with, as for packing to nearest.
         packing: how.
         token_weights: what tokens count, float32 (N,), see `TokenWeights`; empty for all alike.
-        damping: see `feedback_of`.
         threads: that pack.
     """
 
@@ -47,7 +46,6 @@ class RoundingSettings:
     importance: Importance
     packing: Packing
     token_weights: Mapping[str, np.ndarray]
-    damping: float = DAMPING
     threads: int = 1
 
 
@@ -124,7 +122,7 @@ class _Work:
             experts = {tensor.projection: tensor for tensor in self._tensors[part] if tensor.role is Role.EXPERT}
             for tensor in self._tensors[part]:
                 if tensor.role is not Role.EXPERT:
-                    feedback = self._feedback(self._moments.pop(tensor.name))
+                    feedback = _feedback(self._moments.pop(tensor.name))
                     nearest[tensor.name] = int(feedback is None)
                     packed[tensor.name] = self._pack(tensor, 0, feedback)[None]
             if experts:
@@ -173,8 +171,8 @@ class _Work:
             hidden = module._apply_gate(linear(read, module.gate_up_proj[expert]))
             after = Moments(hidden.shape[1], device)
             after.add(hidden, weight)
-            feedback = {"down": self._feedback(after)}
-            feedback["gate"] = feedback["up"] = self._feedback(before, shared)
+            feedback = {"down": _feedback(after, damping=DOWN_DAMPING)}
+            feedback["gate"] = feedback["up"] = _feedback(before, shared)
             for projection, tensor in experts.items():
                 chosen = feedback[str(projection)]
                 nearest[tensor.name] = nearest.get(tensor.name, 0) + int(chosen is None)
@@ -182,13 +180,6 @@ class _Work:
                 if tensor.name not in packed:
                     packed[tensor.name] = np.empty((tensor.n_experts, *matrix.shape), np.uint8)
                 packed[tensor.name][expert] = matrix
-
-    def _feedback(self, moments: Moments, shared: Moments | None = None) -> Feedback | None:
-        """What to round with; None where there were too few tokens."""
-        if moments.effective_tokens < MIN_TOKENS:
-            return None
-        sums = moments.sums if shared is None else with_shared(moments.sums, shared.sums)
-        return feedback_of(sums, self._settings.damping)
 
     def _pack(self, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
         importance = self._settings.importance.get(tensor.name)
@@ -201,3 +192,11 @@ class _Work:
             threads=self._settings.threads,
             feedback=feedback,
         )
+
+
+def _feedback(moments: Moments, shared: Moments | None = None, damping: float = DAMPING) -> Feedback | None:
+    """What to round with; None where there were too few tokens."""
+    if moments.effective_tokens < MIN_TOKENS:
+        return None
+    sums = moments.sums if shared is None else with_shared(moments.sums, shared.sums)
+    return feedback_of(sums, damping)

@@ -44,7 +44,12 @@ def command(
     packing: options.PackingOption = options.PackingMode.REFINED,
     effort: options.EffortOption = options.Effort.DEFAULT,
     size_power: options.SizePower = options.DEFAULT_SIZE_POWER,
-    rounding: options.RoundingOption = options.RoundingName.NEAREST,
+    rounding: Annotated[
+        options.RoundingName | None,
+        typer.Option(
+            help=options.ROUNDING_HELP + " Default: feedback, unless packing is exact.", show_default=False
+        ),
+    ] = None,
     types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
     floor: options.Floors = None,
@@ -89,7 +94,7 @@ def command(
         measured_samples=measured_samples,
         imatrix=imatrix.value if imatrix else None,
         packing=options.packing_of(packing, effort, size_power),
-        rounding=rounding.value,
+        rounding=rounding.value if rounding else None,
         types=options.candidate_types(types, dense_types, floor or ()),
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,

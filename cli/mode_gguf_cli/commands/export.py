@@ -21,7 +21,9 @@ def command(
             help="Importance matrix to pack with; default: the one the plan was made with.", show_default=False
         ),
     ] = None,
-    rounding: options.RoundingOption = options.RoundingName.NEAREST,
+    rounding: Annotated[
+        options.RoundingName | None, typer.Option(help="How weights are rounded; default: as planned.", show_default=False)
+    ] = None,
     mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
     pre_tokenizer: options.PreTokenizer = None,
     threads: options.Threads = None,
@@ -29,8 +31,8 @@ def command(
 ) -> None:
     """Pack MODEL's weights as the plan says; writes the text GGUF and the projector.
 
-    Uses an importance matrix in the work folder; without a plain one it packs plainly. With --rounding feedback it
-    takes the tensors that `mode-gguf round` has packed.
+    Uses an importance matrix in the work folder; without a plain one it packs plainly. What is rounded with feedback is
+    taken from `mode-gguf round`.
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
@@ -42,7 +44,7 @@ def command(
         folder,
         loaded,
         imatrix=imatrix.value if imatrix else None,
-        rounding=rounding.value,
+        rounding=rounding.value if rounding else None,
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,
         threads=threads,

@@ -63,6 +63,7 @@ def command(
     packing: Annotated[
         options.PackingMode | None, typer.Option(help="With --uniform: how K-quants are packed; default: refined.")
     ] = None,
+    rounding: options.RoundingOption = options.RoundingName.NEAREST,
     pre_tokenizer: options.PreTokenizer = None,
     seed: options.Seed = 0,
     json: options.Json = False,
@@ -70,7 +71,7 @@ def command(
     """Choose the types of all tensors under a budget; writes plan.json and tensor-types.txt.
 
     Needs the results of `sensitivity` in the work folder, except with --uniform. The plan may be edited by hand.
-    Weights will be packed as `sensitivity` packed its candidates.
+    Weights will be packed as `sensitivity` packed its candidates; with --rounding feedback, run `round` before `export`.
     """
     from mode_gguf import pipeline
     from mode_gguf.errors import UsageError
@@ -88,6 +89,7 @@ def command(
             everywhere,
             imatrix=imatrix.value if imatrix else None,
             packing=Packing(packing.value) if packing else DEFAULT_PACKING,
+            rounding=rounding.value,
         )
         pipeline.save_plan(folder, made)
     elif imatrix or packing:

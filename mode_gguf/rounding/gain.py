@@ -1,0 +1,41 @@
+"""What rounding with feedback is worth before anything was rounded: what a plan for it must know."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mode_gguf.architectures.tensors import SourceTensor
+from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.rounding.spill import is_rounded
+
+GAIN = 0.45
+"""Cost of a tensor rounded with feedback over its cost rounded to nearest.
+
+Much the same for all K-quants, and for experts, attention and output (docs/EXPERIMENTS.md, "Planning for feedback").
+What a plan changes for is what has no feedback: the embedding, and types that are no K-quants.
+"""
+
+
+def with_gain(
+    arrays: Mapping[str, np.ndarray],
+    tensors: Sequence[SourceTensor],
+    expert_types: Sequence[str],
+    dense_types: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Costs to nearest, as docs/DESIGN.md names them, turned into expected costs with feedback.
+
+    Args:
+        expert_types, dense_types: what the last axis of experts' and of all other arrays stands for.
+    """
+    factors: dict[str, np.ndarray] = {}
+    for tensor in tensors:
+        types = expert_types if tensor.is_expert else dense_types
+        factor = np.array([GAIN if is_rounded(tensor, {tensor.name: QUANT_TYPES[name]}) else 1.0 for name in types])
+        factors[tensor.name] = factor
+        if tensor.is_expert:
+            factors[f"blk.{tensor.layer}.ffn_exps"] = factor
+    return {
+        name: values * factors[tensor] if kind in ("unit", "expert") else values
+        for name, values in arrays.items()
+        for tensor, _, kind in [name.rpartition(".")]
+    }
