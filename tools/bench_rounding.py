@@ -54,7 +54,8 @@ def drawn_inputs(tokens: int, width: int, generator: torch.Generator) -> torch.T
     """Inputs, bfloat16 (tokens, width), whose k-th direction has a variance of 1 / k."""
     directions = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
     scale = torch.arange(1, width + 1).rsqrt()
-    return ((torch.randn(tokens, width, generator=generator) * scale) @ directions).bfloat16()
+    inputs: torch.Tensor = (torch.randn(tokens, width, generator=generator) * scale) @ directions
+    return inputs.bfloat16()
 
 
 def measured(type_name: str, arguments: argparse.Namespace) -> Result:

@@ -13,7 +13,6 @@ EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 Rounding: TypeAlias = Literal["nearest", "feedback"]
 """`nearest`: every weight by itself, as llama.cpp does; `feedback`: a row's errors make up for each other."""
-ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mode_gguf.architectures.tensors import SourceTensor
+from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.rounding.spill import is_rounded
 
@@ -29,10 +29,10 @@ def with_gain(
     """
     factors: dict[str, np.ndarray] = {}
     for tensor in tensors:
-        types = expert_types if tensor.is_expert else dense_types
+        types = expert_types if tensor.role is Role.EXPERT else dense_types
         factor = np.array([GAIN if is_rounded(tensor, {tensor.name: QUANT_TYPES[name]}) else 1.0 for name in types])
         factors[tensor.name] = factor
-        if tensor.is_expert:
+        if tensor.role is Role.EXPERT:
             factors[f"blk.{tensor.layer}.ffn_exps"] = factor
     return {
         name: values * factors[tensor] if kind in ("unit", "expert") else values

@@ -41,8 +41,9 @@ class Moments:
     def add(self, inputs: Tensor, weight: Tensor) -> None:
         """Add tokens' inputs (S, n), weighed by `weight` (S,), not negative."""
         weight = weight.to(inputs.device, torch.float32)
-        for some, weights in zip(inputs.split(_TOGETHER), weight.split(_TOGETHER), strict=True):
-            scaled = some.float() * weights.sqrt()[:, None]
+        for first in range(0, len(inputs), _TOGETHER):
+            some = slice(first, first + _TOGETHER)
+            scaled = inputs[some].float() * weight[some].sqrt()[:, None]
             self.sums.addmm_(scaled.T, scaled)
         self._weight += float(weight.double().sum())
         self._weight2 += float(weight.double().square().sum())

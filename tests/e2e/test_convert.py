@@ -34,7 +34,7 @@ def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: 
     assert Path(result["mmproj"]).name == f"mmproj-{pico.name}-F16.gguf"
     assert Path(result["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
     assert model.stat().st_size == result["size_bytes"]
-    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "export", "validate"}
+    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "validate"}
     for name in ("plan.json", "tensor-types.txt", "calibration.safetensors", "sensitivity.safetensors", "report.json"):
         assert (out / name).exists(), name
     report = json.loads((out / "report.json").read_text())
@@ -58,7 +58,8 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, 
     whole = json.loads(run("convert", pico, "--bpw", "4.0", "--out", out, "--json", "--no-validate", *SMALL))
     run("calibrate", pico, "--out", tmp_path, *SMALL)
     run("sensitivity", pico, "--out", tmp_path, *SMALL)
-    planned = json.loads(run("plan", pico, "--bpw", "4.0", "--out", tmp_path, "--json"))
+    planned = json.loads(run("plan", pico, "--bpw", "4.0", "--out", tmp_path, "--rounding", "feedback", "--json"))
+    run("round", pico, "--out", tmp_path, *SMALL)
     exported = json.loads(run("export", pico, "--out", tmp_path, "--json"))
     assert planned["bpw"] == whole["bpw"]
     assert Plan.load(tmp_path / "plan.json").types == Plan.load(out / "plan.json").types

@@ -41,7 +41,7 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, run: Run) -> Non
         run("convert", pico, "--bpw", "3.5", "--out", out, "--rounding", "feedback", "--no-validate", "--json", *SMALL)
     )
     with_feedback = tensors_of(whole["model"])
-    nearest = json.loads(run("export", pico, "--out", out, "--json"))
+    nearest = json.loads(run("export", pico, "--out", out, "--rounding", "nearest", "--json"))
     rounded_to_nearest = tensors_of(nearest["model"])
     assert {name: kind for name, (kind, _) in with_feedback.items()} == {
         name: kind for name, (kind, _) in rounded_to_nearest.items()
@@ -52,7 +52,7 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, run: Run) -> Non
 
     told = run("round", pico, "--out", out, *SMALL)
     assert "matrices with feedback" in told
-    run("export", pico, "--out", out, "--rounding", "feedback")
+    run("export", pico, "--out", out)
     assert tensors_of(nearest["model"]) == with_feedback
 
 

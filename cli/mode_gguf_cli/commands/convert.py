@@ -46,9 +46,7 @@ def command(
     size_power: options.SizePower = options.DEFAULT_SIZE_POWER,
     rounding: Annotated[
         options.RoundingName | None,
-        typer.Option(
-            help=options.ROUNDING_HELP + " Default: feedback, unless packing is exact.", show_default=False
-        ),
+        typer.Option(help=options.ROUNDING_HELP + " Default: feedback, unless packing is exact.", show_default=False),
     ] = None,
     types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,

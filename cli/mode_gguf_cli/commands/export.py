@@ -22,7 +22,8 @@ def command(
         ),
     ] = None,
     rounding: Annotated[
-        options.RoundingName | None, typer.Option(help="How weights are rounded; default: as planned.", show_default=False)
+        options.RoundingName | None,
+        typer.Option(help="How weights are rounded; default: as planned.", show_default=False),
     ] = None,
     mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
     pre_tokenizer: options.PreTokenizer = None,

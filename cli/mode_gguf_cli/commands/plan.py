@@ -71,7 +71,8 @@ def command(
     """Choose the types of all tensors under a budget; writes plan.json and tensor-types.txt.
 
     Needs the results of `sensitivity` in the work folder, except with --uniform. The plan may be edited by hand.
-    Weights will be packed as `sensitivity` packed its candidates; with --rounding feedback, run `round` before `export`.
+    Weights will be packed as `sensitivity` packed its candidates. With --rounding feedback, `round` comes before
+    `export`.
     """
     from mode_gguf import pipeline
     from mode_gguf.errors import UsageError
@@ -139,11 +140,20 @@ def command(
                 candidates,
                 rounds=refine,
                 sample_budget=measured_samples,
+                rounding=rounding.value,
                 pre_tokenizer=pre_tokenizer,
                 progress=progress(),
             )
         else:
-            made = pipeline.run_plan(checkpoint, folder, budget, chosen, candidates, pre_tokenizer=pre_tokenizer)
+            made = pipeline.run_plan(
+                checkpoint,
+                folder,
+                budget,
+                chosen,
+                candidates,
+                rounding=rounding.value,
+                pre_tokenizer=pre_tokenizer,
+            )
     if json:
         emit_json(
             {

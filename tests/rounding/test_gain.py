@@ -1,0 +1,25 @@
+import numpy as np
+
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import Role
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.rounding.gain import GAIN, with_gain
+
+
+def test_only_what_has_feedback_gets_cheaper(checkpoint: Checkpoint) -> None:
+    tensors = {tensor.role: tensor for tensor in text_tensors(checkpoint)}
+    types = ["Q2_K", "Q8_0"]
+    names = {role: tensor.name for role, tensor in tensors.items()}
+    expert = tensors[Role.EXPERT]
+    arrays = {f"{name}.unit": np.ones((2, 3, 2)) for name in names.values()}
+    arrays |= {
+        f"blk.{expert.layer}.ffn_exps.expert": np.ones((2, 3, 4, 2)),
+        f"{expert.name}.weight_error": np.ones((4, 2)),
+    }
+    costs = with_gain(arrays, list(tensors.values()), types, types)
+    assert set(costs) == set(arrays)
+    for role in (Role.EXPERT, Role.DENSE):
+        assert (costs[f"{names[role]}.unit"] == [GAIN, 1.0]).all()
+    assert (costs[f"{names[Role.EMBEDDING]}.unit"] == 1).all()
+    assert (costs[f"blk.{expert.layer}.ffn_exps.expert"] == [GAIN, 1.0]).all()
+    assert (costs[f"{expert.name}.weight_error"] == 1).all()
