@@ -21,7 +21,7 @@ from mode_gguf.importance.imatrix import Importance
 from mode_gguf.quantization.packer import pack_by_rows, packed_experts, read_matrix
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.rounding.moments import DAMPING, feedback_of, with_shared
+from mode_gguf.rounding.moments import DAMPING, DOWN_DAMPING, feedback_of, with_shared
 from mode_gguf.rounding.round import RoundingSettings, round_tensors
 from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, is_rounded, part_of
 
@@ -91,6 +91,7 @@ def expected(
     h: Tensor,
     types: dict[str, QuantType],
     importance: Importance,
+    damping: float = DAMPING,
 ) -> np.ndarray:
     return pack_by_rows(
         read_matrix(tensor, index),
@@ -98,7 +99,7 @@ def expected(
         importance[tensor.name][index],
         name="expected",
         packing=DEFAULT_PACKING,
-        feedback=feedback_of(h, DAMPING),
+        feedback=feedback_of(h, damping),
     )
 
 
@@ -141,11 +142,12 @@ def test_experts(
     assert len(matrices) == tensor.n_experts
     for expert, found in enumerate(matrices):
         x, weight = whole.routed(expert, at_block)
+        damping = DOWN_DAMPING if projection == "down" else DAMPING
         if projection == "down":
             h = moments_of(whole.experts._apply_gate(linear(x, whole.experts.gate_up_proj[expert])).detach(), weight)
         else:
             h = with_shared(moments_of(x, weight), moments_of(whole.seen["x"], torch.from_numpy(at_block)))
-        assert_nearly_equal(found, expected(tensor, expert, h, types, importance))
+        assert_nearly_equal(found, expected(tensor, expert, h, types, importance, damping))
 
 
 def test_parts_hold_exactly_what_has_feedback(
