@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from compare_packing import mean_and_error
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +40,6 @@ from mode_gguf.quantization.packing import Rounding
 from mode_gguf.quantization.types import quant_type
 from mode_gguf.rounding.round import RoundingSettings, round_tensors
 from mode_gguf.rounding.spill import RoundedTensors, is_rounded, part_of
-from mode_gguf.validation.report import Divergence
 from mode_gguf.workfolder import WorkFolder
 
 PROJECTOR = "F16"
@@ -148,13 +148,6 @@ def as_held_out(samples: Sequence[Sample], folder: Path) -> Path:
         content = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
     return folder
-
-
-def mean_and_error(divergence: Divergence | None) -> tuple[float, float]:
-    """KL's mean and its standard error."""
-    if divergence is None or divergence.kl_mean is None or divergence.kl_mean_error is None:
-        raise SystemExit("the held-out set needs texts and questions about pictures")
-    return divergence.kl_mean, divergence.kl_mean_error
 
 
 def main() -> None:
