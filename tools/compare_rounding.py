@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from compare_packing import mean_and_error
 from rich.console import Console
 from rich.table import Table
 
+from compare_packing import mean_and_error
 from mode_gguf import pipeline
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
