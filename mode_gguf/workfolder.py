@@ -11,13 +11,14 @@ from typing import Any
 from mode_gguf.artifacts import write_json
 
 
-def model_file_name(name: str, bpw: float, main_type: str) -> str:
+def model_file_name(name: str, bpw: float, main_type: str, *, groups: bool = False) -> str:
     """`Qwen3-VL-30B-A3B-Instruct-MODE-3.00bpw-Q3_K_MODE.gguf`.
 
     llama.cpp and the hub read the tag after the last `-`, which must be upper-case letters, digits and underscores;
-    a name ending in the size would have the tag `00BPW`.
+    a name ending in the size would have the tag `00BPW`. `_GROUPS` at its end: stock llama.cpp cannot load the file,
+    because experts of a layer have different types.
     """
-    return f"{name}-MODE-{bpw:.2f}bpw-{main_type}_MODE.gguf"
+    return f"{name}-MODE-{bpw:.2f}bpw-{main_type}_MODE{'_GROUPS' if groups else ''}.gguf"
 
 
 def projector_file_name(name: str, quant_type: str) -> str:

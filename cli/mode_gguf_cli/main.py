@@ -13,6 +13,7 @@ from mode_gguf_cli.commands import (
     export,
     frontier,
     inspect,
+    merge,
     plan,
     round,
     sensitivity,
@@ -32,7 +33,20 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
-for module in (convert, calibrate, sensitivity, unit_kl, frontier, plan, round, export, validate, inspect, doctor):
+for module in (
+    convert,
+    calibrate,
+    sensitivity,
+    unit_kl,
+    frontier,
+    plan,
+    round,
+    export,
+    merge,
+    validate,
+    inspect,
+    doctor,
+):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
 
 

@@ -87,6 +87,19 @@ class RoundingName(StrEnum):
     FEEDBACK = "feedback"
 
 
+class GranularityName(StrEnum):
+    """What shares one type; see `mode_gguf.allocation.units.Granularity`."""
+
+    TENSOR = "tensor"
+    EXPERT = "expert"
+
+
+GRANULARITY_HELP = (
+    "tensor: a type per tensor, as stock llama.cpp loads it; expert: a type per expert, for which "
+    "`mode-gguf runtime build` makes a llama.cpp."
+)
+
+
 class Effort(StrEnum):
     """How long refined packing searches."""
 

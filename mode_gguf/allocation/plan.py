@@ -9,15 +9,20 @@ from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
+from mode_gguf.quantization.expert_groups import layer_groups, stored_types
 from mode_gguf.quantization.packing import EXACT, Packing, Rounding
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 
 class PlannedTensor(Record):
-    """One tensor of the file. `cost` is its share of the objective; None where there was nothing to choose."""
+    """One tensor of the model. `cost` is its share of the objective; None where there was nothing to choose.
+
+    Where every expert has its own type, `experts` names them in order, and `type` is that of most.
+    """
 
     name: str
     type: str
+    experts: list[str] | None = None
     n_weights: Annotated[int, Field(gt=0)]
     size_bytes: Annotated[int, Field(gt=0)]
     cost: float | None = None
@@ -33,7 +38,7 @@ class SolverRecord(Record):
 
 
 class ExpertGranularity(Record):
-    """The same budget with one type per expert: predicted, not written, because stock llama.cpp cannot load it."""
+    """The same budget with one type per expert, which stock llama.cpp cannot load: predicted, for comparison."""
 
     record: SolverRecord
     experts_bpw: float
@@ -96,6 +101,29 @@ class Plan(Record):
         return {tensor.name: QUANT_TYPES[tensor.type] for tensor in self.tensors}
 
     @property
+    def experts(self) -> dict[str, tuple[QuantType, ...]]:
+        """Types of the experts in order, of tensors with one per expert."""
+        return {
+            tensor.name: tuple(QUANT_TYPES[name] for name in tensor.experts)
+            for tensor in self.tensors
+            if tensor.experts is not None
+        }
+
+    @property
+    def stored_types(self) -> dict[str, QuantType]:
+        """Types of the tensors of the file, by their names there.
+
+        Raises:
+            InputError: tensors of a layer have different numbers of experts.
+        """
+        return stored_types(self.types, self.experts)
+
+    @property
+    def has_expert_groups(self) -> bool:
+        """Whether experts of some layer differ in type, so that stock llama.cpp cannot load the file."""
+        return bool(layer_groups(self.experts))
+
+    @property
     def is_full_precision(self) -> bool:
         """Whether nothing is packed, so that an importance matrix would mean nothing."""
         return all(quant_type.block_size == 1 for quant_type in self.types.values())
@@ -113,6 +141,7 @@ class Plan(Record):
         """
         plan = read_record(path, Plan, "plan")
         for tensor in plan.tensors:
-            if tensor.type not in QUANT_TYPES:
-                raise InputError(f"{path}: {tensor.name} has unknown type {tensor.type!r}")
+            for name in (tensor.type, *(tensor.experts or ())):
+                if name not in QUANT_TYPES:
+                    raise InputError(f"{path}: {tensor.name} has unknown type {name!r}")
         return plan

@@ -20,8 +20,9 @@ from mode_gguf.allocation.solver import SizeRange, Solution, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, fitting_types, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
+from mode_gguf.quantization.expert_groups import map_bytes, stored_tensors
 from mode_gguf.quantization.packing import EXACT, Packing
-from mode_gguf.quantization.types import QUANT_TYPES, QuantType, bits_per_weight, type_of_most_weights
+from mode_gguf.quantization.types import INDEX, QUANT_TYPES, QuantType, bits_per_weight, type_of_most_weights
 
 UNDERSHOOT = 0.005
 """A plan uses at least this close to all of its budget, so that files of one name have one size."""
@@ -88,19 +89,22 @@ class Problem:
         """Bytes left for the units once routers, norms and biases have theirs."""
         return self.reach.budget - sum(4 * t.n_weights for t in self.tensors if t.role is Role.KEEP)
 
-    def solve(self, units: Sequence[AllocationUnit]) -> Solution:
+    def solve(self, units: Sequence[AllocationUnit], reserved: int = 0) -> Solution:
         """The choice of least cost.
+
+        Args:
+            reserved: bytes of the budget that are not for units.
 
         Raises:
             InfeasibleBudgetError: no choice meets the budget.
         """
         if self.preset.scope == "model":
-            floor, budget = self._range(units, self.unit_bytes)
+            floor, budget = self._range(units, self.unit_bytes - reserved)
             try:
                 return solve(units, budget, floor=max(floor, int(budget * (1 - UNDERSHOOT)) + 1))
             except InfeasibleBudgetError:
                 return solve(units, budget)
-        return solve_layers(units, self._layer_ranges(units))
+        return solve_layers(units, self._layer_ranges(units, self.unit_bytes - reserved))
 
     def _range(self, units: Sequence[AllocationUnit], budget: int) -> SizeRange:
         """What units with this budget may take: at most all of it, or exactly the most there is to take."""
@@ -108,14 +112,14 @@ class Problem:
             return SizeRange(most, most)
         return SizeRange(0, budget)
 
-    def _layer_ranges(self, units: Sequence[AllocationUnit]) -> dict[int | None, SizeRange]:
+    def _layer_ranges(self, units: Sequence[AllocationUnit], budget: int) -> dict[int | None, SizeRange]:
         """A range per layer: what its other tensors take, and as many bits per weight for its experts as everywhere."""
         layers: dict[int | None, list[AllocationUnit]] = {}
         for unit in units:
             layers.setdefault(unit.layer, []).append(unit)
         experts = {layer: [u for u in members if u.is_expert] for layer, members in layers.items()}
         others = {layer: _smallest(u for u in members if not u.is_expert) for layer, members in layers.items()}
-        for_experts = self.unit_bytes - sum(others.values())
+        for_experts = budget - sum(others.values())
         n_weights = sum(unit.n_weights for members in experts.values() for unit in members)
         ranges: dict[int | None, SizeRange] = {}
         left_over = 0
@@ -186,6 +190,49 @@ def plan_of(
         refinement=refinement,
         reachable_bpw=(problem.reach.lowest_bpw, problem.reach.highest_bpw),
         **_sizes(problem.tensors, planned),
+    )
+
+
+def expert_plan(problem: Problem, made_from: Provenance, budget: Budget, packing: Packing = EXACT) -> Plan:
+    """A type per expert, its projections alike, and one for every other tensor; as `optimal_plan` otherwise.
+
+    The maps that say where a layer's experts are stored are paid for by the budget.
+
+    Raises:
+        InfeasibleBudgetError: no choice meets the budget.
+    """
+    units = problem.expert_units()
+    solution = problem.solve(units, map_bytes(problem.tensors, len(problem.types.expert)))
+    chosen = {unit.name: choice for unit, choice in zip(units, solution.choices, strict=True)}
+    types = problem.expert_types(units, solution)
+    planned = [
+        _planned_experts(tensor, types[tensor.name])
+        if tensor.role is Role.EXPERT
+        else _planned(tensor, chosen.get(tensor.name))
+        for tensor in problem.tensors
+    ]
+    return Plan(
+        made_from=made_from,
+        preset=problem.preset.name,
+        signals=problem.preset,
+        packing=packing,
+        budget=budget,
+        solver=_record(solution),
+        reachable_bpw=(problem.reach.lowest_bpw, problem.reach.highest_bpw),
+        **_sizes(problem.tensors, planned),
+    )
+
+
+def _planned_experts(tensor: SourceTensor, types: Sequence[QuantType]) -> PlannedTensor:
+    """A tensor with a type per expert; what it costs is only known of all projections together."""
+    one = tensor.n_weights // tensor.n_experts
+    rows = one // tensor.row_width
+    return PlannedTensor(
+        name=tensor.name,
+        type=type_of_most_weights((quant_type, one) for quant_type in types).name,
+        experts=[quant_type.name for quant_type in types],
+        n_weights=tensor.n_weights,
+        size_bytes=sum(rows * quant_type.row_bytes(tensor.row_width) for quant_type in types),
     )
 
 
@@ -260,11 +307,20 @@ def _record(solution: Solution) -> SolverRecord:
 
 
 def _sizes(tensors: Sequence[SourceTensor], planned: list[PlannedTensor]) -> dict[str, Any]:
+    """What a plan says of sizes; maps of experts count as bytes, not as weights."""
     experts = [p for t, p in zip(tensors, planned, strict=True) if t.role is Role.EXPERT]
+    by_expert = {p.name: [QUANT_TYPES[name] for name in p.experts] for p in planned if p.experts}
+    maps = [t for t in stored_tensors(tensors, by_expert).tensors if t.role is Role.INDEX]
+    size = sum(tensor.size_bytes for tensor in planned) + sum(tensor_bytes(tensor, INDEX) for tensor in maps)
     return {
         "tensors": planned,
-        "bpw": bits_per_weight(planned),
+        "bpw": 8 * size / sum(tensor.n_weights for tensor in planned),
         "experts_bpw": bits_per_weight(experts),
-        "size_bytes": sum(tensor.size_bytes for tensor in planned),
-        "main_type": type_of_most_weights((QUANT_TYPES[p.type], p.n_weights) for p in experts).name,
+        "size_bytes": size,
+        "main_type": type_of_most_weights(
+            (QUANT_TYPES[name], p.n_weights // len(names))
+            for p in experts
+            for names in [p.experts or [p.type]]
+            for name in names
+        ).name,
     }

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
 from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+
+Granularity: TypeAlias = Literal["tensor", "expert"]
+"""What shares a type: all experts of a layer's projection, as stock llama.cpp loads them, or an expert's projections."""
 
 FALLBACK = QUANT_TYPES["Q8_0"]
 """Takes over where no candidate can store a tensor: 32 weights is the smallest block there is."""

@@ -24,6 +24,8 @@ class Role(StrEnum):
     """The output head, (vocabulary, n_in)."""
     KEEP = "keep"
     """Routers, norms, biases: always stored as F32."""
+    INDEX = "index"
+    """Where a layer's experts are stored: integers, and no weights of the model (`quantization.expert_groups`)."""
 
 
 @dataclass(frozen=True, slots=True)

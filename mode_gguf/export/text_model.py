@@ -15,6 +15,8 @@ from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, hea
 from mode_gguf.export.metadata import add_general_keys, file_type, main_expert_type
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization import expert_groups
+from mode_gguf.quantization.expert_groups import ExpertTypes, StoredTensors, group_name, map_name, stored_tensors
 from mode_gguf.quantization.libggml import check_available, needs_importance
 from mode_gguf.quantization.packer import packed_experts
 from mode_gguf.quantization.packing import EXACT, Packing
@@ -27,6 +29,7 @@ def write_text_model(
     types: Mapping[str, QuantType],
     importance: Mapping[str, np.ndarray] | None = None,
     *,
+    experts: ExpertTypes | None = None,
     packing: Packing = EXACT,
     packed: Mapping[str, Callable[[], Iterator[np.ndarray]]] | None = None,
     metadata: Metadata | None = None,
@@ -39,8 +42,10 @@ def write_text_model(
     Args:
         types: of every matrix by GGUF name; norms and routers may be left out, they stay F32.
         importance: float32 (E, n) by GGUF name, as `read_imatrix` gives it; a tensor without is packed plainly.
+        experts: types of single experts, where they differ within a tensor; stock llama.cpp cannot load such a file.
         packing: how matrices are packed.
-        packed: by GGUF name, where matrices come from that are packed already, as `packed_experts` would yield them.
+        packed: by name of the stored tensor, where matrices come from that are packed already, as `packed_experts`
+            would yield them.
         metadata: further keys, such as `imatrix_keys`.
         pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
         threads: that pack one expert.
@@ -49,9 +54,13 @@ def write_text_model(
         InputError: the checkpoint, the types, the importance or a weight cannot be used.
         MissingResourceError: not enough disk space, or no libggml for a type that it packs.
     """
-    tensors = text_tensors(checkpoint)
-    importance = importance or {}
-    stored = stored_types(tensors, types)
+    model_tensors = text_tensors(checkpoint)
+    layout = stored_tensors(model_tensors, experts or {})
+    tensors = layout.tensors
+    importance = layout.rows_of(importance or {})
+    whole = checked_types(model_tensors, types)
+    stored = expert_groups.stored_types(whole, experts or {})
+    _check_fit(tensors, stored)
     check_available(stored.values())
     _check_importance(tensors, stored, importance)
     outgoing = [
@@ -67,36 +76,43 @@ def write_text_model(
     ]
     write_gguf(
         path,
-        find_family(checkpoint).gguf_arch,
-        partial(_add_keys, checkpoint, tensors, stored, metadata or {}, pre_tokenizer),
+        find_family(checkpoint).gguf_arch + (expert_groups.ARCHITECTURE_SUFFIX if layout.members else ""),
+        partial(_add_keys, checkpoint, model_tensors, layout, stored, metadata or {}, pre_tokenizer),
         outgoing,
         description="packing",
         progress=progress,
     )
 
 
-def metadata_bytes(checkpoint: Checkpoint, pre_tokenizer: str | None = None) -> int:
+def metadata_bytes(checkpoint: Checkpoint, pre_tokenizer: str | None = None, groups: int = 1) -> int:
     """Upper bound of what a text model's file holds besides weights: keys, tokenizer, tensor names and padding.
+
+    Args:
+        groups: that the experts of a layer are stored in, at most.
 
     Raises:
         InputError: the checkpoint cannot be used.
     """
     tensors = text_tensors(checkpoint)
     f32 = dict.fromkeys((tensor.name for tensor in tensors), QUANT_TYPES["F32"])
-    add_keys = partial(_add_keys, checkpoint, tensors, f32, {}, pre_tokenizer)
-    keys = header_bytes(
-        find_family(checkpoint).gguf_arch, add_keys, [(tensor.name, tensor.shape) for tensor in tensors]
-    )
-    return keys + _IMATRIX_KEYS_BYTES
+    add_keys = partial(_add_keys, checkpoint, tensors, stored_tensors(tensors, {}), f32, {}, pre_tokenizer)
+    infos = [(tensor.name, tensor.shape) for tensor in tensors]
+    if groups > 1:
+        experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
+        infos += [(group_name(tensor.name, number), tensor.shape) for tensor in experts for number in range(1, groups)]
+        infos += [(map_name(layer), (1, 1)) for layer in sorted({tensor.layer or 0 for tensor in experts})]
+    keys = header_bytes(find_family(checkpoint).gguf_arch, add_keys, infos)
+    return keys + _FURTHER_KEYS_BYTES
 
 
-_IMATRIX_KEYS_BYTES = 1024
-"""Room for the keys that name the importance matrix and its data sets."""
+_FURTHER_KEYS_BYTES = 1024
+"""Room for the keys that name the importance matrix and its data sets, and for those of expert groups."""
 
 
 def _add_keys(
     checkpoint: Checkpoint,
     tensors: Sequence[SourceTensor],
+    layout: StoredTensors,
     stored: Mapping[str, QuantType],
     metadata: Metadata,
     pre_tokenizer: str | None,
@@ -104,18 +120,19 @@ def _add_keys(
 ) -> None:
     vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
     add_general_keys(writer, checkpoint, tensors, kind="model")
-    writer.add_file_type(file_type(main_expert_type(tensors, stored)))
+    writer.add_file_type(file_type(main_expert_type(layout.tensors, stored)))
+    if layout.members:
+        writer.add_uint32(expert_groups.VERSION_KEY, expert_groups.VERSION)
     add_metadata(writer, find_family(checkpoint).text_metadata(checkpoint))
     add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer)
     add_metadata(writer, metadata)
 
 
-def stored_types(tensors: Sequence[SourceTensor], types: Mapping[str, QuantType]) -> dict[str, QuantType]:
-    """The type of every tensor of the file: the plan's, and F32 for what must stay.
+def checked_types(tensors: Sequence[SourceTensor], types: Mapping[str, QuantType]) -> dict[str, QuantType]:
+    """The type of every tensor of the model: the plan's, and F32 for what must stay.
 
     Raises:
-        InputError: the plan leaves out a matrix, names an unknown tensor, changes one that must stay F32, or gives a
-            tensor a type whose blocks do not fit its rows.
+        InputError: the plan leaves out a matrix, names an unknown tensor, or changes one that must stay F32.
     """
     unknown = types.keys() - {tensor.name for tensor in tensors}
     if unknown:
@@ -129,13 +146,18 @@ def stored_types(tensors: Sequence[SourceTensor], types: Mapping[str, QuantType]
             raise InputError(f"the plan has no type for {tensor.name}; make a new plan")
         if keep and quant_type != f32:
             raise InputError(f"the plan gives {tensor.name} type {quant_type.name}, but it must stay F32")
+        stored[tensor.name] = quant_type
+    return stored
+
+
+def _check_fit(tensors: Sequence[SourceTensor], stored: Mapping[str, QuantType]) -> None:
+    for tensor in tensors:
+        quant_type = stored[tensor.name]
         if not quant_type.fits(tensor.row_width):
             raise InputError(
                 f"the plan gives {tensor.name} type {quant_type.name}, whose blocks of {quant_type.block_size} do not "
                 f"fit rows of {tensor.row_width} weights; choose a type with smaller blocks"
             )
-        stored[tensor.name] = quant_type
-    return stored
 
 
 def _check_importance(
@@ -164,6 +186,8 @@ def _packed(
     packing: Packing,
     threads: int,
 ) -> Iterator[np.ndarray]:
+    if tensor.role is Role.INDEX:
+        return iter([tensor.read(0)])
     if tensor.role is Role.KEEP:
         return iter([finite(checkpoint, tensor, as_float32(tensor.read(0)))])
     return packed_experts(tensor, quant_type, importance, threads, packing)

@@ -12,6 +12,7 @@ from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.artifacts import file_fingerprint, fingerprint, samples_fingerprint
 from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError, UsageError
 from mode_gguf.importance.choice import chosen_imatrix
 from mode_gguf.pipeline.exporting import model_path, projector_path, reference_fits, run_export, run_reference
 from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl, warnings_of_calibration
@@ -39,7 +40,8 @@ def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
     """
     chosen_imatrix(options.imatrix, options.preset.method)
     tensors = text_tensors(checkpoint)
-    overhead = overhead_bytes(checkpoint, options.budget, options.pre_tokenizer)
+    groups = len(options.types.expert) if options.granularity == "expert" else 1
+    overhead = overhead_bytes(checkpoint, options.budget, options.pre_tokenizer, groups)
     _, reach = settled_types(tensors, options.types, options.budget, options.preset, overhead)
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     n_weights = sum(tensor.n_weights for tensor in tensors)
@@ -64,6 +66,8 @@ def convert(
     Raises:
         ModeGgufError: whatever the stages raise; what earlier stages wrote stays and is reused next time.
     """
+    if options.refine and options.granularity == "expert":
+        raise UsageError("--refine improves a type per tensor; leave it out with --granularity expert")
     estimate(checkpoint, folder, options)
     ledger = StageLedger(folder)
     method = options.preset.method
@@ -110,6 +114,7 @@ def convert(
         {role.value: floor.name for role, floor in options.types.floors.items()},
         options.pre_tokenizer,
         rounding,
+        options.granularity,
         (options.refine, options.measured_samples) if options.refine or options.preset.unit_kl else None,
     )
     if not ledger.is_current("plan", planned):
@@ -135,6 +140,7 @@ def convert(
                     options.budget,
                     options.preset,
                     options.types,
+                    granularity=options.granularity,
                     rounding=rounding,
                     pre_tokenizer=options.pre_tokenizer,
                 )
@@ -188,6 +194,53 @@ def convert(
         size_bytes=model.stat().st_size,
         seconds=dict(ledger.seconds),
     )
+
+
+def merge(
+    checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress = silent
+) -> tuple[Path, Path]:
+    """From a plan with a type per expert to a file that stock llama.cpp loads: one type per tensor in as many bytes.
+
+    Types are chosen again from the folder's measurements and packed again from the checkpoint; plan.json is then the
+    new plan. Budget, signals, packing and rounding are those of the plan.
+
+    Args:
+        options: candidates, calibration samples (those of `calibrate`), projector and threads are taken from it.
+
+    Returns:
+        Paths of the text model and the projector.
+
+    Raises:
+        UsageError: the plan has no experts of different types.
+        InputError: the plan was not made for a budget, or the measurements are missing.
+    """
+    plan = Plan.load(folder.plan)
+    if not plan.has_expert_groups:
+        raise UsageError(f"{folder.plan}: all experts of a tensor have one type already; there is nothing to merge")
+    if plan.budget is None or plan.signals is None:
+        raise InputError(f"{folder.plan}: was not made for a budget; make a plan with `mode-gguf plan`")
+    merged = run_plan(
+        checkpoint,
+        folder,
+        plan.budget,
+        plan.signals,
+        options.types,
+        rounding=plan.rounding,
+        pre_tokenizer=options.pre_tokenizer,
+    )
+    if merged.rounding == "feedback":
+        run_rounding(checkpoint, folder, merged, options.calibration, threads=options.threads, progress=progress)
+    paths = run_export(
+        checkpoint,
+        folder,
+        merged,
+        projector_type=options.projector_type,
+        pre_tokenizer=options.pre_tokenizer,
+        threads=options.threads,
+        progress=progress,
+    )
+    forget_rounded(folder)
+    return paths
 
 
 def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:

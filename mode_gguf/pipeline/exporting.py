@@ -92,6 +92,7 @@ def export_text(
         checkpoint,
         plan.types,
         read_imatrix(packed_with) if with_imatrix else None,
+        experts=plan.experts,
         packing=plan.packing,
         packed=packed_sources(checkpoint, folder, plan, imatrix) if (rounding or plan.rounding) == "feedback" else None,
         metadata=imatrix_keys(packed_with) if with_imatrix else None,
@@ -120,7 +121,7 @@ def model_path(folder: WorkFolder, plan: Plan) -> Path:
     if plan.budget is None:
         return folder.path / f"{folder.name}-{plan.main_type}.gguf"
     bpw = plan.budget.value if plan.budget.kind == "bpw" else plan.bpw
-    return folder.path / model_file_name(folder.name, bpw, plan.main_type)
+    return folder.path / model_file_name(folder.name, bpw, plan.main_type, groups=plan.has_expert_groups)
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:

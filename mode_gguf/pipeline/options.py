@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mode_gguf.allocation.budget import Budget, Reach
 from mode_gguf.allocation.presets import PRESETS, Preset
-from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes
+from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes, Granularity
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 
@@ -42,6 +42,7 @@ class ConvertOptions:
     budget: Budget
     calibration: CalibrationOptions = CalibrationOptions()
     preset: Preset = PRESETS["mode"]
+    granularity: Granularity = "tensor"
     refine: int = 0
     measured_samples: int = DEFAULT_MEASURED_SAMPLES
     imatrix: ImatrixKind | None = None

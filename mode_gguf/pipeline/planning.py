@@ -11,9 +11,9 @@ from mode_gguf.allocation.costs import ExpertUse, Measurements, expert_frequency
 from mode_gguf.allocation.frontier import Frontier, frontier
 from mode_gguf.allocation.granularity import GranularityReport, GranularityRow
 from mode_gguf.allocation.plan import Plan, Provenance, RefinementTrial
-from mode_gguf.allocation.planner import Problem, optimal_plan, plan_of, settled_types, uniform_plan
+from mode_gguf.allocation.planner import Problem, expert_plan, optimal_plan, plan_of, settled_types, uniform_plan
 from mode_gguf.allocation.presets import Preset
-from mode_gguf.allocation.units import CandidateTypes
+from mode_gguf.allocation.units import CandidateTypes, Granularity
 from mode_gguf.architectures import text_tensors
 from mode_gguf.artifacts import file_fingerprint, write_text
 from mode_gguf.checkpoint import Checkpoint
@@ -42,12 +42,14 @@ def run_plan(
     preset: Preset,
     types: CandidateTypes,
     *,
+    granularity: Granularity = "tensor",
     rounding: Rounding = "nearest",
     pre_tokenizer: str | None = None,
 ) -> Plan:
     """Write plan.json and tensor-types.txt for a budget.
 
     Args:
+        granularity: what shares a type; stock llama.cpp cannot load a file with a type per expert.
         rounding: that the file will have; the measurements, which are to nearest, are corrected for it.
 
     Raises:
@@ -55,8 +57,11 @@ def run_plan(
         InputError: the measurements are missing or belong to another model.
         UsageError: they were made for another preset.
     """
-    problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer, rounding)
-    plan = optimal_plan(problem, made_from, budget, packing)
+    problem, made_from, packing = planning_problem(
+        checkpoint, folder, budget, preset, types, pre_tokenizer, rounding, granularity
+    )
+    make = expert_plan if granularity == "expert" else optimal_plan
+    plan = make(problem, made_from, budget, packing)
     return save_plan(folder, plan.model_copy(update={"rounding": rounding}))
 
 
@@ -68,13 +73,14 @@ def planning_problem(
     types: CandidateTypes,
     pre_tokenizer: str | None = None,
     rounding: Rounding = "nearest",
+    granularity: Granularity = "tensor",
 ) -> tuple[Problem, Provenance, Packing]:
     """What a plan for this budget is chosen from, what that was made from, and how candidates were packed.
 
     Raises like `run_plan`.
     """
     tensors = text_tensors(checkpoint)
-    overhead = overhead_bytes(checkpoint, budget, pre_tokenizer)
+    overhead = overhead_bytes(checkpoint, budget, pre_tokenizer, len(types.expert) if granularity == "expert" else 1)
     settled_types(tensors, types, budget, preset, overhead)
     measured, preset, table = _measurements(checkpoint, folder, preset)
     if rounding == "feedback":
@@ -220,9 +226,12 @@ def make_uniform_plan(
 
 
 def save_plan(folder: WorkFolder, plan: Plan) -> Plan:
-    """Write plan.json, and tensor-types.txt for llama-quantize."""
+    """Write plan.json, and tensor-types.txt for llama-quantize where it can do the same."""
     plan.save(folder.plan)
-    write_text(folder.tensor_types, tensor_types_text(plan.types))
+    if plan.has_expert_groups:
+        folder.tensor_types.unlink(missing_ok=True)
+    else:
+        write_text(folder.tensor_types, tensor_types_text(plan.stored_types))
     return plan
 
 
@@ -249,9 +258,9 @@ def with_unit_kl(
     return shared_out(measured, table), replace(preset, costs=replace(preset.costs, combination="sensitivity"))
 
 
-def overhead_bytes(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None) -> int:
+def overhead_bytes(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None, groups: int = 1) -> int:
     """Bytes of the file that a budget of its size must leave for metadata; not asked for by other budgets."""
-    return metadata_bytes(checkpoint, pre_tokenizer) if budget.kind == "size" else 0
+    return metadata_bytes(checkpoint, pre_tokenizer, groups) if budget.kind == "size" else 0
 
 
 def _measurements(

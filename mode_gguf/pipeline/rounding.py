@@ -11,6 +11,7 @@ import numpy as np
 from mode_gguf import __version__
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.artifacts import Record, file_fingerprint, fingerprint, read_record, write_text
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import MissingResourceError
@@ -19,6 +20,7 @@ from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.pipeline.measuring import calibration_samples, check_same_model
 from mode_gguf.pipeline.options import CalibrationOptions
 from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.expert_groups import stored_tensors
 from mode_gguf.rounding.spill import RoundedTensors, is_rounded, part_of
 from mode_gguf.workfolder import WorkFolder
 
@@ -88,13 +90,14 @@ def run_rounding(
         weights = dict(measured.weights)
     settings = RoundingSettings(
         types=plan.types,
+        experts=plan.experts,
         importance=read_imatrix(folder.imatrix_of(kind)),
         packing=plan.packing,
         token_weights=weights,
         threads=threads or os.cpu_count() or 1,
     )
     round_tensors(open_streamed(checkpoint, options.device), inputs, settings, rounded, progress)
-    chosen = [tensor for tensor in text_tensors(checkpoint) if is_rounded(tensor, plan.types)]
+    chosen = _rounded_tensors(checkpoint, plan)
     nearest = [rounded.nearest(part) for part in dict.fromkeys(map(part_of, chosen))]
     report = RoundingReport(
         matrices={tensor.name: tensor.n_experts for tensor in chosen},
@@ -122,7 +125,7 @@ def rounded_tensors(
             raise MissingResourceError(f"{source}: not there; `mode-gguf {stage}` writes it")
     key = fingerprint(
         checkpoint.fingerprint,
-        [(tensor.name, tensor.type) for tensor in plan.tensors],
+        [(tensor.name, tensor.experts or tensor.type) for tensor in plan.tensors],
         plan.packing,
         [file_fingerprint(source) for source in sources],
         __version__,
@@ -139,10 +142,16 @@ def packed_sources(
         MissingResourceError: some of them are not there.
     """
     rounded = rounded_tensors(checkpoint, folder, plan, imatrix)
-    chosen = [tensor for tensor in text_tensors(checkpoint) if is_rounded(tensor, plan.types)]
+    chosen = _rounded_tensors(checkpoint, plan)
     for part in dict.fromkeys(map(part_of, chosen)):
         rounded.check(part)
     return {tensor.name: partial(rounded.matrices, part_of(tensor), tensor.name) for tensor in chosen}
+
+
+def _rounded_tensors(checkpoint: Checkpoint, plan: Plan) -> list[SourceTensor]:
+    """The tensors of the plan's file that are rounded with feedback."""
+    stored, types = stored_tensors(text_tensors(checkpoint), plan.experts), plan.stored_types
+    return [tensor for tensor in stored.tensors if is_rounded(tensor, types)]
 
 
 def forget_rounded(folder: WorkFolder) -> None:

@@ -34,7 +34,7 @@ def run_validation(
         reference,
         mmproj,
         load_held_out(held_out) if held_out else None,
-        planned=plan.types if plan else None,
+        planned=plan.stored_types if plan else None,
         tools=find_llama_cpp(llama_cpp),
         reference_folder=reference_folder,
         progress=progress,

@@ -77,6 +77,10 @@ QUANT_TYPES: dict[str, QuantType] = {
 }
 
 
+INDEX = QuantType("I32", 1, 4, Packer.NUMPY)
+"""Of tensors that hold numbers of experts; not in the table, because no weight is stored in it."""
+
+
 def quant_type(name: str) -> QuantType:
     """The type called `name`, in any letter case.
 

@@ -6,7 +6,7 @@ the moments are formed expert by expert. Dense matrices add theirs up sample by 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mode_gguf.calibration.watch import ExpertsCall, Pass
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.expert_groups import ExpertTypes, stored_tensors, stored_types
 from mode_gguf.quantization.packer import matrix_name, pack_by_rows, read_matrix
 from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
@@ -36,6 +37,7 @@ class RoundingSettings:
 
     Attributes:
         types: of all tensors, by GGUF name; those without feedback are left to the export.
+        experts: types of single experts, where they differ within a tensor.
         importance: what the grids are searched with, as for packing to nearest.
         packing: how.
         token_weights: what tokens count, float32 (N,), see `TokenWeights`; empty for all alike.
@@ -46,6 +48,7 @@ class RoundingSettings:
     importance: Importance
     packing: Packing
     token_weights: Mapping[str, np.ndarray]
+    experts: ExpertTypes = field(default_factory=dict)
     threads: int = 1
 
 
@@ -87,7 +90,10 @@ class _Work:
         rounded: RoundedTensors,
     ) -> None:
         self._streamed, self._settings, self._rounded = streamed, settings, rounded
-        chosen = [tensor for tensor in streamed.tensors if is_rounded(tensor, settings.types)]
+        self._stored = stored_tensors(streamed.tensors, settings.experts)
+        self._types = stored_types(settings.types, settings.experts)
+        self._importance = self._stored.rows_of(settings.importance)
+        chosen = [tensor for tensor in self._stored.tensors if is_rounded(tensor, self._types)]
         self._tensors = {
             part: tensors
             for part in dict.fromkeys(map(part_of, chosen))
@@ -119,7 +125,7 @@ class _Work:
         for part in self._parts_after(layer):
             packed: dict[str, np.ndarray] = {}
             nearest: dict[str, int] = {}
-            experts = {tensor.projection: tensor for tensor in self._tensors[part] if tensor.role is Role.EXPERT}
+            experts = [tensor for tensor in self._tensors[part] if tensor.role is Role.EXPERT]
             for tensor in self._tensors[part]:
                 if tensor.role is not Role.EXPERT:
                     feedback = _feedback(self._moments.pop(tensor.name))
@@ -147,19 +153,23 @@ class _Work:
     def _round_experts(
         self,
         module: Any,
-        experts: Mapping[str | None, SourceTensor],
+        experts: Sequence[SourceTensor],
         packed: dict[str, np.ndarray],
         nearest: dict[str, int],
     ) -> None:
         """Round the experts of one layer, one after the other."""
         device = self._streamed.device
+        places: dict[int, list[tuple[SourceTensor, int]]] = {}
+        for tensor in experts:
+            for place, expert in enumerate(self._stored.experts_of(tensor)):
+                places.setdefault(expert, []).append((tensor, place))
         inputs = torch.cat([call.input for call, _ in self._routed])
         index = torch.cat([call.index for call, _ in self._routed])
         routing = torch.cat([call.weight for call, _ in self._routed]).float()
         at_block = torch.cat([weights for _, weights in self._routed]).to(device)
         shared = Moments(inputs.shape[1], device)
         shared.add(inputs, at_block)
-        for expert in range(module.num_experts):
+        for expert, matrices in sorted(places.items()):
             token, slot = torch.where(index == expert)
             # With weights at the block's output, an error at an expert's counts by its squared share in it.
             weight = at_block[token]
@@ -173,19 +183,19 @@ class _Work:
             after.add(hidden, weight)
             feedback = {"down": _feedback(after, damping=DOWN_DAMPING)}
             feedback["gate"] = feedback["up"] = _feedback(before, shared)
-            for projection, tensor in experts.items():
-                chosen = feedback[str(projection)]
+            for tensor, place in matrices:
+                chosen = feedback[str(tensor.projection)]
                 nearest[tensor.name] = nearest.get(tensor.name, 0) + int(chosen is None)
-                matrix = self._pack(tensor, expert, chosen)
+                matrix = self._pack(tensor, place, chosen)
                 if tensor.name not in packed:
                     packed[tensor.name] = np.empty((tensor.n_experts, *matrix.shape), np.uint8)
-                packed[tensor.name][expert] = matrix
+                packed[tensor.name][place] = matrix
 
     def _pack(self, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
-        importance = self._settings.importance.get(tensor.name)
+        importance = self._importance.get(tensor.name)
         return pack_by_rows(
             read_matrix(tensor, index),
-            self._settings.types[tensor.name],
+            self._types[tensor.name],
             None if importance is None else importance[index],
             name=matrix_name(tensor, index),
             packing=self._settings.packing,

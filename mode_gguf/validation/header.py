@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mode_gguf.errors import InputError
-from mode_gguf.quantization.types import bits_per_weight
+from mode_gguf.quantization.types import INDEX
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -70,12 +70,13 @@ class GgufHeader:
 
     @property
     def n_weights(self) -> int:
-        return sum(tensor.n_weights for tensor in self.tensors.values())
+        """Of the model; integers that say where experts are stored are none."""
+        return sum(tensor.n_weights for tensor in self.tensors.values() if tensor.type != INDEX.name)
 
     @property
     def bpw(self) -> float:
         """All bits of all tensors over all weights."""
-        return bits_per_weight(self.tensors.values())
+        return 8 * sum(tensor.size_bytes for tensor in self.tensors.values()) / self.n_weights
 
 
 def read_header(path: Path) -> GgufHeader:

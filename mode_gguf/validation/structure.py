@@ -13,7 +13,7 @@ from mode_gguf.validation.header import GgufHeader, TensorInfo, read_header
 
 MAX_SHOWN: Final = 16
 """Metadata arrays longer than this (vocabularies) are described by their length."""
-_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_exps\.weight")
+_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down|gate_up)_exps(\.\d+)?\.weight")
 
 
 def check_structure(path: Path, planned: Mapping[str, QuantType] | None = None) -> GgufHeader:

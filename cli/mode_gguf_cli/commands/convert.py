@@ -38,6 +38,9 @@ def command(
     use_all: options.Equality = None,
     dense: options.DenseOption = None,
     unit_kl: options.UnitKlOption = False,
+    granularity: Annotated[
+        options.GranularityName, typer.Option(help=options.GRANULARITY_HELP)
+    ] = options.GranularityName.TENSOR,
     refine: options.Refine = 0,
     measured_samples: options.MeasuredSamples = options.DEFAULT_MEASURED_SAMPLES,
     imatrix: options.ImatrixOption = None,
@@ -88,6 +91,7 @@ def command(
             seed,
             unit_kl,
         ),
+        granularity=granularity.value,
         refine=refine,
         measured_samples=measured_samples,
         imatrix=imatrix.value if imatrix else None,

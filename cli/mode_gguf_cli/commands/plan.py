@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from mode_gguf.allocation.granularity import GranularityReport
 
 
-class Granularity(StrEnum):
-    """What shares one type."""
+class Compared(StrEnum):
+    """What shares one type, or both ways beside each other."""
 
     TENSOR = "tensor"
     EXPERT = "expert"
+    COMPARE = "compare"
 
 
 def command(
@@ -39,11 +40,9 @@ def command(
     unit_kl: options.UnitKlOption = False,
     refine: options.Refine = 0,
     granularity: Annotated[
-        Granularity,
-        typer.Option(
-            help="tensor: as stock llama.cpp loads it; expert: measure also what a type per expert would be worth."
-        ),
-    ] = Granularity.TENSOR,
+        Compared,
+        typer.Option(help=options.GRANULARITY_HELP + " compare: plan per tensor, and measure what either is worth."),
+    ] = Compared.TENSOR,
     measured_samples: options.MeasuredSamples = options.DEFAULT_MEASURED_SAMPLES,
     calibration: options.Calibration = None,
     image_samples: options.ImageSamples = 128,
@@ -114,9 +113,9 @@ def command(
         )
         budget = options.budget_of(bpw, size, expert_bpw)
         samples = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
-        if granularity is Granularity.EXPERT:
-            if refine:
-                raise UsageError("--refine improves a type per tensor; leave it out with --granularity expert")
+        if refine and granularity is not Compared.TENSOR:
+            raise UsageError("--refine improves a type per tensor; leave it out with --granularity " + granularity)
+        if granularity is Compared.COMPARE:
             report = pipeline.run_granularity(
                 checkpoint,
                 folder,
@@ -151,14 +150,16 @@ def command(
                 budget,
                 chosen,
                 candidates,
+                granularity="expert" if granularity is Compared.EXPERT else "tensor",
                 rounding=rounding.value,
                 pre_tokenizer=pre_tokenizer,
             )
+    types_file = None if made.has_expert_groups else folder.tensor_types
     if json:
         emit_json(
             {
                 "plan": str(folder.plan),
-                "tensor_types": str(folder.tensor_types),
+                "tensor_types": str(types_file) if types_file else None,
                 "bpw": made.bpw,
                 "experts_bpw": made.experts_bpw,
                 "size_bytes": made.size_bytes,
@@ -169,7 +170,10 @@ def command(
         )
         return
     show(f"plan          {folder.plan}")
-    show(f"tensor types  {folder.tensor_types}")
+    if types_file:
+        show(f"tensor types  {types_file}")
+    else:
+        show("              experts of a layer differ in type: the file will need mode-gguf's build of llama.cpp")
     show(f"bpw           {made.bpw:.4f} (experts {made.experts_bpw:.4f})")
     if made.solver:
         show(f"cost          {made.solver.objective:.6g}, proven to {made.solver.gap:.1e}")

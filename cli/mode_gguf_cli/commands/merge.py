@@ -1,0 +1,59 @@
+"""mode-gguf merge: from a type per expert to a type per tensor."""
+
+from mode_gguf_cli import options
+from mode_gguf_cli.console import emit_json, progress, show
+
+
+def command(
+    model: options.Model,
+    out: options.Out = None,
+    types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
+    dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
+    floor: options.Floors = None,
+    calibration: options.Calibration = None,
+    image_samples: options.ImageSamples = 128,
+    text_samples: options.TextSamples = 128,
+    device: options.DeviceOption = options.Device.AUTO,
+    seed: options.Seed = 0,
+    mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
+    threads: options.Threads = None,
+    pre_tokenizer: options.PreTokenizer = None,
+    json: options.Json = False,
+) -> None:
+    """Turn a plan with a type per expert into a file for stock llama.cpp: a type per tensor, the same budget.
+
+    Types are chosen again from what was measured in the work folder, and MODEL's weights are packed again. Give the
+    calibration options that `calibrate` had. The file with a type per expert stays.
+    """
+    from mode_gguf import pipeline
+    from mode_gguf.allocation.plan import Plan
+
+    checkpoint, folder = pipeline.open_model(model, out)
+    before = Plan.load(folder.plan)
+    chosen = pipeline.ConvertOptions(
+        budget=before.budget or options.budget_of(None, None, None),
+        calibration=pipeline.CalibrationOptions(
+            calibration, image_samples, text_samples, device=device.value, seed=seed
+        ),
+        types=options.candidate_types(types, dense_types, floor or ()),
+        projector_type=mmproj_type.value,
+        pre_tokenizer=pre_tokenizer,
+        threads=threads,
+    )
+    text, mmproj = pipeline.merge(checkpoint, folder, chosen, progress())
+    after = Plan.load(folder.plan)
+    if json:
+        emit_json(
+            {
+                "model": str(text),
+                "mmproj": str(mmproj),
+                "bpw": after.bpw,
+                "size_bytes": text.stat().st_size,
+                "predicted_cost": [plan.solver.objective if plan.solver else None for plan in (before, after)],
+            }
+        )
+        return
+    show(f"model    {text}  ({after.bpw:.3f} bpw, {text.stat().st_size / 1e6:,.1f} MB)")
+    show(f"mmproj   {mmproj}")
+    if before.solver and after.solver:
+        show(f"cost     {before.solver.objective:.6g} with a type per expert, {after.solver.objective:.6g} now")
