@@ -10,7 +10,7 @@ from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 Granularity: TypeAlias = Literal["tensor", "expert"]
-"""What shares a type: all experts of a layer's projection, as stock llama.cpp loads them, or an expert's projections."""
+"""What shares a type: all experts of a layer's projection, as stock llama.cpp loads it, or an expert's projections."""
 
 FALLBACK = QUANT_TYPES["Q8_0"]
 """Takes over where no candidate can store a tensor: 32 weights is the smallest block there is."""

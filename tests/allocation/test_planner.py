@@ -11,14 +11,16 @@ import pytest
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.costs import ExpertUse, Measurements
 from mode_gguf.allocation.plan import Plan, Provenance
-from mode_gguf.allocation.planner import UNDERSHOOT, Problem, optimal_plan, uniform_plan
+from mode_gguf.allocation.planner import UNDERSHOOT, Problem, expert_plan, optimal_plan, uniform_plan
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError, InputError
+from mode_gguf.quantization.expert_groups import stored_tensors
 from mode_gguf.quantization.types import QUANT_TYPES
 
 E, LAYERS = 4, 6
+F32 = QUANT_TYPES["F32"]
 EXPERT_TYPES, DENSE_TYPES = ("Q2_K", "Q3_K", "Q4_K"), ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 TYPES = CandidateTypes(
     tuple(QUANT_TYPES[name] for name in EXPERT_TYPES), tuple(QUANT_TYPES[name] for name in DENSE_TYPES)
@@ -129,6 +131,35 @@ def test_a_type_per_expert_predicts_no_more_than_a_type_per_tensor() -> None:
     assert plan.expert_granularity is not None
     assert {len(types) for types in plan.expert_granularity.types.values()} == {E}
     assert set(plan.expert_granularity.types) == {str(layer) for layer in range(LAYERS)}
+
+
+@pytest.mark.parametrize("expert_width", [256, 704])
+def test_a_plan_with_a_type_per_expert(tmp_path: Path, expert_width: int) -> None:
+    tensors = model(expert_width)
+    budget = Budget(value=3.3 if expert_width == 256 else 6.0)
+    problem = Problem.of(tensors, measurements(tensors), budget=budget, types=TYPES, preset=PRESETS["mode"])
+    plan, by_tensor = expert_plan(problem, MADE_FROM, budget), optimal_plan(problem, MADE_FROM, budget)
+    assert budget.value * (1 - UNDERSHOOT) <= plan.bpw <= budget.value
+    assert plan.solver is not None
+    assert by_tensor.solver is not None
+    assert plan.solver.objective < by_tensor.solver.objective
+    by_name = {t.name: t for t in tensors}
+    stored = stored_tensors(tensors, plan.experts).tensors
+    assert plan.size_bytes == sum(
+        tensor_bytes(t, {**dict.fromkeys(by_name, F32), **plan.stored_types}[t.name]) for t in stored
+    )
+    assert plan.has_expert_groups
+    assert {len(types) for types in plan.experts.values()} == {E}
+    assert set(plan.experts) == {t.name for t in tensors if t.role is Role.EXPERT}
+    for layer in range(LAYERS):
+        gate, down = (plan.experts[f"blk.{layer}.ffn_{projection}_exps.weight"] for projection in ("gate", "down"))
+        assert down == (gate if expert_width == 256 else (QUANT_TYPES["Q8_0"],) * E)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    path.write_text(path.read_text().replace('"Q4_K"', '"Q9_K"'))
+    with pytest.raises(InputError, match="unknown type 'Q9_K'"):
+        Plan.load(path)
 
 
 def test_out_of_reach_names_the_range_and_the_reason() -> None:

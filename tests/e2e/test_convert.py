@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf import LlamaFileType
 
@@ -11,6 +12,8 @@ from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import file_fingerprint
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import EXACT
+from mode_gguf.validation.llama_cpp import LlamaModel
+from mode_gguf.validation.structure import check_structure
 from tests.pico import write_pico_qwen3vlmoe
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
@@ -123,13 +126,44 @@ def test_a_plan_is_refined_by_what_is_measured(pico: Path, out: Path, run: Run) 
 
 
 def test_what_a_type_per_expert_would_be_worth(pico: Path, out: Path, run: Run) -> None:
-    arguments = ("--bpw", "4.0", "--out", out, "--granularity", "expert", "--measured-samples", "2", *SMALL)
+    arguments = ("--bpw", "4.0", "--out", out, "--granularity", "compare", "--measured-samples", "2", *SMALL)
     report = json.loads(run("plan", pico, *arguments, "--json"))
     by_tensor, by_expert = report["rows"]
     assert by_expert["predicted"] < by_tensor["predicted"]
     assert abs(by_expert["size_bytes"] / by_tensor["size_bytes"] - 1) < 0.01
     assert all(kl > 0 for row in report["rows"] for kl in row["kl"])
     assert "type per expert" in run("plan", pico, *arguments)
+
+
+def test_a_type_per_expert_and_back(pico: Path, tmp_path: Path, run: Run) -> None:
+    arguments = ("convert", pico, "--out", tmp_path, "--json", "--no-validate", "--size", "2400KiB", *SMALL)
+    result = json.loads(run(*arguments, "--granularity", "expert"))
+    plan, model = Plan.load(tmp_path / "plan.json"), Path(result["model"])
+    assert plan.has_expert_groups
+    assert model.name.endswith("K_MODE_GROUPS.gguf")
+    assert 0.97 * 2400 * 1024 <= model.stat().st_size <= 2400 * 1024
+    assert not (tmp_path / "tensor-types.txt").exists(), "stock llama-quantize cannot make this file"
+    check_structure(model, plan.stored_types)
+    facts = json.loads(run("inspect", model, "--json"))
+    assert facts["experts_bpw"] == pytest.approx(plan.experts_bpw)
+    assert facts["bpw"] == pytest.approx(plan.bpw)
+    assert set(json.loads(run(*arguments, "--granularity", "expert"))["seconds"].values()) == {0.0}
+    assert "--refine improves a type per tensor" in run(*arguments, "--granularity", "expert", "--refine", "1", code=2)
+
+    merged = json.loads(run("merge", pico, "--out", tmp_path, "--json", *SMALL))
+    by_expert, by_tensor = merged["predicted_cost"]
+    assert plan.solver is not None
+    assert by_expert == plan.solver.objective
+    merged_plan = Plan.load(tmp_path / "plan.json")
+    assert merged_plan.solver is not None
+    assert by_tensor == merged_plan.solver.objective > 0
+    assert Path(merged["model"]).stat().st_size <= 2400 * 1024
+    assert model.exists()
+    with LlamaModel(Path(merged["model"])) as loaded:
+        assert np.isfinite(loaded.text_logits(loaded.tokenize("The sea is"))).all()
+    assert "nothing to merge" in run("merge", pico, "--out", tmp_path, *SMALL, code=2)
+    usual = json.loads(run(*arguments))
+    assert Path(usual["model"]).read_bytes() == Path(merged["model"]).read_bytes()
 
 
 def test_convert_with_measured_units(pico: Path, tmp_path: Path, run: Run) -> None:

@@ -8,9 +8,12 @@ from gguf import GGUFReader
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.errors import InputError
+from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.export.text_model import write_text_model
+from mode_gguf.quantization.expert_groups import group_name
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.validation.header import read_header
+from mode_gguf.validation.llama_cpp import LlamaModel
 from tests.pico import write_pico_qwen3vlmoe
 
 EXPERTS = "blk.0.ffn_down_exps.weight"
@@ -61,6 +64,38 @@ def test_types_and_importance_reach_the_packer(pico: Path, tmp_path: Path) -> No
         assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
         data.append(tensors[EXPERTS].data)
     assert (data[0][2] != data[1][2]).any()
+
+
+def test_experts_with_types_of_their_own(pico: Path, tmp_path: Path) -> None:
+    """Every expert has the bytes it has in a file of its type; keys say what the file is, and stock refuses it."""
+    checkpoint = Checkpoint.open(pico)
+    whole = [tensor for tensor in text_tensors(checkpoint) if tensor.role is Role.EXPERT and tensor.layer == 0]
+    names = ("Q3_K", "Q2_K", "Q3_K", "Q4_K")
+    experts = {tensor.name: [QUANT_TYPES[name] for name in names] for tensor in whole}
+    importance = {EXPERTS: np.random.default_rng(0).random((4, 512), np.float32)}
+    path = tmp_path / "groups.gguf"
+    write_text_model(path, checkpoint, all_in(checkpoint, "Q8_0"), importance, experts=experts, threads=2)
+    header = read_header(path)
+    assert header.metadata["general.architecture"] == "qwen3vlmoe+expert_groups"
+    assert header.metadata["expert_groups.version"] == 1
+    assert header.metadata["qwen3vlmoe.expert_count"] == 4
+    assert header.n_weights == sum(tensor.n_weights for tensor in text_tensors(checkpoint))
+    grouped = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    places = grouped["blk.0.ffn_exps_map.weight"]
+    assert places.data.tolist() == [[0, -1, 1, -1], [-1, 0, -1, -1], [-1, -1, -1, 0]]
+    assert "blk.1.ffn_exps_map.weight" not in grouped
+    for name in set(names):
+        types = all_in(checkpoint, "Q8_0") | {tensor.name: QUANT_TYPES[name] for tensor in whole}
+        write_text_model(tmp_path / name, checkpoint, types, importance)
+        uniform = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / name).tensors}
+        for tensor in whole:
+            group = ("Q3_K", "Q2_K", "Q4_K").index(name)
+            found = grouped[group_name(tensor.name, group)]
+            assert found.tensor_type.name == name
+            members = [expert for expert, own in enumerate(names) if own == name]
+            np.testing.assert_array_equal(found.data, uniform[tensor.name][members])
+    with pytest.raises(ValidationError, match=r"unknown model architecture: 'qwen3vlmoe\+expert_groups'"):
+        LlamaModel(path)
 
 
 class TestRefusals:

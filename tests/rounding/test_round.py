@@ -18,9 +18,10 @@ from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.importance.imatrix import Importance
+from mode_gguf.quantization.expert_groups import group_name
 from mode_gguf.quantization.packer import pack_by_rows, packed_experts, read_matrix
 from mode_gguf.quantization.packing import DEFAULT_PACKING
-from mode_gguf.quantization.types import QuantType
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.rounding.moments import DAMPING, DOWN_DAMPING, feedback_of, with_shared
 from mode_gguf.rounding.round import RoundingSettings, round_tensors
 from mode_gguf.rounding.spill import OUTSIDE, RoundedTensors, is_rounded, part_of
@@ -148,6 +149,33 @@ def test_experts(
         else:
             h = with_shared(moments_of(x, weight), moments_of(whole.seen["x"], torch.from_numpy(at_block)))
         assert_nearly_equal(found, expected(tensor, expert, h, types, importance, damping))
+
+
+def test_experts_with_types_of_their_own_are_rounded_as_in_tensors_of_one(
+    checkpoint: Checkpoint,
+    inputs: list[ModelInputs],
+    rounding: RoundingSettings,
+    rounded: RoundedTensors,
+    tmp_path: Path,
+) -> None:
+    """Half of the experts in the types of `rounded`, the others in Q3_K throughout, layer by layer."""
+    whole = [tensor for tensor in text_tensors(checkpoint) if tensor.role is Role.EXPERT]
+    usual = rounding.types
+    experts = {
+        tensor.name: [usual[tensor.name] if e % 2 else QUANT_TYPES["Q3_K"] for e in range(tensor.n_experts)]
+        for tensor in whole
+    }
+    grouped, uniform = (RoundedTensors(tmp_path / name, "key") for name in ("grouped", "uniform"))
+    round_tensors(open_streamed(checkpoint, "cpu"), inputs, replace(rounding, experts=experts), grouped)
+    all_q3 = {**usual, **{tensor.name: QUANT_TYPES["Q3_K"] for tensor in whole}}
+    round_tensors(open_streamed(checkpoint, "cpu"), inputs, replace(rounding, types=all_q3), uniform)
+    for tensor in whole:
+        part = part_of(tensor)
+        for group, source in enumerate((uniform, rounded)):
+            found = list(grouped.matrices(part, group_name(tensor.name, group)))
+            wanted = list(source.matrices(part, tensor.name))[group::2]
+            assert len(found) == len(wanted) == tensor.n_experts // 2
+            np.testing.assert_array_equal(np.stack(found), np.stack(wanted))
 
 
 def test_parts_hold_exactly_what_has_feedback(
