@@ -15,6 +15,8 @@ from mode_gguf_cli.commands import (
     inspect,
     plan,
     round,
+    run,
+    runtime,
     sensitivity,
     unit_kl,
     validate,
@@ -32,8 +34,9 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
-for module in (convert, calibrate, sensitivity, unit_kl, frontier, plan, round, export, validate, inspect, doctor):
+for module in (convert, calibrate, sensitivity, unit_kl, frontier, plan, round, export, validate, inspect, run, doctor):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
+app.add_typer(runtime.app, name="runtime")
 
 
 def main() -> None:
