@@ -28,7 +28,8 @@ STAGE_MAY_IMPORT = {
     "progress": set(),
     "quantization": FOUNDATION | {"llama_cpp_library"},
     "rounding": FOUNDATION | {"quantization", "calibration", "importance"},
-    "validation": FOUNDATION | {"llama_cpp_library", "quantization"},
+    "runtime": {"artifacts", "errors", "llama_cpp_library", "progress"},
+    "validation": FOUNDATION | {"llama_cpp_library", "quantization", "runtime"},
     "workfolder": FOUNDATION,
 }
 HEAVY_ONLY_IN = {

@@ -16,6 +16,8 @@ from mode_gguf_cli.commands import (
     merge,
     plan,
     round,
+    run,
+    runtime,
     sensitivity,
     unit_kl,
     validate,
@@ -45,9 +47,11 @@ for module in (
     merge,
     validate,
     inspect,
+    run,
     doctor,
 ):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
+app.add_typer(runtime.app, name="runtime")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from mode_gguf.allocation.plan import Plan
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.types import Packer, types_packed_by
+from mode_gguf.runtime.installed import HOW_TO_BUILD, find_runtime
 from mode_gguf.validation.c_api import library_version
 from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.report import ValidationReport
@@ -45,16 +46,18 @@ def run_validation(
 
 
 def environment(llama_cpp: Path | None = None) -> dict[str, object]:
-    """What computes, packs and validates here: torch's device, who packs which types, and the llama.cpp found."""
+    """What computes, packs and validates here: torch's device, who packs which types, and every llama.cpp found."""
     from mode_gguf.calibration.streaming import choose_device
 
     tools = find_llama_cpp(llama_cpp)
+    runtime = find_runtime()
     return {
         "device": str(choose_device("auto")),
         "cores": os.cpu_count(),
         **{f"packed by {packer}": ", ".join(types_packed_by(packer)) for packer in Packer},
         "libggml": libggml.status(),
         "embedded llama.cpp": library_version(),
+        "type per expert": f"{runtime.version} in {runtime.bin}" if runtime else f"no runtime; {HOW_TO_BUILD}",
         "llama.cpp": tools.version or ("of unknown version" if tools.programs else "none found"),
         **{name: str(path) for name, path in tools.programs.items()},
     }

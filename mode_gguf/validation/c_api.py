@@ -1,14 +1,18 @@
-"""llama.cpp's C API, declared for ctypes, out of the shared object that the `xllamacpp` package carries.
+"""llama.cpp's C API, declared for ctypes: of the shared object in the `xllamacpp` package, and of builds of our own.
 
 Declared here is only what `llama_cpp.py` calls. Structures are written field by field as in `llama.h` and `mtmd.h` of
-build `OLDEST_BUILD`; parameters travel by value, so a field too many or too few would corrupt memory silently. Hence
-the check before first use: the library's own default parameters, read through these declarations, must come out as
-documented, field by field. `reserve` at their ends is room for fields that a newer build may append.
+build `OLDEST_BUILD`, and of the release that `mode-gguf runtime build` builds, where they differ; parameters travel by
+value, so a field too many or too few would corrupt memory silently. Hence the check before first use: the library's own
+default parameters, read through these declarations, must come out as documented, field by field. `reserve` at their
+ends is room for fields that a newer build may append.
+
+Both libraries may be loaded in one process; neither sees the other's symbols (RTLD_LOCAL, the default of ctypes).
 """
 
 import ctypes
 import importlib.metadata
 import logging
+import sys
 from collections import deque
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
@@ -18,6 +22,7 @@ from typing import Any, ClassVar, Final
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.llama_cpp_library import embedded_library
 from mode_gguf.quantization.libggml import load_library
+from mode_gguf.runtime.release import B11434
 
 OLDEST_BUILD: Final = 11549
 """First llama.cpp build whose structures read as declared here; newer ones are accepted if their defaults agree."""
@@ -217,6 +222,15 @@ class InputText(Structure):
     ]
 
 
+class ContextParams11434(Structure):
+    """`struct llama_context_params` of b11434: `ContextParams` without its field `moe_cache_size`."""
+
+    _fields_: ClassVar = [field for field in ContextParams._fields_ if field[0] != "moe_cache_size"]
+    defaults: ClassVar[dict[str, Any]] = {
+        name: value for name, value in ContextParams.defaults.items() if name != "moe_cache_size"
+    }
+
+
 _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -264,6 +278,13 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
 }
 
+_OF_B11434: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llama_context_default_params": (ContextParams11434, ()),
+    "llama_init_from_model": (c_void_p, (c_void_p, ContextParams11434)),
+}
+"""Functions that take or give a structure which that release lays out differently."""
+
+_SUFFIX: Final = ".dylib" if sys.platform == "darwin" else ".so"
 _LOG_WARNING, _LOG_ERROR = 3, 4
 
 _complaints: deque[str] = deque(maxlen=8)
@@ -319,7 +340,7 @@ def library_path() -> Path:
 
 @cache
 def library() -> ctypes.CDLL:
-    """llama.cpp, loaded once, declared, checked and silenced.
+    """The embedded llama.cpp, loaded once, declared, checked and silenced.
 
     Raises:
         MissingResourceError: no `xllamacpp`, one too old, or one whose structures differ from those declared here.
@@ -331,15 +352,32 @@ def library() -> ctypes.CDLL:
             f"{_WAY_OUT}"
         )
     lib = load_library(library_path(), _FUNCTIONS, _WAY_OUT)
-    _check_defaults("llama_model_params", lib.llama_model_default_params(), build)
-    _check_defaults("llama_context_params", lib.llama_context_default_params(), build)
-    mtmd = lib.mtmd_context_params_default()
-    _check_defaults("mtmd_context_params", mtmd, build)
-    if mtmd.media_marker != lib.mtmd_default_marker():
-        raise _changed("mtmd_context_params", "media_marker", build)
-    lib.llama_log_set(_log, None)
-    lib.mtmd_helper_log_set(_log, None)
-    lib.llama_backend_init()
+    _prepare(
+        lib,
+        f"llama.cpp build {build} in xllamacpp",
+        f"from build {OLDEST_BUILD}, for which this version of mode-gguf was written; install that one with: "
+        f"pip install 'xllamacpp==2026.10.{OLDEST_BUILD}'",
+    )
+    return lib
+
+
+@cache
+def runtime_library(folder: Path) -> ctypes.CDLL:
+    """llama.cpp as `mode-gguf runtime build` built it, loaded once, declared, checked and silenced.
+
+    Its functions are in libllama and libmtmd; a symbol that is asked of the latter is looked for in what it was linked
+    with, too.
+
+    Args:
+        folder: with its shared libraries, which find each other by their own RPATH.
+
+    Raises:
+        MissingResourceError: they are not there, cannot be loaded, or have other structures than declared here.
+    """
+    way_out = "build it again with: mode-gguf runtime build --rebuild"
+    functions = {**_FUNCTIONS, **_OF_B11434}
+    lib = load_library(folder / f"libmtmd{_SUFFIX}", functions, way_out)
+    _prepare(lib, f"llama.cpp in {folder}", f"from {B11434.name}; {way_out}")
     return lib
 
 
@@ -348,15 +386,29 @@ def library_version() -> str:
     return f"llama.cpp b{library_build()} (xllamacpp {importlib.metadata.version('xllamacpp')})"
 
 
-def _check_defaults(struct: str, params: ModelParams | ContextParams | MtmdParams, build: int) -> None:
-    for field, expected in params.defaults.items():
-        if getattr(params, field) != expected:
-            raise _changed(struct, field, build)
+def _prepare(lib: ctypes.CDLL, name: str, expected: str) -> None:
+    """Check the layout of structures, then silence and start the library; the two texts are for errors.
 
-
-def _changed(struct: str, field: str, build: int) -> MissingResourceError:
-    return MissingResourceError(
-        f"llama.cpp build {build} in xllamacpp lays out {struct} differently (at {field}) from build {OLDEST_BUILD}, "
-        f"for which this version of mode-gguf was written; install that one with: "
-        f"pip install 'xllamacpp==2026.10.{OLDEST_BUILD}'"
-    )
+    Raises:
+        MissingResourceError: a default parameter does not come out as documented.
+    """
+    mtmd = lib.mtmd_context_params_default()
+    params = {
+        "llama_model_params": lib.llama_model_default_params(),
+        "llama_context_params": lib.llama_context_default_params(),
+        "mtmd_context_params": mtmd,
+    }
+    wrong = [
+        (struct, field)
+        for struct, value in params.items()
+        for field, default in value.defaults.items()
+        if getattr(value, field) != default
+    ]
+    if mtmd.media_marker != lib.mtmd_default_marker():
+        wrong.append(("mtmd_context_params", "media_marker"))
+    if wrong:
+        struct, field = wrong[0]
+        raise MissingResourceError(f"{name} lays out {struct} differently (at {field}) {expected}")
+    lib.llama_log_set(_log, None)
+    lib.mtmd_helper_log_set(_log, None)
+    lib.llama_backend_init()

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.validation import c_api
 from mode_gguf.validation.chat import ChatTemplate
+from mode_gguf.validation.engines import Engine, engine_for
 from mode_gguf.validation.header import read_header
 
 ImageInput: TypeAlias = Path | bytes | Image.Image
@@ -43,10 +44,11 @@ class LlamaModel:
         n_gpu_layers: as llama.cpp's `-ngl`; negative means all. Nothing happens without a GPU build.
         exact: KV cache in F32, no flash attention, no repacked weights: for comparisons with other implementations.
             Otherwise llama.cpp's defaults, which is what users run.
+        engine: the llama.cpp that runs it; by default the one that `text_gguf` needs.
 
     Raises:
         InputError: a file is missing or is not GGUF.
-        MissingResourceError: no usable llama.cpp.
+        MissingResourceError: no usable llama.cpp, or `text_gguf` has one type per expert and our own build is missing.
         ValidationError: llama.cpp refuses a file; the message says which and llama.cpp's reason.
     """
 
@@ -59,12 +61,13 @@ class LlamaModel:
         threads: int | None = None,
         n_gpu_layers: int = 0,
         exact: bool = False,
+        engine: Engine | None = None,
     ) -> None:
         self.text_gguf = text_gguf
         self.mmproj = mmproj
         for path in filter(None, (text_gguf, mmproj)):
             read_header(path)
-        self._lib = c_api.library()
+        self._lib = (engine or engine_for(text_gguf)).library()
         self._model = self._context = self._mtmd = None
         threads = threads or _usable_cores()
         try:

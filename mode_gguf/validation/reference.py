@@ -6,7 +6,7 @@ where it was, and another candidate needs no reference model at all.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -16,6 +16,7 @@ from mode_gguf.artifacts import fingerprint, read_arrays, read_metadata, write_a
 from mode_gguf.errors import InputError
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.divergence import log_softmax
+from mode_gguf.validation.engines import Engine, engine_for
 from mode_gguf.validation.header import read_header
 from mode_gguf.validation.llama_cpp import LlamaModel, Logits
 from mode_gguf.validation.questions import HeldOut, Question
@@ -35,7 +36,7 @@ raised to that floor. What this adds to a KL divergence is below 1e-7 nats."""
 class Settings:
     """How models are run; the same for the reference and its candidates.
 
-    `context`, `threads`, `n_gpu_layers` and `exact` are as in `LlamaModel`.
+    `context`, `threads`, `n_gpu_layers`, `exact` and `engine` are as in `LlamaModel`.
     """
 
     context: int = 4096
@@ -44,6 +45,7 @@ class Settings:
     exact: bool = False
     max_text_tokens: int = MAX_TEXT_TOKENS
     max_answer_tokens: int = MAX_ANSWER_TOKENS
+    engine: Engine | None = None
 
     def open(self, model: Path, mmproj: Path | None) -> LlamaModel:
         return LlamaModel(
@@ -53,6 +55,7 @@ class Settings:
             threads=self.threads,
             n_gpu_layers=self.n_gpu_layers,
             exact=self.exact,
+            engine=self.engine,
         )
 
 
@@ -137,14 +140,17 @@ def measure_reference(
     """Distributions of the reference at every scored position, and its greedy answers; kept in `folder`.
 
     A question's given answer is what is scored; one without an answer is scored on the reference's own greedy answer.
-    Files of an earlier run are used again if they were made from the same model, sample and settings.
+    Files of an earlier run are used again if they were made from the same model, sample and settings, by the same
+    version of the engine.
 
     Raises:
         InputError: the reference cannot be used, or a sample does not fit the context.
         ValidationError: llama.cpp fails at the reference.
     """
     identity = [_identity(path) for path in (model_path, mmproj) if path]
-    options = {key: value for key, value in asdict(settings).items() if key != "threads"}
+    engine = settings.engine or engine_for(model_path)
+    options = {key: value for key, value in asdict(settings).items() if key not in ("threads", "engine")}
+    options["engine"] = engine.version
     samples: list[str | Question] = [*held_out.texts, *held_out.questions]
     paths = []
     with ExitStack() as stack, progress.step("reference", len(samples)) as advance:
@@ -154,7 +160,7 @@ def measure_reference(
             made_from = fingerprint(identity, options, sample if isinstance(sample, str) else _contents(sample))
             if not _is_current(path, made_from):
                 if model is None:
-                    model = stack.enter_context(settings.open(model_path, mmproj))
+                    model = stack.enter_context(replace(settings, engine=engine).open(model_path, mmproj))
                 measured = _measure(model, sample, settings)
                 arrays = {"tokens": np.asarray(measured.tokens, np.int32), **_packed(measured.log_probs)}
                 write_arrays(path, arrays, {"made_from": made_from, "answer": measured.answer})

@@ -14,10 +14,11 @@ from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp_library import SUBFOLDERS, named_folder
 from mode_gguf.validation.c_api import library_version
 
-TOOLS: Final = ("llama-server", "llama-mtmd-cli", "llama-quantize", "llama-perplexity")
+TOOLS: Final = ("llama-server", "llama-mtmd-cli", "llama-quantize", "llama-perplexity", "llama-bench")
 SMOKE_QUESTION: Final = "Describe this picture in one sentence."
 _VERSION = re.compile(r"version: (.+)")
 _VERSION_SECONDS: Final = 20
+_WITHOUT_VERSION: Final = ("llama-quantize", "llama-bench")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,9 @@ def smoke_test(
 
 
 def _version(programs: dict[str, Path]) -> str | None:
-    """What `--version` says; llama-quantize does not know the option."""
+    """What `--version` says; not all programs know the option."""
     for name, path in programs.items():
-        if name == "llama-quantize":
+        if name in _WITHOUT_VERSION:
             continue
         try:
             done = subprocess.run(

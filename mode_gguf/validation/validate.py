@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ from mode_gguf import __version__
 from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.validation.c_api import library_version
 from mode_gguf.validation.default_set import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
+from mode_gguf.validation.engines import engine_for
 from mode_gguf.validation.header import GgufHeader, read_header
 from mode_gguf.validation.llama_cpp import LlamaModel, Logits
 from mode_gguf.validation.questions import HeldOut, Question, is_right, wilson_interval
@@ -30,7 +30,7 @@ from mode_gguf.validation.reference import (
     scored_answer,
 )
 from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileFacts, Smoke, ValidationReport
-from mode_gguf.validation.runtimes import LlamaCppTools, smoke_test
+from mode_gguf.validation.runtimes import LlamaCppTools, find_llama_cpp, smoke_test
 from mode_gguf.validation.structure import check_structure, experts_bpw
 
 ALL_KINDS = "all"
@@ -50,19 +50,22 @@ def validate(
 ) -> ValidationReport:
     """Check a file's structure, that it answers in llama.cpp, and how far it is from the reference.
 
+    Both are run in the embedded llama.cpp, or both in our own build where one of them has one type per expert.
+
     Args:
         candidate: the text model.
         reference: the same model in full precision; None leaves out what is measured against it.
         mmproj: the projector of both; without it, questions are left out.
         held_out: samples; by default a small built-in set.
         planned: type of every tensor of the candidate, when it was made from a plan.
-        tools: the user's llama.cpp for the smoke test (`find_llama_cpp`); by default the embedded one.
+        tools: the user's llama.cpp for the smoke test (`find_llama_cpp`); by default the embedded one. A file with one
+            type per expert is tested in our own build.
         settings: how models are run.
         reference_folder: keeps the reference's distributions for the next candidate; by default they are temporary.
 
     Raises:
         InputError: a file or sample cannot be used, or candidate and reference have different vocabularies.
-        MissingResourceError: no usable llama.cpp.
+        MissingResourceError: no usable llama.cpp, or our own build is needed and is not there.
         ValidationError: the candidate is not what was planned, does not load or answer, or computes nonsense.
     """
     held_out = held_out or default_held_out()
@@ -73,10 +76,14 @@ def validate(
     with _timed(seconds, "structure"):
         header = check_structure(candidate, planned)
         mmproj_header = check_structure(mmproj) if mmproj else None
+    engine = settings.engine or engine_for(*filter(None, (candidate, reference)))
+    settings = replace(settings, engine=engine)
     smoke = None
     if mmproj and held_out.questions:
         with _timed(seconds, "smoke"):
             picture = held_out.questions[0].image
+            if engine.folder:
+                tools = find_llama_cpp(engine.folder)
             tools = tools or LlamaCppTools({}, None)
             smoke = smoke_test(candidate, mmproj, picture, tools, threads=settings.threads)
     with ExitStack() as stack:
@@ -89,7 +96,7 @@ def validate(
             text, image, answers = _measure_candidate(_Candidate(model, measured, settings), held_out, progress)
     return ValidationReport(
         tool_version=__version__,
-        runtime=library_version(),
+        runtime=engine.version,
         held_out=held_out.name,
         candidate=_facts(candidate, header),
         mmproj=_facts(mmproj, mmproj_header) if mmproj and mmproj_header else None,
