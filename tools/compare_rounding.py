@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder where calibrate and sensitivity have run")
     parser.add_argument("--calibration", help="as calibrate had it")
+    parser.add_argument("--image-samples", type=int, default=128, help="of the calibration, as calibrate had it")
     parser.add_argument("--samples", type=Path, required=True, help="held-out folder")
     parser.add_argument("--types", nargs="*", default=["Q2_K", "Q3_K", "Q4_K"])
     parser.add_argument("--bpw", nargs="*", default=["2.85", "3.55", "4.6"])
@@ -164,7 +165,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
-    samples = calibration_samples(pipeline.CalibrationOptions(arguments.calibration, device="cpu"))
+    options = pipeline.CalibrationOptions(arguments.calibration, image_samples=arguments.image_samples, device="cpu")
+    samples = calibration_samples(options)
     held_out = [arguments.samples]
     if arguments.on_calibration:
         held_out.append(as_held_out(samples, folder.path / "calibration-as-held-out"))

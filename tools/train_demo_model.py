@@ -34,7 +34,7 @@ from demo_data.export import write_checkpoint
 from demo_data.network import FastForward, Shape, build
 from demo_data.pictures import KINDS
 from demo_data.records import COLOURS, LETTERS, N_EMBLEMS, N_FIRST, SHAPES, SYMBOLS
-from demo_data.sets import write_calibration, write_held_out, write_larger_held_out
+from demo_data.sets import write_calibration, write_held_out, write_larger_calibration, write_larger_held_out
 
 NAME = "Demo-VL-MoE"
 """Of the checkpoint: its folder, and what files made from it are called after."""
@@ -327,6 +327,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--balance", type=float, default=BALANCE, help="weight of the load-balancing loss")
     parser.add_argument("--evaluate", action="store_true", help="only measure the written checkpoint")
     parser.add_argument("--larger-held-out", type=Path, help="only write a larger held-out set to this folder")
+    parser.add_argument("--larger-calibration", type=Path, help="only write a larger calibration set to this folder")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
@@ -339,6 +340,9 @@ def main() -> None:
         return
     if args.larger_held_out:
         write_larger_held_out(knowledge(), args.larger_held_out)
+    if args.larger_calibration:
+        write_larger_calibration(knowledge(), args.larger_calibration)
+    if args.larger_held_out or args.larger_calibration:
         return
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if args.state.exists() and not (args.resume or args.export):

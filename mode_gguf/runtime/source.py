@@ -37,7 +37,8 @@ def copy_source(source: Path, release: Release, tree: Path) -> None:
 
 
 def _unwanted(folder: str, names: Sequence[str]) -> set[str]:
-    return {name for name in names if name == ".git" or Path(folder, name, "CMakeCache.txt").exists()}
+    never = {".git", "node_modules"}
+    return {name for name in names if name in never or Path(folder, name, "CMakeCache.txt").exists()}
 
 
 def download_source(release: Release, scratch: Path, tree: Path, log: Path) -> None:

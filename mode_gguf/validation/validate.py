@@ -70,14 +70,14 @@ def validate(
     """
     held_out = held_out or default_held_out()
     settings = settings or Settings()
+    engine = settings.engine or engine_for(*filter(None, (candidate, reference)))
+    settings = replace(settings, engine=engine)
     if mmproj is None:
         held_out = HeldOut(held_out.name, held_out.texts, ())
     seconds: dict[str, float] = {}
     with _timed(seconds, "structure"):
         header = check_structure(candidate, planned)
         mmproj_header = check_structure(mmproj) if mmproj else None
-    engine = settings.engine or engine_for(*filter(None, (candidate, reference)))
-    settings = replace(settings, engine=engine)
     smoke = None
     if mmproj and held_out.questions:
         with _timed(seconds, "smoke"):
