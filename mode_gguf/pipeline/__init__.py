@@ -32,7 +32,7 @@ from mode_gguf.pipeline.planning import (
     with_unit_kl,
 )
 from mode_gguf.pipeline.rounding import run_rounding
-from mode_gguf.pipeline.validating import environment, run_validation
+from mode_gguf.pipeline.validating import environment, run_validation, runtime_speed
 
 __all__ = [
     "DEFAULT_MEASURED_SAMPLES",
@@ -62,6 +62,7 @@ __all__ = [
     "run_sensitivity",
     "run_unit_kl",
     "run_validation",
+    "runtime_speed",
     "save_plan",
     "with_unit_kl",
 ]

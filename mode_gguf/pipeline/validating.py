@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
+from mode_gguf.errors import MissingResourceError
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.types import Packer, types_packed_by
+from mode_gguf.runtime.bench import bench
 from mode_gguf.runtime.installed import HOW_TO_BUILD, find_runtime
 from mode_gguf.validation.c_api import library_version
 from mode_gguf.validation.questions import load_held_out
@@ -61,3 +63,22 @@ def environment(llama_cpp: Path | None = None) -> dict[str, object]:
         "llama.cpp": tools.version or ("of unknown version" if tools.programs else "none found"),
         **{name: str(path) for name, path in tools.programs.items()},
     }
+
+
+def runtime_speed(progress: Progress = silent) -> dict[str, str]:
+    """What a type per expert costs in speed here, in words, by the way of computing.
+
+    Raises:
+        MissingResourceError: our own build is not there, or cannot measure.
+    """
+    runtime = find_runtime()
+    if runtime is None:
+        raise MissingResourceError(f"--bench-runtime measures llama.cpp with expert groups; {HOW_TO_BUILD}")
+    speeds = bench(runtime, progress)
+    base = speeds["one type"]
+    facts = {}
+    for way, speed in speeds.items():
+        ratio = f" ({speed.prompt / base.prompt:.2f} and {speed.generation / base.generation:.2f} of one type's)"
+        numbers = f"{speed.prompt:.0f} tokens of a prompt and {speed.generation:.0f} of an answer per second"
+        facts["speed, " + way] = numbers + (ratio if speed is not base else "")
+    return facts

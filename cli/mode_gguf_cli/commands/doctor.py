@@ -2,9 +2,12 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, show
+from mode_gguf_cli.console import emit_json, progress, show
 
 PACKAGES = (
     "gguf",
@@ -20,14 +23,25 @@ PACKAGES = (
 )
 
 
-def command(llama_cpp: options.LlamaCpp = None, json: options.Json = False) -> None:
+def command(
+    llama_cpp: options.LlamaCpp = None,
+    bench_runtime: Annotated[
+        bool,
+        typer.Option(
+            "--bench-runtime", help="Measure what a type per expert costs in speed here, in the build of `runtime`."
+        ),
+    ] = False,
+    json: options.Json = False,
+) -> None:
     """Show versions, the compute device, and which llama.cpp would be used to validate."""
     from mode_gguf import __version__
-    from mode_gguf.pipeline import environment
+    from mode_gguf.pipeline import environment, runtime_speed
 
     facts: dict[str, object] = {"mode-gguf": __version__, "python": platform.python_version()}
     facts |= {name: _installed(name) for name in PACKAGES}
     facts |= environment(llama_cpp)
+    if bench_runtime:
+        facts |= runtime_speed(progress())
     if json:
         emit_json(facts)
         return

@@ -1,0 +1,50 @@
+"""The drawn model that speed is measured on, and the measurement in the real build."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, dequantize
+
+from mode_gguf.errors import MissingResourceError
+from mode_gguf.runtime.bench import EXPERTS, GROUPS, HIDDEN, LAYERS, WIDTH, bench, write_drawn_model
+from mode_gguf.runtime.installed import BuildRecord, Runtime
+
+BUILT = BuildRecord(llama_cpp="b11434", patch="0123456789ab", backend="cpu", options=(), compiler="GNU", built="now")
+
+
+@pytest.mark.parametrize("types", [GROUPS, GROUPS[1:2]])
+def test_drawn_model(tmp_path: Path, types: tuple[str, ...]) -> None:
+    write_drawn_model(tmp_path / "drawn.gguf", types)
+    reader = GGUFReader(tmp_path / "drawn.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for layer in range(LAYERS):
+        names = [f"blk.{layer}.ffn_down_exps{f'.{g}' * (g > 0)}.weight" for g in range(len(types))]
+        assert [tensors[name].tensor_type.name for name in names] == list(types)
+        assert sum(len(tensors[name].data) for name in names) == EXPERTS
+        for name in names:
+            weights = dequantize(tensors[name].data, tensors[name].tensor_type)
+            assert weights.shape[1:] == (HIDDEN, WIDTH)
+            assert 1e-5 < np.abs(weights).max() < 0.1
+        if len(types) == 1:
+            assert f"blk.{layer}.ffn_exps_map.weight" not in tensors
+            continue
+        numbers = tensors[f"blk.{layer}.ffn_exps_map.weight"].data
+        assert ((numbers >= 0).sum(axis=0) == 1).all()
+        assert [sorted(row[row >= 0]) for row in numbers] == [list(range(len(tensors[name].data))) for name in names]
+
+
+def test_no_program(tmp_path: Path) -> None:
+    with pytest.raises(MissingResourceError, match=r"llama-bench: cannot measure .*runtime build --rebuild"):
+        bench(Runtime(tmp_path, BUILT))
+
+
+@pytest.mark.runtime
+def test_bench() -> None:
+    folder = os.environ.get("MODE_GGUF_PATCHED_BUILD")
+    if not folder:
+        pytest.skip("MODE_GGUF_PATCHED_BUILD names no folder with a build of llama.cpp")
+    speeds = bench(Runtime(Path(folder).parent, BUILT))
+    assert list(speeds) == ["one type", "skip", "mask"]
+    assert all(speed.prompt > speed.generation > 0 for speed in speeds.values())
