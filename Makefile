@@ -3,13 +3,21 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-long demo check clean
+.PHONY: test test-long test-runtime demo check clean
 
 test: check
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not runtime"
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -m long
+
+# Builds llama.cpp twice, as it is and with our patch, unless that has been done, and compares them.
+test-runtime: $(VENV)/.installed
+	$(BIN)/mode-gguf runtime build --stock
+	$(BIN)/mode-gguf runtime build
+	MODE_GGUF_STOCK_BUILD="$$($(BIN)/mode-gguf runtime path --stock)" \
+	MODE_GGUF_PATCHED_BUILD="$$($(BIN)/mode-gguf runtime path)" \
+	$(BIN)/python -m pytest -m runtime
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out demo-output
