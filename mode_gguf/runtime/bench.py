@@ -57,7 +57,7 @@ def bench(runtime: Runtime, progress: Progress = silent) -> dict[str, Speed]:
         write_drawn_model(grouped, GROUPS)
         for _ in range(ROUNDS):  # round by round, so that other work on the machine meets all alike
             for way, speeds in measured.items():
-                speeds.append(_measure(runtime, ordinary if way == "one type" else grouped, way))
+                speeds.append(_measure(runtime, ordinary) if way == "one type" else _measure(runtime, grouped, way))
                 advance(1)
     return {
         way: Speed(
@@ -67,21 +67,25 @@ def bench(runtime: Runtime, progress: Progress = silent) -> dict[str, Speed]:
     }
 
 
-def _measure(runtime: Runtime, model: Path, way: str) -> Speed:
+def _measure(runtime: Runtime, model: Path, way: str | None = None) -> Speed:
     command = [str(runtime.bin / "llama-bench"), "-m", str(model), "-p", "256", "-n", "32", "-r", "1", "-o", "json"]
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, "LLAMA_EXPERT_GROUPS": way},
+            env={**os.environ, **({"LLAMA_EXPERT_GROUPS": way} if way else {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_SECONDS,
-            check=True,
+            check=False,
         )
-    except (OSError, subprocess.SubprocessError) as error:
+        said = done.stderr.decode("utf-8", "replace").split("\n")
+        failure = f"exit code {done.returncode}: {' / '.join(said[-4:-1])}" if done.returncode else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failure = str(error)
+    if failure:
         raise MissingResourceError(
-            f"{command[0]}: cannot measure ({error}); build it again with: mode-gguf runtime build --rebuild"
-        ) from error
+            f"{command[0]} cannot measure: {failure}; build it again with: mode-gguf runtime build --rebuild"
+        )
     speeds = {"prompt" if row["n_prompt"] else "generation": row["avg_ts"] for row in json.loads(done.stdout)}
     return Speed(**speeds)
 
@@ -127,7 +131,7 @@ def write_drawn_model(path: Path, types: Sequence[str], seed: int = 0) -> None:
         for name, width in (("attn", HIDDEN), ("ffn", HIDDEN), ("attn_q", HEAD_DIM), ("attn_k", HEAD_DIM)):
             dense(f"{block}.{name}_norm", width)
         dense(f"{block}.ffn_gate_inp", EXPERTS, HIDDEN)
-        groups = np.array_split(rng.permutation(EXPERTS), len(types))
+        groups = [np.sort(members) for members in np.array_split(rng.permutation(EXPERTS), len(types))]
         for projection, rows, columns in (("gate", WIDTH, HIDDEN), ("up", WIDTH, HIDDEN), ("down", HIDDEN, WIDTH)):
             for group, (name, members) in enumerate(zip(types, groups, strict=True)):
                 stem = f"{block}.ffn_{projection}_exps" + (f".{group}" if group else "")

@@ -3,8 +3,10 @@
 import os
 import shutil
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from mode_gguf.artifacts import write_json
 from mode_gguf.errors import InputError
@@ -13,6 +15,9 @@ from mode_gguf.runtime.cmake import compile_targets, configure, find_tools, opti
 from mode_gguf.runtime.installed import RECORD, BuildRecord, Runtime, cache_folder
 from mode_gguf.runtime.release import Variant
 from mode_gguf.runtime.source import apply_patch, check_source, copy_source, download_source
+
+_SCRATCH: Final = ".building-"
+_A_DAY: Final = 24 * 3600
 
 
 def build_runtime(
@@ -34,10 +39,11 @@ def build_runtime(
         check_source(source, variant.release)
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(cache)
     log = cache / f"{variant.name}.log"
     log.unlink(missing_ok=True)
     # In the cache itself, so that what is finished can be renamed into its place.
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=cache, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=cache, ignore_cleanup_errors=True) as name:
         scratch = Path(name)
         tree, build, staged = scratch / "source", scratch / "build", scratch / "installed"
         with progress.step("llama.cpp's source", 1) as advance:
@@ -67,6 +73,13 @@ def build_runtime(
         staged.rename(folder)
     log.unlink(missing_ok=True)
     return Runtime(folder, record)
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove scratch folders of builds that were killed; one younger than a day may still be at work."""
+    for path in cache.glob(f"{_SCRATCH}*"):
+        if time.time() - path.stat().st_mtime > _A_DAY:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _collect(built: Path, to: Path, targets: tuple[str, ...]) -> None:

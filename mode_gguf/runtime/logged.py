@@ -58,6 +58,7 @@ def _end_group(process: subprocess.Popen[str]) -> None:
     """End a program and its children: compilers would go on for minutes otherwise."""
     if hasattr(os, "killpg"):
         os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGCONT)  # should it be stopped, it would not end before it goes on
     else:
         process.terminate()
 

@@ -35,8 +35,13 @@ def test_drawn_model(tmp_path: Path, types: tuple[str, ...]) -> None:
         assert [sorted(row[row >= 0]) for row in numbers] == [list(range(len(tensors[name].data))) for name in names]
 
 
-def test_no_program(tmp_path: Path) -> None:
-    with pytest.raises(MissingResourceError, match=r"llama-bench: cannot measure .*runtime build --rebuild"):
+def test_no_usable_program(tmp_path: Path) -> None:
+    with pytest.raises(MissingResourceError, match=r"llama-bench cannot measure: .*runtime build --rebuild"):
+        bench(Runtime(tmp_path, BUILT))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "llama-bench").write_text("#!/bin/sh\necho no device >&2\nexit 3\n")
+    (tmp_path / "bin" / "llama-bench").chmod(0o755)
+    with pytest.raises(MissingResourceError, match=r"llama-bench cannot measure: exit code 3: no device; .* --rebuild"):
         bench(Runtime(tmp_path, BUILT))
 
 

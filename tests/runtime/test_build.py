@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,9 @@ class Watching:
 def test_build(variant: Variant, checkout: Path, cache: Path, tmp_path: Path) -> None:
     before = contents(checkout)
     assert installed(variant) is None
+    for name, age in ((".building-killed", 100_000), (".building-now", 0)):
+        (cache / name / "source").mkdir(parents=True)
+        os.utime(cache / name, (time.time() - age,) * 2)
     progress = Watching()
     runtime = build_runtime(variant, checkout, jobs=1, progress=progress)
     assert contents(checkout) == before
@@ -135,7 +139,7 @@ def test_build(variant: Variant, checkout: Path, cache: Path, tmp_path: Path) ->
     assert answer_of(runtime) == f"patched, version: 7 (expert-groups-{variant.patch_digest})"
     assert not (runtime.bin / "unwanted").exists()
     assert progress.steps == {"llama.cpp's source": 1, "compiling llama.cpp, percent": 100}
-    assert [path.name for path in cache.iterdir()] == [variant.name]
+    assert sorted(path.name for path in cache.iterdir()) == [".building-now", variant.name]
     record = json.loads((runtime.folder / RECORD).read_text())
     assert record["llama_cpp"] == "b7"
     assert record["patch"] == variant.patch_digest

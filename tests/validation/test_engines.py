@@ -17,7 +17,6 @@ from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE
 from mode_gguf.runtime.installed import RECORD, BuildRecord, Runtime, cache_folder
 from mode_gguf.runtime.release import Variant
 from mode_gguf.validation import c_api, engines, reference
-from mode_gguf.validation.divergence import compare
 from mode_gguf.validation.engines import Engine, engine_for
 from mode_gguf.validation.header import read_header
 from mode_gguf.validation.launch import command_line
@@ -25,7 +24,7 @@ from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.questions import HeldOut, Question, load_held_out
 from mode_gguf.validation.reference import ScoredSample, Settings, measure_reference
 from mode_gguf.validation.validate import validate
-from tests.runtime.grouped_files import random_groups, write_dequantized, write_grouped
+from tests.runtime.grouped_files import Groups, random_groups, write_dequantized, write_grouped
 from tests.validation.conftest import Files
 
 PATCHED_BUILD = "MODE_GGUF_PATCHED_BUILD"
@@ -164,61 +163,64 @@ def patched() -> Iterator[Runtime]:
 
 
 @pytest.fixture(scope="module")
-def grouped(full: Files, small: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A file with experts in Q2_K and F32 side by side, and the ordinary file of the same weights."""
-    folder = tmp_path_factory.mktemp("grouped")
+def group_of(full: Files) -> Groups:
+    """Every expert of every layer in one of two groups, by chance."""
     header = read_header(full.text)
     experts = {int(name.split(".")[1]): info.shape[0] for name, info in header.tensors.items() if "ffn_up_exps" in name}
-    groups = random_groups(list(experts), next(iter(experts.values())), 2, seed=3)
-    sources = [small.text, full.text]
-    return (
-        write_grouped(folder / "grouped.gguf", sources, groups),
-        write_dequantized(folder / "plain.gguf", sources, groups),
-    )
+    return random_groups(list(experts), next(iter(experts.values())), 2, seed=3)
 
 
 @pytest.mark.runtime
 def test_same_logits_in_both_engines(
-    patched: Runtime, grouped: tuple[Path, Path], full: Files, settings: Settings, picture: Image.Image
+    patched: Runtime, group_of: Groups, full: Files, settings: Settings, picture: Image.Image, tmp_path: Path
 ) -> None:
-    """One process, both libraries at once: text, and an answer about a picture."""
+    """One process, both libraries at once, the same weights in groups and not: text, and an answer about a picture."""
     exact = replace(settings, exact=True)
-    with exact.open(grouped[0], full.mmproj) as ours, exact.open(grouped[1], full.mmproj) as embedded:
+    grouped = write_grouped(tmp_path / "grouped.gguf", [full.text, full.text], group_of)
+    with exact.open(grouped, full.mmproj) as ours, exact.open(full.text, full.mmproj) as embedded:
         assert ours._lib is not embedded._lib
         tokens = ours.tokenize("The quick brown fox jumps over the lazy dog.")
         assert tokens == embedded.tokenize("The quick brown fox jumps over the lazy dog.")
         prompt = ours.chat_template.question("What is this?", ours.image_marker)
+        assert prompt == embedded.chat_template.question("What is this?", embedded.image_marker)
         for rows, expected in (
             (ours.text_logits(tokens), embedded.text_logits(tokens)),
             (ours.logits(prompt, tokens, picture), embedded.logits(prompt, tokens, picture)),
         ):
-            assert np.abs(expected).max() > 0.1
-            scores = compare(expected, rows, tokens[: len(rows)])
-            # Activations are rounded to 8 bits for Q2_K, and not for F32.
-            assert scores.kl.max() < 1e-3
+            np.testing.assert_allclose(rows, expected, atol=1e-3 * np.abs(expected).max())
 
 
 @pytest.mark.runtime
 def test_validate_in_our_build(
-    patched: Runtime, grouped: tuple[Path, Path], full: Files, held_out_folder: Path, settings: Settings, tmp_path: Path
+    patched: Runtime,
+    group_of: Groups,
+    full: Files,
+    small: Files,
+    held_out_folder: Path,
+    settings: Settings,
+    tmp_path: Path,
 ) -> None:
+    """Experts in Q2_K and F32 side by side, and the ordinary file of the same weights in the embedded llama.cpp."""
+    sources = [small.text, full.text]
+    grouped = write_grouped(tmp_path / "grouped.gguf", sources, group_of)
+    ordinary = write_dequantized(tmp_path / "ordinary.gguf", sources, group_of)
     held_out = load_held_out(held_out_folder)
     report = validate(
-        grouped[0], full.text, full.mmproj, held_out, settings=settings, reference_folder=tmp_path / "reference"
+        grouped, full.text, full.mmproj, held_out, settings=settings, reference_folder=tmp_path / "reference"
     )
     assert report.runtime == patched.version
     assert report.smoke is not None
     assert str(patched.bin) in report.smoke.runtime
-    small_kl = validate(grouped[1], full.text, full.mmproj, held_out, settings=settings)
-    for ours, embedded in ((report.text, small_kl.text), (report.image, small_kl.image)):
+    expected = validate(ordinary, full.text, full.mmproj, held_out, settings=settings)
+    for ours, embedded in ((report.text, expected.text), (report.image, expected.image)):
         assert ours is not None
         assert embedded is not None
         assert ours.kl_mean == pytest.approx(embedded.kl_mean, rel=0.2)
 
 
 @pytest.mark.runtime
-def test_moved_build(patched: Runtime, grouped: tuple[Path, Path], tmp_path: Path) -> None:
+def test_moved_build(patched: Runtime, full: Files, tmp_path: Path) -> None:
     """Libraries find each other wherever the folder is."""
     shutil.copytree(patched.bin, tmp_path / "moved", symlinks=True)
-    with LlamaModel(grouped[0], threads=1, engine=Engine("moved", tmp_path / "moved")) as model:
+    with LlamaModel(full.text, threads=1, engine=Engine("moved", tmp_path / "moved")) as model:
         assert np.isfinite(model.text_logits([1, 2, 3])).all()
