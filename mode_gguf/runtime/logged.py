@@ -67,5 +67,7 @@ def reason(log: Path) -> str:
     """The line of `log` that most likely says what went wrong: its first error after the last command, else its end."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n$ ")[-1].splitlines()[1:]
     lines = [line.strip() for line in lines if line.strip()]
-    errors = (line for line in lines if "error:" in line.lower() or "CMake Error" in line)
-    return next(errors, lines[-1] if lines else "no message")
+    for number, line in enumerate(lines):
+        if "error:" in line.lower() or "CMake Error" in line:
+            return " ".join(lines[number : number + 2]) if line.endswith(":") else line
+    return lines[-1] if lines else "no message"

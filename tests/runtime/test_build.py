@@ -441,5 +441,7 @@ def test_reasons(tmp_path: Path) -> None:
     assert reason(log) == "b"
     assert run_logged(["sh", "-c", "echo 'x.cpp:1: error: c'; echo stopped; exit 3"], log) == 3
     assert reason(log) == "x.cpp:1: error: c"
+    assert run_logged(["sh", "-c", "echo CMake Error at x:; echo; echo '  no GPU'; exit 1"], log) == 1
+    assert reason(log) == "CMake Error at x: no GPU"
     with pytest.raises(MissingResourceError, match="cannot be started"):
         run_logged([str(tmp_path / "absent")], log)
