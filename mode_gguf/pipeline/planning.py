@@ -1,5 +1,6 @@
 """From what was measured to plan.json: plans, refined plans, granularity, frontier."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from mode_gguf.refinement import measure_plans, refine
 from mode_gguf.rounding.gain import with_gain
 from mode_gguf.workfolder import WorkFolder
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from mode_gguf.importance.table import SensitivityTable
     from mode_gguf.importance.unit_table import UnitKl
@@ -49,7 +52,8 @@ def run_plan(
     """Write plan.json and tensor-types.txt for a budget.
 
     Args:
-        granularity: what shares a type; stock llama.cpp cannot load a file with a type per expert.
+        granularity: what shares a type; stock llama.cpp cannot load a file with a type per expert. Where that costs
+            more than a type per tensor, the latter is planned.
         rounding: that the file will have; the measurements, which are to nearest, are corrected for it.
 
     Raises:
@@ -60,8 +64,9 @@ def run_plan(
     problem, made_from, packing = planning_problem(
         checkpoint, folder, budget, preset, types, pre_tokenizer, rounding, granularity
     )
-    make = expert_plan if granularity == "expert" else optimal_plan
-    plan = make(problem, made_from, budget, packing)
+    plan = optimal_plan(problem, made_from, budget, packing)
+    if granularity == "expert":
+        plan = _better(expert_plan(problem, made_from, budget, packing), plan)
     return save_plan(folder, plan.model_copy(update={"rounding": rounding}))
 
 
@@ -256,6 +261,20 @@ def with_unit_kl(
             f"--unit-kl shares out by sensitivity or its product with frequency, not by {preset.costs.combination}"
         )
     return shared_out(measured, table), replace(preset, costs=replace(preset.costs, combination="sensitivity"))
+
+
+def _better(by_expert: Plan, by_tensor: Plan) -> Plan:
+    """The plan with a type per expert, unless it costs more.
+
+    Near the smallest size there is, the projections of an expert, which share a type in one and not in the other, are
+    what is left to choose.
+    """
+    assert by_expert.solver is not None
+    assert by_tensor.solver is not None
+    if by_expert.solver.objective < by_tensor.solver.objective:
+        return by_expert
+    log.warning("at this size a type per tensor costs no more than a type per expert, so that is planned")
+    return by_tensor
 
 
 def overhead_bytes(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None, groups: int = 1) -> int:
