@@ -13,6 +13,7 @@ from mode_gguf.progress import Progress
 from mode_gguf.runtime.logged import reason, run_logged
 from mode_gguf.runtime.release import Variant
 
+_LINKED: Final = ("EXE", "SHARED")
 _OPTIONS: Final = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
@@ -26,6 +27,8 @@ _OPTIONS: Final = (
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
     "-DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON",
     f"-DCMAKE_INSTALL_RPATH={'@loader_path' if sys.platform == 'darwin' else '$ORIGIN'}",
+    # And there first, not in LD_LIBRARY_PATH, which may have the libraries of another llama.cpp under the same names.
+    *(f"-DCMAKE_{kind}_LINKER_FLAGS_INIT=-Wl,--disable-new-dtags" for kind in _LINKED if sys.platform != "darwin"),
 )
 _NINJA_DONE = re.compile(r"\[(\d+)/(\d+)\] ")
 _MAKE_DONE = re.compile(r"\[ *(\d+)%\] ")

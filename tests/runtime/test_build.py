@@ -159,6 +159,16 @@ def test_without_the_patch(variant: Variant, checkout: Path, cache: Path) -> Non
 
 
 @needs_compiler
+def test_libraries_of_another_build(
+    variant: Variant, checkout: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = build_runtime(replace(variant, patch=None), checkout, jobs=1)
+    patched = build_runtime(variant, checkout, jobs=1)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(stock.bin))
+    assert answer_of(patched).startswith("patched")
+
+
+@needs_compiler
 def test_a_failed_build_leaves_the_earlier_one(variant: Variant, checkout: Path, cache: Path) -> None:
     earlier = build_runtime(variant, checkout, jobs=1)
     (checkout / "src" / "main.cpp").write_text("int main() { return undeclared; }")
