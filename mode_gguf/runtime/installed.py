@@ -45,9 +45,9 @@ class Runtime:
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: below XDG_CACHE_HOME, else ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "mode-gguf" / "runtime"
+    """Where builds are kept: below XDG_CACHE_HOME, which counts only as an absolute path, else below ~/.cache."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "mode-gguf" / "runtime"
 
 
 def installed(variant: Variant) -> Runtime | None:

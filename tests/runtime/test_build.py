@@ -335,6 +335,15 @@ def test_names_in_the_cache(cache: Path, tmp_path: Path) -> None:
     assert find_runtime() is None
 
 
+@pytest.mark.parametrize("named", [None, "", "here"])
+def test_cache_without_an_absolute_name(named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if named is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+    assert cache_folder() == tmp_path / ".cache" / "mode-gguf" / "runtime"
+
+
 def test_every_patched_file_is_checked_before() -> None:
     changed = patched_files(PATCH)
     assert "src/llama-graph.cpp" in changed
