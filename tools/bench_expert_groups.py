@@ -154,7 +154,7 @@ def write_model(path: Path, layers: int, types: Sequence[str], weights: Weights,
 def measure(case: Case, arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of one prompt and of single tokens after it."""
     command = [case.build / "llama-bench", "-m", case.file, "-p", arguments.prompt, "-n", arguments.generate]
-    command += ["-r", 1, "-t", arguments.threads, "-o", "json"]
+    command += ["-r", 1, "-t", arguments.threads, "--repack", int(not arguments.no_repack), "-o", "json"]
     environment = {**os.environ, **({"LLAMA_EXPERT_GROUPS": case.path} if case.path else {})}
     done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--generate", type=int, default=64, help="tokens")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-repack", action="store_true", help="weights are not rearranged at load, in both builds")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -222,6 +223,7 @@ def main() -> None:
     results = summarized(rounds, f"{middle}, stock")
     counts = ", ".join(f"{count} {name}" for name, count in shares.items())
     title = f"{arguments.layers} layers, experts {counts}; {arguments.threads} threads, {arguments.rounds} rounds"
+    title += ", no repacking" * arguments.no_repack
     table = Table("file, build or path", "prefill tok/s", "decode tok/s", "prefill ratio", "decode ratio", title=title)
     for result in results:
         numbers = result.prefill, result.decode, result.prefill_ratio, result.decode_ratio
