@@ -28,7 +28,7 @@ STAGE_MAY_IMPORT = {
     "progress": set(),
     "quantization": FOUNDATION | {"llama_cpp_library"},
     "rounding": FOUNDATION | {"quantization", "calibration", "importance"},
-    "runtime": {"artifacts", "errors", "llama_cpp_library", "progress"},
+    "runtime": {"artifacts", "errors", "llama_cpp_library", "progress", "quantization"},
     "validation": FOUNDATION | {"llama_cpp_library", "quantization", "runtime"},
     "workfolder": FOUNDATION,
 }

@@ -8,7 +8,8 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.runtime.bench import EXPERTS, GROUPS, HIDDEN, LAYERS, WIDTH, bench, write_drawn_model
+from mode_gguf.runtime.bench import GROUPS, SHAPE, bench
+from mode_gguf.runtime.drawn_model import drawn_groups, write_drawn_model
 from mode_gguf.runtime.installed import BuildRecord, Runtime
 
 BUILT = BuildRecord(llama_cpp="b11434", patch="0123456789ab", backend="cpu", options=(), compiler="GNU", built="now")
@@ -16,16 +17,17 @@ BUILT = BuildRecord(llama_cpp="b11434", patch="0123456789ab", backend="cpu", opt
 
 @pytest.mark.parametrize("types", [GROUPS, GROUPS[1:2]])
 def test_drawn_model(tmp_path: Path, types: tuple[str, ...]) -> None:
-    write_drawn_model(tmp_path / "drawn.gguf", types)
+    counts = [SHAPE.experts] if len(types) == 1 else [20, 5, 7]
+    write_drawn_model(tmp_path / "drawn.gguf", SHAPE, types, drawn_groups(SHAPE, counts))
     reader = GGUFReader(tmp_path / "drawn.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for layer in range(LAYERS):
+    for layer in range(SHAPE.layers):
         names = [f"blk.{layer}.ffn_down_exps{f'.{g}' * (g > 0)}.weight" for g in range(len(types))]
         assert [tensors[name].tensor_type.name for name in names] == list(types)
-        assert sum(len(tensors[name].data) for name in names) == EXPERTS
+        assert [len(tensors[name].data) for name in names] == counts
         for name in names:
             weights = dequantize(tensors[name].data, tensors[name].tensor_type)
-            assert weights.shape[1:] == (HIDDEN, WIDTH)
+            assert weights.shape[1:] == (SHAPE.hidden, SHAPE.width)
             assert 1e-5 < np.abs(weights).max() < 0.1
         if len(types) == 1:
             assert f"blk.{layer}.ffn_exps_map.weight" not in tensors
