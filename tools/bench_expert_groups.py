@@ -4,8 +4,8 @@
 
 STOCK and PATCHED are folders with `llama-bench` of the two builds of llama.cpp. The files have a large model's widths,
 few layers, a vocabulary of 1024, and drawn weights. The types alternate at random among the experts, in shares that
-take as many bytes as the middle type. All files are measured in turn, round after round, so that other work on the machine
-meets them alike; shown are medians, and medians of the ratio to the middle type in the same round.
+take as many bytes as the middle type. All files are measured in turn, round after round, so that other work on the
+machine meets them alike; shown are medians, and medians of the ratio to the middle type in the same round.
 
 "fair" is what the three types' own speeds in stock would give at these shares, if grouping cost nothing.
 """
