@@ -179,18 +179,8 @@ def plan_of(
     """The plan that stores every tensor as `solution` chose for its unit; units are the problem's `tensor_units`."""
     chosen = {unit.name: choice for unit, choice in zip(units, solution.choices, strict=True)}
     planned = [_planned(tensor, chosen.get(tensor.name)) for tensor in problem.tensors]
-    return Plan(
-        made_from=made_from,
-        preset=problem.preset.name,
-        signals=problem.preset,
-        packing=packing,
-        budget=budget,
-        solver=_record(solution),
-        expert_granularity=_expert_granularity(problem),
-        refinement=refinement,
-        reachable_bpw=(problem.reach.lowest_bpw, problem.reach.highest_bpw),
-        **_sizes(problem.tensors, planned),
-    )
+    plan = _plan(problem, solution, planned, made_from, budget, packing)
+    return plan.model_copy(update={"expert_granularity": _expert_granularity(problem), "refinement": refinement})
 
 
 def expert_plan(problem: Problem, made_from: Provenance, budget: Budget, packing: Packing = EXACT) -> Plan:
@@ -211,6 +201,18 @@ def expert_plan(problem: Problem, made_from: Provenance, budget: Budget, packing
         else _planned(tensor, chosen.get(tensor.name))
         for tensor in problem.tensors
     ]
+    return _plan(problem, solution, planned, made_from, budget, packing)
+
+
+def _plan(
+    problem: Problem,
+    solution: Solution,
+    planned: list[PlannedTensor],
+    made_from: Provenance,
+    budget: Budget,
+    packing: Packing,
+) -> Plan:
+    """The record of a choice under a budget."""
     return Plan(
         made_from=made_from,
         preset=problem.preset.name,
