@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TypeAlias
 
-from mode_gguf.architectures.tensors import Array, Role, SourceTensor
+from mode_gguf.architectures.tensors import ALL_ROWS, Reader, Role, SourceTensor
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
@@ -14,7 +14,7 @@ MetadataValue: TypeAlias = str | bool | int | float | list[str] | list[bool] | l
 
 Metadata: TypeAlias = Mapping[str, MetadataValue]
 
-View: TypeAlias = tuple[tuple[int, ...], Callable[[int], Array]]
+View: TypeAlias = tuple[tuple[int, ...], Reader]
 """Shape of a GGUF tensor in NumPy order, and the function that reads it (see `SourceTensor.read`)."""
 
 Transform: TypeAlias = Callable[[Checkpoint, str], View]
@@ -23,7 +23,7 @@ Transform: TypeAlias = Callable[[Checkpoint, str], View]
 
 def as_stored(checkpoint: Checkpoint, source: str) -> View:
     """The tensor as it is."""
-    return checkpoint.shape(source), lambda _: checkpoint.read(source)
+    return checkpoint.shape(source), lambda _, rows=ALL_ROWS: checkpoint.read(source, rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, VisionProjectorType
 
 from mode_gguf.architectures.config import section, setting
 from mode_gguf.architectures.family import Metadata, ModelFamily, TensorRule, View
-from mode_gguf.architectures.tensors import Array, Role
+from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
 from mode_gguf.checkpoint import Checkpoint, Index, read_json
 from mode_gguf.errors import InputError
 
@@ -50,8 +50,10 @@ def fused_experts(checkpoint: Checkpoint, source: str, projection: Projection) -
     first = width if projection == "up" else 0
     last = rows if projection == "down" else first + width
 
-    def read(expert: int) -> Array:
-        index: Index = (expert, slice(None), slice(first, last)) if transposed else (expert, slice(first, last))
+    def read(expert: int, rows: slice = ALL_ROWS) -> Array:
+        start, end, _ = rows.indices(last - first)
+        chosen = slice(first + start, first + end)
+        index: Index = (expert, slice(None), chosen) if transposed else (expert, chosen)
         matrix = checkpoint.read(source, index)
         return np.ascontiguousarray(matrix.T) if transposed else matrix
 
@@ -78,7 +80,7 @@ def time_slice(checkpoint: Checkpoint, source: str, index: int) -> View:
             f"{checkpoint.path}: tensor {source} has shape {list(shape)}, expected two time steps, "
             "[n, 3, 2, patch, patch]; llama.cpp can run no other number"
         )
-    return shape[:2] + shape[3:], lambda _: checkpoint.read(source, (slice(None), slice(None), index))
+    return shape[:2] + shape[3:], lambda _, rows=ALL_ROWS: checkpoint.read(source, (rows, slice(None), index))
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,25 @@
 """What a model family says about one GGUF tensor: where it comes from, how it is read, what may happen to it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 Array: TypeAlias = np.ndarray
 """Weights as read from a checkpoint: float32, float16, or bfloat16 as its raw bits in uint16."""
+
+
+ALL_ROWS = slice(None)
+
+
+class Reader(Protocol):
+    """Reads a tensor from the checkpoint, no more of it than is asked for."""
+
+    def __call__(self, index: int, rows: slice = ALL_ROWS, /) -> Array:
+        """Rows (n, n_in) of matrix `index` of an expert tensor; of any other, whose index is 0, a slice of its first
+        dimension."""
+        ...
 
 
 class Role(StrEnum):
@@ -40,14 +51,15 @@ class SourceTensor:
         activation: name under which calibration keeps the statistics of its input; None when it has none.
         layer: decoder layer, None outside the layers.
         projection: `gate`, `up` or `down` for experts, None otherwise.
-        read: read(e) gives expert e's (rows, n_in) matrix, read(0) the whole of any other tensor; lazy.
+        read: read(e) gives expert e's (rows, n_in) matrix, read(0) the whole of any other tensor, and with a slice a
+            part of them; lazy.
     """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     sources: tuple[str, ...]
-    read: Callable[[int], Array]
+    read: Reader
     activation: str | None = None
     layer: int | None = None
     projection: str | None = None

@@ -18,7 +18,7 @@ from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import expert_groups
 from mode_gguf.quantization.expert_groups import ExpertTypes, StoredTensors, group_name, map_name, stored_tensors
 from mode_gguf.quantization.libggml import check_available, needs_importance
-from mode_gguf.quantization.packer import packed_experts
+from mode_gguf.quantization.packer import n_chunks, packed_chunks
 from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
@@ -44,7 +44,7 @@ def write_text_model(
         importance: float32 (E, n) by GGUF name, as `read_imatrix` gives it; a tensor without is packed plainly.
         experts: types of single experts, where they differ within a tensor; stock llama.cpp cannot load such a file.
         packing: how matrices are packed.
-        packed: by name of the stored tensor, where matrices come from that are packed already, as `packed_experts`
+        packed: by name of the stored tensor, where matrices come from that are packed already, as `packed_chunks`
             would yield them.
         metadata: further keys, such as `imatrix_keys`.
         pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
@@ -70,7 +70,7 @@ def write_text_model(
             stored[tensor.name],
             (packed or {}).get(tensor.name)
             or partial(_packed, checkpoint, tensor, stored[tensor.name], importance.get(tensor.name), packing, threads),
-            tensor.n_experts,
+            tensor.n_experts if tensor.name in (packed or {}) else n_chunks(tensor),
         )
         for tensor in tensors
     ]
@@ -190,4 +190,4 @@ def _packed(
         return iter([tensor.read(0)])
     if tensor.role is Role.KEEP:
         return iter([finite(checkpoint, tensor, as_float32(tensor.read(0)))])
-    return packed_experts(tensor, quant_type, importance, threads, packing)
+    return packed_chunks(tensor, quant_type, importance, threads, packing)

@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from mode_gguf.architectures.tensors import Array, Role, SourceTensor
+from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor
 from mode_gguf.errors import InputError
 from mode_gguf.quantization.types import INDEX, QuantType
 
@@ -179,8 +179,10 @@ def _map_tensor(layer: int, groups: Sequence[Group], n_experts: int) -> SourceTe
     places = np.full((len(groups), n_experts), -1, np.int32)
     for row, group in zip(places, groups, strict=True):
         row[list(group.experts)] = np.arange(len(group.experts))
-    return SourceTensor(map_name(layer), places.shape, Role.INDEX, (), lambda _: places, layer=layer)
+    return SourceTensor(
+        map_name(layer), places.shape, Role.INDEX, (), lambda _, rows=ALL_ROWS: places[rows], layer=layer
+    )
 
 
-def _read_member(tensor: SourceTensor, experts: Sequence[int], index: int) -> Array:
-    return tensor.read(experts[index])
+def _read_member(tensor: SourceTensor, experts: Sequence[int], index: int, rows: slice = ALL_ROWS) -> Array:
+    return tensor.read(experts[index], rows)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from mode_gguf.architectures.tensors import Array, Role, SourceTensor, as_float32
+from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor, as_float32
 from mode_gguf.errors import InputError
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.ahead import in_order
@@ -17,7 +17,7 @@ from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import Packer, QuantType
 from mode_gguf_kernels import FEEDBACK_TYPES, Feedback, NonFiniteError, PackingError, pack, round_again, unpack
 
-_CHUNK_WEIGHTS = 1 << 18  # weights that are widened to float32 at a time, other than by our kernels
+_CHUNK_WEIGHTS = 1 << 18  # weights of a large matrix that are read and packed at a time, or widened to float32
 _ROWS_PER_TASK = 32  # fewer rows than this are not worth another task
 _SOURCE_DTYPES = (np.float32, np.float16, np.uint16)
 
@@ -67,27 +67,27 @@ def unpack_matrix(packed: np.ndarray, quant_type: QuantType, n: int) -> np.ndarr
             return libggml.dequantize(contiguous, quant_type, n)
 
 
-def packed_experts(
+def packed_chunks(
     tensor: SourceTensor,
     quant_type: QuantType,
     importance: np.ndarray | None,
     threads: int,
     packing: Packing = EXACT,
 ) -> Iterator[np.ndarray]:
-    """Read and pack a tensor's matrices, in order: E of them for experts, one for any other tensor.
+    """Read and pack a tensor chunk by chunk, in order: `n_chunks` of them, whole experts or some rows of a matrix.
 
-    Experts are spread over threads, with at most `threads + 1` in memory (the one last yielded included); a single
-    matrix is split by rows. The bytes do not depend on the number of threads.
+    Chunks are spread over threads, with at most `threads + 1` in memory (the one last yielded included). The bytes do
+    not depend on the number of threads.
 
     Args:
-        tensor: read expert by expert, from several threads.
+        tensor: read chunk by chunk, from several threads.
         quant_type: one of `QUANT_TYPES`.
         importance: float32 (E, n_in), or None.
         threads: at least 1.
         packing: as in `pack_matrix`.
 
     Yields:
-        uint8 (rows, row_bytes) per matrix; a vector counts as a matrix of one row.
+        uint8 (rows, row_bytes) per chunk; a vector counts as a matrix of one row.
 
     Raises:
         InputError: like `pack_matrix`; the message names tensor and expert.
@@ -97,19 +97,31 @@ def packed_experts(
             f"{tensor.name}: importance of shape {(tensor.n_experts, tensor.row_width)} (experts, columns) expected, "
             f"{importance.shape} found; use an importance matrix of this model"
         )
-    if tensor.role is not Role.EXPERT:
-        weights = None if importance is None else importance[0]
-        yield pack_by_rows(
-            read_matrix(tensor, 0), quant_type, weights, name=tensor.name, packing=packing, threads=threads
-        )
-        return
+    together = _rows_together(tensor)
 
-    def pack_expert(expert: int) -> np.ndarray:
+    def pack_chunk(number: int) -> np.ndarray:
+        expert = number if tensor.role is Role.EXPERT else 0
+        rows = ALL_ROWS if together is None else slice(number * together, (number + 1) * together)
         weights = None if importance is None else importance[expert]
-        matrix, name = read_matrix(tensor, expert), matrix_name(tensor, expert)
-        return pack_matrix(matrix, quant_type, weights, name=name, packing=packing)
+        matrix, name = read_matrix(tensor, expert, rows), matrix_name(tensor, expert)
+        packed = _room_for(matrix, quant_type, name)
+        _pack_into(packed, matrix, quant_type, weights, packing, name, rows.start or 0)
+        return packed
 
-    yield from in_order(pack_expert, tensor.n_experts, threads)
+    yield from in_order(pack_chunk, n_chunks(tensor), threads)
+
+
+def n_chunks(tensor: SourceTensor) -> int:
+    """How many arrays `packed_chunks` yields."""
+    together = _rows_together(tensor)
+    return tensor.n_experts if together is None else -(-tensor.shape[0] // together)
+
+
+def _rows_together(tensor: SourceTensor) -> int | None:
+    """Rows of a large matrix that make a chunk; None for tensors whose chunks are whole matrices."""
+    if tensor.role not in (Role.DENSE, Role.EMBEDDING, Role.OUTPUT) or len(tensor.shape) != 2:
+        return None
+    return max(1, _CHUNK_WEIGHTS // tensor.row_width)
 
 
 def matrix_name(tensor: SourceTensor, index: int) -> str:
@@ -117,14 +129,15 @@ def matrix_name(tensor: SourceTensor, index: int) -> str:
     return f"{tensor.name}, expert {index}" if tensor.role is Role.EXPERT else tensor.name
 
 
-def read_matrix(tensor: SourceTensor, index: int) -> Array:
-    """A tensor's matrix, with whatever dimensions it has before the last made one.
+def read_matrix(tensor: SourceTensor, index: int, rows: slice = ALL_ROWS) -> Array:
+    """A tensor's matrix or a part of it, with whatever dimensions it has before the last made one.
 
     Raises:
         InputError: it has another shape than the tensor says.
     """
-    array = tensor.read(index)
+    array = tensor.read(index) if rows == ALL_ROWS else tensor.read(index, rows)
     expected = tensor.shape[1:] if tensor.role is Role.EXPERT else tensor.shape
+    expected = (len(range(*rows.indices(expected[0]))), *expected[1:])
     if array.shape != expected:
         raise InputError(
             f"{matrix_name(tensor, index)}: shape {expected} expected, {array.shape} found in the checkpoint"

@@ -5,7 +5,7 @@ import pytest
 
 from mode_gguf.allocation.costs import CostModel, ExpertUse, Measurements, expert_frequency, expert_units, tensor_units
 from mode_gguf.allocation.units import CandidateTypes
-from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -15,7 +15,7 @@ COUNTS = np.array([[6, 3, 1], [0, 2, 2], [40, 40, 0]])
 WEIGHTS = np.array([[3.0, 2.0, 0.5], [0.0, 1.0, 1.5], [30.0, 5.0, 0.0]])
 
 
-def unread(expert: int) -> np.ndarray:
+def unread(index: int, rows: slice = ALL_ROWS) -> np.ndarray:
     raise AssertionError("costs read no weights")
 
 

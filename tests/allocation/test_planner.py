@@ -14,7 +14,7 @@ from mode_gguf.allocation.plan import Plan, Provenance
 from mode_gguf.allocation.planner import UNDERSHOOT, Problem, expert_plan, optimal_plan, uniform_plan
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, tensor_bytes
-from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError, InputError
 from mode_gguf.quantization.expert_groups import stored_tensors
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -31,7 +31,7 @@ MADE_FROM = Provenance(tool_version="0", model="m", model_fingerprint="f")
 def tensor(
     name: str, shape: tuple[int, ...], role: Role, layer: int | None = None, projection: str | None = None
 ) -> SourceTensor:
-    def read(expert: int) -> np.ndarray:
+    def read(index: int, rows: slice = ALL_ROWS) -> np.ndarray:
         raise AssertionError("planning reads no weights")
 
     return SourceTensor(name, shape, role, (name,), read, layer=layer, projection=projection)

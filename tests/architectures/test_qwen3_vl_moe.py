@@ -61,6 +61,7 @@ def test_experts_are_those_transformers_computes_with(layout: str, request: pyte
                 assert matrix.dtype == np.uint16, "transposing must not widen"
                 assert matrix.flags.c_contiguous
                 np.testing.assert_array_equal(as_float32(matrix), weights[expert])
+                np.testing.assert_array_equal(tensor.read(expert, slice(3, 7)), matrix[3:7])
 
 
 def test_every_other_tensor_is_stored_as_it_is(pico: Path) -> None:
@@ -69,6 +70,7 @@ def test_every_other_tensor_is_stored_as_it_is(pico: Path) -> None:
         if tensor.role is not Role.EXPERT:
             (source,) = tensor.sources
             np.testing.assert_array_equal(as_float32(tensor.read(0)), state[source])
+            np.testing.assert_array_equal(as_float32(tensor.read(0, slice(1, 3))), state[source][1:3])
             assert tensor.shape == state[source].shape
 
 
@@ -114,6 +116,7 @@ def test_projector_tensors(pico: Path) -> None:
     kernel = state["model.visual.patch_embed.proj.weight"]
     np.testing.assert_array_equal(as_float32(tensors["v.patch_embd.weight"].read(0)), kernel[:, :, 0])
     np.testing.assert_array_equal(as_float32(tensors["v.patch_embd.weight.1"].read(0)), kernel[:, :, 1])
+    np.testing.assert_array_equal(as_float32(tensors["v.patch_embd.weight.1"].read(0, slice(2, 5))), kernel[2:5, :, 1])
     for name, source in {
         "v.deepstack.0.fc1.weight": "model.visual.deepstack_merger_list.0.linear_fc1.weight",
         "v.deepstack.2.fc2.bias": "model.visual.deepstack_merger_list.1.linear_fc2.bias",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mode_gguf.architectures import text_tensors
-from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
 from mode_gguf.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ TENSOR = SourceTensor(
     shape=(3, 4, 2),
     role=Role.EXPERT,
     sources=("x",),
-    read=lambda e: np.zeros((4, 2), np.float32),
+    read=lambda _, rows=ALL_ROWS: np.zeros((4, 2), np.float32)[rows],
     activation="blk.0.ffn_exps.input",
 )
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.errors import InputError
 from mode_gguf.quantization.expert_groups import (
     layer_groups,
@@ -24,11 +24,18 @@ Q2, Q3, Q4 = (QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K"))
 
 def experts_tensor(name: str, n_experts: int) -> SourceTensor:
     weights = np.arange(n_experts * 512, dtype=np.float32).reshape(n_experts, 2, 256)
-    return SourceTensor(name, weights.shape, Role.EXPERT, (name,), lambda e: weights[e], "a", 0, name.split("_")[1])
+
+    def read(expert: int, rows: slice = ALL_ROWS) -> np.ndarray:
+        return weights[expert, rows]
+
+    return SourceTensor(name, weights.shape, Role.EXPERT, (name,), read, "a", 0, name.split("_")[1])
 
 
 def model(n_experts: int) -> list[SourceTensor]:
-    router = SourceTensor("blk.0.ffn_gate_inp.weight", (n_experts, 256), Role.KEEP, ("r",), lambda _: np.zeros(1))
+    weights = np.zeros((n_experts, 256), np.float32)
+    router = SourceTensor(
+        "blk.0.ffn_gate_inp.weight", weights.shape, Role.KEEP, ("r",), lambda _, rows=ALL_ROWS: weights[rows]
+    )
     return [router, *(experts_tensor(name, n_experts) for name in NAMES)]
 
 

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE, embedded_library
 from mode_gguf.quantization import libggml
@@ -80,7 +80,7 @@ def normal(seed: int, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> np.ndarray:
 
 
 def tensor(width: int, activation: str | None) -> SourceTensor:
-    return SourceTensor("m", (4, width), Role.DENSE, ("m",), lambda _: normal(0), activation)
+    return SourceTensor("m", (4, width), Role.DENSE, ("m",), lambda _, rows=ALL_ROWS: normal(0)[rows], activation)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES.values(), ids=QUANT_TYPES)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import mode_gguf_kernels
-from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
+from mode_gguf.architectures.tensors import ALL_ROWS, Reader, Role, SourceTensor, as_float32
 from mode_gguf.errors import InputError
-from mode_gguf.quantization.packer import pack_matrix, packed_experts, unpack_matrix
+from mode_gguf.quantization.packer import n_chunks, pack_matrix, packed_chunks, unpack_matrix
 from mode_gguf.quantization.types import QUANT_TYPES, Packer, types_packed_by
 from tests.kernels import ggml_oracle
 
@@ -22,13 +22,19 @@ def normal(seed: int, shape: tuple[int, ...] = (ROWS, COLUMNS)) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def expert_tensor(read: Callable[[int], np.ndarray] = normal) -> SourceTensor:
+def expert_tensor(matrix: Callable[[int], np.ndarray] = normal) -> SourceTensor:
+    def read(index: int, rows: slice = ALL_ROWS) -> np.ndarray:
+        return matrix(index)[rows]
+
     shape = (EXPERTS, ROWS, COLUMNS)
     return SourceTensor("blk.3.ffn_up_exps.weight", shape, Role.EXPERT, ("experts.up",), read)
 
 
-def dense_tensor(matrix: np.ndarray, role: Role = Role.DENSE) -> SourceTensor:
-    return SourceTensor("blk.0.attn_q.weight", matrix.shape, role, ("q.weight",), lambda _: matrix)
+def dense_tensor(matrix: np.ndarray, role: Role = Role.DENSE, read: Reader | None = None) -> SourceTensor:
+    def read_rows(_: int, rows: slice = ALL_ROWS) -> np.ndarray:
+        return matrix[rows]
+
+    return SourceTensor("blk.0.attn_q.weight", matrix.shape, role, ("q.weight",), read or read_rows)
 
 
 @pytest.mark.parametrize("name", sorted(QUANT_TYPES.keys() & mode_gguf_kernels.TYPES.keys()))
@@ -133,7 +139,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 def test_experts_come_in_order_with_their_own_importance(name: str, threads: int) -> None:
     importance = normal(8, (EXPERTS, COLUMNS)) ** 2
-    packed = list(packed_experts(expert_tensor(), QUANT_TYPES[name], importance, threads))
+    packed = list(packed_chunks(expert_tensor(), QUANT_TYPES[name], importance, threads))
     assert len(packed) == EXPERTS
     for expert, matrix in enumerate(packed):
         np.testing.assert_array_equal(matrix, ggml_oracle.quantize(normal(expert), name, importance[expert]))
@@ -149,22 +155,39 @@ def test_no_more_experts_are_read_ahead_than_threads(threads: int) -> None:
             read.append(expert)
         return normal(expert)
 
-    for taken, _ in enumerate(packed_experts(expert_tensor(counted), QUANT_TYPES["Q8_0"], None, threads), 1):
+    for taken, _ in enumerate(packed_chunks(expert_tensor(counted), QUANT_TYPES["Q8_0"], None, threads), 1):
         assert len(read) <= taken - 1 + threads  # the one taken is in memory too: threads + 1
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q8_0", "F16", "IQ2_XXS", "IQ4_NL"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_single_matrix_is_split_by_rows_into_the_same_bytes(name: str, threads: int) -> None:
-    matrix = normal(9, (301, COLUMNS))
+    matrix = normal(9, (1301, COLUMNS))
     importance = normal(8, (1, COLUMNS)) ** 2
-    (packed,) = packed_experts(dense_tensor(matrix), QUANT_TYPES[name], importance, threads)
-    np.testing.assert_array_equal(packed, pack_matrix(matrix, QUANT_TYPES[name], importance[0], name="m"))
+    tensor = dense_tensor(matrix)
+    packed = list(packed_chunks(tensor, QUANT_TYPES[name], importance, threads))
+    assert len(packed) == n_chunks(tensor) == 3
+    together = pack_matrix(matrix, QUANT_TYPES[name], importance[0], name="m")
+    np.testing.assert_array_equal(np.concatenate(packed), together)
+
+
+def test_of_a_large_matrix_a_few_rows_are_read_at_a_time() -> None:
+    matrix = normal(9, (2000, COLUMNS))
+    most = 0
+
+    def read(_: int, rows: slice = ALL_ROWS) -> np.ndarray:
+        nonlocal most
+        part = matrix[rows]
+        most = max(most, len(part))
+        return part
+
+    list(packed_chunks(dense_tensor(matrix, read=read), Q2_K, None, 2))
+    assert most * COLUMNS <= 1 << 18
 
 
 def test_a_vector_is_one_row() -> None:
     vector = normal(10, (96,))
-    (packed,) = packed_experts(dense_tensor(vector, Role.KEEP), QUANT_TYPES["F32"], None, 2)
+    (packed,) = packed_chunks(dense_tensor(vector, Role.KEEP), QUANT_TYPES["F32"], None, 2)
     np.testing.assert_array_equal(packed.view(np.float32), vector[None])
 
 
@@ -176,7 +199,7 @@ def test_an_error_names_tensor_and_expert(threads: int) -> None:
             matrix[2, 3] = np.inf
         return matrix
 
-    packed = packed_experts(expert_tensor(damaged), Q2_K, None, threads)
+    packed = packed_chunks(expert_tensor(damaged), Q2_K, None, threads)
     for _ in range(5):
         next(packed)
     with pytest.raises(InputError, match=r"blk.3.ffn_up_exps.weight, expert 5: inf in row 2, column 3"):
@@ -184,27 +207,27 @@ def test_an_error_names_tensor_and_expert(threads: int) -> None:
 
 
 def test_an_error_in_a_split_matrix_names_its_row() -> None:
-    matrix = normal(9, (301, COLUMNS))
-    matrix[290, 1] = np.nan
-    with pytest.raises(InputError, match=r"blk.0.attn_q.weight: nan in row 290, column 1"):
-        list(packed_experts(dense_tensor(matrix), Q2_K, None, 2))
+    matrix = normal(9, (1301, COLUMNS))
+    matrix[1290, 1] = np.nan
+    with pytest.raises(InputError, match=r"blk.0.attn_q.weight: nan in row 1290, column 1"):
+        list(packed_chunks(dense_tensor(matrix), Q2_K, None, 2))
 
 
 def test_importance_of_another_shape_is_refused() -> None:
     importance = np.ones((EXPERTS - 1, COLUMNS), np.float32)
     with pytest.raises(InputError, match=r"importance of shape \(7, 512\) .* expected, \(6, 512\) found"):
-        list(packed_experts(expert_tensor(), Q2_K, importance, 2))
+        list(packed_chunks(expert_tensor(), Q2_K, importance, 2))
 
 
 def test_a_matrix_of_another_shape_is_refused() -> None:
     tensor = expert_tensor(lambda expert: normal(expert, (ROWS, 256)))
     with pytest.raises(InputError, match=r"expert 0: shape \(40, 512\) expected, \(40, 256\) found in the checkpoint"):
-        list(packed_experts(tensor, Q2_K, None, 2))
+        list(packed_chunks(tensor, Q2_K, None, 2))
 
 
 def test_closing_the_iterator_stops_its_threads() -> None:
     before = threading.active_count()
-    packed = packed_experts(expert_tensor(), Q2_K, None, 3)
+    packed = packed_chunks(expert_tensor(), Q2_K, None, 3)
     next(packed)
     packed.close()  # type: ignore[attr-defined]  # it is a generator
     assert threading.active_count() == before

@@ -19,7 +19,7 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.quantization.expert_groups import group_name
-from mode_gguf.quantization.packer import pack_by_rows, packed_experts, read_matrix
+from mode_gguf.quantization.packer import pack_by_rows, packed_chunks, read_matrix
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.rounding.moments import DAMPING, DOWN_DAMPING, feedback_of, with_shared
@@ -246,7 +246,7 @@ def test_experts_that_few_tokens_reach_are_rounded_to_nearest(
     round_tensors(open_streamed(checkpoint, "cpu"), inputs, replace(rounding, token_weights=weights), result)
     tensor = tensor_of(checkpoint, f"blk.{LAYER}.ffn_down_exps.weight")
     assert result.nearest(f"blk.{LAYER}")[tensor.name] == tensor.n_experts
-    plain = packed_experts(tensor, rounding.types[tensor.name], rounding.importance[tensor.name], 1, DEFAULT_PACKING)
+    plain = packed_chunks(tensor, rounding.types[tensor.name], rounding.importance[tensor.name], 1, DEFAULT_PACKING)
     for found, wanted in zip(result.matrices(part_of(tensor), tensor.name), plain, strict=True):
         np.testing.assert_array_equal(found, wanted)
 
