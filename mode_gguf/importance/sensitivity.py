@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mode_gguf.calibration.denormals import denormals_flushed
+from mode_gguf.calibration.distributed import gathered_in_order, share_of
 from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
@@ -62,6 +63,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure every expert tensor and expert at `expert_types`, every other matrix at `dense_types`.
 
+    Called by several processes together, each runs its share of the samples; all return what all samples say.
+
     Args:
         importance: the plain one; a tensor without is packed plainly.
         statistics: of the same checkpoint; its key tokens are chosen again.
@@ -72,7 +75,8 @@ def measure_sensitivity(
         device, max_tokens, max_image_pixels: as for `calibrate`.
 
     Raises:
-        UsageError: no samples, an unknown method or importance matrix, a pair that does not go together, or no draws.
+        UsageError: no samples, fewer of them than processes, an unknown method or importance matrix, a pair that does
+            not go together, or no draws.
         InputError: model or sample cannot be used, or the statistics belong to another checkpoint.
     """
     if not samples:
@@ -88,7 +92,7 @@ def measure_sensitivity(
             f"{checkpoint.path} ({checkpoint.fingerprint}): calibrate this one"
         )
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
-    inputs = [builder.build(sample) for sample in samples]
+    inputs = [builder.build(sample) for sample in share_of(samples)]
     settings = MeasurementSettings(
         expert_types, dense_types, importance, statistics.key_tokens, label_draws, seed, imatrix, packing
     )
@@ -108,9 +112,8 @@ def measure_sensitivity(
         imatrix=imatrix,
         packing=packing,
     )
+    digest = tokens_digest(gathered_in_order([one.input_ids for one in inputs]))
     weights = measurement.token_weights
     return Sensitivity(
-        table,
-        measurement.imatrix,
-        TokenWeights(checkpoint.fingerprint, tokens_digest(inputs), weights) if weights else None,
+        table, measurement.imatrix, TokenWeights(checkpoint.fingerprint, digest, weights) if weights else None
     )

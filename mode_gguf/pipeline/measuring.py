@@ -36,11 +36,16 @@ def run_calibration(
     """Write calibration.safetensors and the importance matrix."""
     from mode_gguf.calibration.calibrate import calibrate
     from mode_gguf.calibration.coverage import calibration_warnings
+    from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.importance.imatrix import balanced_imatrix
 
-    samples = calibration_samples(options)
-    statistics = calibrate(
-        checkpoint, samples, device=options.device, key_tokens=_key_tokens(options), progress=progress
+    statistics = everywhere(
+        calibrate,
+        checkpoint,
+        calibration_samples(options),
+        device=options.device,
+        key_tokens=_key_tokens(options),
+        progress=progress,
     )
     statistics.save(folder.calibration)
     for warning in calibration_warnings(statistics):
@@ -70,6 +75,7 @@ def run_sensitivity(
         InputError: `calibrate` has not run in this folder, or ran for another model.
         UsageError: `method` makes no importance matrix of the kind asked for.
     """
+    from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.sensitivity import measure_sensitivity
 
@@ -80,7 +86,8 @@ def run_sensitivity(
             statistics.key_tokens,
             _key_tokens(options),
         )
-    measured = measure_sensitivity(
+    measured = everywhere(
+        measure_sensitivity,
         checkpoint,
         calibration_samples(options),
         read_imatrix(folder.imatrix),
