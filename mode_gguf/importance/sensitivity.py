@@ -1,5 +1,7 @@
 """The sensitivity stage: a checkpoint, samples and an importance matrix in; the damage of every candidate type out."""
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,8 @@ from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QuantType
 
 __all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_LABEL_DRAWS = 3
 
@@ -79,6 +83,7 @@ def measure_sensitivity(
             not go together, or no draws.
         InputError: model or sample cannot be used, or the statistics belong to another checkpoint.
     """
+    started = time.monotonic()
     if not samples:
         raise UsageError("sensitivity needs at least one sample")
     if method not in METHODS:
@@ -111,6 +116,13 @@ def measure_sensitivity(
         estimated=measurement.estimated,
         imatrix=imatrix,
         packing=packing,
+    )
+    seconds = time.monotonic() - started
+    log.info(
+        "sensitivity: %s units (a matrix of one expert, or any other, in one type) in %.1f s, %.3g s each",
+        f"{table.n_units:,}",
+        seconds,
+        seconds / max(table.n_units, 1),
     )
     digest = tokens_digest(gathered_in_order([one.input_ids for one in inputs]))
     weights = measurement.token_weights

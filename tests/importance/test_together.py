@@ -1,7 +1,6 @@
 """What two processes measure together is what one measures alone."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
