@@ -37,7 +37,7 @@ def test_convert_gives_the_same_plan(pico: Path, tmp_path: Path, run: Run) -> No
 
 
 def test_a_command_that_shares_nothing_out_ends_all(pico: Path) -> None:
-    command = ["-m", "mode_gguf_cli", "convert", pico, "--bpw", "4.0", "--dry-run", "--json"]
+    command: list[str | Path] = ["-m", "mode_gguf_cli", "convert", pico, "--bpw", "4.0", "--dry-run", "--json"]
     first, second = ended(start_together(command, 2))
     assert first[0] == 0, first[2]
     assert json.loads(first[1])
@@ -48,7 +48,8 @@ def test_an_error_in_the_second_process_is_one_message(pico: Path, tmp_path: Pat
     """b.txt is the second sample; that its text is too short shows when its process reads it."""
     for name, text in (("a", "The quick brown fox jumps."), ("b", "a"), ("c", "There are 3 shapes.")):
         (tmp_path / f"{name}.txt").write_text(text)
-    command = ["-m", "mode_gguf_cli", "calibrate", pico, "--out", tmp_path / "out", "--calibration", tmp_path]
+    command: list[str | Path] = ["-m", "mode_gguf_cli", "calibrate", pico, "--out", tmp_path / "out"]
+    command += ["--calibration", tmp_path]
     first, second = ended(start_together(command, 2))
     assert first[:2] == (4, "")
     assert first[2].count("error:") == 1
