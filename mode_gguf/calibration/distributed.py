@@ -326,7 +326,7 @@ def _connected(together: _Together, exchange: Callable[[], T]) -> T:
         together.broken = True
         raise MissingResourceError(
             f"process {together.place.rank} of {together.place.size} lost its connection to another one, which ended "
-            f"without a word, perhaps for lack of memory ({str(error).partition(chr(10))[0]})"
+            f"without a word, perhaps for lack of memory ({str(error).partition('. ')[0]})"
         ) from error
 
 
