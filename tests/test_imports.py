@@ -14,7 +14,7 @@ SOURCES = sorted(
     for root in ("mode_gguf", "cli/mode_gguf_cli", "kernels/mode_gguf_kernels")
     for path in (ROOT / root).rglob("*.py")
 )
-FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "progress"}
+FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "progress", "shards"}
 STAGE_MAY_IMPORT = {
     "allocation": FOUNDATION | {"quantization"},
     "architectures": FOUNDATION,
@@ -29,6 +29,7 @@ STAGE_MAY_IMPORT = {
     "quantization": FOUNDATION | {"llama_cpp_library"},
     "rounding": FOUNDATION | {"quantization", "calibration", "importance"},
     "runtime": {"artifacts", "errors", "llama_cpp_library", "progress", "quantization"},
+    "shards": {"errors"},
     "validation": FOUNDATION | {"llama_cpp_library", "quantization", "runtime"},
     "workfolder": FOUNDATION,
 }

@@ -4,9 +4,7 @@ gguf-py's reader maps the whole file and builds an object per metadata value, se
 """
 
 import math
-import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -15,12 +13,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mode_gguf.errors import InputError
 from mode_gguf.quantization.types import INDEX
+from mode_gguf.shards import COUNT_KEY, MAX_SHARDS, NUMBER_KEY, TENSORS_KEY, paths_beside
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
 MAX_DIMENSIONS: Final = 4
-_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 _STRING, _ARRAY = 8, 9
 _SCALARS: Final = {
@@ -86,22 +84,25 @@ def read_header(path: Path) -> GgufHeader:
         InputError: missing, not GGUF, truncated, or damaged; the message names the file and what was found.
     """
     metadata, tensors = _read_file(path)
-    files = [path]
-    for shard in _other_shards(path, metadata):
-        files.append(shard)
-        tensors |= _read_file(shard)[1]
-    return GgufHeader(tuple(files), metadata, tensors)
-
-
-def _other_shards(path: Path, metadata: dict[str, Any]) -> Iterator[Path]:
-    count = metadata.get("split.count", 1)
+    count = metadata.get(COUNT_KEY, 1)
+    if not isinstance(count, int) or not 0 < count <= MAX_SHARDS:
+        raise InputError(f"{path}: damaged GGUF header: {COUNT_KEY} is {count!r}")
     if count == 1:
-        return
-    match = _SPLIT_NAME.fullmatch(path.name)
-    if match is None or int(match["number"]) != 1 or int(match["count"]) != count:
+        return GgufHeader((path,), metadata, tensors)
+    files = paths_beside(path, count)
+    if files is None:
         raise InputError(f"{path}: one of {count} shards; give the first one, named ...-00001-of-{count:05d}.gguf")
-    for number in range(2, count + 1):
-        yield path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
+    for number, shard in enumerate(files[1:], start=1):
+        keys, others = _read_file(shard)
+        if (keys.get(NUMBER_KEY), keys.get(COUNT_KEY)) != (number, count) or not tensors.keys().isdisjoint(others):
+            raise InputError(f"{shard}: does not go with {path.name}; export or download the shards again")
+        tensors |= others
+    expected = metadata.get(TENSORS_KEY, len(tensors))
+    if expected != len(tensors):
+        raise InputError(
+            f"{path}: its {count} shards hold {len(tensors)} tensors, expected {expected}; export them again"
+        )
+    return GgufHeader(tuple(files), metadata, tensors)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
