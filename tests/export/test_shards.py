@@ -12,9 +12,9 @@ from gguf import GGUFReader, GGUFValueType
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.text_model import text_model_files, write_text_model
+from mode_gguf.gguf_header import read_header
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.validation.engines import has_expert_groups
-from mode_gguf.validation.header import read_header
 from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.structure import check_structure, describe
 from mode_gguf.workfolder import StageLedger, WorkFolder

@@ -38,7 +38,7 @@ def command(
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
-    from mode_gguf.validation.header import read_header
+    from mode_gguf.gguf_header import read_header
 
     shard_bytes = options.shard_bytes_of(shard_size)
     checkpoint, folder = pipeline.open_model(model, out)
