@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -23,7 +23,12 @@ SINGLE_FILE = "model.safetensors"
 Index = int | slice | tuple[int | slice, ...]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_MAX_HEADER_BYTES = 2**25
+"""The format allows 100 MB; 100,000 tensors in one file take 15 MB, and as Python objects twenty times as much."""
+_MAX_JSON_BYTES = 2**26
+_MAX_DIMENSIONS = 8
+_MAX_ELEMENTS = 2**60
+"""NumPy makes no array beyond, not even where a dimension of 0 leaves nothing of it."""
 _SAMPLE_BYTES = 1024
 
 
@@ -123,9 +128,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        InputError: the file is missing, is not UTF-8 JSON, or holds something other than an object.
+        InputError: the file is missing, is too large, is not UTF-8 JSON, or holds something other than an object.
     """
     try:
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise InputError(f"{path}: {size:,} bytes of JSON found, {_MAX_JSON_BYTES:,} at most are read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a complete Hugging Face checkpoint folder") from None
@@ -161,7 +168,7 @@ def _index(folder: Path) -> dict[str, StoredTensor]:
     index_path = folder / INDEX_FILE
     if index_path.exists():
         return _sharded(folder, index_path)
-    if (folder / SINGLE_FILE).exists():
+    if (folder / SINGLE_FILE).is_file():
         return dict(_header(folder / SINGLE_FILE))
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise InputError(
@@ -189,48 +196,87 @@ def _sharded(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
 
 
 def _shard_path(folder: Path, index_path: Path, file: str) -> Path:
-    """Only files below the folder: an index comes from the network and must not name others."""
+    """Only files below the folder: an index comes from the network and must not name others.
+
+    Symbolic links are followed, wherever they lead: the hub's cache consists of them, and an index cannot make one.
+    """
     readings = (PurePosixPath(file), PureWindowsPath(file))
     if any(path.is_absolute() or path.drive or ".." in path.parts for path in readings):
         raise InputError(f"{index_path}: shard {file!r} lies outside the checkpoint folder; refused")
     path = folder / file
-    if not path.is_file():
+    if not _is_file(path):
         raise InputError(f"{path}: shard listed in {INDEX_FILE} is missing; download the checkpoint again")
     return path
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False
+
+
 def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Tensors of one safetensors file: 8 bytes with the header's length, the header as JSON, the data."""
+    """Tensors of one safetensors file: 8 bytes with the header's length, the header as JSON, the data.
+
+    Nothing is allocated for what the file does not hold: a length is compared with the file's before it is read, and
+    shapes with the bytes that the tensor has.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if size < 8 or length > size - 8:
             raise InputError(f"{path}: not a safetensors file, or cut off inside its header; download it again")
+        if length > _MAX_HEADER_BYTES:
+            raise InputError(f"{path}: a header of {length:,} bytes found, {_MAX_HEADER_BYTES:,} at most are read")
         try:
-            header = json.loads(file.read(length))
-            entries = [
-                (name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise InputError(f"{path}: broken safetensors header ({error!r}); download it again") from error
+            header = json.loads(file.read(length), object_pairs_hook=_without_repetition)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: broken safetensors header ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: broken safetensors header ({type(header).__name__} found); download it again")
     data = 8 + length
-    for name, dtype, shape, *offsets in entries:
-        if dtype not in _DTYPES:
-            hint = " (an fp8 checkpoint: use the BF16 original)" if dtype.startswith("F8") else ""
-            raise InputError(f"{path}: tensor {name} has type {dtype}{hint}; supported are {', '.join(_DTYPES)}")
-        if len(offsets) != 2 or any(n < 0 for n in (*shape, *offsets)):
-            raise InputError(f"{path}: broken safetensors header (tensor {name}); download it again")
-        begin, end = offsets
-        tensor = StoredTensor(path, shape, dtype, data + begin)
-        if end - begin != tensor.nbytes:
-            raise InputError(f"{path}: broken safetensors header (tensor {name}); download it again")
-        if data + end > size:
+    tensors = [(name, _entry(path, name, entry, data)) for name, entry in header.items() if name != "__metadata__"]
+    filled, before = data, ""
+    for name, tensor in sorted(tensors, key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset < filled:
+            raise InputError(f"{path}: broken safetensors header (tensors {before:.200} and {name:.200} overlap)")
+        filled, before = tensor.offset + tensor.nbytes, name
+        if filled > size:
             raise InputError(
-                f"{path}: cut off inside tensor {name} ({size} bytes, {data + end} expected); download it again"
+                f"{path}: cut off inside tensor {name:.200} ({size} bytes, {filled} expected); download it again"
             )
-        yield name, tensor
+    yield from tensors
+
+
+def _entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    """One tensor of a safetensors header, whose data begin at byte `data` of the file."""
+    broken = InputError(f"{path}: broken safetensors header (tensor {name:.200}); download it again")
+    if not isinstance(entry, dict):
+        raise broken
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets)):
+        raise broken
+    if dtype not in _DTYPES:
+        hint = " (an fp8 checkpoint: use the BF16 original)" if dtype.startswith("F8") else ""
+        raise InputError(f"{path}: tensor {name:.200} has type {dtype:.200}{hint}; supported are {', '.join(_DTYPES)}")
+    if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+        raise broken
+    tensor = StoredTensor(path, tuple(shape), dtype, data + offsets[0])
+    if offsets[1] - offsets[0] != tensor.nbytes:
+        raise broken
+    return tensor
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("a key twice")
+    return unique
 
 
 def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:

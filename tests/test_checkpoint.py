@@ -1,6 +1,11 @@
 import json
+import random
 import shutil
+import tempfile
+import time
+import tracemalloc
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json
 from mode_gguf.errors import InputError
+from mode_gguf.export.projector import write_projector
+from mode_gguf.export.text_model import write_text_model
+from mode_gguf.quantization.types import QUANT_TYPES
 from tests.pico import write_pico_qwen3vlmoe
 
 GATE_UP = "model.language_model.layers.0.mlp.experts.gate_up_proj"
@@ -216,3 +226,192 @@ def test_read_json_returns_an_object_or_refuses(tmp_path: Path, content: bytes) 
     path.write_bytes(content)
     with suppress(InputError):
         assert isinstance(read_json(path), dict)
+
+
+HUGE = 2**64 - 1
+
+
+def entry(shape: Any = (2,), offsets: Any = (0, 8), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+HOSTILE: dict[str, Any] = {
+    "no object": [],
+    "number": 7,
+    "entry no object": {"a": 1},
+    "entry a list": {"a": [1, 2]},
+    "nothing in it": {"a": {}},
+    "offset past the end": {"a": entry((2,), (2**40, 2**40 + 8))},
+    "offsets beyond 64 bits": {"a": entry((2,), (2**80, 2**80 + 8))},
+    "negative offsets": {"a": entry((2,), (-8, 0))},
+    "backwards": {"a": entry((2,), (8, 0))},
+    "one offset": {"a": entry((2,), (8,))},
+    "overlap": {"a": entry((2,), (0, 8)), "b": entry((2,), (4, 12))},
+    "same bytes twice": {"a": entry(), "b": entry()},
+    "product beyond 64 bits": {"a": entry((2**32, 2**32), (0, 0))},
+    "product of 0 bits": {"a": entry((2**63, 2**63, 0), (0, 0))},
+    "dimensions": {"a": entry((1,) * 1000, (0, 4))},
+    "negative shape": {"a": entry((-1, -2))},
+    "shape in words": {"a": entry("2")},
+    "shape of text": {"a": entry(("2",))},
+    "shape of fractions": {"a": entry((2.5,))},
+    "shape of truth": {"a": entry((True, 2))},
+    "shape of nothing": {"a": entry(None)},
+    "offsets of fractions": {"a": entry((2,), (0.0, 8.0))},
+    "infinite": {"a": entry((float("inf"),))},
+    "NaN": {"a": entry((2,), (float("nan"), 8))},
+    "type": {"a": entry(dtype=4)},
+    "type unknown": {"a": entry(dtype="F" * 10_000)},
+}
+
+
+def single_file(folder: Path, header: bytes, claimed: int | None = None, data: int = 64) -> Path:
+    """A checkpoint whose only file has this header, of `claimed` bytes, and some data."""
+    (folder / "config.json").write_text("{}")
+    length = len(header) if claimed is None else claimed
+    (folder / SINGLE_FILE).write_bytes(length.to_bytes(8, "little") + header + bytes(data))
+    return folder
+
+
+def refused_at_once(folder: Path, words: str = "") -> None:
+    """One short InputError that names the file, in little time and memory."""
+    started = time.monotonic()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=f"{SINGLE_FILE}.*{words}") as caught:
+            Checkpoint.open(folder)
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 2000
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    refused_at_once(single_file(tmp_path, json.dumps(HOSTILE[name]).encode()))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {}}',
+        b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": ' * 50_000,
+        b"[" * 200_000,
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 10_000 + b'], "data_offsets": [0, 8]}}',
+        b'{"' + b"a" * 100_000 + b'": 1}',
+        b"\xff\xfe",
+        b"",
+    ],
+    ids=["key twice", "field twice", "deep objects", "deep lists", "digits", "long name", "no text", "nothing"],
+)
+def test_hostile_json_is_refused_at_once(tmp_path: Path, header: bytes) -> None:
+    refused_at_once(single_file(tmp_path, header))
+
+
+@pytest.mark.parametrize("claimed", [2**30, 2**63, HUGE])
+def test_a_header_longer_than_the_file(tmp_path: Path, claimed: int) -> None:
+    refused_at_once(single_file(tmp_path, b"{}", claimed), "cut off inside its header")
+
+
+def test_a_header_of_a_gigabyte(tmp_path: Path) -> None:
+    folder = single_file(tmp_path, b"{}", 2**30)
+    with (folder / SINGLE_FILE).open("r+b") as file:
+        file.truncate(2**30 + 8)
+    refused_at_once(folder, r"a header of 1,073,741,824 bytes found, 33,554,432 at most")
+
+
+def test_an_index_of_gigabytes(folder: Path) -> None:
+    with (folder / INDEX_FILE).open("r+b") as file:
+        file.truncate(2**32)
+    with pytest.raises(InputError, match=r"4,294,967,296 bytes of JSON found"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("file", ["a" * 5000, "a\0b", "", "."])
+def test_an_index_with_names_of_no_file(folder: Path, file: str) -> None:
+    edit_json(folder / INDEX_FILE, weight_map={"a": file})
+    with pytest.raises(InputError, match="missing"):
+        Checkpoint.open(folder)
+
+
+def test_links_are_followed(pico: Path, tmp_path: Path) -> None:
+    """The hub's cache holds nothing else; an index, which comes from the network, makes none."""
+    for file in pico.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    assert Checkpoint.open(tmp_path).fingerprint == Checkpoint.open(pico).fingerprint
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-HUGE, HUGE) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+sizes = st.integers(-4, 40) | st.integers(-HUGE, HUGE)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.dictionaries(
+        st.text(max_size=5),
+        st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from(["F32", "F16", "BF16"]) | json_values,
+                "shape": st.lists(sizes, max_size=4) | json_values,
+                "data_offsets": st.lists(sizes, min_size=2, max_size=2) | json_values,
+            }
+        )
+        | json_values,
+        max_size=4,
+    )
+)
+def test_any_header_is_refused_or_can_be_read(tmp_path: Path, header: dict[str, Any]) -> None:
+    try:
+        checkpoint = Checkpoint.open(single_file(tmp_path, json.dumps(header).encode()))
+    except InputError as error:
+        assert SINGLE_FILE in str(error)  # noqa: PT017
+        return
+    for name in checkpoint.tensors:
+        with suppress(InputError):  # of no bytes
+            assert checkpoint.read(name).shape == checkpoint.shape(name)
+    spans = sorted((t.offset, t.offset + t.nbytes) for t in checkpoint.tensors.values())
+    assert all(first[1] <= second[0] for first, second in pairwise(spans))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_tensors_anywhere_in_shards_of_any_order_give_the_same_file(pico: Path, tmp_path: Path, seed: int) -> None:
+    """Spread at random over shards with odd names, listed in an index in another order."""
+    draw = random.Random(seed)
+    original, folder = Checkpoint.open(pico), Path(tempfile.mkdtemp(dir=tmp_path)) / pico.name
+    shutil.copytree(pico, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    names = list(original.tensors)
+    draw.shuffle(names)
+    shards = [f"{draw.choice('zaMk')}-{number}.safetensors" for number in range(5)]
+    weight_map = {name: draw.choice(shards) for name in names}
+    for shard in set(weight_map.values()):
+        inside = [name for name, file in weight_map.items() if file == shard]
+        draw.shuffle(inside)
+        write_bf16(folder / shard, {name: original.read(name) for name in inside})
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    written = []
+    for checkpoint in (original, Checkpoint.open(folder)):
+        types = {
+            tensor.name: QUANT_TYPES["Q8_0"] for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP
+        }
+        write_text_model(tmp_path / "text.gguf", checkpoint, types)
+        write_projector(tmp_path / "mmproj.gguf", checkpoint, "F16")
+        written.append([(tmp_path / file).read_bytes() for file in ("text.gguf", "mmproj.gguf")])
+    assert written[0] == written[1]
+
+
+def write_bf16(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file of uint16 arrays that hold bfloat16, in this order; the package's writer sorts them."""
+    header, place = {}, 0
+    for name, array in tensors.items():
+        assert array.dtype == np.uint16
+        header[name] = entry(array.shape, (place, place + array.nbytes), "BF16")
+        place += array.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for array in tensors.values()))

@@ -14,7 +14,7 @@ SOURCES = sorted(
     for root in ("mode_gguf", "cli/mode_gguf_cli", "kernels/mode_gguf_kernels")
     for path in (ROOT / root).rglob("*.py")
 )
-FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "progress"}
+FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "gguf_header", "progress", "shards"}
 STAGE_MAY_IMPORT = {
     "allocation": FOUNDATION | {"quantization"},
     "architectures": FOUNDATION,
@@ -23,12 +23,14 @@ STAGE_MAY_IMPORT = {
     "checkpoint": FOUNDATION,
     "errors": set(),
     "export": FOUNDATION | {"quantization"},
+    "gguf_header": {"errors", "shards"},
     "importance": FOUNDATION | {"quantization", "calibration"},
     "llama_cpp_library": set(),
     "progress": set(),
     "quantization": FOUNDATION | {"llama_cpp_library"},
     "rounding": FOUNDATION | {"quantization", "calibration", "importance"},
     "runtime": {"artifacts", "errors", "llama_cpp_library", "progress", "quantization"},
+    "shards": {"errors"},
     "validation": FOUNDATION | {"llama_cpp_library", "quantization", "runtime"},
     "workfolder": FOUNDATION,
 }

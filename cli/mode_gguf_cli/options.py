@@ -334,6 +334,15 @@ Floors = Annotated[
     ),
 ]
 ProjectorOption = Annotated[ProjectorType, typer.Option("--mmproj-type", help="Type of the projector's matrices.")]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Write the text model as GGUF splits with at most SIZE of tensors each, such as 45GB; llama.cpp is given "
+        "the first. Default: one file.",
+        show_default=False,
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads that pack; default: all cores.", min=1)]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 PreTokenizer = Annotated[
@@ -433,6 +442,17 @@ def budget_of(bpw: float | None, size: str | None, expert_bpw: float | None) -> 
     if expert_bpw is not None:
         return Budget(kind="expert-bpw", value=expert_bpw)
     return Budget(kind="bpw", value=DEFAULT_BPW if bpw is None else bpw)
+
+
+def shard_bytes_of(shard_size: str | None) -> int | None:
+    """Bytes of `--shard-size`.
+
+    Raises:
+        UsageError: not a size.
+    """
+    from mode_gguf.allocation.budget import parse_size
+
+    return None if shard_size is None else parse_size(shard_size, "--shard-size")
 
 
 def preset_of(

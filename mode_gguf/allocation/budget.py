@@ -52,7 +52,7 @@ class Reach:
         return 8 * self.highest / self.n_weights
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--size") -> int:
     """Bytes of `12GiB`, `800MB`, `6G` (binary, as `ls -h` writes it) or a plain number of bytes.
 
     Raises:
@@ -65,7 +65,7 @@ def parse_size(text: str) -> int:
     except (ValueError, KeyError):
         value = 0
     if not 1 <= value < 2**63:
-        raise UsageError(f"--size {text} is not a size: write a number with MiB, GiB, MB or GB, such as 12GiB")
+        raise UsageError(f"{option} {text} is not a size: write a number with MiB, GiB, MB or GB, such as 12GiB")
     return int(value)
 
 

@@ -1,7 +1,9 @@
 """Writing GGUF files of any size in constant memory, whole or not at all."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +19,9 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.progress import Advance, Progress, silent
 from mode_gguf.quantization.types import QuantType
+from mode_gguf.shards import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, assign_to_shards, earlier_shards, shard_paths
+
+log = logging.getLogger(__name__)
 
 _METADATA_BYTES = 64 * 2**20
 """Room for everything but weights; a vocabulary of 250,000 tokens with its merges takes a quarter of it."""
@@ -83,32 +88,68 @@ def write_gguf(
     tensors: Sequence[OutgoingTensor],
     *,
     description: str,
+    shard_bytes: int | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Write a GGUF file; it appears under `path` only when it is complete.
+    """Write a GGUF file, or several; none appears under its final name before all are complete.
 
     Args:
         architecture: general.architecture.
         add_keys: adds every other key to the writer.
         tensors: in file order.
         description: of the work, for `progress`, which counts chunks.
+        shard_bytes: most bytes of tensors in one file, unless a single one is larger; where there are more, shards are
+            written, named as in `mode_gguf.shards`, and those of an earlier run in another number are removed. None
+            writes one file.
 
     Raises:
+        UsageError: there would be more shards than llama.cpp loads.
         MissingResourceError: not enough disk space.
         InputError: the file cannot be written there, or a tensor's chunks raise it.
     """
+    shards = _shards(tensors, shard_bytes)
+    paths = shard_paths(path, len(shards))
     check_disk_space(path, sum(tensor.nbytes for tensor in tensors))
-    writer = GGUFWriter(None, architecture)
-    add_keys(writer)
-    for tensor in tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.byte_shape, np.dtype(np.uint8), tensor.nbytes, tensor.quant_type.ggml_type
+    largest = max(tensors, key=lambda tensor: tensor.nbytes)
+    if shard_bytes is not None and largest.nbytes > shard_bytes:
+        log.warning(
+            "tensor %s alone takes %s bytes, and the shard size is %s; tensors are not split, so its file is larger",
+            largest.name,
+            f"{largest.nbytes:,}",
+            f"{shard_bytes:,}",
         )
+    writers = [GGUFWriter(None, architecture) for _ in shards]
+    add_keys(writers[0])
+    for writer in writers[1:]:
+        writer.kv_data[0].clear()  # general.architecture: a split model has its metadata in the first file only
+    for number, (writer, shard) in enumerate(zip(writers, shards, strict=True)):
+        if len(shards) > 1:
+            writer.add_uint16(NUMBER_KEY, number)
+            writer.add_int32(TENSORS_KEY, len(tensors))
+            writer.add_uint16(COUNT_KEY, len(shards))
+        for tensor in shard:
+            writer.add_tensor_info(
+                tensor.name, tensor.byte_shape, np.dtype(np.uint8), tensor.nbytes, tensor.quant_type.ggml_type
+            )
     try:
-        with replaced_atomically(path) as temporary:
-            _write(writer, temporary, tensors, description, progress)
+        # What was entered last is left first: the first shard, which users open, is the last that appears.
+        with ExitStack() as stack:
+            temporaries = [stack.enter_context(replaced_atomically(place)) for place in paths]
+            with progress.step(description, sum(tensor.n_chunks for tensor in tensors)) as advance:
+                for writer, temporary, shard in zip(writers, temporaries, shards, strict=True):
+                    _write(writer, temporary, shard, advance)
+            if shard_bytes is not None:
+                for stale in earlier_shards(path):  # first ones first: from here on no old model is loaded in part
+                    stale.unlink()
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); choose another place") from error
+
+
+def _shards(tensors: Sequence[OutgoingTensor], shard_bytes: int | None) -> list[Sequence[OutgoingTensor]]:
+    if shard_bytes is None:
+        return [tensors]
+    places = assign_to_shards([tensor.nbytes for tensor in tensors], shard_bytes)
+    return [[tensors[index] for index in shard] for shard in places]
 
 
 def header_bytes(
@@ -130,16 +171,13 @@ def header_bytes(
         return path.stat().st_size + (len(tensors) + 1) * int(writer.data_alignment)
 
 
-def _write(
-    writer: GGUFWriter, path: Path, tensors: Sequence[OutgoingTensor], description: str, progress: Progress
-) -> None:
+def _write(writer: GGUFWriter, path: Path, tensors: Sequence[OutgoingTensor], advance: Advance) -> None:
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress.step(description, sum(tensor.n_chunks for tensor in tensors)) as advance:
-            for tensor in tensors:
-                writer.write_tensor_data(replace(tensor, advance=advance))
+        for tensor in tensors:
+            writer.write_tensor_data(replace(tensor, advance=advance))
     finally:
         writer.close()
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, GGUFWriter, Keys
+from gguf import GGUFWriter, Keys
 
 from mode_gguf.artifacts import replaced_atomically
 from mode_gguf.errors import InputError
+from mode_gguf.gguf_header import GgufHeader, TensorInfo, read_header
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_COUNT = 2**24
@@ -78,8 +79,9 @@ def read_imatrix(path: Path) -> Mapping[str, np.ndarray]:
     Raises:
         InputError: not an importance matrix, or sums and counts that do not belong together.
     """
-    reader, _ = _open(path)
-    arrays = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
+    header, _ = _open(path)
+    mapped = np.memmap(path, np.uint8, "r")
+    arrays = {name: _array(mapped, info) for name, info in header.tensors.items() if name.endswith((_SUMS, _COUNTS))}
     entries = {}
     for name in (name.removesuffix(_SUMS) for name in arrays if name.endswith(_SUMS)):
         if name + _COUNTS not in arrays:
@@ -115,29 +117,27 @@ def read_imatrix_header(path: Path) -> ImatrixHeader:
     return _open(path)[1]
 
 
-def _open(path: Path) -> tuple[GGUFReader, ImatrixHeader]:
+def _open(path: Path) -> tuple[GgufHeader, ImatrixHeader]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected an importance matrix (imatrix GGUF)")
-    try:
-        reader = GGUFReader(path)
-        return reader, _header(path, reader)
-    except (ValueError, TypeError, LookupError, OSError, OverflowError) as error:
-        raise InputError(f"{path}: cannot be read as GGUF ({error}); make the importance matrix again") from error
+    header = read_header(path)
+    values = []
+    for key, kind in ((Keys.IMatrix.DATASETS, list), (Keys.IMatrix.CHUNK_COUNT, int), (Keys.IMatrix.CHUNK_SIZE, int)):
+        if not isinstance(header.metadata.get(key), kind):
+            raise InputError(f"{path}: key {key} is missing or wrong; expected an importance matrix in GGUF format")
+        values.append(header.metadata[key])
+    datasets, chunk_count, chunk_size = values
+    n_entries = sum(name.endswith(_SUMS) for name in header.tensors)
+    return header, ImatrixHeader(tuple(map(str, datasets)), chunk_count, chunk_size, n_entries)
 
 
-def _header(path: Path, reader: GGUFReader) -> ImatrixHeader:
-    values = {}
-    for key in (Keys.IMatrix.DATASETS, Keys.IMatrix.CHUNK_COUNT, Keys.IMatrix.CHUNK_SIZE):
-        field = reader.get_field(key)
-        if field is None:
-            raise InputError(f"{path}: key {key} is missing; expected an importance matrix in GGUF format")
-        values[key] = field.contents()
-    return ImatrixHeader(
-        datasets=tuple(map(str, values[Keys.IMatrix.DATASETS])),
-        chunk_count=int(values[Keys.IMatrix.CHUNK_COUNT]),
-        chunk_size=int(values[Keys.IMatrix.CHUNK_SIZE]),
-        n_entries=sum(tensor.name.endswith(_SUMS) for tensor in reader.tensors),
-    )
+def _array(mapped: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """The tensor as it lies in the mapped file, float32."""
+    if info.type != "F32":
+        raise InputError(
+            f"{info.file}: {info.name} has type {info.type}, expected F32; make the importance matrix again"
+        )
+    return mapped[info.offset : info.offset + info.size_bytes].view("<f4").reshape(info.shape)
 
 
 def _check(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> None:

@@ -22,6 +22,7 @@ from mode_gguf.quantization.libggml import check_available, needs_importance
 from mode_gguf.quantization.packer import n_chunks, packed_chunks
 from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.shards import assign_to_shards, shard_paths
 
 ImportanceOf: TypeAlias = Callable[[str], np.ndarray | None]
 """Importance float32 (E, n) of a stored tensor, looked up when its turn comes: all of it would grow with the model."""
@@ -38,6 +39,7 @@ def write_text_model(
     packed: Mapping[str, Callable[[], Iterator[np.ndarray]]] | None = None,
     metadata: Metadata | None = None,
     pre_tokenizer: str | None = None,
+    shard_bytes: int | None = None,
     threads: int = 1,
     progress: Progress = silent,
 ) -> None:
@@ -52,18 +54,18 @@ def write_text_model(
             would yield them.
         metadata: further keys, such as `imatrix_keys`.
         pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
+        shard_bytes: most bytes of tensors in one file; with more than that, `text_model_files` are written.
         threads: that pack one expert.
 
     Raises:
         InputError: the checkpoint, the types, the importance or a weight cannot be used.
+        UsageError: there would be more shards than llama.cpp loads.
         MissingResourceError: not enough disk space, or no libggml for a type that it packs.
     """
     model_tensors = text_tensors(checkpoint)
-    layout = stored_tensors(model_tensors, experts or {})
+    layout, stored = _stored(model_tensors, types, experts or {})
     tensors = layout.tensors
     importance_of = partial(layout.rows_of, arrays=importance or {})
-    whole = checked_types(model_tensors, types)
-    stored = expert_groups.stored_types(whole, experts or {})
     _check_fit(tensors, stored)
     check_available(stored.values())
     _check_importance(tensors, stored, importance_of)
@@ -84,8 +86,35 @@ def write_text_model(
         partial(_add_keys, checkpoint, model_tensors, layout, stored, metadata or {}, pre_tokenizer),
         outgoing,
         description="packing",
+        shard_bytes=shard_bytes,
         progress=progress,
     )
+
+
+def text_model_files(
+    path: Path,
+    checkpoint: Checkpoint,
+    types: Mapping[str, QuantType],
+    experts: ExpertTypes | None = None,
+    shard_bytes: int | None = None,
+) -> list[Path]:
+    """The files that `write_text_model` writes with these arguments, the one that users open first; raises as it."""
+    if shard_bytes is None:
+        return [path]
+    layout, stored = _stored(text_tensors(checkpoint), types, experts or {})
+    sizes = [
+        tensor.n_weights // tensor.row_width * stored[tensor.name].row_bytes(tensor.row_width)
+        for tensor in layout.tensors
+    ]
+    return shard_paths(path, len(assign_to_shards(sizes, shard_bytes)))
+
+
+def _stored(
+    tensors: Sequence[SourceTensor], types: Mapping[str, QuantType], experts: ExpertTypes
+) -> tuple[StoredTensors, dict[str, QuantType]]:
+    """What the file holds, and in which types, by name."""
+    layout = stored_tensors(tensors, experts)
+    return layout, expert_groups.stored_types(checked_types(tensors, types), experts)
 
 
 def metadata_bytes(checkpoint: Checkpoint, pre_tokenizer: str | None = None, groups: int = 1) -> int:

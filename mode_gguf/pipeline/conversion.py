@@ -14,7 +14,7 @@ from mode_gguf.artifacts import file_fingerprint, fingerprint, samples_fingerpri
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.importance.choice import chosen_imatrix
-from mode_gguf.pipeline.exporting import model_path, projector_path, reference_fits, run_export, run_reference
+from mode_gguf.pipeline.exporting import model_files, projector_path, reference_fits, run_export, run_reference
 from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl, warnings_of_calibration
 from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
 from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan
@@ -146,19 +146,27 @@ def convert(
                 )
 
     plan = Plan.load(folder.plan)
-    model, mmproj = model_path(folder, plan), projector_path(folder, options.projector_type)
-    exported = fingerprint(file_fingerprint(folder.plan), calibrated, options.projector_type, options.pre_tokenizer)
+    files = model_files(checkpoint, folder, plan, options.shard_bytes)
+    mmproj = projector_path(folder, options.projector_type)
+    exported = fingerprint(
+        file_fingerprint(folder.plan),
+        calibrated,
+        options.projector_type,
+        options.pre_tokenizer,
+        *([options.shard_bytes] if options.shard_bytes else []),
+    )
     if not ledger.is_current("export", exported):
         if plan.rounding == "feedback":
             with ledger.running("round", exported, [folder.rounding]):
                 run_rounding(checkpoint, folder, plan, options.calibration, threads=options.threads, progress=progress)
-        with ledger.running("export", exported, [model, mmproj]):
+        with ledger.running("export", exported, [*files, mmproj]):
             run_export(
                 checkpoint,
                 folder,
                 plan,
                 projector_type=options.projector_type,
                 pre_tokenizer=options.pre_tokenizer,
+                shard_bytes=options.shard_bytes,
                 threads=options.threads,
                 progress=progress,
             )
@@ -173,7 +181,7 @@ def convert(
                         checkpoint, folder, pre_tokenizer=options.pre_tokenizer, progress=progress
                     )
                 run_validation(
-                    model,
+                    files[0],
                     mmproj,
                     reference,
                     folder.report,
@@ -185,13 +193,13 @@ def convert(
                     progress=progress,
                 )
     return ConvertResult(
-        model=model,
+        model=files[0],
         mmproj=mmproj,
         imatrix=folder.imatrix_of(imatrix),
         plan=folder.plan,
         report=folder.report if options.validate else None,
         bpw=plan.bpw,
-        size_bytes=model.stat().st_size,
+        size_bytes=sum(file.stat().st_size for file in files),
         seconds=dict(ledger.seconds),
     )
 
@@ -236,6 +244,7 @@ def merge(
         merged,
         projector_type=options.projector_type,
         pre_tokenizer=options.pre_tokenizer,
+        shard_bytes=options.shard_bytes,
         threads=options.threads,
         progress=progress,
     )

@@ -13,7 +13,7 @@ from mode_gguf.errors import MissingResourceError
 from mode_gguf.export.imatrix import read_imatrix
 from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import text_model_files, write_text_model
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.pipeline.measuring import check_same_model
 from mode_gguf.pipeline.planning import make_uniform_plan
@@ -38,6 +38,7 @@ def run_export(
     rounding: Rounding | None = None,
     projector_type: str = "F16",
     pre_tokenizer: str | None = None,
+    shard_bytes: int | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> tuple[Path, Path]:
@@ -49,6 +50,7 @@ def run_export(
         imatrix=imatrix,
         rounding=rounding,
         pre_tokenizer=pre_tokenizer,
+        shard_bytes=shard_bytes,
         threads=threads,
         progress=progress,
     )
@@ -65,23 +67,27 @@ def export_text(
     imatrix: ImatrixKind | None = None,
     rounding: Rounding | None = None,
     pre_tokenizer: str | None = None,
+    shard_bytes: int | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Write the text model as planned, with an importance matrix of the folder; returns its path.
+    """Write the text model as planned, with an importance matrix of the folder; returns its path, or its first shard's.
 
     Args:
         imatrix: which of them; None for the one that the plan's measurements were packed with, and that one may be
             missing if it is the plain one.
         rounding: None for the plan's; `feedback` takes what `run_rounding` has packed.
+        shard_bytes: most bytes of tensors in one file, see `mode_gguf.shards`.
 
     Raises:
+        UsageError: there would be more shards than llama.cpp loads.
         InputError: the plan belongs to another model, or a weight cannot be packed.
         MissingResourceError: not enough disk space, or the importance matrix or rounded tensors asked for are not
             there.
     """
     check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
     path = model_path(folder, plan)
+    files = model_files(checkpoint, folder, plan, shard_bytes)
     kind = imatrix or plan.made_from.imatrix_kind
     packed_with = folder.imatrix_of(kind)
     if kind == "fisher" and not packed_with.exists():
@@ -97,10 +103,11 @@ def export_text(
         packed=packed_sources(checkpoint, folder, plan, imatrix) if (rounding or plan.rounding) == "feedback" else None,
         metadata=imatrix_keys(packed_with) if with_imatrix else None,
         pre_tokenizer=pre_tokenizer,
+        shard_bytes=shard_bytes,
         threads=threads or os.cpu_count() or 1,
         progress=progress,
     )
-    return path
+    return files[0]
 
 
 def run_reference(
@@ -122,6 +129,15 @@ def model_path(folder: WorkFolder, plan: Plan) -> Path:
         return folder.path / f"{folder.name}-{plan.main_type}.gguf"
     bpw = plan.budget.value if plan.budget.kind == "bpw" else plan.bpw
     return folder.path / model_file_name(folder.name, bpw, plan.main_type, groups=plan.has_expert_groups)
+
+
+def model_files(checkpoint: Checkpoint, folder: WorkFolder, plan: Plan, shard_bytes: int | None) -> list[Path]:
+    """The files of the text model of `plan`, the one that users open first.
+
+    Raises:
+        UsageError: there would be more shards than llama.cpp loads.
+    """
+    return text_model_files(model_path(folder, plan), checkpoint, plan.types, plan.experts, shard_bytes)
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:

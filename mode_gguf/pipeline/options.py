@@ -52,6 +52,8 @@ class ConvertOptions:
     types: CandidateTypes = DEFAULT_TYPES
     projector_type: str = "F16"
     pre_tokenizer: str | None = None
+    shard_bytes: int | None = None
+    """Most bytes of tensors in one file of the text model; None for one file."""
     threads: int | None = None
     validate: bool = True
     held_out: Path | None = None
@@ -60,7 +62,10 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What a conversion wrote, and how long each stage took (0 for one that was reused)."""
+    """What a conversion wrote, and how long each stage took (0 for one that was reused).
+
+    `model` is the first file of one that is in shards; `size_bytes` counts all of them.
+    """
 
     model: Path
     mmproj: Path

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mode_gguf.errors import MissingResourceError
+from mode_gguf.gguf_header import read_header
 from mode_gguf.quantization.expert_groups import ARCHITECTURE_SUFFIX
 from mode_gguf.runtime.installed import HOW_TO_BUILD, Runtime, find_runtime
 from mode_gguf.runtime.release import B11434
 from mode_gguf.validation import c_api
-from mode_gguf.validation.header import read_header
 
 
 @dataclass(frozen=True, slots=True)

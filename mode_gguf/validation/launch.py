@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Final
 
 from mode_gguf.errors import MissingResourceError, UsageError
+from mode_gguf.gguf_header import read_header
 from mode_gguf.runtime.installed import HOW_TO_BUILD, find_runtime
 from mode_gguf.validation.engines import has_expert_groups, needed_runtime
-from mode_gguf.validation.header import read_header
 from mode_gguf.validation.runtimes import find_llama_cpp
 
 _WITH_PROJECTOR: Final = ("llama-server", "llama-mtmd-cli")

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mode_gguf.errors import InputError, ValidationError
+from mode_gguf.gguf_header import read_header
 from mode_gguf.validation import c_api
 from mode_gguf.validation.chat import ChatTemplate
 from mode_gguf.validation.engines import Engine, engine_for
-from mode_gguf.validation.header import read_header
 
 ImageInput: TypeAlias = Path | bytes | Image.Image
 """A picture: a file, the bytes of one, or already opened."""

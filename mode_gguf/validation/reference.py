@@ -14,10 +14,10 @@ import numpy as np
 
 from mode_gguf.artifacts import fingerprint, read_arrays, read_metadata, write_arrays
 from mode_gguf.errors import InputError
+from mode_gguf.gguf_header import read_header
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.divergence import log_softmax
 from mode_gguf.validation.engines import Engine, engine_for
-from mode_gguf.validation.header import read_header
 from mode_gguf.validation.llama_cpp import LlamaModel, Logits
 from mode_gguf.validation.questions import HeldOut, Question
 

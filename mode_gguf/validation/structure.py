@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from mode_gguf.errors import ValidationError
+from mode_gguf.gguf_header import GgufHeader, TensorInfo, read_header
 from mode_gguf.quantization.types import QuantType, bits_per_weight
-from mode_gguf.validation.header import GgufHeader, TensorInfo, read_header
 
 MAX_SHOWN: Final = 16
 """Metadata arrays longer than this (vocabularies) are described by their length."""

@@ -11,12 +11,12 @@ import numpy as np
 
 from mode_gguf import __version__
 from mode_gguf.errors import InputError, ValidationError
+from mode_gguf.gguf_header import GgufHeader, read_header
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
 from mode_gguf.validation.default_set import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
 from mode_gguf.validation.engines import engine_for
-from mode_gguf.validation.header import GgufHeader, read_header
 from mode_gguf.validation.llama_cpp import LlamaModel, Logits
 from mode_gguf.validation.questions import HeldOut, Question, is_right, wilson_interval
 from mode_gguf.validation.reference import (

@@ -13,12 +13,12 @@ from PIL import Image
 
 from mode_gguf.artifacts import write_json
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
+from mode_gguf.gguf_header import read_header
 from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE
 from mode_gguf.runtime.installed import RECORD, BuildRecord, Runtime, cache_folder
 from mode_gguf.runtime.release import Variant
 from mode_gguf.validation import c_api, engines, reference
 from mode_gguf.validation.engines import Engine, engine_for
-from mode_gguf.validation.header import read_header
 from mode_gguf.validation.launch import command_line
 from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.questions import HeldOut, Question, load_held_out

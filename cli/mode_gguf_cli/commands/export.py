@@ -27,6 +27,7 @@ def command(
     ] = None,
     mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
     pre_tokenizer: options.PreTokenizer = None,
+    shard_size: options.ShardSize = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -37,7 +38,9 @@ def command(
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
+    from mode_gguf.gguf_header import read_header
 
+    shard_bytes = options.shard_bytes_of(shard_size)
     checkpoint, folder = pipeline.open_model(model, out)
     loaded = Plan.load(plan or folder.plan)
     text, mmproj = pipeline.run_export(
@@ -48,12 +51,13 @@ def command(
         rounding=rounding.value if rounding else None,
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,
+        shard_bytes=shard_bytes,
         threads=threads,
         progress=progress(),
     )
+    size = read_header(text).size_bytes
     if json:
-        size = text.stat().st_size
         emit_json({"model": str(text), "mmproj": str(mmproj), "bpw": loaded.bpw, "size_bytes": size})
         return
-    show(f"model    {text}  ({loaded.bpw:.3f} bpw, {text.stat().st_size / 1e6:,.1f} MB)")
+    show(f"model    {text}  ({loaded.bpw:.3f} bpw, {size / 1e6:,.1f} MB)")
     show(f"mmproj   {mmproj}")

@@ -16,6 +16,7 @@ def command(
     device: options.DeviceOption = options.Device.AUTO,
     seed: options.Seed = 0,
     mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
+    shard_size: options.ShardSize = None,
     threads: options.Threads = None,
     pre_tokenizer: options.PreTokenizer = None,
     json: options.Json = False,
@@ -27,6 +28,7 @@ def command(
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
+    from mode_gguf.gguf_header import read_header
 
     checkpoint, folder = pipeline.open_model(model, out)
     before = Plan.load(folder.plan)
@@ -38,22 +40,24 @@ def command(
         types=options.measured_types(folder, types, dense_types, floor or ()),
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,
+        shard_bytes=options.shard_bytes_of(shard_size),
         threads=threads,
     )
     text, mmproj = pipeline.merge(checkpoint, folder, chosen, progress())
     after = Plan.load(folder.plan)
+    size = read_header(text).size_bytes
     if json:
         emit_json(
             {
                 "model": str(text),
                 "mmproj": str(mmproj),
                 "bpw": after.bpw,
-                "size_bytes": text.stat().st_size,
+                "size_bytes": size,
                 "predicted_cost": [plan.solver.objective if plan.solver else None for plan in (before, after)],
             }
         )
         return
-    show(f"model    {text}  ({after.bpw:.3f} bpw, {text.stat().st_size / 1e6:,.1f} MB)")
+    show(f"model    {text}  ({after.bpw:.3f} bpw, {size / 1e6:,.1f} MB)")
     show(f"mmproj   {mmproj}")
     if before.solver and after.solver:
         show(f"cost     {before.solver.objective:.6g} with a type per expert, {after.solver.objective:.6g} now")

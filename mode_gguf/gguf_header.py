@@ -1,12 +1,12 @@
 """What stands at the head of a GGUF file, read in milliseconds: metadata and tensor infos, no tensor data.
 
-gguf-py's reader maps the whole file and builds an object per metadata value, seconds for a vocabulary of 150 k tokens.
+gguf-py's reader maps the whole file and builds an object per metadata value, seconds for a vocabulary of 150 k tokens,
+and believes what a file says: a count of 2^60 elements keeps it busy for ever. Here nothing is allocated for what the
+file does not hold, and a head has limits that no model comes near.
 """
 
 import math
-import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -14,13 +14,21 @@ from typing import Any, BinaryIO, Final
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mode_gguf.errors import InputError
-from mode_gguf.quantization.types import INDEX
+from mode_gguf.shards import COUNT_KEY, MAX_SHARDS, NUMBER_KEY, TENSORS_KEY, paths_beside
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
 MAX_DIMENSIONS: Final = 4
-_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MAX_HEAD_BYTES: Final = 2**27
+"""Of metadata and tensor infos; a vocabulary of 250,000 tokens with its merges takes 16 MB."""
+MAX_ELEMENTS: Final = 2**22
+"""Of an array in the metadata."""
+MAX_KEYS: Final = 2**16
+MAX_TENSORS: Final = 2**20
+MAX_ALIGNMENT: Final = 2**16
+NUMBERS_TYPE: Final = "I32"
+"""Of tensors that hold numbers of experts rather than weights."""
 
 _STRING, _ARRAY = 8, 9
 _SCALARS: Final = {
@@ -71,7 +79,7 @@ class GgufHeader:
     @property
     def n_weights(self) -> int:
         """Of the model; integers that say where experts are stored are none."""
-        return sum(tensor.n_weights for tensor in self.tensors.values() if tensor.type != INDEX.name)
+        return sum(tensor.n_weights for tensor in self.tensors.values() if tensor.type != NUMBERS_TYPE)
 
     @property
     def bpw(self) -> float:
@@ -86,22 +94,25 @@ def read_header(path: Path) -> GgufHeader:
         InputError: missing, not GGUF, truncated, or damaged; the message names the file and what was found.
     """
     metadata, tensors = _read_file(path)
-    files = [path]
-    for shard in _other_shards(path, metadata):
-        files.append(shard)
-        tensors |= _read_file(shard)[1]
-    return GgufHeader(tuple(files), metadata, tensors)
-
-
-def _other_shards(path: Path, metadata: dict[str, Any]) -> Iterator[Path]:
-    count = metadata.get("split.count", 1)
+    count = metadata.get(COUNT_KEY, 1)
+    if not isinstance(count, int) or not 0 < count <= MAX_SHARDS:
+        raise InputError(f"{path}: damaged GGUF header: {COUNT_KEY} is {count!r}")
     if count == 1:
-        return
-    match = _SPLIT_NAME.fullmatch(path.name)
-    if match is None or int(match["number"]) != 1 or int(match["count"]) != count:
+        return GgufHeader((path,), metadata, tensors)
+    files = paths_beside(path, count)
+    if files is None:
         raise InputError(f"{path}: one of {count} shards; give the first one, named ...-00001-of-{count:05d}.gguf")
-    for number in range(2, count + 1):
-        yield path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
+    for number, shard in enumerate(files[1:], start=1):
+        keys, others = _read_file(shard)
+        if (keys.get(NUMBER_KEY), keys.get(COUNT_KEY)) != (number, count) or not tensors.keys().isdisjoint(others):
+            raise InputError(f"{shard}: does not go with {path.name}; export or download the shards again")
+        tensors |= others
+    expected = metadata.get(TENSORS_KEY, len(tensors))
+    if expected != len(tensors):
+        raise InputError(
+            f"{path}: its {count} shards hold {len(tensors)} tensors, expected {expected}; export them again"
+        )
+    return GgufHeader(tuple(files), metadata, tensors)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -125,11 +136,16 @@ class _Reader:
         version = self._number(_U32)
         if version not in VERSIONS:
             raise InputError(f"{self.path}: GGUF version {version} found, {VERSIONS} can be read")
-        n_tensors, n_keys = self._count(), self._count()
-        metadata = {self._string(): self._value(self._number(_U32)) for _ in range(n_keys)}
+        n_tensors, n_keys = self._count("tensors", MAX_TENSORS), self._count("keys", MAX_KEYS)
+        metadata: dict[str, Any] = {}
+        for _ in range(n_keys):
+            key = self._string()
+            if key in metadata:
+                raise self._damaged(f"key {key} twice")
+            metadata[key] = self._value(self._number(_U32))
         infos = [self._tensor_info() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
+        if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self._damaged(f"alignment {alignment!r}")
         start = -(-self.file.tell() // alignment) * alignment
         tensors = {}
@@ -152,6 +168,8 @@ class _Reader:
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise self._damaged(f"tensor {name} with {dimensions} dimensions")
         shape = tuple(reversed([self._number(_U64) for _ in range(dimensions)]))
+        if 0 in shape:
+            raise self._damaged(f"tensor {name} of shape {shape}")
         number = self._number(_U32)
         try:
             quant_type = GGMLQuantizationType(number)
@@ -165,7 +183,7 @@ class _Reader:
         if kind != _ARRAY:
             return self._number(self._scalar(kind))
         element = self._number(_U32)
-        count = self._count()
+        count = self._count("elements", MAX_ELEMENTS)
         if element == _STRING:
             return [self._string() for _ in range(count)]
         layout = self._scalar(element)
@@ -179,20 +197,23 @@ class _Reader:
     def _number(self, layout: struct.Struct) -> Any:
         return layout.unpack(self._bytes(layout.size))[0]
 
-    def _count(self) -> int:
+    def _count(self, what: str, most: int) -> int:
         count: int = self._number(_U64)
-        if count > self.size:
-            raise self._damaged(f"a count of {count}")
+        if count > most:
+            raise self._damaged(f"{count} {what}, {most} at most are read")
         return count
 
     def _string(self) -> str:
-        return self._bytes(self._count()).decode("utf-8", "surrogateescape")
+        # What is no UTF-8 is kept in a form that can be printed.
+        return self._bytes(self._number(_U64)).decode("utf-8", "backslashreplace")
 
     def _bytes(self, count: int) -> bytes:
-        data = self.file.read(count)
-        if len(data) != count:
+        place = self.file.tell()
+        if place + count > self.size:
             raise InputError(f"{self.path}: truncated: its header ends after {self.size} bytes")
-        return data
+        if place + count > MAX_HEAD_BYTES:
+            raise self._damaged(f"a head of more than {MAX_HEAD_BYTES} bytes")
+        return self.file.read(count)
 
     def _damaged(self, what: str) -> InputError:
         return InputError(f"{self.path}: damaged GGUF header at byte {self.file.tell()}: {what}")
