@@ -23,23 +23,41 @@ from mode_gguf.errors import InputError
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = "mode_gguf"
+_PART = ".mode-gguf.part"
 
 RecordT = TypeVar("RecordT", bound="Record")
 
 
 @contextmanager
 def replaced_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on any error (Ctrl-C too) it is removed."""
+    """Yield a temporary path beside `path`; on success it becomes `path`, on any error (Ctrl-C too) it is removed.
+
+    It is on the disk before it gets its name: after a power cut some file systems have the new name of a file and not
+    its contents. The rename itself may be lost then, which leaves the old file or none, and the work is done again. A
+    process that is killed leaves the temporary file, see `remove_parts`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
+        _to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `replaced_atomically` left in a folder where a process was killed; none may be at work there."""
+    for path in folder.glob(f".*{_PART}"):
+        path.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

@@ -14,7 +14,7 @@ SOURCES = sorted(
     for root in ("mode_gguf", "cli/mode_gguf_cli", "kernels/mode_gguf_kernels")
     for path in (ROOT / root).rglob("*.py")
 )
-FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "progress"}
+FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "locks", "progress"}
 STAGE_MAY_IMPORT = {
     "allocation": FOUNDATION | {"quantization"},
     "architectures": FOUNDATION,
@@ -25,6 +25,7 @@ STAGE_MAY_IMPORT = {
     "export": FOUNDATION | {"quantization"},
     "importance": FOUNDATION | {"quantization", "calibration"},
     "llama_cpp_library": set(),
+    "locks": set(),
     "progress": set(),
     "quantization": FOUNDATION | {"llama_cpp_library"},
     "rounding": FOUNDATION | {"quantization", "calibration", "importance"},

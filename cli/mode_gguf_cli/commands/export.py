@@ -40,17 +40,18 @@ def command(
 
     checkpoint, folder = pipeline.open_model(model, out)
     loaded = Plan.load(plan or folder.plan)
-    text, mmproj = pipeline.run_export(
-        checkpoint,
-        folder,
-        loaded,
-        imatrix=imatrix.value if imatrix else None,
-        rounding=rounding.value if rounding else None,
-        projector_type=mmproj_type.value,
-        pre_tokenizer=pre_tokenizer,
-        threads=threads,
-        progress=progress(),
-    )
+    with pipeline.working_in(folder):
+        text, mmproj = pipeline.run_export(
+            checkpoint,
+            folder,
+            loaded,
+            imatrix=imatrix.value if imatrix else None,
+            rounding=rounding.value if rounding else None,
+            projector_type=mmproj_type.value,
+            pre_tokenizer=pre_tokenizer,
+            threads=threads,
+            progress=progress(),
+        )
     if json:
         size = text.stat().st_size
         emit_json({"model": str(text), "mmproj": str(mmproj), "bpw": loaded.bpw, "size_bytes": size})

@@ -49,7 +49,10 @@ def command(
         types or ",".join(table.expert_types), dense_types or ",".join(table.dense_types), floor or ()
     )
     plot = png or folder.frontier_plot
-    made = pipeline.run_frontier(checkpoint, folder, options.preset_of(preset), candidates, points=points, plot=plot)
+    with pipeline.working_in(folder):
+        made = pipeline.run_frontier(
+            checkpoint, folder, options.preset_of(preset), candidates, points=points, plot=plot
+        )
     if json:
         show(made.model_dump_json(indent=2, exclude_none=True))
         return

@@ -40,9 +40,10 @@ def command(
     candidates = options.candidate_types(
         types or ",".join(table.expert_types), dense_types or ",".join(table.dense_types)
     )
-    measured = pipeline.run_unit_kl(
-        checkpoint, folder, chosen, candidates, sample_budget=measured_samples, progress=progress()
-    )
+    with pipeline.working_in(folder):
+        measured = pipeline.run_unit_kl(
+            checkpoint, folder, chosen, candidates, sample_budget=measured_samples, progress=progress()
+        )
     rows = compared(measured, table) if table.method == "fisher" else []
     if json:
         emit_json(
