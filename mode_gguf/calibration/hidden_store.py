@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from mode_gguf.errors import MissingResourceError
 from mode_gguf.locks import try_lock
 
 DEFAULT_LIMIT_BYTES = 4 << 30
@@ -111,12 +112,21 @@ class HiddenStore:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make room for a file: writing to a mapped one on a full disk would kill the process instead of raising."""
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
+    """Make room for a file: writing to a mapped one on a full disk would kill the process instead of raising.
+
+    Raises:
+        MissingResourceError: there is none.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
+    except OSError as error:
+        raise MissingResourceError(
+            f"{path.parent}: no room for hidden states ({error}); free some space, or name a folder on a larger disk "
+            "in TMPDIR"
+        ) from error
 
 
 def _remove_abandoned() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,9 @@ def test_ledgers_of_one_folder_keep_each_others_entries(folder: WorkFolder) -> N
 def test_changed_settings_are_named_with_both_values(folder: WorkFolder) -> None:
     ledger = StageLedger(folder)
     ledger.check_unchanged([stage(folder), stage(folder, "sensitivity")])
+    changed = {"text samples": 64, "types": ("Q2_K",), "seed": 1}
     with pytest.raises(UsageError) as error:
-        ledger.check_unchanged([stage(folder, **{"text samples": 64, "types": ("Q2_K",), "seed": 1})])
+        ledger.check_unchanged([replace(stage(folder), settings=changed)])
     said = "(text samples: 128 then, 64 now; types: Q2_K Q3_K then, Q2_K now; seed: none then, 1 now)"
     assert said in str(error.value)
     assert "--restart" in str(error.value)
