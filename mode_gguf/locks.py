@@ -22,7 +22,9 @@ def try_lock(path: Path, *, create: bool = False) -> int | None:
         OSError: `path` cannot be opened.
     """
     while True:
-        descriptor = os.open(path, (os.O_RDWR | os.O_CREAT if create else os.O_RDONLY) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(
+            path, (os.O_RDWR | os.O_CREAT if create else os.O_RDONLY) | getattr(os, "O_CLOEXEC", 0), 0o666
+        )
         if sys.platform == "win32":
             return descriptor
         try:
