@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the library is imported when a command runs, so that --help
     from mode_gguf.pipeline import CalibrationOptions
     from mode_gguf.quantization.packing import Packing
     from mode_gguf.quantization.types import QuantType
+    from mode_gguf.workfolder import WorkFolder
 
 
 class Device(StrEnum):
@@ -306,6 +307,22 @@ MeasuredSamples = Annotated[
 ]
 ExpertTypes = Annotated[str, typer.Option("--types", help="Candidate types of expert tensors, comma-separated.")]
 DenseTypes = Annotated[str, typer.Option(help="Candidate types of attention, embedding and output tensors.")]
+MeasuredExpertTypes = Annotated[
+    str | None,
+    typer.Option(
+        "--types",
+        help="Candidate types of expert tensors, comma-separated; default: those of `sensitivity`.",
+        show_default=False,
+    ),
+]
+MeasuredDenseTypes = Annotated[
+    str | None,
+    typer.Option(
+        "--dense-types",
+        help="Candidate types of attention, embedding and output tensors; default: those of `sensitivity`.",
+        show_default=False,
+    ),
+]
 Floors = Annotated[
     list[str] | None,
     typer.Option(
@@ -342,6 +359,8 @@ HeldOut = Annotated[
 
 DEFAULT_SIZE_POWER = 0.0
 DEFAULT_EXPERT_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"
+DEFAULT_GROUP_TYPES = "IQ2_XXS," + DEFAULT_EXPERT_TYPES
+"""With a type per expert: rarely used ones in two bits leave room for the others (docs/EXPERIMENTS.md)."""
 DEFAULT_DENSE_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0"
 DEFAULT_BPW = 3.0
 DEFAULT_MEASURED_SAMPLES = 64
@@ -361,6 +380,22 @@ def candidate_types(expert: str, dense: str, floors: Sequence[str] = ()) -> "Can
     types = CandidateTypes(parse_types(expert), parse_types(dense), dict(map(_floor, floors)))
     check_available((*types.expert, *types.dense, *types.floors.values()))
     return types
+
+
+def measured_types(
+    folder: "WorkFolder", expert: str | None, dense: str | None, floors: Sequence[str] = ()
+) -> "CandidateTypes":
+    """`candidate_types`, where a list that is not given stands for what `sensitivity` measured in the folder.
+
+    Raises:
+        InputError: `sensitivity` has not run there.
+    """
+    from mode_gguf.importance.table import SensitivityTable
+
+    if expert is None or dense is None:
+        table = SensitivityTable.load(folder.sensitivity)
+        expert, dense = expert or ",".join(table.expert_types), dense or ",".join(table.dense_types)
+    return candidate_types(expert, dense, floors)
 
 
 def _floor(text: str) -> "tuple[Role, QuantType]":

@@ -3,7 +3,7 @@
 A tensor T has `T.in_sum2`, the sums of squares of its inputs, and `T.counts`, how many tokens are in each sum.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +66,11 @@ def write_imatrix(
             writer.close()
 
 
-def read_imatrix(path: Path) -> dict[str, np.ndarray]:
+def read_imatrix(path: Path) -> Mapping[str, np.ndarray]:
     """Importance of every input channel by GGUF tensor name: float32 (E, n), the mean of squares.
+
+    All of it is checked here; what a tensor needs is read and divided when it is asked for, as an importance matrix
+    takes megabytes per layer.
 
     Divides as llama-quantize does, so that packing gives the same bytes: float32 sums by counts rounded to whole
     numbers; 1 for an expert whose count is 0.
@@ -77,17 +80,34 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
     """
     reader, _ = _open(path)
     arrays = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
-    importance = {}
+    entries = {}
     for name in (name.removesuffix(_SUMS) for name in arrays if name.endswith(_SUMS)):
         if name + _COUNTS not in arrays:
             raise InputError(f"{path}: {name + _SUMS} has no {name + _COUNTS}; make the importance matrix again")
         sums, counts = arrays[name + _SUMS], arrays[name + _COUNTS].reshape(-1, 1)
         sums = sums.reshape(-1, sums.shape[-1])
         _check(path, name, sums, counts)
+        entries[name] = (sums, counts)
+    return _Quotients(entries)
+
+
+class _Quotients(Mapping[str, np.ndarray]):
+    """Sums divided by counts, out of arrays that are mapped from the file."""
+
+    def __init__(self, entries: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        sums, counts = self._entries[name]
         # In float64: above 2^23 float32 has no halves, and adding one would round odd counts up.
         whole = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)
-        importance[name] = np.where(whole > 0, sums / np.maximum(whole, 1), np.float32(1)).astype(np.float32)
-    return importance
+        return np.where(whole > 0, sums / np.maximum(whole, 1), np.float32(1)).astype(np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def read_imatrix_header(path: Path) -> ImatrixHeader:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from gguf import GGUFWriter
@@ -21,6 +22,9 @@ from mode_gguf.quantization.libggml import check_available, needs_importance
 from mode_gguf.quantization.packer import n_chunks, packed_chunks
 from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+
+ImportanceOf: TypeAlias = Callable[[str], np.ndarray | None]
+"""Importance float32 (E, n) of a stored tensor, looked up when its turn comes: all of it would grow with the model."""
 
 
 def write_text_model(
@@ -57,19 +61,19 @@ def write_text_model(
     model_tensors = text_tensors(checkpoint)
     layout = stored_tensors(model_tensors, experts or {})
     tensors = layout.tensors
-    importance = layout.rows_of(importance or {})
+    importance_of = partial(layout.rows_of, arrays=importance or {})
     whole = checked_types(model_tensors, types)
     stored = expert_groups.stored_types(whole, experts or {})
     _check_fit(tensors, stored)
     check_available(stored.values())
-    _check_importance(tensors, stored, importance)
+    _check_importance(tensors, stored, importance_of)
     outgoing = [
         OutgoingTensor(
             tensor.name,
             tensor.shape,
             stored[tensor.name],
             (packed or {}).get(tensor.name)
-            or partial(_packed, checkpoint, tensor, stored[tensor.name], importance.get(tensor.name), packing, threads),
+            or partial(_packed, checkpoint, tensor, stored[tensor.name], importance_of, packing, threads),
             tensor.n_experts if tensor.name in (packed or {}) else n_chunks(tensor),
         )
         for tensor in tensors
@@ -161,10 +165,10 @@ def _check_fit(tensors: Sequence[SourceTensor], stored: Mapping[str, QuantType])
 
 
 def _check_importance(
-    tensors: Sequence[SourceTensor], stored: Mapping[str, QuantType], importance: Mapping[str, np.ndarray]
+    tensors: Sequence[SourceTensor], stored: Mapping[str, QuantType], importance_of: ImportanceOf
 ) -> None:
     for tensor in tensors:
-        found, quant_type = importance.get(tensor.name), stored[tensor.name]
+        found, quant_type = importance_of(tensor.name), stored[tensor.name]
         if found is None and needs_importance(quant_type):
             raise InputError(
                 f"the plan gives {tensor.name} type {quant_type.name}, which needs an importance matrix, and there is "
@@ -182,7 +186,7 @@ def _packed(
     checkpoint: Checkpoint,
     tensor: SourceTensor,
     quant_type: QuantType,
-    importance: np.ndarray | None,
+    importance_of: ImportanceOf,
     packing: Packing,
     threads: int,
 ) -> Iterator[np.ndarray]:
@@ -190,4 +194,4 @@ def _packed(
         return iter([tensor.read(0)])
     if tensor.role is Role.KEEP:
         return iter([finite(checkpoint, tensor, as_float32(tensor.read(0)))])
-    return packed_chunks(tensor, quant_type, importance, threads, packing)
+    return packed_chunks(tensor, quant_type, importance_of(tensor.name), threads, packing)

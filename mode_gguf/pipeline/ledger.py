@@ -101,7 +101,7 @@ class StageLedger:
             if entry and changes:
                 raise UsageError(
                     f"{self._folder.path}: `{stage.name}` was run here with other settings ({'; '.join(changes)}); "
-                    "--restart runs it and what depends on it again, another --out keeps both"
+                    "give those it had, --restart to run it and what depends on it again, or another --out"
                 )
             for path in self.edited(stage):
                 raise UsageError(

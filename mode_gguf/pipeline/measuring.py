@@ -89,7 +89,7 @@ def run_sensitivity(
     measured = measure_sensitivity(
         checkpoint,
         calibration_samples(options),
-        read_imatrix(folder.imatrix),
+        dict(read_imatrix(folder.imatrix)),
         statistics=statistics,
         method=method,
         imatrix=imatrix,
@@ -171,7 +171,7 @@ def kl_measurement(
 
     table, statistics = measured_tables(checkpoint, folder)
     samples = stratified(calibration_samples(calibration), sample_budget, calibration.seed)
-    settings = KlSettings(read_imatrix(folder.imatrix_of(table.imatrix)), table.packing, statistics.key_tokens)
+    settings = KlSettings(dict(read_imatrix(folder.imatrix_of(table.imatrix))), table.packing, statistics.key_tokens)
     return open_kl_model(checkpoint, samples, device=calibration.device), settings
 
 

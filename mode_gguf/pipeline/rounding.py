@@ -94,7 +94,7 @@ def run_rounding(
     settings = RoundingSettings(
         types=plan.types,
         experts=plan.experts,
-        importance=read_imatrix(folder.imatrix_of(kind)),
+        importance=dict(read_imatrix(folder.imatrix_of(kind))),
         packing=plan.packing,
         token_weights=weights,
         threads=threads or os.cpu_count() or 1,

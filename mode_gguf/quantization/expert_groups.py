@@ -57,13 +57,12 @@ class StoredTensors:
         """Which of the layer's experts an expert tensor holds, in its order."""
         return self.members[tensor.name][1] if tensor.name in self.members else range(tensor.n_experts)
 
-    def rows_of(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays (E, ...) by name of the whole tensor, such as importance, as arrays by name of the stored one."""
-        parts = {
-            name: arrays[whole][list(experts)] for name, (whole, experts) in self.members.items() if whole in arrays
-        }
-        grouped = {whole for whole, _ in self.members.values()}
-        return {name: array for name, array in arrays.items() if name not in grouped} | parts
+    def rows_of(self, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Of arrays (E, ...) by name of the whole tensor, such as importance, that of a stored one; None without."""
+        whole, experts = self.members.get(name, (name, None))
+        if whole not in arrays:
+            return None
+        return arrays[whole] if experts is None else arrays[whole][list(experts)]
 
 
 def layer_groups(experts: ExpertTypes) -> dict[int, tuple[Group, ...]]:

@@ -92,7 +92,6 @@ class _Work:
         self._streamed, self._settings, self._rounded = streamed, settings, rounded
         self._stored = stored_tensors(streamed.tensors, settings.experts)
         self._types = stored_types(settings.types, settings.experts)
-        self._importance = self._stored.rows_of(settings.importance)
         chosen = [tensor for tensor in self._stored.tensors if is_rounded(tensor, self._types)]
         self._tensors = {
             part: tensors
@@ -192,7 +191,7 @@ class _Work:
                 packed[tensor.name][place] = matrix
 
     def _pack(self, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
-        importance = self._importance.get(tensor.name)
+        importance = self._stored.rows_of(tensor.name, self._settings.importance)
         return pack_by_rows(
             read_matrix(tensor, index),
             self._types[tensor.name],

@@ -11,6 +11,7 @@ from gguf import LlamaFileType
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import file_fingerprint
+from mode_gguf.importance.table import SensitivityTable
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.validation.llama_cpp import LlamaModel
@@ -194,7 +195,8 @@ def test_a_type_per_expert_and_back(pico: Path, tmp_path: Path, run: Run) -> Non
     result = json.loads(run(*arguments, "--granularity", "expert"))
     plan, model = Plan.load(tmp_path / "plan.json"), Path(result["model"])
     assert plan.has_expert_groups
-    assert model.name.endswith("K_MODE_GROUPS.gguf")
+    assert model.name.endswith("_MODE_GROUPS.gguf")
+    assert SensitivityTable.load(tmp_path / "sensitivity.safetensors").expert_types[0] == "IQ2_XXS"
     assert 0.97 * 2880 * 1024 <= model.stat().st_size <= 2880 * 1024
     assert not (tmp_path / "tensor-types.txt").exists(), "stock llama-quantize cannot make this file"
     check_structure(model, plan.stored_types)
@@ -348,9 +350,16 @@ def test_uniform_plan_of_a_type_that_needs_an_importance_matrix(pico: Path, tmp_
     assert "mode-gguf calibrate" in line
 
 
-@pytest.mark.parametrize("arguments", [("--uniform", "Q4_0"), ("--types", "Q4_0"), ("--dense-types", "Q4_0")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--uniform", "Q4_0"),
+        ("--types", "Q4_0", "--dense-types", "Q4_K"),
+        ("--types", "Q4_K", "--dense-types", "Q4_0"),
+    ],
+)
 def test_types_of_libggml_without_it(
-    pico: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, str]
+    pico: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(libggml, "embedded_library", lambda: None)
     libggml.library.cache_clear()

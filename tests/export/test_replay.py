@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_bytes_are_those_of_ggml(pico: Path, files: Files) -> None:
 
 
 def _by_ggml(
-    tensor: SourceTensor, expert: int, types: dict[str, QuantType], importance: dict[str, np.ndarray]
+    tensor: SourceTensor, expert: int, types: dict[str, QuantType], importance: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     weights = importance.get(tensor.name)
     row = None if weights is None else np.ascontiguousarray(weights[expert])

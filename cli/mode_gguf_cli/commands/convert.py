@@ -51,7 +51,14 @@ def command(
         options.RoundingName | None,
         typer.Option(help=options.ROUNDING_HELP + " Default: feedback, unless packing is exact.", show_default=False),
     ] = None,
-    types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
+    types: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Candidate types of expert tensors, comma-separated; default: {options.DEFAULT_EXPERT_TYPES}, with "
+            "--granularity expert IQ2_XXS, too.",
+            show_default=False,
+        ),
+    ] = None,
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
     floor: options.Floors = None,
     mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
@@ -105,7 +112,7 @@ def command(
         imatrix=imatrix.value if imatrix else None,
         packing=options.packing_of(packing, effort, size_power),
         rounding=rounding.value if rounding else None,
-        types=options.candidate_types(types, dense_types, floor or ()),
+        types=options.candidate_types(types or _default_types(granularity), dense_types, floor or ()),
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,
         threads=threads,
@@ -139,6 +146,11 @@ def command(
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
     if reused:
         say(f"reused from the last run in this folder: {', '.join(reused)}")
+
+
+def _default_types(granularity: options.GranularityName) -> str:
+    grouped = granularity is options.GranularityName.EXPERT
+    return options.DEFAULT_GROUP_TYPES if grouped else options.DEFAULT_EXPERT_TYPES
 
 
 def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:

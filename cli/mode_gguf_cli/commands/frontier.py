@@ -21,13 +21,8 @@ def command(
     model: options.Model,
     out: options.Out = None,
     preset: options.PresetOption = options.PresetName.MODE,
-    types: Annotated[
-        str | None,
-        typer.Option(help="Candidate types of expert tensors, comma-separated; default: those of `sensitivity`."),
-    ] = None,
-    dense_types: Annotated[
-        str | None, typer.Option(help="Candidate types of all other matrices; default: those of `sensitivity`.")
-    ] = None,
+    types: options.MeasuredExpertTypes = None,
+    dense_types: options.MeasuredDenseTypes = None,
     floor: options.Floors = None,
     points: Annotated[int, typer.Option(help="Budgets to solve, from the smallest file to the largest.", min=2)] = 20,
     png: Annotated[
@@ -41,13 +36,9 @@ def command(
     divergence of text and of image answers from full precision.
     """
     from mode_gguf import pipeline
-    from mode_gguf.importance.table import SensitivityTable
 
     checkpoint, folder = pipeline.open_model(model, out)
-    table = SensitivityTable.load(folder.sensitivity)
-    candidates = options.candidate_types(
-        types or ",".join(table.expert_types), dense_types or ",".join(table.dense_types), floor or ()
-    )
+    candidates = options.measured_types(folder, types, dense_types, floor or ())
     plot = png or folder.frontier_plot
     with pipeline.working_in(folder):
         made = pipeline.run_frontier(

@@ -7,8 +7,8 @@ from mode_gguf_cli.console import emit_json, progress, show
 def command(
     model: options.Model,
     out: options.Out = None,
-    types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
-    dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
+    types: options.MeasuredExpertTypes = None,
+    dense_types: options.MeasuredDenseTypes = None,
     floor: options.Floors = None,
     calibration: options.Calibration = None,
     image_samples: options.ImageSamples = 128,
@@ -35,7 +35,7 @@ def command(
         calibration=pipeline.CalibrationOptions(
             calibration, image_samples, text_samples, device=device.value, seed=seed
         ),
-        types=options.candidate_types(types, dense_types, floor or ()),
+        types=options.measured_types(folder, types, dense_types, floor or ()),
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,
         threads=threads,

@@ -48,8 +48,8 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     device: options.DeviceOption = options.Device.AUTO,
-    types: options.ExpertTypes = options.DEFAULT_EXPERT_TYPES,
-    dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
+    types: options.MeasuredExpertTypes = None,
+    dense_types: options.MeasuredDenseTypes = None,
     floor: options.Floors = None,
     uniform: Annotated[
         str | None,
@@ -97,7 +97,7 @@ def command(
         option = "--imatrix" if imatrix else "--packing"
         raise UsageError(f"{option} goes with --uniform; otherwise give it to `mode-gguf sensitivity`")
     else:
-        candidates = options.candidate_types(types, dense_types, floor or ())
+        candidates = options.measured_types(folder, types, dense_types, floor or ())
         chosen = options.preset_of(
             preset,
             sensitivity,

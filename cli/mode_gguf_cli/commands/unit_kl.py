@@ -1,9 +1,5 @@
 """mode-gguf unit-kl: what every type really does to every tensor, measured."""
 
-from typing import Annotated
-
-import typer
-
 from mode_gguf_cli import options
 from mode_gguf_cli.console import emit_json, progress, show
 
@@ -14,12 +10,8 @@ def command(
     calibration: options.Calibration = None,
     measured_samples: options.MeasuredSamples = options.DEFAULT_MEASURED_SAMPLES,
     device: options.DeviceOption = options.Device.AUTO,
-    types: Annotated[
-        str | None, typer.Option(help="Types of expert tensors, comma-separated; default: those of `sensitivity`.")
-    ] = None,
-    dense_types: Annotated[
-        str | None, typer.Option(help="Types of all other matrices; default: those of `sensitivity`.")
-    ] = None,
+    types: options.MeasuredExpertTypes = None,
+    dense_types: options.MeasuredDenseTypes = None,
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     seed: options.Seed = 0,
@@ -37,9 +29,7 @@ def command(
     chosen = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
     checkpoint, folder = pipeline.open_model(model, out)
     table = SensitivityTable.load(folder.sensitivity)
-    candidates = options.candidate_types(
-        types or ",".join(table.expert_types), dense_types or ",".join(table.dense_types)
-    )
+    candidates = options.measured_types(folder, types, dense_types)
     with pipeline.working_in(folder):
         measured = pipeline.run_unit_kl(
             checkpoint, folder, chosen, candidates, sample_budget=measured_samples, progress=progress()
