@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from mode_gguf.calibration import distributed
 from mode_gguf.errors import ModeGgufError
 from mode_gguf_cli.commands import (
     calibrate,
@@ -56,10 +57,25 @@ app.add_typer(runtime.app, name="runtime")
 
 
 def main() -> None:
-    """Run the command line; exit codes are in `mode_gguf.errors`, 130 is Ctrl-C."""
+    """Run the command line; exit codes are in `mode_gguf.errors`, 130 is Ctrl-C.
+
+    Of several processes that torchrun started, the first does so, and the others help it with what can be shared out.
+    """
     log_to_stderr()
     try:
-        app()
+        _run()
+    except SystemExit as ended:
+        distributed.end_process(ended.code)
+        raise
+
+
+def _run() -> None:
+    try:
+        if distributed.is_follower():
+            distributed.follow()
+            sys.exit()
+        with distributed.leading():
+            app()
     except ModeGgufError as error:
         fail(_escaped(str(error)))
         sys.exit(error.exit_code)
@@ -73,6 +89,8 @@ def main() -> None:
         if ended.code == INTERRUPTED:  # how Typer ends on Ctrl-C
             say("interrupted; finished stages are kept and will be reused")
         raise
+    except KeyboardInterrupt:  # in a process that helps: the first one has something to say about it
+        sys.exit(INTERRUPTED)
 
 
 def _escaped(text: str) -> str:

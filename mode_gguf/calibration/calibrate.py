@@ -1,11 +1,13 @@
 """The calibration stage: samples through the model, layer by layer; statistics per expert and modality out."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import torch
 
 from mode_gguf.calibration.denormals import denormals_flushed
+from mode_gguf.calibration.distributed import gathered, share_of, sum_over_ranks
 from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder, ModelInputs
 from mode_gguf.calibration.key_tokens import TEXT_ATTENTION, KeyTokens
 from mode_gguf.calibration.lockstep import run_in_lockstep
@@ -32,6 +34,8 @@ def calibrate(
 ) -> CalibrationStatistics:
     """Statistics of `samples`; one decoder layer's weights are in memory at a time.
 
+    Called by several processes together, each runs its share of the samples; all return the statistics of all.
+
     Args:
         device: `auto`, `cpu` (float32) or `cuda` (bfloat16).
         key_tokens: how key vision tokens are chosen.
@@ -39,13 +43,13 @@ def calibrate(
         max_image_pixels: images are scaled down to this area.
 
     Raises:
-        UsageError: no samples, or an unknown device.
+        UsageError: no samples, fewer of them than processes, or an unknown device.
         InputError: model or sample cannot be used, or an activation was never seen.
     """
     if not samples:
         raise UsageError("calibration needs at least one sample")
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
-    inputs = [builder.build(sample) for sample in samples]
+    inputs = [builder.build(sample) for sample in share_of(samples)]
     streamed = open_streamed(checkpoint, device)
     observer = Observer(streamed.tensors, streamed.device)
     run_watched(
@@ -57,14 +61,15 @@ def calibrate(
         description="calibrating",
         progress=progress,
     )
-    unseen = unseen_activations(observer.arrays, streamed.tensors)
+    arrays = sum_over_ranks(observer.arrays)
+    unseen = unseen_activations(arrays, streamed.tensors)
     if unseen:
         raise InputError(f"{checkpoint.path}: calibration saw nothing of {', '.join(unseen)}")
     return CalibrationStatistics(
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
-        arrays=observer.arrays,
-        samples=count_samples(inputs),
+        arrays=arrays,
+        samples=reduce(add, gathered(count_samples(inputs))),
         key_tokens=key_tokens,
         datasets=tuple(dict.fromkeys(sample.dataset for sample in samples)),
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from mode_gguf.calibration.distributed import agree
 from mode_gguf.progress import Progress, silent
 
 
@@ -93,7 +94,8 @@ def run_in_lockstep(
         description: of the work, for `progress`.
 
     Raises:
-        BaseException: what a forward, a callback or Ctrl-C raised; every thread has ended by then.
+        BaseException: what a forward, a callback or Ctrl-C raised, here or in another process that takes part; every
+            thread has ended by then.
     """
     lanes = [_Lane(forward) for forward in forwards]
     running: list[_Lane] = []
@@ -123,6 +125,7 @@ def run_in_lockstep(
                     leave(number, index)
                     done(amounts[number])
                 free(index)
+                agree()  # an error in another process should not show hours later
     finally:
         for handle in hooks:
             handle.remove()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Array, Role, SourceTensor
+from mode_gguf.calibration.distributed import local_rank
 from mode_gguf.calibration.watch import ATTENTION, EXPERTS
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
@@ -24,10 +25,10 @@ FINAL_NORM = "model.language_model.norm"
 
 
 def choose_device(device: str) -> torch.device:
-    """The device named `auto` (CUDA where there is one), `cpu` or `cuda`.
+    """The device named `auto` (CUDA where there is one), `cpu` or `cuda`; each process of several has a GPU of its own.
 
     Raises:
-        UsageError: another name.
+        UsageError: another name, or more processes than GPUs.
         MissingResourceError: `cuda`, and there is none.
     """
     if device not in {"auto", "cpu", "cuda"}:
@@ -35,7 +36,15 @@ def choose_device(device: str) -> torch.device:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise MissingResourceError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    if not available or device == "cpu":
+        return torch.device("cpu")
+    index = local_rank()
+    if index is not None and index >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {index} of this machine has no GPU of its own, torch finds {torch.cuda.device_count()}: start as "
+            "many processes as there are GPUs (--nproc-per-node), or use --device cpu"
+        )
+    return torch.device("cuda") if index is None else torch.device("cuda", index)
 
 
 @dataclass(frozen=True, slots=True)

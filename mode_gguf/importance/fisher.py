@@ -17,6 +17,9 @@ it is the variance of the change of the logits under the model's distribution.
 The forward stores every layer's input; the backward takes the layers in reverse order, recomputes one layer for all
 samples, and carries the gradients across it. Additions between layers (DeepStack) pass gradients on unchanged. Every
 layer is read twice in all.
+
+Several processes each take their share of the samples. All of the above are sums over samples once N is that of all of
+them, so that layer by layer the processes' sums are added; labels are drawn by a sample's number among all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.distributed import gathered_in_order, number_among_all, sum_over_ranks
 from mode_gguf.calibration.hidden_store import HiddenStore
 from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.lockstep import run_in_lockstep
@@ -72,7 +76,7 @@ class _Trace:
 def fisher_sensitivity(
     streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: MeasurementSettings, progress: Progress = silent
 ) -> Measurement:
-    """Fisher sensitivity of every expert, matrix and the embedding, at every candidate type.
+    """Fisher sensitivity of every expert, matrix and the embedding at every candidate type, on all processes' inputs.
 
     Hidden states of all samples and layers are kept, samples x tokens x layers x H values: beyond the first gigabytes
     in temporary files.
@@ -91,6 +95,7 @@ def _measured(
     positions = np.zeros(N_ANSWERS)
     for one in inputs:
         positions[one.answer] += len(one.scored)
+    positions = _over_ranks(positions)
     result = Measurement({}, tuple(int(n) for n in positions), {})
     per_position = 1 / np.maximum(positions, 1)[:, None]
     traces = [_Trace(one, Pass.of(one, streamed.device)) for one in inputs]
@@ -169,7 +174,7 @@ def _forward_all(
 
 def _gradients(streamed: StreamedModel, trace: _Trace, settings: MeasurementSettings, number: int) -> None:
     """One sample's forward, and the gradients of its drawn labels' negative log-likelihood at the last layer."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number_among_all(number))
     with torch.no_grad():
         logits = streamed.model(**trace.inputs.model_arguments(streamed.device, streamed.dtype)).logits
     if trace.last is None:
@@ -216,24 +221,26 @@ def _backward_all(
                     for tensor in streamed.layer_tensors(index, Role.DENSE)
                 }
                 routed: list[_Routed] = []
-                weights: dict[str, list[np.ndarray]] = {name: [] for name in modules}
+                weights: dict[str, list[np.ndarray]] = {}
                 for number, trace in enumerate(traces):
                     hidden = store.take((number, index))
                     calls = _backward_layer(streamed, index, layer, modules, trace, hidden)
+                    token_scale = _token_scale(calls.group, per_position)
                     if calls.routed is not None:
                         routed.append(calls.routed)
-                    token_scale = _token_scale(calls.group, per_position)
+                        weight = squared_norms(calls.routed.gradients) * token_scale
+                        weights.setdefault(experts_entry(index), []).append(weight.float().cpu().numpy())
                     for name, (x, gradients) in calls.linears.items():
                         weight = squared_norms(gradients) * token_scale
                         columns[name].add(x, weight)
-                        weights[name].append(weight.float().cpu().numpy())
+                        weights.setdefault(name, []).append(weight.float().cpu().numpy())
                         for t, change in changes[name]:
                             dense[name][..., t] += _linear_cost(x, gradients, change, calls.group)
                     done(1)
-                for name, cost in dense.items():
+                for name, cost in sum_over_ranks(dense).items():
                     result.arrays[f"{name}.unit"] = cost * per_position[..., None]
-                result.imatrix.update({name: sums.entry() for name, sums in columns.items()})
-                result.token_weights.update({name: np.concatenate(parts) for name, parts in weights.items()})
+                result.imatrix.update({name: sums.over_ranks().entry() for name, sums in columns.items()})
+                result.token_weights.update({name: _of_all_samples(parts) for name, parts in weights.items()})
                 if routed:
                     _measure_experts(streamed, index, _concatenated(routed), settings, per_position, result)
 
@@ -321,6 +328,15 @@ def _half_mean_square(products: Tensor) -> Tensor:
     return products.square().mean(0) / 2
 
 
+def _over_ranks(array: np.ndarray) -> np.ndarray:
+    return sum_over_ranks({"": array})[""]
+
+
+def _of_all_samples(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One array for all samples, in their order, from one for each of this process's."""
+    return np.concatenate(gathered_in_order(parts))
+
+
 def _no_cost(fitting: Sequence[int], settings: MeasurementSettings) -> np.ndarray:
     """Where costs (A, M, T) of a matrix are added up: zero at the types that fit its rows, NaN at the others."""
     cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
@@ -348,13 +364,11 @@ def _measure_experts(
     per_position: np.ndarray,
     result: Measurement,
 ) -> None:
-    """Arrays and importance of one layer's experts, from all samples' routed tokens at once."""
+    """Arrays and importance of one layer's experts, from the routed tokens of all of this process's samples at once."""
     projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
     module = streamed.experts_module(layer)
     columns = _expert_columns(module, projections, routed, per_position)
-    at_block = squared_norms(routed.gradients) * _token_scale(routed.group, per_position)
-    result.token_weights[experts_entry(layer)] = at_block.float().cpu().numpy()
-    fisher = {projections[projection].name: sums.entry() for projection, sums in columns.items()}
+    fisher = {projections[projection].name: sums.over_ranks().entry() for projection, sums in columns.items()}
     result.imatrix.update(fisher)
     importance = _chosen_importance(settings, fisher)
     n_experts, n_types = module.num_experts, len(settings.expert_types)
@@ -375,17 +389,19 @@ def _measure_experts(
         error[change.part][change.expert, t] = change.weight_error
         if change.part in block:
             block[change.part][t][:, token] += products
-    counts = np.stack(
-        [group_sums((routed.index == expert).any(-1), routed.group) for expert in range(n_experts)], axis=-1
+    counts = _over_ranks(
+        np.stack([group_sums((routed.index == expert).any(-1), routed.group) for expert in range(n_experts)], axis=-1)
     )
     for part in PARTS:
-        filled = fill_unseen(cost[part], counts, error[part], summed=True)
+        filled = fill_unseen(_over_ranks(cost[part]), counts, error[part], summed=True)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled * per_position[..., None, None]
         result.arrays[f"{name}.weight_error"] = error[part]
     for projection, tensor in projections.items():
-        unit = np.stack(
-            [group_sums(_half_mean_square(block[projection][t]), routed.group) for t in range(n_types)], axis=-1
+        unit = _over_ranks(
+            np.stack(
+                [group_sums(_half_mean_square(block[projection][t]), routed.group) for t in range(n_types)], axis=-1
+            )
         )
         unit[..., [not is_storable(tensor, quant_type) for quant_type in settings.expert_types]] = np.nan
         result.arrays[f"{tensor.name}.unit"] = unit * per_position[..., None]
@@ -450,8 +466,8 @@ def _head_cost(
             columns.add(trace.head_input, token_weight)
             weights.append(np.zeros(len(trace.inputs.input_ids), np.float32))
             weights[-1][trace.inputs.scored.numpy()] = token_weight.cpu().numpy()
-        result.imatrix[head.name] = columns.entry()
-        result.token_weights[head.name] = np.concatenate(weights)
+        result.imatrix[head.name] = columns.over_ranks().entry()
+        result.token_weights[head.name] = _of_all_samples(weights)
     importance = _chosen_importance(settings, result.imatrix)
     for t, change in matrix_changes(head, settings, importance, result, streamed.device):
         cost[..., t] = 0.0
@@ -465,7 +481,7 @@ def _head_cost(
             scored = trace.inputs.scored.to(streamed.device)
             group = group_of(trace.inputs.answer, trace.layers[-1].modality[scored])
             cost[..., t] += group_sums(variance / 2, group)
-    return cost
+    return _over_ranks(cost)
 
 
 def _embedding_cost(
@@ -486,4 +502,4 @@ def _embedding_cost(
             products = (gradients * moved).sum(-1)
             group = group_of(trace.inputs.answer, torch.full((products.shape[1],), TEXT, device=streamed.device))
             cost[..., t] += _half_square_of_sums(products, group)
-    return cost
+    return _over_ranks(cost)

@@ -15,11 +15,13 @@ expert's can hold most of the weight. Its columns are shrunk towards those of th
 of equal weight that would be as noisy, (sum w)^2 / sum w^2 (Kish's effective sample size).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mode_gguf.calibration.distributed import sum_over_ranks
 
 PRIOR_TOKENS = 32.0
 """Effective tokens at which an expert's own columns and the layer's weigh alike; not tuned (docs/EXPERIMENTS.md)."""
@@ -54,6 +56,10 @@ class ColumnSums:
         self.weight[expert] += float(weight.sum())
         self.weight2[expert] += float(weight.square().sum())
         self.tokens[expert] += len(weight)
+
+    def over_ranks(self) -> "ColumnSums":
+        """The sums over the tokens of every process."""
+        return ColumnSums(**sum_over_ranks({one.name: getattr(self, one.name) for one in fields(self)}))
 
     def entry(self, prior_tokens: float = PRIOR_TOKENS) -> tuple[np.ndarray, np.ndarray]:
         """In_sum2 float32 (E, n) and whole counts float32 (E,), as in `Imatrix`; every matrix's importance has mean 1.

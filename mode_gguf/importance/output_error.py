@@ -10,6 +10,8 @@ layer, so that frequency and routing weight are inside the sum (nothing is count
 weighed errors of a token's experts are added before they are squared.
 
 Any other matrix's value is the mean squared error of its output. Neither tells answers apart (A = 1).
+
+Several processes each take their share of the samples; sums and tokens are added before one is divided by the other.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.calibrate import run_watched
+from mode_gguf.calibration.distributed import gathered, sum_over_ranks
 from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.calibration.watch import TEXT, Pass
@@ -74,7 +77,7 @@ def _output_error(
     *,
     of_block: bool,
 ) -> Measurement:
-    result = Measurement({}, (sum(len(one.input_ids) for one in inputs),), {})
+    result = Measurement({}, (sum(gathered(sum(len(one.input_ids) for one in inputs))),), {})
     last = len(streamed.layers) - 1
     seen = _LayerInputs()
 
@@ -126,8 +129,8 @@ def _matrix_error(
     """Mean squared error of a linear layer's output, (1, M, T)."""
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, change in matrix_changes(tensor, settings, settings.importance, result, streamed.device):
-        error[0, :, t] = _means(linear(x.float(), change).square().mean(-1), modality)
-    return error
+        error[0, :, t] = _sums(linear(x.float(), change).square().mean(-1), modality)
+    return _means(error, _counts(modality))
 
 
 def _embedding_error(
@@ -139,10 +142,11 @@ def _embedding_error(
 ) -> np.ndarray:
     """Mean squared error of the embeddings of all text tokens, (1, M, T)."""
     ids = torch.cat([one.input_ids[~one.is_vision] for one in inputs]).to(streamed.device)
+    modality = torch.full_like(ids, TEXT)
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, change in matrix_changes(tensor, settings, settings.importance, result, streamed.device):
-        error[0, :, t] = _means(change.square().mean(-1)[ids], torch.full_like(ids, TEXT))
-    return error
+        error[0, :, t] = _sums(change.square().mean(-1)[ids], modality)
+    return _means(error, _counts(modality))
 
 
 def _measure_experts(
@@ -160,7 +164,7 @@ def _measure_experts(
     counts = np.stack(
         [_counts(routed.modality[(routed.index == expert).any(-1)]) for expert in range(n_experts)], axis=-1
     )[None]
-    tokens = np.maximum(_counts(routed.modality), 1)
+    tokens = _counts(routed.modality)
     error = {part: np.full((1, N_MODALITIES, n_experts, n_types), np.nan) for part in PARTS}
     unit = {part: np.full((1, N_MODALITIES, n_types), np.nan) for part in projections}
     weight_error = {part: np.full((n_experts, n_types), np.nan) for part in PARTS}
@@ -185,19 +189,20 @@ def _measure_experts(
                 output = output * routed.weight[change.token, change.slot, None].float()
             if change.part in block:
                 block[change.part].index_add_(0, change.token, output)
-            shared_by = tokens if of_block else np.maximum(counts[0, :, change.expert], 1)
-            error[change.part][0, :, change.expert, t] = _sums(output.square().mean(-1), modality) / shared_by
+            error[change.part][0, :, change.expert, t] = _sums(output.square().mean(-1), modality)
             weight_error[change.part][change.expert, t] = change.weight_error
         for part, total in block.items():
-            unit[part][0, :, t] = _means(total.square().mean(-1), routed.modality)
+            unit[part][0, :, t] = _sums(total.square().mean(-1), routed.modality)
+    seen = sum_over_ranks({"": counts})[""]
     for part in PARTS:
-        filled = fill_unseen(error[part], counts, weight_error[part], summed=of_block)
+        mean = _means(error[part], tokens[:, None] if of_block else counts)
+        filled = fill_unseen(mean, seen, weight_error[part], summed=of_block)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled
         result.arrays[f"{name}.weight_error"] = weight_error[part]
         if part in projections:
-            result.arrays[f"{name}.unit"] = unit[part] if of_block else filled.sum(axis=2)
-    result.estimated.update(unseen_experts(layer, counts, answers=("any",)))
+            result.arrays[f"{name}.unit"] = _means(unit[part], tokens) if of_block else filled.sum(axis=2)
+    result.estimated.update(unseen_experts(layer, seen, answers=("any",)))
 
 
 def _counts(modality: Tensor) -> np.ndarray:
@@ -210,7 +215,8 @@ def _sums(values: Tensor, modality: Tensor) -> np.ndarray:
     return sums
 
 
-def _means(values: Tensor, modality: Tensor) -> np.ndarray:
-    """Mean of `values` (n,) per modality, float64 (M,); zero for one without tokens."""
-    means: np.ndarray = _sums(values, modality) / np.maximum(_counts(modality), 1)
+def _means(sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """What all processes' `sums` (..., T) are per token, zero where there are none; `tokens` is of shape (...)."""
+    total = sum_over_ranks({"sums": sums, "tokens": tokens})
+    means: np.ndarray = total["sums"] / np.maximum(total["tokens"], 1)[..., None]
     return means

@@ -1,9 +1,12 @@
 """The sensitivity stage: a checkpoint, samples and an importance matrix in; the damage of every candidate type out."""
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mode_gguf.calibration.denormals import denormals_flushed
+from mode_gguf.calibration.distributed import gathered_in_order, share_of
 from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
@@ -22,6 +25,8 @@ from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QuantType
 
 __all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_LABEL_DRAWS = 3
 
@@ -62,6 +67,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure every expert tensor and expert at `expert_types`, every other matrix at `dense_types`.
 
+    Called by several processes together, each runs its share of the samples; all return what all samples say.
+
     Args:
         importance: the plain one; a tensor without is packed plainly.
         statistics: of the same checkpoint; its key tokens are chosen again.
@@ -72,9 +79,11 @@ def measure_sensitivity(
         device, max_tokens, max_image_pixels: as for `calibrate`.
 
     Raises:
-        UsageError: no samples, an unknown method or importance matrix, a pair that does not go together, or no draws.
+        UsageError: no samples, fewer of them than processes, an unknown method or importance matrix, a pair that does
+            not go together, or no draws.
         InputError: model or sample cannot be used, or the statistics belong to another checkpoint.
     """
+    started = time.monotonic()
     if not samples:
         raise UsageError("sensitivity needs at least one sample")
     if method not in METHODS:
@@ -88,7 +97,7 @@ def measure_sensitivity(
             f"{checkpoint.path} ({checkpoint.fingerprint}): calibrate this one"
         )
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
-    inputs = [builder.build(sample) for sample in samples]
+    inputs = [builder.build(sample) for sample in share_of(samples)]
     settings = MeasurementSettings(
         expert_types, dense_types, importance, statistics.key_tokens, label_draws, seed, imatrix, packing
     )
@@ -108,9 +117,15 @@ def measure_sensitivity(
         imatrix=imatrix,
         packing=packing,
     )
+    seconds = time.monotonic() - started
+    log.info(
+        "sensitivity: %s units (a matrix of one expert, or any other, in one type) in %.1f s, %.3g s each",
+        f"{table.n_units:,}",
+        seconds,
+        seconds / max(table.n_units, 1),
+    )
+    digest = tokens_digest(gathered_in_order([one.input_ids for one in inputs]))
     weights = measurement.token_weights
     return Sensitivity(
-        table,
-        measurement.imatrix,
-        TokenWeights(checkpoint.fingerprint, tokens_digest(inputs), weights) if weights else None,
+        table, measurement.imatrix, TokenWeights(checkpoint.fingerprint, digest, weights) if weights else None
     )

@@ -49,6 +49,12 @@ class SensitivityTable:
     imatrix: ImatrixKind = "plain"
     packing: Packing = EXACT
 
+    @property
+    def n_units(self) -> int:
+        """Matrices, experts' ones each for itself, times the types that each was measured in."""
+        errors = (array for name, array in self.arrays.items() if name.endswith(".weight.weight_error"))
+        return sum(int(np.isfinite(error).sum()) for error in errors)
+
     def save(self, path: Path) -> None:
         """Write everything to a safetensors file, atomically."""
         metadata = {
@@ -59,6 +65,7 @@ class SensitivityTable:
             "method": self.method,
             "types": {"expert": list(self.expert_types), "dense": list(self.dense_types)},
             "positions": list(self.positions),
+            "units": self.n_units,
             "draws": self.draws,
             "seed": self.seed,
             "estimated": self.estimated,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
@@ -59,7 +60,7 @@ class TokenWeights:
         Raises:
             InputError: they are not; `path` is where the weights were read from.
         """
-        if tokens_digest(inputs) != self.tokens:
+        if tokens_digest([one.input_ids for one in inputs]) != self.tokens:
             raise InputError(
                 f"{path}: made from other samples than these; give the options that `sensitivity` was given, or run it "
                 "again"
@@ -71,9 +72,9 @@ def experts_entry(layer: int) -> str:
     return f"blk.{layer}.ffn_exps"
 
 
-def tokens_digest(inputs: Sequence[ModelInputs]) -> str:
-    """Changes with any token of the samples and with their order."""
+def tokens_digest(input_ids: Sequence[Tensor]) -> str:
+    """Changes with any token of the samples, each int64 (S,), and with their order."""
     digest = hashlib.sha256()
-    for one in inputs:
-        digest.update(len(one.input_ids).to_bytes(8, "little") + one.input_ids.numpy().tobytes())
+    for ids in input_ids:
+        digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -3,7 +3,6 @@
 The types are the real ones: every matrix goes through the packer with its importance, and back.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import SourceTensor, as_float32
+from mode_gguf.calibration.distributed import n_threads
 from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
@@ -104,7 +104,8 @@ def expert_changes(
 ) -> Iterator[ExpertChange]:
     """The changes of all experts of a layer, at all types that their rows fit, on all tokens routed to them.
 
-    Every matrix is packed once per type. Experts without tokens are given, too, with n = 0.
+    Every matrix is packed once per type; several processes each pack all of them, for their own tokens. Experts without
+    tokens are given, too, with n = 0.
 
     Args:
         module: transformers' experts module, loaded: gate_up_proj (E, 2I, H), down_proj (E, H, I), `_apply_gate`.
@@ -146,7 +147,7 @@ def _weight_changes_ahead(
     packing: Packing,
     device: torch.device,
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Expert by expert, per type and projection that fits, the change of its weights; packed on all cores, ahead."""
+    """Expert by expert, per type and projection that fits, the change of its weights; packed ahead, on all cores."""
     n_experts = next(iter(projections.values())).n_experts
 
     def pack_expert(expert: int) -> list[dict[str, Tensor]]:
@@ -159,4 +160,4 @@ def _weight_changes_ahead(
             for quant_type in types
         ]
 
-    return in_order(pack_expert, n_experts, os.cpu_count() or 1)
+    return in_order(pack_expert, n_experts, n_threads())

@@ -38,12 +38,17 @@ def run_calibration(
     """Write calibration.safetensors and the importance matrix."""
     from mode_gguf.calibration.calibrate import calibrate
     from mode_gguf.calibration.coverage import calibration_warnings
+    from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.importance.imatrix import balanced_imatrix
 
     stage = StageLedger(folder).begin(calibrate_stage(checkpoint, folder, options))
-    samples = calibration_samples(options)
-    statistics = calibrate(
-        checkpoint, samples, device=options.device, key_tokens=_key_tokens(options), progress=progress
+    statistics = everywhere(
+        calibrate,
+        checkpoint,
+        calibration_samples(options),
+        device=options.device,
+        key_tokens=_key_tokens(options),
+        progress=progress,
     )
     statistics.save(folder.calibration)
     for warning in calibration_warnings(statistics):
@@ -74,6 +79,7 @@ def run_sensitivity(
         InputError: `calibrate` has not run in this folder, or ran for another model.
         UsageError: `method` makes no importance matrix of the kind asked for.
     """
+    from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.sensitivity import measure_sensitivity
 
@@ -86,7 +92,8 @@ def run_sensitivity(
         )
     imatrix = chosen_imatrix(imatrix, method)
     stage = StageLedger(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, imatrix, packing))
-    measured = measure_sensitivity(
+    measured = everywhere(
+        measure_sensitivity,
         checkpoint,
         calibration_samples(options),
         dict(read_imatrix(folder.imatrix)),

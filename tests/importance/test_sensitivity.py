@@ -89,6 +89,11 @@ def test_expert_mse_units_are_the_sums_of_their_experts(paper_table: Sensitivity
         np.testing.assert_allclose(unit, per_expert.sum(axis=2), rtol=1e-6)
 
 
+def test_units_are_matrices_times_types(paper_table: SensitivityTable) -> None:
+    in_experts, in_attention, outside_layers = 3 * 3 * 4 * 2, 3 * 4 * 1, 2 * 1
+    assert paper_table.n_units == in_experts + in_attention + outside_layers
+
+
 class Block:
     """Layer 1's MoE block on all samples, computed with its weights changed as wished."""
 
