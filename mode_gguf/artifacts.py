@@ -4,9 +4,11 @@ Every artefact carries `SCHEMA_VERSION` and the fingerprints of its inputs, so t
 that belongs to another model, and `convert` can skip a stage whose inputs have not changed.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,27 +21,56 @@ from pydantic import ValidationError as PydanticError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mode_gguf.errors import InputError
+from mode_gguf.errors import InputError, MissingResourceError
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = "mode_gguf"
+_PART = ".mode-gguf.part"
 
 RecordT = TypeVar("RecordT", bound="Record")
 
 
 @contextmanager
 def replaced_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on any error (Ctrl-C too) it is removed."""
+    """Yield a temporary path beside `path`; on success it becomes `path`, on any error (Ctrl-C too) it is removed.
+
+    It is on the disk before it gets its name: after a power cut some file systems have the new name of a file and not
+    its contents. The rename itself may be lost then, which leaves the old file or none, and the work is done again. A
+    process that is killed leaves the temporary file, see `remove_parts`.
+
+    Raises:
+        MissingResourceError: the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
+        _to_disk(temporary)
         temporary.replace(path)
+    except OSError as error:
+        # NumPy's `tofile` says how much it wrote, and not why no more.
+        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise MissingResourceError(
+            f"{path}: cannot be written, the disk is full ({error}); free some space, or choose another folder with "
+            "--out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `replaced_atomically` left in a folder where a process was killed; none may be at work there."""
+    for path in folder.glob(f".*{_PART}"):
+        path.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:
@@ -63,7 +94,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
     """Write arrays and JSON metadata to a safetensors file, atomically."""
     header = {_METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **metadata})}
     with replaced_atomically(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, header)
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, header)
+        except SafetensorError as error:  # of an operating system's error it keeps the text alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -10,14 +10,20 @@ Advance = Callable[[int], None]
 class Progress(Protocol):
     """`with progress.step("packing", total) as advance: ... advance(1)`; an implementation needs nothing else."""
 
-    def step(self, description: str, total: int) -> AbstractContextManager[Advance]:
-        """Announce `total` units of work; the context yields a function that counts them off."""
+    def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> AbstractContextManager[Advance]:
+        """Announce `total` units of work; the context yields a function that counts them off.
+
+        Args:
+            unit: what is counted, such as `tokens`, `weights` or `bytes`; empty for mere steps.
+            layers: equal parts of the work, one after the other; speed is told for all of them together, so that
+                `tokens` are those that have passed the whole model.
+        """
         ...
 
 
 class _Silent:
     @contextmanager
-    def step(self, description: str, total: int) -> Iterator[Advance]:
+    def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> Iterator[Advance]:
         yield lambda n: None
 
 

@@ -1,14 +1,10 @@
-"""The work folder of one conversion: what its files are called, and which stages need not run again."""
+"""The work folder of one conversion: what its files are called."""
 
-import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mode_gguf.artifacts import write_json
+JOURNAL = "mode_gguf.journal"
+"""Logger of what goes to a work folder's log file and nowhere else."""
 
 
 def model_file_name(name: str, bpw: float, main_type: str, *, groups: bool = False) -> str:
@@ -100,43 +96,14 @@ class WorkFolder:
     def stages(self) -> Path:
         return self.path / "stages.json"
 
+    @property
+    def reference(self) -> Path:
+        return self.path / "reference"
 
-class StageLedger:
-    """Remembers, in stages.json, from which inputs each stage last made its outputs, and how long it took.
+    @property
+    def log(self) -> Path:
+        return self.path / "mode-gguf.log"
 
-    A stage is run again when its inputs' fingerprint differs or an output is missing or has another size.
-    """
-
-    def __init__(self, folder: WorkFolder) -> None:
-        self._path = folder.stages
-        self.seconds: dict[str, float] = {}
-        """Wall-clock seconds of each stage in this run; 0 for one that was reused."""
-
-    def is_current(self, stage: str, inputs: str) -> bool:
-        """Whether the outputs of `stage` are there and were made from `inputs`."""
-        entry = self._read().get(stage)
-        current = entry is not None and entry["inputs"] == inputs and entry["outputs"] == _sizes(entry["outputs"])
-        if current:
-            self.seconds[stage] = 0.0
-        return current
-
-    @contextmanager
-    def running(self, stage: str, inputs: str, outputs: Sequence[Path]) -> Iterator[None]:
-        """Time a stage and record it once it has ended without an error."""
-        started = time.monotonic()
-        yield
-        self.seconds[stage] = round(time.monotonic() - started, 3)
-        sizes = _sizes([str(path) for path in outputs])
-        entry = {"inputs": inputs, "outputs": sizes, "seconds": self.seconds[stage]}
-        write_json(self._path, {**self._read(), stage: entry})
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            entries = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}  # No ledger, or one that cannot be trusted: every stage runs.
-        return entries if isinstance(entries, dict) else {}
-
-
-def _sizes(paths: Sequence[str] | dict[str, int]) -> dict[str, int]:
-    return {path: Path(path).stat().st_size if Path(path).exists() else -1 for path in paths}
+    @property
+    def lock(self) -> Path:
+        return self.path / ".mode-gguf.lock"

@@ -14,7 +14,7 @@ SOURCES = sorted(
     for root in ("mode_gguf", "cli/mode_gguf_cli", "kernels/mode_gguf_kernels")
     for path in (ROOT / root).rglob("*.py")
 )
-FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "gguf_header", "progress", "shards"}
+FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "gguf_header", "locks", "progress", "shards"}
 STAGE_MAY_IMPORT = {
     "allocation": FOUNDATION | {"quantization"},
     "architectures": FOUNDATION,
@@ -26,6 +26,7 @@ STAGE_MAY_IMPORT = {
     "gguf_header": {"errors", "shards"},
     "importance": FOUNDATION | {"quantization", "calibration"},
     "llama_cpp_library": set(),
+    "locks": set(),
     "progress": set(),
     "quantization": FOUNDATION | {"llama_cpp_library"},
     "rounding": FOUNDATION | {"quantization", "calibration", "importance"},

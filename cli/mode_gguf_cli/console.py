@@ -5,14 +5,18 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from mode_gguf.progress import Advance, Progress
+from mode_gguf.progress import Advance, Progress, silent
+
+LONGEST_SILENCE = 60
+"""Seconds after which a step that goes on says how far it is."""
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -26,8 +30,22 @@ def log_to_stderr() -> None:
     logging.getLogger("mode_gguf.llama_cpp").setLevel(logging.WARNING)  # it remarks on every model it loads
 
 
+def be_quiet() -> None:
+    """From now on say errors alone; results go to stdout as ever."""
+    stderr.quiet = True
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def fail(message: str) -> None:
+    """Say an error, however quiet."""
+    stderr.quiet = False
+    say(f"[bold red]error:[/bold red] {message}")
+
+
 def progress() -> Progress:
     """Bars where somebody watches, one line per step and quarter where the output goes to a file."""
+    if stderr.quiet:
+        return silent
     return _Bars() if stderr.is_terminal else _Lines()
 
 
@@ -48,31 +66,96 @@ def emit_json(value: Mapping[str, Any]) -> None:
 
 class _Bars:
     @contextmanager
-    def step(self, description: str, total: int) -> Iterator[Advance]:
+    def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description:<34}"),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[counted]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=stderr) as bars:
-            task = bars.add_task(description, total=total)
-            yield lambda n: bars.advance(task, n)
+            work = Work(total, unit, layers)
+            task = bars.add_task(description, total=total, counted=work.counted())
+
+            def advance(n: int) -> None:
+                work.done += n
+                bars.update(task, completed=work.done, counted=work.counted())
+
+            yield advance
 
 
 class _Lines:
+    """A line every quarter, and every minute of long work."""
+
     @contextmanager
-    def step(self, description: str, total: int) -> Iterator[Advance]:
-        started, done, quarters = time.monotonic(), 0, 0
+    def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> Iterator[Advance]:
+        work, quarters, last = Work(total, unit, layers), 0, time.monotonic()
 
         def advance(n: int) -> None:
-            nonlocal done, quarters
-            done += n
-            if 4 * done // max(total, 1) > quarters and done < total:
-                quarters = 4 * done // total
-                stderr.print(f"{description}: {done} of {total}", highlight=False, soft_wrap=True)
+            nonlocal quarters, last
+            work.done += n
+            now = time.monotonic()
+            if (4 * work.done // max(total, 1) > quarters or now - last >= LONGEST_SILENCE) and work.done < total:
+                quarters, last = 4 * work.done // total, now
+                stderr.print(f"{description}: {work.counted()}{work.remaining()}", highlight=False, soft_wrap=True)
 
         yield advance
-        seconds = time.monotonic() - started
-        stderr.print(f"{description}: done, {total} in {seconds:.1f} s", highlight=False, soft_wrap=True)
+        stderr.print(f"{description}: done, {work.result()}", highlight=False, soft_wrap=True)
+
+
+@dataclass(slots=True)
+class Work:
+    """How far a step is, in words; see `Progress.step`."""
+
+    total: int
+    unit: str
+    layers: int
+    done: int = 0
+    started: float = field(default_factory=lambda: time.monotonic())
+
+    def counted(self) -> str:
+        """What is done of what there is, and how fast."""
+        if self.layers > 1:
+            counts = f"{self.done * self.layers // max(self.total, 1)} of {self.layers} layers"
+        elif self.unit:
+            counts = f"{_amount(self.done)} of {_amount(self.total)} {self.unit}"
+        else:
+            counts = f"{self.done} of {self.total}"
+        return counts + self._speed()
+
+    def remaining(self) -> str:
+        """How long it will take at this speed, once a guess is worth anything."""
+        elapsed = self._elapsed()
+        if self.done == 0 or elapsed < 5:
+            return ""
+        return f", {_duration(elapsed * (self.total - self.done) / self.done)} left"
+
+    def result(self) -> str:
+        """How much it was, and how long it took."""
+        counts = _amount(self.total // self.layers) if self.unit else str(self.total)
+        named = f"{counts} {self.unit}" if self.unit else counts
+        return (
+            f"{named}{f' x {self.layers} layers' if self.layers > 1 else ''} in {self._elapsed():.1f} s{self._speed()}"
+        )
+
+    def _speed(self) -> str:
+        if not self.unit or self.done == 0:
+            return ""
+        return f", {_amount(self.done / self.layers / max(self._elapsed(), 1e-6))} {self.unit}/s"
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+
+def _amount(value: float) -> str:
+    for divisor, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= divisor:
+            return f"{value / (1e3 if letter == 'k' else divisor):.1f} {letter}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -23,7 +23,8 @@ from mode_gguf_cli.commands import (
     unit_kl,
     validate,
 )
-from mode_gguf_cli.console import log_to_stderr, say
+from mode_gguf_cli.console import fail, log_to_stderr, say
+from mode_gguf_cli.quiet import with_quiet
 
 app = typer.Typer(
     help="Turn a Mixture-of-Experts vision-language checkpoint into a mixed-precision GGUF and its projector, "
@@ -51,7 +52,7 @@ for module in (
     run,
     doctor,
 ):
-    app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(module.command)
+    app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(with_quiet(module.command))
 app.add_typer(runtime.app, name="runtime")
 
 
@@ -76,13 +77,13 @@ def _run() -> None:
         with distributed.leading():
             app()
     except ModeGgufError as error:
-        say(f"[bold red]error:[/bold red] {_escaped(str(error))}")
+        fail(_escaped(str(error)))
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            say("[bold red]error:[/bold red] the disk is full; free some space or choose another folder with --out")
+            fail("the disk is full; free some space or choose another folder with --out")
         else:
-            say(f"[bold red]error:[/bold red] {_escaped(str(error))}")
+            fail(_escaped(str(error)))
         sys.exit(4)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # how Typer ends on Ctrl-C

@@ -117,6 +117,7 @@ def run_watched(
             free=free,
             enter=enter,
             leave=left,
+            tokens=[len(one.input_ids) for one in inputs],
             description=description,
             progress=progress,
         )

@@ -1,6 +1,9 @@
 """A place for hidden states: in memory up to a limit, beyond it in files that are mapped when they are read."""
 
+import os
+import shutil
 import tempfile
+import time
 from collections.abc import Hashable
 from pathlib import Path
 from types import TracebackType
@@ -8,14 +11,21 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from mode_gguf.errors import MissingResourceError
+from mode_gguf.locks import try_lock
+
 DEFAULT_LIMIT_BYTES = 4 << 30
+_PREFIX = "mode-gguf-hidden-"
+_YOUNG_SECONDS = 60
+"""A folder may be this old and not locked yet."""
 
 
 class HiddenStore:
     """Tensors by key, on the CPU. Once those held take `limit_bytes`, further ones go to a temporary folder.
 
     The folder is removed when the store is closed or, as it is a context manager, left. Tensors that `get` or `take`
-    gave stay valid: a mapped file lives on until nobody maps it.
+    gave stay valid: a mapped file lives on until nobody maps it. A process that is killed leaves its folder, which the
+    next store that needs one removes.
     """
 
     def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
@@ -25,6 +35,7 @@ class HiddenStore:
         self._filed: dict[Hashable, tuple[Path, torch.Size, torch.dtype]] = {}
         self._files_made = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lock: int | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -44,10 +55,13 @@ class HiddenStore:
             self._held_bytes += tensor.nbytes
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="mode-gguf-hidden-")
+            _remove_abandoned()
+            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX)
+            self._lock = _locked(Path(self._folder.name))
         path = Path(self._folder.name) / str(self._files_made)
         self._files_made += 1
         if tensor.numel():
+            _reserve(path, tensor.nbytes)
             mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
             mapped.copy_(tensor.detach().flatten())
         self._filed[key] = (path, tensor.shape, tensor.dtype)
@@ -84,6 +98,9 @@ class HiddenStore:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> "HiddenStore":
         return self
@@ -92,3 +109,43 @@ class HiddenStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make room for a file: writing to a mapped one on a full disk would kill the process instead of raising.
+
+    Raises:
+        MissingResourceError: there is none.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise MissingResourceError(
+            f"{path.parent}: no room for hidden states ({error}); free some space, or name a folder on a larger disk "
+            "in TMPDIR"
+        ) from error
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders of killed processes: those that nobody has locked."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+                continue
+        except OSError:
+            continue
+        descriptor = _locked(folder)
+        if descriptor is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    """The lock of a store's folder; None where another has it, or folders cannot be locked."""
+    try:
+        return try_lock(folder)
+    except OSError:
+        return None  # Windows; or another user's

@@ -77,6 +77,7 @@ def run_in_lockstep(
     free: Callable[[int], None],
     enter: Callable[[int], None],
     leave: Callable[[int, int], None],
+    tokens: Sequence[int] | None = None,
     description: str,
     progress: Progress = silent,
 ) -> None:
@@ -89,7 +90,8 @@ def run_in_lockstep(
         free: free(i) after all samples have left it.
         enter: enter(n) before sample n runs on.
         leave: leave(n, i) after sample n has left layer i; for the last layer, after its forward has returned.
-        description: of the work, for `progress`, which counts samples x layers.
+        tokens: of each forward, for `progress`, which counts them layer by layer; None for one each.
+        description: of the work, for `progress`.
 
     Raises:
         BaseException: what a forward, a callback or Ctrl-C raised, here or in another process that takes part; every
@@ -113,13 +115,15 @@ def run_in_lockstep(
     try:
         for number in range(len(lanes)):
             advance(number, reached=0)
-        with progress.step(description, len(lanes) * len(layers)) as done:
+        amounts = tokens or [1] * len(lanes)
+        unit = "tokens" if tokens else "samples"
+        with progress.step(description, sum(amounts) * len(layers), unit, len(layers)) as done:
             for index in range(len(layers)):
                 load(index)
                 for number in range(len(lanes)):
                     advance(number, reached=index + 1)
                     leave(number, index)
-                    done(1)
+                    done(amounts[number])
                 free(index)
                 agree()  # an error in another process should not show hours later
     finally:

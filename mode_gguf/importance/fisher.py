@@ -205,7 +205,7 @@ def _backward_all(
     """Carry the traces' gradients to the embedding, measuring every layer on the way."""
     n_layers = len(streamed.layers)
     linears = streamed.watched_linears()
-    with progress.step("sensitivity, backward", n_layers * len(traces)) as done:
+    with progress.step("sensitivity, backward", n_layers * len(traces), "samples", n_layers) as done:
         for index in reversed(range(n_layers)):
             with streamed.loaded_layer(index) as layer:
                 changes = {

@@ -170,6 +170,7 @@ class _Measurement:
                     free=free,
                     enter=enter,
                     leave=leave,
+                    tokens=[len(sample.inputs.input_ids) for sample in samples],
                     description=description,
                     progress=progress,
                 )

@@ -32,6 +32,7 @@ from mode_gguf.pipeline.planning import (
     with_unit_kl,
 )
 from mode_gguf.pipeline.rounding import run_rounding
+from mode_gguf.pipeline.session import working_in
 from mode_gguf.pipeline.validating import environment, run_validation, runtime_speed
 
 __all__ = [
@@ -65,4 +66,5 @@ __all__ = [
     "runtime_speed",
     "save_plan",
     "with_unit_kl",
+    "working_in",
 ]

@@ -1,27 +1,50 @@
-"""`convert`: all stages on one work folder; those whose inputs have not changed are skipped."""
+"""`convert`: all stages on one work folder; those whose settings have not changed are skipped."""
 
+import logging
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
-from mode_gguf import __version__
+from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.planner import settled_types
-from mode_gguf.allocation.units import CandidateTypes
+from mode_gguf.allocation.presets import Preset
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.artifacts import file_fingerprint, fingerprint, samples_fingerprint
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.importance.choice import chosen_imatrix
-from mode_gguf.pipeline.exporting import model_files, projector_path, reference_fits, run_export, run_reference
+from mode_gguf.pipeline.exporting import (
+    model_files,
+    projector_path,
+    reference_fits,
+    run_export,
+    run_projector,
+    run_reference,
+    run_text_export,
+)
+from mode_gguf.pipeline.ledger import RunningStage, Stage, StageLedger
 from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl, warnings_of_calibration
 from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
-from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan
+from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan, save_tensor_types
 from mode_gguf.pipeline.rounding import forget_rounded, run_rounding, warnings_of_rounding
+from mode_gguf.pipeline.session import working_in
+from mode_gguf.pipeline.stages import (
+    calibrate_stage,
+    export_stage,
+    plan_stage,
+    projector_stage,
+    refinement_settings,
+    sensitivity_stage,
+    unit_kl_stage,
+    validate_stage,
+)
 from mode_gguf.pipeline.validating import run_validation
 from mode_gguf.progress import Progress, silent
-from mode_gguf.workfolder import StageLedger, WorkFolder
+from mode_gguf.quantization.packing import Rounding
+from mode_gguf.workfolder import WorkFolder
+
+log = logging.getLogger(__name__)
 
 
 def open_model(model: Path, out: Path | None) -> tuple[Checkpoint, WorkFolder]:
@@ -61,137 +84,96 @@ def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
 def convert(
     checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress = silent
 ) -> ConvertResult:
-    """All stages; those whose inputs have not changed since the last run in this folder are skipped.
+    """All stages; those whose settings have not changed since the last run in this folder are skipped.
+
+    A run that was cut off at any moment goes on when it is repeated. An edited plan is followed.
 
     Raises:
+        UsageError: what was measured in this folder had other settings, and `options.restart` is not set.
         ModeGgufError: whatever the stages raise; what earlier stages wrote stays and is reused next time.
     """
     if options.refine and options.granularity == "expert":
         raise UsageError("--refine improves a type per tensor; leave it out with --granularity expert")
     estimate(checkpoint, folder, options)
+    with working_in(folder):
+        return _convert(checkpoint, folder, options, progress)
+
+
+def _convert(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress) -> ConvertResult:
     ledger = StageLedger(folder)
-    method = options.preset.method
+    seconds: dict[str, float] = {}
+    method, calibration, types = options.preset.method, options.calibration, options.types
     imatrix = chosen_imatrix(options.imatrix, method)
     rounding = options.rounding or options.packing.default_rounding
 
-    samples = samples_fingerprint(options.calibration.source)
-    calibrated = fingerprint(checkpoint.fingerprint, asdict(options.calibration), samples, __version__)
-    if not ledger.is_current("calibrate", calibrated):
-        with ledger.running("calibrate", calibrated, [folder.calibration, folder.imatrix]):
-            run_calibration(checkpoint, folder, options.calibration, progress)
+    def unless_current(stage: Stage, run: Callable[[], object]) -> None:
+        seconds[stage.name] = 0.0
+        if not ledger.is_current(stage):
+            run()
+            seconds[stage.name] = ledger.seconds(stage.name)
 
-    measured = fingerprint(calibrated, method, imatrix, asdict(options.packing), _type_names(options.types))
-    if not ledger.is_current("sensitivity", measured):
-        with ledger.running("sensitivity", measured, _sensitivity_files(folder, method)):
-            run_sensitivity(
+    calibrated = calibrate_stage(checkpoint, folder, calibration)
+    measured = sensitivity_stage(checkpoint, folder, calibration, method, types, imatrix, options.packing)
+    units = unit_kl_stage(folder, measured, options.measured_samples)
+    if not options.restart:
+        ledger.check_unchanged([calibrated, measured, *([units] if options.preset.unit_kl else [])])
+    unless_current(calibrated, lambda: run_calibration(checkpoint, folder, calibration, progress))
+    unless_current(
+        measured,
+        lambda: run_sensitivity(
+            checkpoint,
+            folder,
+            calibration,
+            method,
+            types,
+            imatrix=imatrix,
+            packing=options.packing,
+            progress=progress,
+        ),
+    )
+    if options.preset.unit_kl:
+        unless_current(
+            units,
+            lambda: run_unit_kl(
                 checkpoint,
                 folder,
-                options.calibration,
-                method,
-                options.types,
-                imatrix=imatrix,
-                packing=options.packing,
+                calibration,
+                types,
+                sample_budget=options.measured_samples,
                 progress=progress,
-            )
+            ),
+        )
 
-    if options.preset.unit_kl:
-        units = fingerprint(measured, options.measured_samples)
-        if not ledger.is_current("unit-kl", units):
-            with ledger.running("unit-kl", units, [folder.unit_kl]):
-                run_unit_kl(
-                    checkpoint,
-                    folder,
-                    options.calibration,
-                    options.types,
-                    sample_budget=options.measured_samples,
-                    progress=progress,
-                )
-
-    planned = fingerprint(
-        measured,
-        options.budget.model_dump(),
-        asdict(options.preset),
-        {role.value: floor.name for role, floor in options.types.floors.items()},
-        options.pre_tokenizer,
-        rounding,
-        options.granularity,
-        (options.refine, options.measured_samples) if options.refine or options.preset.unit_kl else None,
-    )
-    if not ledger.is_current("plan", planned):
-        with ledger.running("plan", planned, [folder.plan, folder.tensor_types]):
-            if options.refine:
-                run_refined_plan(
-                    checkpoint,
-                    folder,
-                    options.calibration,
-                    options.budget,
-                    options.preset,
-                    options.types,
-                    rounds=options.refine,
-                    sample_budget=options.measured_samples,
-                    rounding=rounding,
-                    pre_tokenizer=options.pre_tokenizer,
-                    progress=progress,
-                )
-            else:
-                run_plan(
-                    checkpoint,
-                    folder,
-                    options.budget,
-                    options.preset,
-                    options.types,
-                    granularity=options.granularity,
-                    rounding=rounding,
-                    pre_tokenizer=options.pre_tokenizer,
-                )
-
+    seconds["plan"] = _plan(checkpoint, folder, options, rounding, progress)
     plan = Plan.load(folder.plan)
     files = model_files(checkpoint, folder, plan, options.shard_bytes)
     mmproj = projector_path(folder, options.projector_type)
-    exported = fingerprint(
-        file_fingerprint(folder.plan),
-        calibrated,
-        options.projector_type,
-        options.pre_tokenizer,
-        *([options.shard_bytes] if options.shard_bytes else []),
+    exported = export_stage(
+        checkpoint, folder, plan, files, pre_tokenizer=options.pre_tokenizer, shard_bytes=options.shard_bytes
     )
-    if not ledger.is_current("export", exported):
-        if plan.rounding == "feedback":
-            with ledger.running("round", exported, [folder.rounding]):
-                run_rounding(checkpoint, folder, plan, options.calibration, threads=options.threads, progress=progress)
-        with ledger.running("export", exported, [*files, mmproj]):
-            run_export(
-                checkpoint,
-                folder,
-                plan,
-                projector_type=options.projector_type,
-                pre_tokenizer=options.pre_tokenizer,
-                shard_bytes=options.shard_bytes,
-                threads=options.threads,
-                progress=progress,
-            )
-        forget_rounded(folder)
+    if plan.rounding == "feedback" and not ledger.is_current(exported):
+        run_rounding(checkpoint, folder, plan, calibration, threads=options.threads, progress=progress)
+        seconds["round"] = ledger.seconds("round")
+    unless_current(
+        exported,
+        lambda: run_text_export(
+            checkpoint,
+            folder,
+            plan,
+            pre_tokenizer=options.pre_tokenizer,
+            shard_bytes=options.shard_bytes,
+            threads=options.threads,
+            progress=progress,
+        ),
+    )
+    forget_rounded(folder)
+    projected = projector_stage(checkpoint, mmproj, options.projector_type)
+    unless_current(projected, lambda: run_projector(checkpoint, folder, options.projector_type, progress))
     if options.validate:
-        validated = fingerprint(exported, samples_fingerprint(options.held_out), str(options.llama_cpp))
-        if not ledger.is_current("validate", validated):
-            with ledger.running("validate", validated, [folder.report]):
-                reference = None
-                if reference_fits(checkpoint):
-                    reference = run_reference(
-                        checkpoint, folder, pre_tokenizer=options.pre_tokenizer, progress=progress
-                    )
-                run_validation(
-                    files[0],
-                    mmproj,
-                    reference,
-                    folder.report,
-                    plan=plan,
-                    held_out=options.held_out,
-                    llama_cpp=options.llama_cpp,
-                    reference_folder=folder.path / "reference",
-                    warnings=[*warnings_of_calibration(folder), *_warnings_of_rounding(folder, plan)],
-                    progress=progress,
-                )
+        validated = validate_stage(folder, exported, projected, options.held_out, options.llama_cpp)
+        unless_current(
+            validated, lambda: _validate(checkpoint, folder, options, plan, files[0], ledger.begin(validated), progress)
+        )
     return ConvertResult(
         model=files[0],
         mmproj=mmproj,
@@ -200,8 +182,93 @@ def convert(
         report=folder.report if options.validate else None,
         bpw=plan.bpw,
         size_bytes=sum(file.stat().st_size for file in files),
-        seconds=dict(ledger.seconds),
+        seconds=seconds,
     )
+
+
+def _plan(
+    checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, rounding: Rounding, progress: Progress
+) -> float:
+    """Plan, unless the plan that is there is for these settings, be it edited; returns the seconds that took."""
+    ledger = StageLedger(folder)
+    asked = plan_stage(
+        checkpoint,
+        folder,
+        options.budget,
+        options.preset,
+        options.types,
+        granularity=options.granularity,
+        rounding=rounding,
+        pre_tokenizer=options.pre_tokenizer,
+        refinement=refinement_settings(options.refine, options.measured_samples, options.calibration)
+        if options.refine
+        else None,
+    )
+    edited = folder.plan in ledger.edited(asked)
+    if edited and ledger.has_settings(asked):
+        log.warning("%s was edited and is followed as it is; remove it to have it made again", folder.plan)
+        save_tensor_types(folder, Plan.load(folder.plan))
+        return 0.0
+    if ledger.is_current(asked):
+        return 0.0
+    if edited:
+        kept = folder.plan.with_name("plan-edited.json")
+        folder.plan.replace(kept)
+        log.warning("the plan that was edited is kept as %s; a new one is made for other settings", kept)
+    if options.refine:
+        run_refined_plan(
+            checkpoint,
+            folder,
+            options.calibration,
+            options.budget,
+            options.preset,
+            options.types,
+            rounds=options.refine,
+            sample_budget=options.measured_samples,
+            rounding=rounding,
+            pre_tokenizer=options.pre_tokenizer,
+            progress=progress,
+        )
+    else:
+        run_plan(
+            checkpoint,
+            folder,
+            options.budget,
+            options.preset,
+            options.types,
+            granularity=options.granularity,
+            rounding=rounding,
+            pre_tokenizer=options.pre_tokenizer,
+        )
+    return ledger.seconds("plan")
+
+
+def _validate(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    options: ConvertOptions,
+    plan: Plan,
+    model: Path,
+    stage: RunningStage,
+    progress: Progress,
+) -> None:
+    """Compare the model with its reference, which is made if this machine can run it."""
+    reference = None
+    if reference_fits(checkpoint):
+        reference = run_reference(checkpoint, folder, pre_tokenizer=options.pre_tokenizer, progress=progress)
+    run_validation(
+        model,
+        projector_path(folder, options.projector_type),
+        reference,
+        folder.report,
+        plan=plan,
+        held_out=options.held_out,
+        llama_cpp=options.llama_cpp,
+        reference_folder=folder.reference,
+        warnings=[*warnings_of_calibration(folder), *_warnings_of_rounding(folder, plan)],
+        progress=progress,
+    )
+    stage.finish()
 
 
 def merge(
@@ -227,13 +294,26 @@ def merge(
         raise UsageError(f"{folder.plan}: all experts of a tensor have one type already; there is nothing to merge")
     if plan.budget is None or plan.signals is None:
         raise InputError(f"{folder.plan}: was not made for a budget; make a plan with `mode-gguf plan`")
+    with working_in(folder):
+        return _merge(checkpoint, folder, options, plan.budget, plan.signals, plan.rounding, progress)
+
+
+def _merge(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    options: ConvertOptions,
+    budget: Budget,
+    signals: Preset,
+    rounding: Rounding,
+    progress: Progress,
+) -> tuple[Path, Path]:
     merged = run_plan(
         checkpoint,
         folder,
-        plan.budget,
-        plan.signals,
+        budget,
+        signals,
         options.types,
-        rounding=plan.rounding,
+        rounding=rounding,
         pre_tokenizer=options.pre_tokenizer,
     )
     if merged.rounding == "feedback":
@@ -252,17 +332,8 @@ def merge(
     return paths
 
 
-def _sensitivity_files(folder: WorkFolder, method: str) -> list[Path]:
-    """What `run_sensitivity` writes."""
-    return [folder.sensitivity, *([folder.imatrix_of("fisher"), folder.token_weights] if method == "fisher" else [])]
-
-
 def _warnings_of_rounding(folder: WorkFolder, plan: Plan) -> list[str]:
     return warnings_of_rounding(folder) if plan.rounding == "feedback" else []
-
-
-def _type_names(types: CandidateTypes) -> list[list[str]]:
-    return [[quant_type.name for quant_type in group] for group in (types.expert, types.dense)]
 
 
 def _existing_parent(path: Path) -> Path:

@@ -4,10 +4,8 @@ import logging
 import os
 from pathlib import Path
 
-from mode_gguf import __version__
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
-from mode_gguf.artifacts import fingerprint
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.export.imatrix import read_imatrix
@@ -15,13 +13,15 @@ from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import text_model_files, write_text_model
 from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.pipeline.ledger import StageLedger
 from mode_gguf.pipeline.measuring import check_same_model
 from mode_gguf.pipeline.planning import make_uniform_plan
 from mode_gguf.pipeline.rounding import packed_sources
+from mode_gguf.pipeline.stages import export_stage, projector_stage, reference_stage
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import Rounding
 from mode_gguf.quantization.types import QUANT_TYPES
-from mode_gguf.workfolder import StageLedger, WorkFolder, model_file_name, projector_file_name
+from mode_gguf.workfolder import WorkFolder, model_file_name, projector_file_name
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,44 @@ def run_export(
     progress: Progress = silent,
 ) -> tuple[Path, Path]:
     """Write the text model as planned, and the projector; returns their paths. Raises like `export_text`."""
+    text = run_text_export(
+        checkpoint,
+        folder,
+        plan,
+        imatrix=imatrix,
+        rounding=rounding,
+        pre_tokenizer=pre_tokenizer,
+        shard_bytes=shard_bytes,
+        threads=threads,
+        progress=progress,
+    )
+    return text, run_projector(checkpoint, folder, projector_type, progress)
+
+
+def run_text_export(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    plan: Plan,
+    *,
+    imatrix: ImatrixKind | None = None,
+    rounding: Rounding | None = None,
+    pre_tokenizer: str | None = None,
+    shard_bytes: int | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """`export_text`, remembered as the folder's result."""
+    asked = export_stage(
+        checkpoint,
+        folder,
+        plan,
+        model_files(checkpoint, folder, plan, shard_bytes),
+        imatrix=imatrix,
+        rounding=rounding,
+        pre_tokenizer=pre_tokenizer,
+        shard_bytes=shard_bytes,
+    )
+    stage = StageLedger(folder).begin(asked)
     text = export_text(
         checkpoint,
         folder,
@@ -54,9 +92,17 @@ def run_export(
         threads=threads,
         progress=progress,
     )
+    stage.finish()
+    return text
+
+
+def run_projector(checkpoint: Checkpoint, folder: WorkFolder, projector_type: str, progress: Progress = silent) -> Path:
+    """Write the projector; returns its path."""
     projector = projector_path(folder, projector_type)
+    stage = StageLedger(folder).begin(projector_stage(checkpoint, projector, projector_type))
     write_projector(projector, checkpoint, projector_type, progress=progress)
-    return text, projector
+    stage.finish()
+    return projector
 
 
 def export_text(
@@ -116,10 +162,11 @@ def run_reference(
     """Write, unless it is there already, the full-precision text model that results are compared with."""
     plan = make_uniform_plan(checkpoint, folder, REFERENCE_TYPE, imatrix="plain")
     path, ledger = model_path(folder, plan), StageLedger(folder)
-    inputs = fingerprint(checkpoint.fingerprint, pre_tokenizer, __version__)
-    if not ledger.is_current("reference", inputs):
-        with ledger.running("reference", inputs, [path]):
-            export_text(checkpoint, folder, plan, pre_tokenizer=pre_tokenizer, progress=progress)
+    asked = reference_stage(checkpoint, path, pre_tokenizer)
+    if not ledger.is_current(asked):
+        stage = ledger.begin(asked)
+        export_text(checkpoint, folder, plan, pre_tokenizer=pre_tokenizer, progress=progress)
+        stage.finish()
     return path
 
 

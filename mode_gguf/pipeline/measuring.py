@@ -11,7 +11,9 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix import read_imatrix, write_imatrix
 from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
+from mode_gguf.pipeline.ledger import StageLedger
 from mode_gguf.pipeline.options import DEFAULT_MEASURED_SAMPLES, CalibrationOptions
+from mode_gguf.pipeline.stages import calibrate_stage, sensitivity_stage, unit_kl_stage
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -39,6 +41,7 @@ def run_calibration(
     from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.importance.imatrix import balanced_imatrix
 
+    stage = StageLedger(folder).begin(calibrate_stage(checkpoint, folder, options))
     statistics = everywhere(
         calibrate,
         checkpoint,
@@ -51,6 +54,7 @@ def run_calibration(
     for warning in calibration_warnings(statistics):
         log.warning("%s", warning)
     _write_imatrix(folder.imatrix, balanced_imatrix(statistics, text_tensors(checkpoint)), statistics)
+    stage.finish()
     return statistics
 
 
@@ -86,6 +90,8 @@ def run_sensitivity(
             statistics.key_tokens,
             _key_tokens(options),
         )
+    imatrix = chosen_imatrix(imatrix, method)
+    stage = StageLedger(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, imatrix, packing))
     measured = everywhere(
         measure_sensitivity,
         checkpoint,
@@ -93,7 +99,7 @@ def run_sensitivity(
         dict(read_imatrix(folder.imatrix)),
         statistics=statistics,
         method=method,
-        imatrix=chosen_imatrix(imatrix, method),
+        imatrix=imatrix,
         packing=packing,
         expert_types=types.expert,
         dense_types=types.dense,
@@ -105,6 +111,7 @@ def run_sensitivity(
     if measured.token_weights is not None:
         _write_imatrix(folder.imatrix_of("fisher"), measured.imatrix, statistics)
         measured.token_weights.save(folder.token_weights)
+    stage.finish()
 
 
 def run_unit_kl(
@@ -133,6 +140,8 @@ def run_unit_kl(
     types = types or CandidateTypes(
         tuple(QUANT_TYPES[name] for name in table.expert_types), tuple(QUANT_TYPES[name] for name in table.dense_types)
     )
+    packed = sensitivity_stage(checkpoint, folder, options, table.method, types, table.imatrix, table.packing)
+    stage = StageLedger(folder).begin(unit_kl_stage(folder, packed, sample_budget))
     model, settings = kl_measurement(checkpoint, folder, options, sample_budget)
     measured = measure_unit_kl(
         model,
@@ -145,6 +154,7 @@ def run_unit_kl(
         progress=progress,
     )
     measured.save(folder.unit_kl)
+    stage.finish()
     return measured
 
 

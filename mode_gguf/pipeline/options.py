@@ -58,6 +58,8 @@ class ConvertOptions:
     validate: bool = True
     held_out: Path | None = None
     llama_cpp: Path | None = None
+    restart: bool = False
+    """Whether measuring stages run again whose settings differ from those of the last run in the folder."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,10 @@ from mode_gguf.errors import UsageError
 from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.export.text_model import metadata_bytes
 from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.pipeline.ledger import StageLedger
 from mode_gguf.pipeline.measuring import check_same_model, kl_measurement, measured_tables
 from mode_gguf.pipeline.options import DEFAULT_MEASURED_SAMPLES, CalibrationOptions
+from mode_gguf.pipeline.stages import plan_stage, refinement_settings
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 from mode_gguf.quantization.types import QuantType
@@ -64,10 +66,24 @@ def run_plan(
     problem, made_from, packing = planning_problem(
         checkpoint, folder, budget, preset, types, pre_tokenizer, rounding, granularity
     )
+    stage = StageLedger(folder).begin(
+        plan_stage(
+            checkpoint,
+            folder,
+            budget,
+            preset,
+            types,
+            granularity=granularity,
+            rounding=rounding,
+            pre_tokenizer=pre_tokenizer,
+        )
+    )
     plan = optimal_plan(problem, made_from, budget, packing)
     if granularity == "expert":
         plan = _better(expert_plan(problem, made_from, budget, packing), plan)
-    return save_plan(folder, plan.model_copy(update={"rounding": rounding}))
+    saved = save_plan(folder, plan.model_copy(update={"rounding": rounding}))
+    stage.finish()
+    return saved
 
 
 def planning_problem(
@@ -118,6 +134,18 @@ def run_refined_plan(
         sample_budget: of the calibration samples, half of them with an image.
     """
     problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer, rounding)
+    stage = StageLedger(folder).begin(
+        plan_stage(
+            checkpoint,
+            folder,
+            budget,
+            preset,
+            types,
+            rounding=rounding,
+            pre_tokenizer=pre_tokenizer,
+            refinement=refinement_settings(rounds, sample_budget, calibration),
+        )
+    )
     units = problem.tensor_units()
     first = problem.solve(units)
     measure = measure_plans(*kl_measurement(checkpoint, folder, calibration, sample_budget), problem.tensors, progress)
@@ -135,7 +163,9 @@ def run_refined_plan(
     ]
     best = replace(first, choices=refined.choices)
     plan = plan_of(problem, units, best, made_from, budget, packing, history)
-    return save_plan(folder, plan.model_copy(update={"rounding": rounding}))
+    saved = save_plan(folder, plan.model_copy(update={"rounding": rounding}))
+    stage.finish()
+    return saved
 
 
 def run_granularity(
@@ -232,12 +262,18 @@ def make_uniform_plan(
 
 def save_plan(folder: WorkFolder, plan: Plan) -> Plan:
     """Write plan.json, and tensor-types.txt for llama-quantize where it can do the same."""
+    StageLedger(folder).forget("plan")
     plan.save(folder.plan)
+    save_tensor_types(folder, plan)
+    return plan
+
+
+def save_tensor_types(folder: WorkFolder, plan: Plan) -> None:
+    """Write tensor-types.txt, or remove it where llama-quantize has no such types."""
     if plan.has_expert_groups:
         folder.tensor_types.unlink(missing_ok=True)
     else:
         write_text(folder.tensor_types, tensor_types_text(plan.stored_types))
-    return plan
 
 
 def with_unit_kl(

@@ -17,8 +17,10 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.export.imatrix import read_imatrix
 from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.pipeline.ledger import StageLedger
 from mode_gguf.pipeline.measuring import calibration_samples, check_same_model
 from mode_gguf.pipeline.options import CalibrationOptions
+from mode_gguf.pipeline.stages import round_stage
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.expert_groups import stored_tensors
 from mode_gguf.rounding.spill import RoundedTensors, is_rounded, part_of
@@ -79,6 +81,7 @@ def run_rounding(
 
     check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
     rounded = rounded_tensors(checkpoint, folder, plan, imatrix)
+    stage = StageLedger(folder).begin(round_stage(checkpoint, folder, plan, imatrix))
     builder = InputBuilder.open(checkpoint)
     inputs = [builder.build(sample) for sample in calibration_samples(options)]
     weights = {}
@@ -104,6 +107,7 @@ def run_rounding(
         nearest={name: count for part in nearest for name, count in part.items() if count},
     )
     write_text(folder.rounding, report.model_dump_json(indent=1) + "\n")
+    stage.finish()
     for warning in report.warnings:
         log.warning("%s", warning)
     return report
@@ -160,5 +164,7 @@ def forget_rounded(folder: WorkFolder) -> None:
 
 
 def warnings_of_rounding(folder: WorkFolder) -> list[str]:
-    """What the last rounding in a folder had to say."""
+    """What the last rounding in a folder had to say; nothing once its report was removed."""
+    if not folder.rounding.exists():
+        return []
     return read_record(folder.rounding, RoundingReport, "rounding report").warnings

@@ -1,11 +1,14 @@
 """Hidden states in memory and in files."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from mode_gguf.calibration.hidden_store import HiddenStore
+from mode_gguf.errors import MissingResourceError
 
 
 @pytest.fixture
@@ -65,3 +68,30 @@ def test_files_go_when_an_error_is_raised(temporary: Path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert list(temporary.iterdir()) == []
+
+
+def test_folders_of_killed_processes_are_removed(temporary: Path) -> None:
+    with HiddenStore(limit_bytes=0) as other:
+        other.put("a", torch.ones(3))
+        (alive,) = temporary.iterdir()
+        abandoned, young = temporary / "mode-gguf-hidden-dead", temporary / "mode-gguf-hidden-young"
+        foreign = temporary / "something-else"
+        for folder in (abandoned, young, foreign):
+            folder.mkdir()
+            (folder / "0").write_bytes(b"hidden states")
+        for folder in (abandoned, alive, foreign):
+            os.utime(folder, (1, 1))
+        with HiddenStore(limit_bytes=0) as store:
+            store.put("a", torch.zeros(3))
+            assert not abandoned.exists()
+        assert {alive, young, foreign} == set(temporary.iterdir())
+        assert other.get("a").tolist() == [1, 1, 1]
+
+
+def test_a_full_disk_is_an_error_not_a_signal(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with HiddenStore(limit_bytes=0) as store, pytest.raises(MissingResourceError, match="TMPDIR"):
+        store.put("a", torch.ones(3))

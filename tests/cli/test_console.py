@@ -1,6 +1,8 @@
 """What the command line prints, and where."""
 
+import logging
 import sys
+from collections.abc import Iterator
 
 import pytest
 from typer.testing import CliRunner
@@ -27,6 +29,7 @@ def test_every_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(main.app, [command, "--help"])
     assert result.exit_code == 0
     assert "--json" in result.output
+    assert "--quiet" in result.output
 
 
 def test_progress_is_lines_on_stderr_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +42,49 @@ def test_progress_is_lines_on_stderr_where_nobody_watches(capsys: pytest.Capture
     assert lines[:3] == ["packing: 2 of 8", "packing: 4 of 8", "packing: 6 of 8"]
     assert lines[3].startswith("packing: done, 8 in ")
     assert len(lines) == 4
+
+
+def test_lines_say_how_much_how_fast_and_how_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with console.progress().step("calibrating", 4_000_000, "tokens", layers=4) as advance:
+        for _ in range(100):
+            now[0] += 10
+            advance(40_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert "calibrating: 2 of 4 layers, 1000 tokens/s, 8 min left" in lines
+    assert lines[-1] == "calibrating: done, 1.0 M tokens x 4 layers in 1000.0 s, 1000 tokens/s"
+    assert 16 <= len(lines) <= 20, "one a minute"
+
+
+@pytest.fixture
+def loud() -> Iterator[None]:
+    yield
+    console.stderr.quiet = False
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+@pytest.mark.usefixtures("loud")
+def test_quiet_leaves_results_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    console.be_quiet()
+    with console.progress().step("packing", 2) as advance:
+        advance(2)
+    console.say("a remark")
+    assert capsys.readouterr().err == ""
+    console.show("model  m.gguf")
+    console.fail("no such file")
+    captured = capsys.readouterr()
+    assert captured.out == "model  m.gguf\n"
+    assert captured.err == "error: no such file\n"
+
+
+@pytest.mark.usefixtures("loud")
+@pytest.mark.parametrize("command", [["doctor"], ["runtime", "path"]])
+def test_quiet_goes_with_commands(command: list[str]) -> None:
+    CliRunner().invoke(main.app, [*command, "--quiet"])
+    assert console.stderr.quiet
 
 
 def test_results_are_not_wrapped_or_marked_up(capsys: pytest.CaptureFixture[str]) -> None:

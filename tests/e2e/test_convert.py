@@ -1,6 +1,7 @@
 """The whole way from a checkpoint to files that llama.cpp answers from."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.structure import check_structure
+from mode_gguf.workfolder import WorkFolder
 from tests.pico import write_pico_qwen3vlmoe
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
@@ -38,7 +40,7 @@ def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: 
     assert Path(result["mmproj"]).name == f"mmproj-{pico.name}-F16.gguf"
     assert Path(result["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
     assert model.stat().st_size == result["size_bytes"]
-    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "validate"}
+    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "projector", "validate"}
     for name in ("plan.json", "tensor-types.txt", "calibration.safetensors", "sensitivity.safetensors", "report.json"):
         assert (out / name).exists(), name
     report = json.loads((out / "report.json").read_text())
@@ -56,6 +58,58 @@ def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run
     assert 3.7 * 0.995 <= result["bpw"] <= 3.7
     assert result["seconds"]["calibrate"] == result["seconds"]["sensitivity"] == 0.0
     assert result["seconds"]["plan"] > 0
+    assert result["seconds"]["projector"] == 0.0
+
+
+def test_other_settings_of_measurements_are_refused(pico: Path, out: Path, run: Run) -> None:
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".log"}
+    arguments = ("convert", pico, "--bpw", "4.0", "--out", out, "--no-validate")
+    line = run(*arguments, "--image-samples", "4", "--text-samples", "3", "--seed", "1", code=2)
+    assert "`calibrate` was run here with other settings (text samples: 4 then, 3 now)" in line
+    assert "--restart" in line
+    line = run(*arguments, *SMALL, "--effort", "max", "--types", "Q2_K,Q4_K", code=2)
+    assert "`sensitivity`" in line
+    assert "effort: default then, max now" in line
+    assert "types: Q2_K Q3_K Q4_K Q5_K Q6_K then, Q2_K Q4_K now" in line
+    lock = WorkFolder(out, pico.name).lock
+    assert {path: path.read_bytes() for path in before if path != lock} == {
+        path: content for path, content in before.items() if path != lock
+    }
+
+
+def test_an_edited_plan_is_followed(pico: Path, tmp_path: Path, out: Path, run: Run) -> None:
+    copy = WorkFolder(Path(shutil.copytree(out, tmp_path / "copy")), pico.name)
+    arguments = ("convert", pico, "--out", copy.path, "--json", "--no-validate", "--rounding", "nearest", *SMALL)
+    run(*arguments, "--bpw", "3.7")
+    plan = json.loads(copy.plan.read_text())
+    (tensor,) = (tensor for tensor in plan["tensors"] if tensor["name"] == "blk.1.ffn_down_exps.weight")
+    tensor["type"] = "Q6_K"
+    copy.plan.write_text(json.dumps(plan))
+    result = json.loads(run(*arguments, "--bpw", "3.7"))
+    assert result["seconds"]["plan"] == 0.0
+    assert result["seconds"]["export"] > 0
+    facts = json.loads(run("inspect", result["model"], "--json"))
+    assert {one["name"]: one["type"] for one in facts["tensors"]}[tensor["name"]] == "Q6_K"
+    assert r"^blk\.1\.ffn_down_exps\.weight$=q6_K" in copy.tensor_types.read_text()
+
+    run(*arguments, "--bpw", "3.8")
+    assert json.loads((copy.path / "plan-edited.json").read_text()) == plan
+    assert Plan.load(copy.plan).budget != Plan.load(copy.path / "plan-edited.json").budget
+
+
+def test_what_is_removed_is_made_again(pico: Path, tmp_path: Path, out: Path, run: Run) -> None:
+    copy = WorkFolder(Path(shutil.copytree(out, tmp_path / "copy")), pico.name)
+    arguments = ("convert", pico, "--bpw", "3.7", "--out", copy.path, "--json", "--no-validate", *SMALL)
+    removed = [copy.imatrix, copy.path / f"mmproj-{pico.name}-F16.gguf", copy.tensor_types]
+    before = {path: path.read_bytes() for path in removed}
+    for path in removed:
+        path.unlink()
+    seconds = json.loads(run(*arguments))["seconds"]
+    assert {stage for stage, taken in seconds.items() if taken} == {"calibrate", "plan", "projector"}
+    assert before == {path: path.read_bytes() for path in removed}
+    copy.sensitivity.write_bytes(b"something else")
+    assert "is not what `sensitivity` wrote" in run(*arguments, code=2)
+    assert json.loads(run(*arguments, "--restart"))["seconds"]["sensitivity"] > 0
 
 
 def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, run: Run) -> None:
@@ -195,13 +249,15 @@ def test_another_imatrix_or_packing_reruns_what_depends_on_it(pico: Path, tmp_pa
     assert plan.made_from.imatrix == file_fingerprint(Path(default["imatrix"]))
     refined = Path(default["model"]).read_bytes()
 
-    exact = json.loads(run(*arguments, "--packing", "exact"))
+    exact = json.loads(run(*arguments, "--packing", "exact", "--restart"))
+    assert exact["seconds"].pop("projector") == 0.0
     assert exact["seconds"].pop("calibrate") == 0.0
     assert min(exact["seconds"].values()) > 0
     assert Plan.load(Path(exact["plan"])).packing == EXACT
     assert Path(exact["model"]).read_bytes() != refined
 
-    plain = json.loads(run(*arguments, "--packing", "exact", "--imatrix", "plain"))
+    plain = json.loads(run(*arguments, "--packing", "exact", "--imatrix", "plain", "--restart"))
+    assert plain["seconds"].pop("projector") == 0.0
     assert plain["seconds"].pop("calibrate") == 0.0
     assert min(plain["seconds"].values()) > 0
     assert packed_with(plain["model"], run) == f"imatrix-{pico.name}.gguf"

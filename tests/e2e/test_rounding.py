@@ -25,7 +25,7 @@ def tensors_of(path: str) -> dict[str, tuple[int, bytes]]:
 
 def test_convert_rounds_and_validates(pico: Path, out: Path, run: Run) -> None:
     result = json.loads(run("convert", pico, "--bpw", "3.5", "--out", out, "--rounding", "feedback", "--json", *SMALL))
-    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "validate"}
+    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "projector", "validate"}
     report = json.loads((out / "report.json").read_text())
     assert report["text"]["kl_mean"] > 0
     rounding = json.loads((out / "rounding.json").read_text())

@@ -26,7 +26,7 @@ def test_convert_gives_the_same_plan(pico: Path, tmp_path: Path, run: Run) -> No
     assert first[0] == 0, first[2]
     assert second == (0, "", "")
     result = json.loads(first[1])  # and nothing but that
-    assert {"calibrate", "sensitivity", "plan", "export"} == set(result["seconds"])
+    assert {"calibrate", "sensitivity", "plan", "export", "projector"} == set(result["seconds"])
     assert re.search(r"sensitivity: [\d,]+ units .* s each", first[2].replace("\n", " "))
     run(*command, "--out", alone)
     assert Plan.load(shared / "plan.json").types == Plan.load(alone / "plan.json").types

@@ -32,7 +32,7 @@ class Recorder:
         self.total = self.done = 0
 
     @contextmanager
-    def step(self, description: str, total: int) -> Iterator[Advance]:
+    def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> Iterator[Advance]:
         self.total = total
 
         def advance(n: int) -> None:

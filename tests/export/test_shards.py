@@ -13,11 +13,12 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.text_model import text_model_files, write_text_model
 from mode_gguf.gguf_header import read_header
+from mode_gguf.pipeline.ledger import Stage, StageLedger
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.validation.engines import has_expert_groups
 from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.structure import check_structure, describe
-from mode_gguf.workfolder import StageLedger, WorkFolder
+from mode_gguf.workfolder import WorkFolder
 from tests.export.test_text_model import all_in
 
 SIZES = (10_000, 1_000_000, 4_000_000)
@@ -186,11 +187,12 @@ class TestStopped:
         """Neither llama.cpp nor the ledger takes what is left for a model, though all had been there before."""
         folder = WorkFolder(tmp_path, "model")
         ledger = StageLedger(folder)
-        with ledger.running(
-            "export", "inputs", text_model_files(tmp_path / "model.gguf", checkpoint, types, None, 10**6)
-        ):
-            files = write(tmp_path, checkpoint, types, 10**6)
-        assert ledger.is_current("export", "inputs")
+        outputs = text_model_files(tmp_path / "model.gguf", checkpoint, types, None, 10**6)
+        stage = Stage("export", {}, tuple(outputs))
+        running = ledger.begin(stage)
+        files = write(tmp_path, checkpoint, types, 10**6)
+        running.finish()
+        assert ledger.is_current(stage)
         assert len(files) > 3
         done: list[Path] = []
         replace: Callable[[Path, Path], Path] = Path.replace
@@ -206,5 +208,5 @@ class TestStopped:
             write(tmp_path, checkpoint, types, 10**6)
         assert done == files[::-1][:renamed]
         assert not files[0].exists()
-        assert not ledger.is_current("export", "inputs")
+        assert not ledger.is_current(stage)
         assert not list(tmp_path.glob("*.part"))

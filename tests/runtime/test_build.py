@@ -111,7 +111,7 @@ class Watching:
         self.steps: dict[str, int] = {}
 
     @contextmanager
-    def step(self, description: str, total: int) -> Iterator[Advance]:
+    def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> Iterator[Advance]:
         done = 0
 
         def advance(n: int) -> None:
@@ -189,7 +189,7 @@ def test_an_interrupted_build_leaves_nothing(
 ) -> None:
     class Interrupted(Watching):
         @contextmanager
-        def step(self, description: str, total: int) -> Iterator[Advance]:
+        def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> Iterator[Advance]:
             def interrupt(n: int) -> None:
                 if total == 100:
                     raise KeyboardInterrupt

@@ -27,7 +27,8 @@ def command(
 
     chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed)
     checkpoint, folder = pipeline.open_model(model, out)
-    statistics = pipeline.run_calibration(checkpoint, folder, chosen, progress())
+    with pipeline.working_in(folder):
+        statistics = pipeline.run_calibration(checkpoint, folder, chosen, progress())
     counts = asdict(statistics.samples)
     never = {layer.layer: layer.never_routed for layer in statistics.coverage() if any(layer.never_routed.values())}
     if json:

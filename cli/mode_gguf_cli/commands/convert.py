@@ -71,12 +71,20 @@ def command(
     threads: options.Threads = None,
     pre_tokenizer: options.PreTokenizer = None,
     llama_cpp: options.LlamaCpp = None,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Where settings of calibrate, sensitivity or unit-kl differ from those of the last run in the work "
+            "folder, run these and what depends on them again.",
+        ),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Calibrate, measure, plan, pack and check MODEL: a GGUF of the size asked for, and its projector.
 
-    Everything lands in one work folder; running the command again reuses whatever is still right, so another budget
-    costs a plan and a packing run only.
+    Everything lands in one work folder; running the command again goes on where it was cut off and reuses whatever is
+    still right, so another budget costs a plan and a packing run only.
     """
     from mode_gguf import pipeline
 
@@ -113,6 +121,7 @@ def command(
         validate=validate,
         held_out=samples,
         llama_cpp=llama_cpp,
+        restart=restart,
     )
     checkpoint, folder = pipeline.open_model(model, out)
     if dry_run:

@@ -43,18 +43,19 @@ def command(
     shard_bytes = options.shard_bytes_of(shard_size)
     checkpoint, folder = pipeline.open_model(model, out)
     loaded = Plan.load(plan or folder.plan)
-    text, mmproj = pipeline.run_export(
-        checkpoint,
-        folder,
-        loaded,
-        imatrix=imatrix.value if imatrix else None,
-        rounding=rounding.value if rounding else None,
-        projector_type=mmproj_type.value,
-        pre_tokenizer=pre_tokenizer,
-        shard_bytes=shard_bytes,
-        threads=threads,
-        progress=progress(),
-    )
+    with pipeline.working_in(folder):
+        text, mmproj = pipeline.run_export(
+            checkpoint,
+            folder,
+            loaded,
+            imatrix=imatrix.value if imatrix else None,
+            rounding=rounding.value if rounding else None,
+            projector_type=mmproj_type.value,
+            pre_tokenizer=pre_tokenizer,
+            shard_bytes=shard_bytes,
+            threads=threads,
+            progress=progress(),
+        )
     size = read_header(text).size_bytes
     if json:
         emit_json({"model": str(text), "mmproj": str(mmproj), "bpw": loaded.bpw, "size_bytes": size})

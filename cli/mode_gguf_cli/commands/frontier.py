@@ -40,7 +40,10 @@ def command(
     checkpoint, folder = pipeline.open_model(model, out)
     candidates = options.measured_types(folder, types, dense_types, floor or ())
     plot = png or folder.frontier_plot
-    made = pipeline.run_frontier(checkpoint, folder, options.preset_of(preset), candidates, points=points, plot=plot)
+    with pipeline.working_in(folder):
+        made = pipeline.run_frontier(
+            checkpoint, folder, options.preset_of(preset), candidates, points=points, plot=plot
+        )
     if json:
         show(made.model_dump_json(indent=2, exclude_none=True))
         return

@@ -91,7 +91,8 @@ def command(
             packing=Packing(packing.value) if packing else DEFAULT_PACKING,
             rounding=rounding.value,
         )
-        pipeline.save_plan(folder, made)
+        with pipeline.working_in(folder):
+            pipeline.save_plan(folder, made)
     elif imatrix or packing:
         option = "--imatrix" if imatrix else "--packing"
         raise UsageError(f"{option} goes with --uniform; otherwise give it to `mode-gguf sensitivity`")
@@ -116,44 +117,47 @@ def command(
         if refine and granularity is not Compared.TENSOR:
             raise UsageError("--refine improves a type per tensor; leave it out with --granularity " + granularity)
         if granularity is Compared.COMPARE:
-            report = pipeline.run_granularity(
-                checkpoint,
-                folder,
-                samples,
-                budget,
-                chosen,
-                candidates,
-                sample_budget=measured_samples,
-                pre_tokenizer=pre_tokenizer,
-                progress=progress(),
-            )
+            with pipeline.working_in(folder):
+                report = pipeline.run_granularity(
+                    checkpoint,
+                    folder,
+                    samples,
+                    budget,
+                    chosen,
+                    candidates,
+                    sample_budget=measured_samples,
+                    pre_tokenizer=pre_tokenizer,
+                    progress=progress(),
+                )
             _show_granularity(report, folder.granularity, as_json=json)
             return
         if refine:
-            made = pipeline.run_refined_plan(
-                checkpoint,
-                folder,
-                samples,
-                budget,
-                chosen,
-                candidates,
-                rounds=refine,
-                sample_budget=measured_samples,
-                rounding=rounding.value,
-                pre_tokenizer=pre_tokenizer,
-                progress=progress(),
-            )
+            with pipeline.working_in(folder):
+                made = pipeline.run_refined_plan(
+                    checkpoint,
+                    folder,
+                    samples,
+                    budget,
+                    chosen,
+                    candidates,
+                    rounds=refine,
+                    sample_budget=measured_samples,
+                    rounding=rounding.value,
+                    pre_tokenizer=pre_tokenizer,
+                    progress=progress(),
+                )
         else:
-            made = pipeline.run_plan(
-                checkpoint,
-                folder,
-                budget,
-                chosen,
-                candidates,
-                granularity="expert" if granularity is Compared.EXPERT else "tensor",
-                rounding=rounding.value,
-                pre_tokenizer=pre_tokenizer,
-            )
+            with pipeline.working_in(folder):
+                made = pipeline.run_plan(
+                    checkpoint,
+                    folder,
+                    budget,
+                    chosen,
+                    candidates,
+                    granularity="expert" if granularity is Compared.EXPERT else "tensor",
+                    rounding=rounding.value,
+                    pre_tokenizer=pre_tokenizer,
+                )
     types_file = None if made.has_expert_groups else folder.tensor_types
     if json:
         emit_json(

@@ -39,15 +39,16 @@ def command(
 
     checkpoint, folder = pipeline.open_model(model, out)
     chosen = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
-    report = pipeline.run_rounding(
-        checkpoint,
-        folder,
-        Plan.load(plan or folder.plan),
-        chosen,
-        imatrix=imatrix.value if imatrix else None,
-        threads=threads,
-        progress=progress(),
-    )
+    with pipeline.working_in(folder):
+        report = pipeline.run_rounding(
+            checkpoint,
+            folder,
+            Plan.load(plan or folder.plan),
+            chosen,
+            imatrix=imatrix.value if imatrix else None,
+            threads=threads,
+            progress=progress(),
+        )
     matrices, nearest = sum(report.matrices.values()), sum(report.nearest.values())
     if json:
         emit_json({"rounded": str(folder.rounded), "matrices": matrices, "rounded_to_nearest": nearest})

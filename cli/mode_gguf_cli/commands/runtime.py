@@ -7,6 +7,7 @@ import typer
 
 from mode_gguf_cli import options
 from mode_gguf_cli.console import emit_json, progress, say, show
+from mode_gguf_cli.quiet import with_quiet
 
 app = typer.Typer(
     help="Build llama.cpp with the patch that files with one type per expert need, or find what was built.",
@@ -17,6 +18,7 @@ Stock = Annotated[bool, typer.Option("--stock", help="The same release without t
 
 
 @app.command()
+@with_quiet
 def build(
     source: Annotated[
         Path | None,
@@ -54,6 +56,7 @@ def build(
 
 
 @app.command()
+@with_quiet
 def path(stock: Stock = False) -> None:
     """Print the folder with the programs of the build; exit code 4 if there is none."""
     from mode_gguf.errors import MissingResourceError

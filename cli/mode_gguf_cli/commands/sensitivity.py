@@ -36,16 +36,17 @@ def command(
     checkpoint, folder = pipeline.open_model(model, out)
     method = options.preset_of(preset, sensitivity).method
     candidates = options.candidate_types(types, dense_types)
-    pipeline.run_sensitivity(
-        checkpoint,
-        folder,
-        chosen,
-        method,
-        candidates,
-        imatrix=imatrix.value if imatrix else None,
-        packing=options.packing_of(packing, effort, size_power),
-        progress=progress(),
-    )
+    with pipeline.working_in(folder):
+        pipeline.run_sensitivity(
+            checkpoint,
+            folder,
+            chosen,
+            method,
+            candidates,
+            imatrix=imatrix.value if imatrix else None,
+            packing=options.packing_of(packing, effort, size_power),
+            progress=progress(),
+        )
     fisher_imatrix = folder.imatrix_of("fisher") if method == "fisher" else None
     if json:
         files = {"sensitivity": str(folder.sensitivity)}

@@ -30,9 +30,10 @@ def command(
     checkpoint, folder = pipeline.open_model(model, out)
     table = SensitivityTable.load(folder.sensitivity)
     candidates = options.measured_types(folder, types, dense_types)
-    measured = pipeline.run_unit_kl(
-        checkpoint, folder, chosen, candidates, sample_budget=measured_samples, progress=progress()
-    )
+    with pipeline.working_in(folder):
+        measured = pipeline.run_unit_kl(
+            checkpoint, folder, chosen, candidates, sample_budget=measured_samples, progress=progress()
+        )
     rows = compared(measured, table) if table.method == "fisher" else []
     if json:
         emit_json(
