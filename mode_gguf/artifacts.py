@@ -24,6 +24,8 @@ from safetensors.numpy import save_file
 from mode_gguf.errors import InputError, MissingResourceError
 
 SCHEMA_VERSION = 1
+MAX_SAMPLE_BYTES = 2**30
+"""Of a file of samples, of which a few hundred are used."""
 _METADATA_KEY = "mode_gguf"
 _PART = ".mode-gguf.part"
 
@@ -142,7 +144,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         InputError: the file cannot be read as UTF-8, or a line is not a JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
+            raise InputError(f"{path}: {size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
     for number, line in enumerate(lines, start=1):
@@ -153,6 +157,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
+        except (ValueError, RecursionError) as error:  # numbers too long, too much inside each other
+            raise InputError(f"{origin}: not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputError(f"{origin}: a JSON object was expected, {type(row).__name__} found")
         yield row, origin

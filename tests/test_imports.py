@@ -14,7 +14,17 @@ SOURCES = sorted(
     for root in ("mode_gguf", "cli/mode_gguf_cli", "kernels/mode_gguf_kernels")
     for path in (ROOT / root).rglob("*.py")
 )
-FOUNDATION = {"architectures", "artifacts", "checkpoint", "errors", "gguf_header", "locks", "progress", "shards"}
+FOUNDATION = {
+    "architectures",
+    "artifacts",
+    "checkpoint",
+    "errors",
+    "gguf_header",
+    "locks",
+    "pictures",
+    "progress",
+    "shards",
+}
 STAGE_MAY_IMPORT = {
     "allocation": FOUNDATION | {"quantization"},
     "architectures": FOUNDATION,
@@ -27,6 +37,7 @@ STAGE_MAY_IMPORT = {
     "importance": FOUNDATION | {"quantization", "calibration"},
     "llama_cpp_library": set(),
     "locks": set(),
+    "pictures": {"errors"},
     "progress": set(),
     "quantization": FOUNDATION | {"llama_cpp_library"},
     "rounding": FOUNDATION | {"quantization", "calibration", "importance"},

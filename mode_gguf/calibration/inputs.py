@@ -91,8 +91,10 @@ class InputBuilder:
             InputError: the checkpoint lacks either, or has no image token.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-            image_processor = AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil")
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+            image_processor = AutoImageProcessor.from_pretrained(
+                checkpoint.path, backend="pil", trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{checkpoint.path}: tokenizer or image processor cannot be read ({reason})") from error

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mode_gguf.errors import InputError
+from mode_gguf.pictures import open_picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,8 @@ class Sample:
         """The picture, decoded, in RGB.
 
         Raises:
-            InputError: the sample has no image, or its file cannot be read as one.
+            InputError: the sample has no image, or its file cannot be read as one or is too large.
         """
         if self.image is None:
             raise InputError(f"{self.origin}: sample has no image")
-        if isinstance(self.image, Image.Image):
-            return self.image.convert("RGB")
-        try:
-            with Image.open(self.image) as image:
-                return image.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{self.origin}: image {self.image} cannot be read ({error})") from error
+        return open_picture(self.image, f"{self.origin}: image {self.image}")

@@ -66,8 +66,8 @@ def _message(turn: Any, origin: str) -> Message:
     speaker = turn.get("from", turn.get("role"))
     text = turn.get("value", turn.get("content"))
     if isinstance(text, list):
-        text = "".join(part.get("text", "") for part in text if isinstance(part, Mapping))
-    if speaker not in _ROLES or not isinstance(text, str):
+        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, Mapping))
+    if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(text, str):
         raise InputError(
             f"{origin}: a turn needs `from` ({', '.join(_ROLES)}) and a string `value`, found {speaker!r} and "
             f"{type(text).__name__}"

@@ -167,7 +167,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     tensors = text_tensors(checkpoint)
     chosen = choose_device(device)
     dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.eval()

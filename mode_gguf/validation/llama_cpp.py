@@ -4,7 +4,6 @@ One sequence at a time; the KV cache is cleared before every prompt, so calls do
 """
 
 import ctypes
-import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,11 @@ from types import TracebackType
 from typing import Final, TypeAlias
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.gguf_header import read_header
+from mode_gguf.pictures import open_picture
 from mode_gguf.validation import c_api
 from mode_gguf.validation.chat import ChatTemplate
 from mode_gguf.validation.engines import Engine, engine_for
@@ -335,14 +335,7 @@ def open_image(image: ImageInput) -> Image.Image:
     Raises:
         InputError: it cannot be read.
     """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    name = str(image) if isinstance(image, Path) else f"image of {len(image)} bytes"
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: cannot be read as an image ({error})") from error
+    return open_picture(image, f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
 
 
 def _usable_cores() -> int:

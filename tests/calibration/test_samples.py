@@ -112,7 +112,7 @@ def test_malformed_lines_are_named(tmp_path: Path, line: object, message: str) -
 def test_broken_image_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but not really")
     path = write_lines(tmp_path / "x.jsonl", {"image": "broken.png", "conversations": turns("a", "b")})
-    with pytest.raises(InputError, match=r"x\.jsonl:1: image .*broken\.png cannot be read"):
+    with pytest.raises(InputError, match=r"x\.jsonl:1: image .*broken\.png: cannot be read"):
         load_samples(str(path))
 
 

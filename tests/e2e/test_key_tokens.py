@@ -19,7 +19,7 @@ SMALL = ("--image-samples", "2", "--text-samples", "2", "--preset", "paper", "--
 def test_another_choice_of_key_tokens_is_measured_anew(pico: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     run("convert", pico, "--out", tmp_path, *SMALL)
     first = CalibrationStatistics.load(tmp_path / "calibration.safetensors")
-    again = json.loads(run("convert", pico, "--out", tmp_path, *SMALL, "--key-tokens", "all"))
+    again = json.loads(run("convert", pico, "--out", tmp_path, *SMALL, "--key-tokens", "all", "--restart"))
     assert min(again["seconds"]["calibrate"], again["seconds"]["sensitivity"]) > 0
     second = CalibrationStatistics.load(tmp_path / "calibration.safetensors")
     assert (first.key_tokens, second.key_tokens) == (KeyTokens(), KeyTokens("all"))
