@@ -344,6 +344,14 @@ ShardSize = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads that pack; default: all cores.", min=1)]
+Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for hidden states of the samples; further ones go to temporary files (in TMPDIR). "
+        "Changes no result.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.")]
 PreTokenizer = Annotated[
     str | None,
@@ -366,6 +374,7 @@ HeldOut = Annotated[
     ),
 ]
 
+DEFAULT_MEMORY = "4GiB"
 DEFAULT_SIZE_POWER = 0.0
 DEFAULT_EXPERT_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"
 DEFAULT_GROUP_TYPES = "IQ2_XXS," + DEFAULT_EXPERT_TYPES
@@ -455,6 +464,17 @@ def shard_bytes_of(shard_size: str | None) -> int | None:
     return None if shard_size is None else parse_size(shard_size, "--shard-size")
 
 
+def memory_bytes_of(memory: str) -> int:
+    """Bytes of `--memory`.
+
+    Raises:
+        UsageError: not a size.
+    """
+    from mode_gguf.allocation.budget import parse_size
+
+    return parse_size(memory, "--memory")
+
+
 def preset_of(
     name: PresetName,
     sensitivity: MetricName | None = None,
@@ -530,8 +550,18 @@ def calibration_options(
     key_tokens: KeyTokensName,
     device: Device,
     seed: int,
+    memory: str,
 ) -> "CalibrationOptions":
     """The pipeline's calibration options from the command line's."""
     from mode_gguf.pipeline import CalibrationOptions
 
-    return CalibrationOptions(source, image_samples, text_samples, key_ratio, key_tokens.value, device.value, seed)
+    return CalibrationOptions(
+        source,
+        image_samples,
+        text_samples,
+        key_ratio,
+        key_tokens.value,
+        device.value,
+        seed,
+        memory_bytes_of(memory),
+    )

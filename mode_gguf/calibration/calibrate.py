@@ -8,13 +8,16 @@ import torch
 
 from mode_gguf.calibration.denormals import denormals_flushed
 from mode_gguf.calibration.distributed import gathered, share_of, sum_over_ranks
-from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder, ModelInputs
+from mode_gguf.calibration.hidden_store import HiddenStore
+from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
 from mode_gguf.calibration.key_tokens import TEXT_ATTENTION, KeyTokens
+from mode_gguf.calibration.limits import HIDDEN_BYTES, MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.observers import Observer, unseen_activations
+from mode_gguf.calibration.parking import Parking
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.calibration.streaming import StreamedModel, open_streamed
+from mode_gguf.calibration.streaming import TEXT_MODEL, StreamedModel, open_streamed
 from mode_gguf.calibration.watch import Pass, Watch, watching
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
@@ -28,8 +31,9 @@ def calibrate(
     *,
     device: str = "auto",
     key_tokens: KeyTokens = TEXT_ATTENTION,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+    max_tokens: int = MAX_TOKENS,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    hidden_bytes: int = HIDDEN_BYTES,
     progress: Progress = silent,
 ) -> CalibrationStatistics:
     """Statistics of `samples`; one decoder layer's weights are in memory at a time.
@@ -41,6 +45,7 @@ def calibrate(
         key_tokens: how key vision tokens are chosen.
         max_tokens: text tokens per sample; longer texts and answers are cut.
         max_image_pixels: images are scaled down to this area.
+        hidden_bytes: memory for hidden states of samples that wait; further ones go to temporary files.
 
     Raises:
         UsageError: no samples, fewer of them than processes, or an unknown device.
@@ -58,6 +63,7 @@ def calibrate(
         key_tokens=key_tokens,
         leave=observer.observe,
         finish=lambda layer: observer.finish_layer(),
+        hidden_bytes=hidden_bytes,
         description="calibrating",
         progress=progress,
     )
@@ -83,6 +89,7 @@ def run_watched(
     leave: Callable[[Pass, int], None],
     finish: Callable[[int], None],
     keep_hidden: bool = True,
+    hidden_bytes: int = HIDDEN_BYTES,
     description: str,
     progress: Progress = silent,
 ) -> None:
@@ -94,6 +101,7 @@ def run_watched(
             what it needs, the records are dropped afterwards.
         finish: finish(i) after all samples have left layer i, while its weights are still loaded.
         keep_hidden: whether the experts' gated activations are recorded.
+        hidden_bytes: memory for hidden states of samples that wait; see `calibrate`.
     """
     passes = [Pass.of(one, streamed.device) for one in inputs]
     watch = Watch(key_tokens, keep_hidden)
@@ -109,7 +117,7 @@ def run_watched(
         finish(layer)
         streamed.free_layer(layer)
 
-    with watching(streamed.model, streamed.watched_linears(), watch):
+    with HiddenStore(hidden_bytes) as store, watching(streamed.model, streamed.watched_linears(), watch):
         run_in_lockstep(
             streamed.layers,
             [partial(_forward, streamed, one) for one in inputs],
@@ -117,6 +125,7 @@ def run_watched(
             free=free,
             enter=enter,
             leave=left,
+            parking=Parking(store, streamed.model, TEXT_MODEL),
             tokens=[len(one.input_ids) for one in inputs],
             description=description,
             progress=progress,

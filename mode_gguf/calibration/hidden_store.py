@@ -11,10 +11,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from mode_gguf.calibration.limits import HIDDEN_BYTES
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.locks import try_lock
 
-DEFAULT_LIMIT_BYTES = 4 << 30
 _PREFIX = "mode-gguf-hidden-"
 _YOUNG_SECONDS = 60
 """A folder may be this old and not locked yet."""
@@ -28,7 +28,7 @@ class HiddenStore:
     next store that needs one removes.
     """
 
-    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, limit_bytes: int = HIDDEN_BYTES) -> None:
         self._limit = limit_bytes
         self._held: dict[Hashable, Tensor] = {}
         self._held_bytes = 0
@@ -46,6 +46,9 @@ class HiddenStore:
     def filed(self) -> int:
         """Number of tensors in files."""
         return len(self._filed)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held or key in self._filed
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
         """Keep a copy of `tensor`, in place of what `key` had; one in memory may share it, so do not write to it."""

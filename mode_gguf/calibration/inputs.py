@@ -10,12 +10,10 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mode_gguf.architectures import find_family
+from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
-
-DEFAULT_MAX_TOKENS = 512
-DEFAULT_MAX_IMAGE_PIXELS = 512 * 512
 
 ANSWERS = ("text", "image")
 """Kinds of scored positions, in the order of every array: of samples without, and with, an image."""
@@ -78,8 +76,8 @@ class InputBuilder:
         cls,
         checkpoint: Checkpoint,
         *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+        max_tokens: int = MAX_TOKENS,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> "InputBuilder":
         """Read tokenizer and image processor (its PIL implementation: torchvision is not needed).
 

@@ -9,10 +9,12 @@ order of all sums is fixed.
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 
 from mode_gguf.calibration.distributed import agree
+from mode_gguf.calibration.parking import Parking
 from mode_gguf.progress import Progress, silent
 
 
@@ -77,6 +79,7 @@ def run_in_lockstep(
     free: Callable[[int], None],
     enter: Callable[[int], None],
     leave: Callable[[int, int], None],
+    parking: Parking | None = None,
     tokens: Sequence[int] | None = None,
     description: str,
     progress: Progress = silent,
@@ -90,6 +93,7 @@ def run_in_lockstep(
         free: free(i) after all samples have left it.
         enter: enter(n) before sample n runs on.
         leave: leave(n, i) after sample n has left layer i; for the last layer, after its forward has returned.
+        parking: where the tensors of those that sleep go; None leaves them where they are.
         tokens: of each forward, for `progress`, which counts them layer by layer; None for one each.
         description: of the work, for `progress`.
 
@@ -98,14 +102,21 @@ def run_in_lockstep(
             thread has ended by then.
     """
     lanes = [_Lane(forward) for forward in forwards]
-    running: list[_Lane] = []
+    running: list[int] = []
 
-    def hook(index: int) -> Callable[[nn.Module, object], None]:
-        return lambda module, arguments: running[0].sleep_before(index)
+    def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        last = index == len(layers) - 1
+
+        def sleep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            number = running[0]
+            with parking.parked(number, index, arguments[0], last=last) if parking else nullcontext():
+                lanes[number].sleep_before(index)
+
+        return sleep
 
     def advance(number: int, reached: int) -> None:
         lane = lanes[number]
-        running[:] = [lane]
+        running[:] = [number]
         enter(number)
         lane.advance()
         if lane.waiting_for != min(reached, len(layers) - 1) or lane.finished != (reached == len(layers)):
@@ -113,8 +124,9 @@ def run_in_lockstep(
 
     hooks = [layer.register_forward_pre_hook(hook(index)) for index, layer in enumerate(layers)]
     try:
-        for number in range(len(lanes)):
-            advance(number, reached=0)
+        with parking.noticing() if parking else nullcontext():
+            for number in range(len(lanes)):
+                advance(number, reached=0)
         amounts = tokens or [1] * len(lanes)
         unit = "tokens" if tokens else "samples"
         with progress.step(description, sum(amounts) * len(layers), unit, len(layers)) as done:

@@ -17,10 +17,13 @@ from mode_gguf.calibration.watch import ATTENTION, EXPERTS
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
 
-LAYERS = "model.language_model.layers"
-"""Where every supported family keeps its decoder layers, in the module tree and in the checkpoint."""
+TEXT_MODEL = "model.language_model"
+"""Where every supported family keeps its text model, in the module tree and in the checkpoint."""
 
-FINAL_NORM = "model.language_model.norm"
+LAYERS = f"{TEXT_MODEL}.layers"
+"""Its decoder layers."""
+
+FINAL_NORM = f"{TEXT_MODEL}.norm"
 """What a supported family's last layer and its output head have between them."""
 
 

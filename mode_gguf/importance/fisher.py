@@ -37,7 +37,8 @@ from mode_gguf.calibration.distributed import gathered_in_order, number_among_al
 from mode_gguf.calibration.hidden_store import HiddenStore
 from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.lockstep import run_in_lockstep
-from mode_gguf.calibration.streaming import StreamedModel
+from mode_gguf.calibration.parking import Parking
+from mode_gguf.calibration.streaming import TEXT_MODEL, StreamedModel
 from mode_gguf.calibration.watch import TEXT, Pass, Watch, watching
 from mode_gguf.importance.fisher_imatrix import ColumnSums, squared_norms
 from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES, group_of, group_sums
@@ -78,10 +79,10 @@ def fisher_sensitivity(
 ) -> Measurement:
     """Fisher sensitivity of every expert, matrix and the embedding at every candidate type, on all processes' inputs.
 
-    Hidden states of all samples and layers are kept, samples x tokens x layers x H values: beyond the first gigabytes
-    in temporary files.
+    Hidden states of all samples and layers are kept, samples x tokens x layers x H values: what is beyond
+    `settings.hidden_bytes` in temporary files.
     """
-    with HiddenStore() as store:
+    with HiddenStore(settings.hidden_bytes) as store:
         return _measured(streamed, inputs, settings, store, progress)
 
 
@@ -124,10 +125,10 @@ def _forward_all(
 ) -> None:
     """Fill the traces: every layer's call, the head's input, and the gradients at the last layer's output."""
     watch = Watch(settings.key_tokens, keep_hidden=False)
-    running: list[tuple[int, _Trace]] = []
+    running: list[_Trace] = []
 
     def enter(number: int) -> None:
-        running[:] = [(number, traces[number])]
+        running[:] = [traces[number]]
         watch.current = traces[number].passed
 
     def leave(number: int, layer: int) -> None:
@@ -139,14 +140,13 @@ def _forward_all(
         trace.passed.forget()
 
     def keep_call(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        number, trace = running[0]
-        store.put((number, len(trace.layers)), arguments[0])
+        trace = running[0]
         trace.layers.append(_LayerCall(options, trace.passed.modality))
 
     def start_of_gradient(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
         # Only what follows the last layer is recorded for autograd; `_gradients` ends the thread's gradient mode.
         last = output.detach().requires_grad_()
-        running[0][1].last = last
+        running[0].last = last
         torch.set_grad_enabled(True)
         return last
 
@@ -164,6 +164,7 @@ def _forward_all(
                 free=streamed.free_layer,
                 enter=enter,
                 leave=leave,
+                parking=Parking(store, streamed.model, TEXT_MODEL, keep=True),
                 description="sensitivity, forward",
                 progress=progress,
             )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mode_gguf.calibration.key_tokens import KeyTokens
+from mode_gguf.calibration.limits import HIDDEN_BYTES
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.importance.imatrix import Imatrix, Importance
 from mode_gguf.quantization.packing import EXACT, Packing
@@ -24,6 +25,7 @@ class MeasurementSettings:
         imatrix: `fisher`: experts and the output head are packed with the Fisher importance, which is known before
             they are measured.
         packing: how candidates are packed.
+        hidden_bytes: memory for hidden states; see `calibrate`.
     """
 
     expert_types: Sequence[QuantType]
@@ -34,6 +36,7 @@ class MeasurementSettings:
     seed: int
     imatrix: ImatrixKind = "plain"
     packing: Packing = EXACT
+    hidden_bytes: int = HIDDEN_BYTES
 
 
 @dataclass(frozen=True, slots=True)

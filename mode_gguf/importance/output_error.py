@@ -109,6 +109,7 @@ def _output_error(
         key_tokens=settings.key_tokens,
         leave=leave,
         finish=finish,
+        hidden_bytes=settings.hidden_bytes,
         description="sensitivity",
         progress=progress,
     )

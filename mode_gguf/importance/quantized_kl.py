@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.hidden_store import DEFAULT_LIMIT_BYTES, HiddenStore
+from mode_gguf.calibration.hidden_store import HiddenStore
 from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.key_tokens import KeyTokens
+from mode_gguf.calibration.limits import HIDDEN_BYTES
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.streaming import FINAL_NORM, StreamedModel
 from mode_gguf.calibration.watch import TEXT, Pass, Watch, watching
@@ -73,7 +74,7 @@ class KlSettings:
     importance: Importance
     packing: Packing
     key_tokens: KeyTokens
-    hidden_bytes: int = DEFAULT_LIMIT_BYTES
+    hidden_bytes: int = HIDDEN_BYTES
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from mode_gguf.calibration.denormals import denormals_flushed
 from mode_gguf.calibration.distributed import gathered_in_order, share_of
-from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder
+from mode_gguf.calibration.inputs import InputBuilder
+from mode_gguf.calibration.limits import HIDDEN_BYTES, LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
@@ -27,8 +28,6 @@ from mode_gguf.quantization.types import QuantType
 __all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
 
 log = logging.getLogger(__name__)
-
-DEFAULT_LABEL_DRAWS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +57,12 @@ def measure_sensitivity(
     method: Method = "fisher",
     imatrix: ImatrixKind = "plain",
     packing: Packing = EXACT,
-    label_draws: int = DEFAULT_LABEL_DRAWS,
+    label_draws: int = LABEL_DRAWS,
     seed: int = 0,
     device: str = "auto",
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+    max_tokens: int = MAX_TOKENS,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    hidden_bytes: int = HIDDEN_BYTES,
     progress: Progress = silent,
 ) -> Sensitivity:
     """Measure every expert tensor and expert at `expert_types`, every other matrix at `dense_types`.
@@ -76,7 +76,7 @@ def measure_sensitivity(
         imatrix: which importance the file will be packed with; for `fisher` see `MeasurementSettings`.
         packing: how the file will be packed.
         label_draws: per scored position; Fisher only.
-        device, max_tokens, max_image_pixels: as for `calibrate`.
+        device, max_tokens, max_image_pixels, hidden_bytes: as for `calibrate`.
 
     Raises:
         UsageError: no samples, fewer of them than processes, an unknown method or importance matrix, a pair that does
@@ -99,7 +99,7 @@ def measure_sensitivity(
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
     inputs = [builder.build(sample) for sample in share_of(samples)]
     settings = MeasurementSettings(
-        expert_types, dense_types, importance, statistics.key_tokens, label_draws, seed, imatrix, packing
+        expert_types, dense_types, importance, statistics.key_tokens, label_draws, seed, imatrix, packing, hidden_bytes
     )
     measure = {"fisher": fisher_sensitivity, "expert-mse": expert_mse, "block-mse": block_mse}[method]
     measurement = measure(open_streamed(checkpoint, device), inputs, settings, progress)

@@ -17,7 +17,8 @@ from mode_gguf import __version__
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import fingerprint, read_arrays, write_arrays
 from mode_gguf.calibration.denormals import denormals_flushed
-from mode_gguf.calibration.inputs import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_MAX_TOKENS, InputBuilder, ModelInputs
+from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
+from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.streaming import StreamedModel, open_streamed
 from mode_gguf.checkpoint import Checkpoint
@@ -51,8 +52,8 @@ def open_kl_model(
     samples: Sequence[Sample],
     *,
     device: str = "auto",
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+    max_tokens: int = MAX_TOKENS,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> KlModel:
     """Open `checkpoint` in float32 on any device: KLs of 1e-5 are far below what bfloat16 can tell.
 

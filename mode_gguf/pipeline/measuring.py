@@ -48,6 +48,7 @@ def run_calibration(
         calibration_samples(options),
         device=options.device,
         key_tokens=_key_tokens(options),
+        hidden_bytes=options.hidden_bytes,
         progress=progress,
     )
     statistics.save(folder.calibration)
@@ -105,6 +106,7 @@ def run_sensitivity(
         dense_types=types.dense,
         device=options.device,
         seed=options.seed,
+        hidden_bytes=options.hidden_bytes,
         progress=progress,
     )
     measured.table.save(folder.sensitivity)
@@ -178,7 +180,12 @@ def kl_measurement(
 
     table, statistics = measured_tables(checkpoint, folder)
     samples = stratified(calibration_samples(calibration), sample_budget, calibration.seed)
-    settings = KlSettings(dict(read_imatrix(folder.imatrix_of(table.imatrix))), table.packing, statistics.key_tokens)
+    settings = KlSettings(
+        dict(read_imatrix(folder.imatrix_of(table.imatrix))),
+        table.packing,
+        statistics.key_tokens,
+        calibration.hidden_bytes,
+    )
     return open_kl_model(checkpoint, samples, device=calibration.device), settings
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mode_gguf.allocation.budget import Budget, Reach
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes, Granularity
+from mode_gguf.calibration.limits import HIDDEN_BYTES
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 
@@ -23,7 +24,8 @@ class CalibrationOptions:
     """What the model is run on, and where.
 
     `source` is as in `load_samples`; `key_ratio` is the share of an image's tokens that count as key vision tokens, and
-    `key_tokens` the criterion that chooses them, see `mode_gguf.calibration.key_tokens`.
+    `key_tokens` the criterion that chooses them, see `mode_gguf.calibration.key_tokens`. `hidden_bytes` of hidden
+    states are kept in memory, further ones in temporary files, which changes no result.
     """
 
     source: str | None = None
@@ -33,6 +35,7 @@ class CalibrationOptions:
     key_tokens: "Criterion" = "text-attention"
     device: str = "auto"
     seed: int = 0
+    hidden_bytes: int = HIDDEN_BYTES
 
 
 @dataclass(frozen=True, slots=True)

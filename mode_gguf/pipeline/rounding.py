@@ -98,6 +98,7 @@ def run_rounding(
         packing=plan.packing,
         token_weights=weights,
         threads=threads or os.cpu_count() or 1,
+        hidden_bytes=options.hidden_bytes,
     )
     round_tensors(open_streamed(checkpoint, options.device), inputs, settings, rounded, progress)
     chosen = _rounded_tensors(checkpoint, plan)

@@ -97,7 +97,8 @@ def plan_stage(
 
 def refinement_settings(rounds: int, sample_budget: int, calibration: CalibrationOptions) -> dict[str, Any]:
     """What a refined plan depends on beside what every plan does."""
-    return {"rounds": rounds, "measured samples": sample_budget, "calibration": asdict(calibration)}
+    matters = {name: value for name, value in asdict(calibration).items() if name != "hidden_bytes"}
+    return {"rounds": rounds, "measured samples": sample_budget, "calibration": matters}
 
 
 def round_stage(checkpoint: Checkpoint, folder: WorkFolder, plan: Plan, imatrix: ImatrixKind | None = None) -> Stage:

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.calibrate import run_watched
 from mode_gguf.calibration.inputs import ModelInputs
+from mode_gguf.calibration.limits import HIDDEN_BYTES
 from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.calibration.watch import ExpertsCall, Pass
 from mode_gguf.importance.imatrix import Importance
@@ -42,6 +43,7 @@ class RoundingSettings:
         packing: how.
         token_weights: what tokens count, float32 (N,), see `TokenWeights`; empty for all alike.
         threads: that pack.
+        hidden_bytes: memory for hidden states; see `calibrate`.
     """
 
     types: Mapping[str, QuantType]
@@ -50,6 +52,7 @@ class RoundingSettings:
     token_weights: Mapping[str, np.ndarray]
     experts: ExpertTypes = field(default_factory=dict)
     threads: int = 1
+    hidden_bytes: int = HIDDEN_BYTES
 
 
 def round_tensors(
@@ -74,6 +77,7 @@ def round_tensors(
         leave=work.collect,
         finish=work.finish,
         keep_hidden=False,
+        hidden_bytes=settings.hidden_bytes,
         description="rounding",
         progress=progress,
     )

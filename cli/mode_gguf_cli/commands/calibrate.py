@@ -16,6 +16,7 @@ def command(
     key_ratio: options.KeyRatio = 0.2,
     key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
+    memory: options.Memory = options.DEFAULT_MEMORY,
     json: options.Json = False,
 ) -> None:
     """Run MODEL on text and images; count expert use per modality and write the importance matrix.
@@ -25,7 +26,9 @@ def command(
     from mode_gguf import pipeline
     from mode_gguf.calibration.coverage import calibration_warnings
 
-    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed)
+    chosen = options.calibration_options(
+        calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
+    )
     checkpoint, folder = pipeline.open_model(model, out)
     with pipeline.working_in(folder):
         statistics = pipeline.run_calibration(checkpoint, folder, chosen, progress())

@@ -68,6 +68,7 @@ def command(
     key_ratio: options.KeyRatio = 0.2,
     key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
+    memory: options.Memory = options.DEFAULT_MEMORY,
     threads: options.Threads = None,
     pre_tokenizer: options.PreTokenizer = None,
     llama_cpp: options.LlamaCpp = None,
@@ -91,7 +92,7 @@ def command(
     chosen = pipeline.ConvertOptions(
         budget=options.budget_of(bpw, size, expert_bpw),
         calibration=options.calibration_options(
-            calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed
+            calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
         ),
         preset=options.preset_of(
             preset,

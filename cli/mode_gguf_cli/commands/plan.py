@@ -65,6 +65,7 @@ def command(
     rounding: options.RoundingOption = options.RoundingName.NEAREST,
     pre_tokenizer: options.PreTokenizer = None,
     seed: options.Seed = 0,
+    memory: options.Memory = options.DEFAULT_MEMORY,
     json: options.Json = False,
 ) -> None:
     """Choose the types of all tensors under a budget; writes plan.json and tensor-types.txt.
@@ -113,7 +114,14 @@ def command(
             unit_kl,
         )
         budget = options.budget_of(bpw, size, expert_bpw)
-        samples = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
+        samples = pipeline.CalibrationOptions(
+            calibration,
+            image_samples,
+            text_samples,
+            device=device.value,
+            seed=seed,
+            hidden_bytes=options.memory_bytes_of(memory),
+        )
         if refine and granularity is not Compared.TENSOR:
             raise UsageError("--refine improves a type per tensor; leave it out with --granularity " + granularity)
         if granularity is Compared.COMPARE:

@@ -26,6 +26,7 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     seed: options.Seed = 0,
+    memory: options.Memory = options.DEFAULT_MEMORY,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
@@ -38,7 +39,14 @@ def command(
     from mode_gguf.allocation.plan import Plan
 
     checkpoint, folder = pipeline.open_model(model, out)
-    chosen = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
+    chosen = pipeline.CalibrationOptions(
+        calibration,
+        image_samples,
+        text_samples,
+        device=device.value,
+        seed=seed,
+        hidden_bytes=options.memory_bytes_of(memory),
+    )
     with pipeline.working_in(folder):
         report = pipeline.run_rounding(
             checkpoint,

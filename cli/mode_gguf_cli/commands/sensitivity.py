@@ -22,6 +22,7 @@ def command(
     key_ratio: options.KeyRatio = 0.2,
     key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
+    memory: options.Memory = options.DEFAULT_MEMORY,
     json: options.Json = False,
 ) -> None:
     """Measure, per expert, projection, modality and type, what quantization would do to MODEL's answers.
@@ -32,7 +33,9 @@ def command(
     from mode_gguf import pipeline
     from mode_gguf.importance.choice import chosen_imatrix
 
-    chosen = options.calibration_options(calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed)
+    chosen = options.calibration_options(
+        calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
+    )
     checkpoint, folder = pipeline.open_model(model, out)
     method = options.preset_of(preset, sensitivity).method
     candidates = options.candidate_types(types, dense_types)

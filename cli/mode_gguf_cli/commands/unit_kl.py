@@ -15,6 +15,7 @@ def command(
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
     seed: options.Seed = 0,
+    memory: options.Memory = options.DEFAULT_MEMORY,
     json: options.Json = False,
 ) -> None:
     """Measure the KL divergence that each tensor of MODEL in each type causes, by modality and kind of answer.
@@ -26,7 +27,14 @@ def command(
     from mode_gguf.importance.table import SensitivityTable
     from mode_gguf.importance.unit_table import compared
 
-    chosen = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
+    chosen = pipeline.CalibrationOptions(
+        calibration,
+        image_samples,
+        text_samples,
+        device=device.value,
+        seed=seed,
+        hidden_bytes=options.memory_bytes_of(memory),
+    )
     checkpoint, folder = pipeline.open_model(model, out)
     table = SensitivityTable.load(folder.sensitivity)
     candidates = options.measured_types(folder, types, dense_types)

@@ -1,0 +1,13 @@
+"""Limits that calibration keeps to by default, for whoever must know them without torch."""
+
+MAX_TOKENS = 512
+"""Text tokens of a sample; longer texts and answers are cut."""
+
+MAX_IMAGE_PIXELS = 512 * 512
+"""Area that images are scaled down to."""
+
+LABEL_DRAWS = 3
+"""Labels drawn per scored position by Fisher sensitivity."""
+
+HIDDEN_BYTES = 4 << 30
+"""Hidden states kept in memory; further ones go to temporary files."""
