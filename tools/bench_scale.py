@@ -3,10 +3,12 @@
     python tools/bench_scale.py export --out FOLDER [--layers 2 4 8]
     python tools/bench_scale.py speed --out FOLDER --llama-cpp SOURCE --llama-quantize PROGRAM
     python tools/bench_scale.py calibrate --out FOLDER [--layers 2 4 8]
+    python tools/bench_scale.py stages --out FOLDER [--layers 2 4 8]
 
 `export` and `calibrate` run the commands of those names in processes of their own and watch their memory: "anonymous"
 is what the process itself fills, "resident" has the mapped part of the checkpoint with it; peaks of samples taken every
 few milliseconds. Lines are fitted through them and drawn out to 48 and 94 layers (Qwen3-VL-30B-A3B, 235B-A22B's depth).
+`stages` runs every stage of a conversion and puts what `convert --dry-run` says beside what was measured.
 `calibrate` also runs the plain forward of the same samples by transformers, the whole model in memory.
 `speed` writes the same types with stock conversion plus llama-quantize, with the same importance matrix and threads.
 
@@ -32,6 +34,7 @@ from rich.table import Table
 
 from compare_with_stock import convert_with_stock
 from mode_gguf import pipeline
+from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
@@ -268,10 +271,58 @@ def bench_calibrate(arguments: argparse.Namespace) -> object:
     return runs
 
 
+def bench_stages(arguments: argparse.Namespace) -> object:
+    """Time and memory of every stage, and what is said of them before."""
+    table = Table(
+        "layers", "stage", "seconds", "estimated", "anonymous GiB", "estimated GiB", "written GB", "estimated GB"
+    )
+    table.title = f"stages, {arguments.images} pictures and {arguments.texts} texts, {arguments.threads} threads"
+    samples = ["--calibration", arguments.samples, "--image-samples", str(arguments.images)]
+    samples += ["--text-samples", str(arguments.texts), "--device", "cpu"]
+    calibration = pipeline.CalibrationOptions(arguments.samples, arguments.images, arguments.texts, device="cpu")
+    runs = {}
+    for layers in arguments.layers:
+        checkpoint = checkpoint_of(arguments.out, layers)
+        folder = WorkFolder(arguments.out / f"stages-{layers}", checkpoint.name)
+        shutil.rmtree(folder.path, ignore_errors=True)
+        folder.path.mkdir(parents=True)
+        options = pipeline.ConvertOptions(Budget(value=3.5), calibration, threads=arguments.threads)
+        said = pipeline.estimate(checkpoint, folder, options, measured=True)
+        needs = {stage.stage: stage for stage in said.stages}
+        for stage, given in (
+            ("calibrate", samples),
+            ("sensitivity", samples),
+            ("plan", ["--bpw", "3.5"]),
+            ("round", [*samples, "--threads", str(arguments.threads)]),
+            ("export", ["--threads", str(arguments.threads)]),
+        ):
+            run = watched(
+                command_line(stage, checkpoint.path, "--out", folder.path, *given), folder.path / f"{stage}.log"
+            )
+            runs[f"{stage}, {layers} layers"] = asdict(run)
+            if stage not in needs:
+                continue
+            need = needs[stage]
+            disk = need.temporary + need.working + need.written
+            table.add_row(
+                str(layers),
+                stage,
+                f"{run.seconds:.1f}",
+                f"{need.seconds or 0:.1f}",
+                f"{run.anonymous / GIB:.2f}",
+                f"{need.memory / GIB:.2f}",
+                f"{run.written / 1e9:.2f}",
+                f"{disk / 1e9:.2f}",
+            )
+            runs[f"{stage}, {layers} layers, estimated"] = asdict(need)
+    Console(width=120).print(table)
+    return runs
+
+
 def main() -> None:
     """Run one of the benchmarks, print it, and write it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=("export", "speed", "calibrate"))
+    parser.add_argument("bench", choices=("export", "speed", "calibrate", "stages"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -287,7 +338,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    runs = {"export": bench_export, "speed": bench_speed, "calibrate": bench_calibrate}[arguments.bench](arguments)
+    benches = {"export": bench_export, "speed": bench_speed, "calibrate": bench_calibrate, "stages": bench_stages}
+    runs = benches[arguments.bench](arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
 

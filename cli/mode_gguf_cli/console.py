@@ -129,7 +129,7 @@ class Work:
         elapsed = self._elapsed()
         if self.done == 0 or elapsed < 5:
             return ""
-        return f", {_duration(elapsed * (self.total - self.done) / self.done)} left"
+        return f", {duration(elapsed * (self.total - self.done) / self.done)} left"
 
     def result(self) -> str:
         """How much it was, and how long it took."""
@@ -155,7 +155,8 @@ def _amount(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
 """`convert`: all stages on one work folder; those whose settings have not changed are skipped."""
 
 import logging
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from mode_gguf.allocation.presets import Preset
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.errors import InputError, UsageError
+from mode_gguf.errors import InputError, MissingResourceError, UsageError
 from mode_gguf.importance.choice import chosen_imatrix
 from mode_gguf.pipeline.exporting import (
     model_files,
@@ -24,9 +24,18 @@ from mode_gguf.pipeline.exporting import (
     run_text_export,
 )
 from mode_gguf.pipeline.ledger import RunningStage, Stage, StageLedger
-from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl, warnings_of_calibration
+from mode_gguf.pipeline.machine import look_at_machine
+from mode_gguf.pipeline.measuring import (
+    calibration_samples,
+    run_calibration,
+    run_sensitivity,
+    run_unit_kl,
+    warnings_of_calibration,
+)
+from mode_gguf.pipeline.needs import Sizes, StageNeeds, Work, stage_needs
 from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
 from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan, save_tensor_types
+from mode_gguf.pipeline.room import look_at_room, memory_warning, shortages
 from mode_gguf.pipeline.rounding import forget_rounded, run_rounding, warnings_of_rounding
 from mode_gguf.pipeline.session import working_in
 from mode_gguf.pipeline.stages import (
@@ -53,11 +62,16 @@ def open_model(model: Path, out: Path | None) -> tuple[Checkpoint, WorkFolder]:
     return checkpoint, WorkFolder(out or Path.cwd() / f"{checkpoint.name}-mode-gguf", checkpoint.name)
 
 
-def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions) -> Estimate:
+def estimate(
+    checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, *, measured: bool = False
+) -> Estimate:
     """Check that the model is supported and the budget can be met, before anything is computed.
 
+    Args:
+        measured: look at the samples and at this machine, for closer estimates and for times; a second or two.
+
     Raises:
-        InputError: the checkpoint cannot be converted.
+        InputError: the checkpoint cannot be converted, or with `measured` a sample not be read.
         UsageError: the preset makes no importance matrix of the kind asked for.
         InfeasibleBudgetError: the bits per weight are out of reach.
     """
@@ -77,8 +91,18 @@ def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
         expert_weights=sum(tensor.n_weights for tensor in experts),
         layers=len({tensor.layer for tensor in experts}),
         experts=max(tensor.n_experts for tensor in experts),
-        free_disk_bytes=shutil.disk_usage(_existing_parent(folder.path)).free,
+        stages=tuple(_needs(checkpoint, options, reach.budget + overhead, measured=measured)),
+        room=look_at_room(folder),
     )
+
+
+def _needs(checkpoint: Checkpoint, options: ConvertOptions, model_bytes: int, *, measured: bool) -> list[StageNeeds]:
+    sizes = Sizes.of(checkpoint)
+    work, machine = Work.at_most(options.calibration, sizes), None
+    if measured:
+        work = Work.of(calibration_samples(options.calibration), sizes)
+        machine = look_at_machine(options.calibration.device, {stored.file for stored in checkpoint.tensors.values()})
+    return stage_needs(sizes, work, options, model_bytes, options.threads or os.cpu_count() or 1, machine)
 
 
 def convert(
@@ -89,12 +113,17 @@ def convert(
     A run that was cut off at any moment goes on when it is repeated. An edited plan is followed.
 
     Raises:
+        MissingResourceError: the disks have too little room for it.
         UsageError: what was measured in this folder had other settings, and `options.restart` is not set.
         ModeGgufError: whatever the stages raise; what earlier stages wrote stays and is reused next time.
     """
     if options.refine and options.granularity == "expert":
         raise UsageError("--refine improves a type per tensor; leave it out with --granularity expert")
-    estimate(checkpoint, folder, options)
+    expected = estimate(checkpoint, folder, options)
+    for shortage in shortages(expected.stages, expected.room):
+        raise MissingResourceError(shortage)
+    if warning := memory_warning(expected.stages, expected.room):
+        log.warning("%s", warning)
     with working_in(folder):
         return _convert(checkpoint, folder, options, progress)
 
@@ -334,7 +363,3 @@ def _merge(
 
 def _warnings_of_rounding(folder: WorkFolder, plan: Plan) -> list[str]:
     return warnings_of_rounding(folder) if plan.rounding == "feedback" else []
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -14,6 +14,7 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import text_model_files, write_text_model
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.pipeline.ledger import StageLedger
+from mode_gguf.pipeline.machine import leaves_half, total_memory
 from mode_gguf.pipeline.measuring import check_same_model
 from mode_gguf.pipeline.planning import make_uniform_plan
 from mode_gguf.pipeline.rounding import packed_sources
@@ -195,8 +196,8 @@ def projector_path(folder: WorkFolder, projector_type: str) -> Path:
 def reference_fits(checkpoint: Checkpoint) -> bool:
     """Whether the full-precision file would leave half of this machine's memory free; says so when it would not."""
     needed = sum(tensor.n_weights for tensor in text_tensors(checkpoint)) * REFERENCE_TYPE.type_size
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fits = needed <= memory / 2
+    memory = total_memory()
+    fits = leaves_half(needed)
     if not fits:
         log.warning(
             "the %s file to compare with would take %.0f GiB of this machine's %.0f GiB of memory, so the result is "

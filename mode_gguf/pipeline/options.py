@@ -14,6 +14,8 @@ from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 
 if TYPE_CHECKING:
     from mode_gguf.calibration.key_tokens import Criterion
+    from mode_gguf.pipeline.needs import StageNeeds
+    from mode_gguf.pipeline.room import Room
 
 DEFAULT_MEASURED_SAMPLES = 64
 """Calibration samples that KL is measured on, where it is measured rather than predicted."""
@@ -94,4 +96,5 @@ class Estimate:
     expert_weights: int
     layers: int
     experts: int
-    free_disk_bytes: int
+    stages: "tuple[StageNeeds, ...]"
+    room: "Room"

@@ -22,6 +22,9 @@ SHAPE: Final = Shape(hidden=1024, width=512, experts=32, used=4, layers=2, heads
 GROUPS: Final = ("Q2_K", "Q3_K", "Q4_K")
 ROUNDS: Final = 3
 _MIDDLE: Final = GROUPS[1]
+_TINY: Final = Shape(hidden=256, width=256, experts=4, used=2, layers=1, heads=4, kv_heads=2)
+_WITHOUT_AMX: Final = "CXXFLAGS=-U__AMX_INT8__ "
+"""Some virtual machines offer these instructions and fail at them; llama.cpp tests this macro."""
 _COUNTS: Final = (11, 11, 10)
 _SECONDS: Final = 600
 
@@ -32,6 +35,18 @@ class Speed:
 
     prompt: float
     generation: float
+
+
+def check_runs(runtime: Runtime) -> None:
+    """Compute a little with a build, so that one that does not run here is known at once.
+
+    Raises:
+        MissingResourceError: it fails, such as where a virtual machine offers AMX and cannot run it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "drawn.gguf"
+        write_drawn_model(model, _TINY, (_MIDDLE,), drawn_groups(_TINY, [_TINY.experts]))
+        _measure(runtime, model)
 
 
 def bench(runtime: Runtime, progress: Progress = silent) -> dict[str, Speed]:
@@ -77,8 +92,17 @@ def _measure(runtime: Runtime, model: Path, way: str | None = None) -> Speed:
     except (OSError, subprocess.TimeoutExpired) as error:
         failure = str(error)
     if failure:
+        killed = failure.startswith("exit code -")
         raise MissingResourceError(
-            f"{command[0]} cannot measure: {failure}; build it again with: mode-gguf runtime build --rebuild"
+            f"{command[0]} cannot measure: {failure}; build it again with: "
+            f"{_WITHOUT_AMX if killed and _has_amx() else ''}mode-gguf runtime build --rebuild"
         )
     speeds = {"prompt" if row["n_prompt"] else "generation": row["avg_ts"] for row in json.loads(done.stdout)}
     return Speed(**speeds)
+
+
+def _has_amx() -> bool:
+    try:
+        return "amx_int8" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False

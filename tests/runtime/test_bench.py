@@ -8,7 +8,7 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.runtime.bench import GROUPS, SHAPE, bench
+from mode_gguf.runtime.bench import GROUPS, SHAPE, bench, check_runs
 from mode_gguf.runtime.drawn_model import drawn_groups, write_drawn_model
 from mode_gguf.runtime.installed import BuildRecord, Runtime
 
@@ -47,11 +47,23 @@ def test_no_usable_program(tmp_path: Path) -> None:
         bench(Runtime(tmp_path, BUILT))
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_a_build_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "llama-bench").write_text("#!/bin/sh\nkill -SEGV $$\n")
+    (tmp_path / "bin" / "llama-bench").chmod(0o755)
+    monkeypatch.setattr("mode_gguf.runtime.bench._has_amx", lambda: amx)
+    way = "CXXFLAGS=-U__AMX_INT8__ " if amx else ""
+    with pytest.raises(MissingResourceError, match=rf"exit code -11: ; build it again with: {way}mode-gguf runtime"):
+        check_runs(Runtime(tmp_path, BUILT))
+
+
 @pytest.mark.runtime
 def test_bench() -> None:
     folder = os.environ.get("MODE_GGUF_PATCHED_BUILD")
     if not folder:
         pytest.skip("MODE_GGUF_PATCHED_BUILD names no folder with a build of llama.cpp")
+    check_runs(Runtime(Path(folder).parent, BUILT))
     speeds = bench(Runtime(Path(folder).parent, BUILT))
     assert list(speeds) == ["one type", "skip", "mask"]
     assert all(speed.prompt > speed.generation > 0 for speed in speeds.values())

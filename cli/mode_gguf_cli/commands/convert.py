@@ -1,11 +1,12 @@
 """mode-gguf convert: all stages."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import emit_json, progress, say, show
+from mode_gguf_cli.console import duration, emit_json, progress, say, show
 
 if TYPE_CHECKING:
     from mode_gguf.pipeline import Estimate
@@ -126,7 +127,7 @@ def command(
     )
     checkpoint, folder = pipeline.open_model(model, out)
     if dry_run:
-        _show_estimate(pipeline.estimate(checkpoint, folder, chosen), as_json=json)
+        _show_estimate(pipeline.estimate(checkpoint, folder, chosen, measured=True), as_json=json)
         return
     result = pipeline.convert(checkpoint, folder, chosen, progress())
     if json:
@@ -157,7 +158,12 @@ def _default_types(granularity: options.GranularityName) -> str:
 
 
 def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
-    reach = estimate.reach
+    from mode_gguf.pipeline.room import disk_needs, gigabytes, memory_warning, shortages
+
+    reach, room = estimate.reach, estimate.room
+    working, temporary = disk_needs(estimate.stages)
+    warning = memory_warning(estimate.stages, room)
+    problems = [*shortages(estimate.stages, room), *([warning] if warning else [])]
     bpw = 8 * reach.budget / reach.n_weights
     share = estimate.expert_weights / estimate.n_weights
     if as_json:
@@ -173,7 +179,13 @@ def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
                 "reachable_bpw": [reach.lowest_bpw, reach.highest_bpw],
                 "limits": list(reach.limits),
                 "model_bytes": estimate.model_bytes,
-                "free_disk_bytes": estimate.free_disk_bytes,
+                "stages": [asdict(stage) for stage in estimate.stages],
+                "disk_bytes": working,
+                "temporary_bytes": temporary,
+                "free_disk_bytes": room.disk,
+                "free_temporary_bytes": room.disk if room.temporary is None else room.temporary,
+                "free_memory_bytes": room.memory,
+                "problems": problems,
             }
         )
         return
@@ -183,5 +195,20 @@ def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
     show(f"bpw        {bpw:.4g}; {reach.lowest_bpw:.3f} to {reach.highest_bpw:.3f} can be reached")
     for limit in reach.limits:
         show(f"           {limit}")
-    show(f"text file  {estimate.model_bytes / 1e6:,.1f} MB; {estimate.free_disk_bytes / 1e9:,.1f} GB are free")
+    show(f"text file  {estimate.model_bytes / 1e6:,.1f} MB")
+    show("")
+    rows = [("stage", "about", "memory", "GPU memory", "written")]
+    for stage in estimate.stages:
+        memory, on_gpu = (f"{count / 2**30:.1f} GiB" for count in (stage.memory, stage.device_memory))
+        written = gigabytes(stage.temporary + stage.working + stage.written)
+        rows.append((stage.stage, duration(stage.seconds or 0), memory, on_gpu, written))
+    on_device = any(stage.device_memory for stage in estimate.stages)
+    for name, *cells in rows:
+        show(f"{name:<12}" + "".join(f"{cell:>12}" for column, cell in enumerate(cells) if on_device or column != 2))
+    show(f"{'in all':<12}{duration(sum(stage.seconds or 0 for stage in estimate.stages)):>12}")
+    show("")
+    show(f"disk       {gigabytes(working)} at one time, {gigabytes(temporary)} in TMPDIR; {gigabytes(room.disk)} free")
+    show(f"memory     {room.memory / 2**30:.1f} GiB free")
+    for problem in problems:
+        show(f"problem    {problem}")
     show("nothing was written")

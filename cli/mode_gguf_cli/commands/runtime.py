@@ -39,6 +39,7 @@ def build(
 
     Needs cmake, a C++ compiler, and git or patch; `pip install cmake ninja` gives the first.
     """
+    from mode_gguf.runtime.bench import check_runs
     from mode_gguf.runtime.build import build_runtime
     from mode_gguf.runtime.installed import installed
     from mode_gguf.runtime.release import PATCH, Variant
@@ -49,6 +50,7 @@ def build(
         say(f"{runtime.version} is there, built at {runtime.record.built}; --rebuild builds it again")
     else:
         runtime = build_runtime(variant, source, jobs=jobs, progress=progress())
+        check_runs(runtime)
     if json:
         emit_json({"bin": str(runtime.bin), **runtime.record.model_dump(mode="json")})
     else:

@@ -1,0 +1,252 @@
+"""What a conversion takes, stage by stage, known from shapes: memory, disk space and, from this machine's speed, time.
+
+Memory is counted, not guessed: a decoder layer and what lies outside the layers in the type that torch computes in,
+tensors of waiting samples up to `--memory`, and what the stage makes of the samples at one layer. tools/bench_scale.py
+puts it beside what was measured. Times are those of an idle machine, right within a factor of two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.config import section, setting
+from mode_gguf.architectures.tensors import Role
+from mode_gguf.calibration.limits import LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.pipeline.machine import Machine, leaves_half
+from mode_gguf.pipeline.options import CalibrationOptions, ConvertOptions
+
+if TYPE_CHECKING:
+    from mode_gguf.calibration.sample import Sample
+
+PROCESS_BYTES = 700 << 20
+"""Python with torch, transformers and compiled kernels."""
+
+CUDA_BYTES = 3 << 29
+"""What CUDA takes besides, in a process and on its GPU."""
+
+EXPORT_BYTES = 1 << 29
+"""Export's, whatever the model: matrices on their way through the packing threads."""
+
+VALIDATION_BYTES = 3 << 29
+"""llama.cpp's caches and buffers; the files themselves are mapped."""
+
+_CHARACTERS_PER_TOKEN = 3.0
+_TEMPLATE_TOKENS = 24
+_PACKED_PER_SECOND = 1.5e8
+"""Weights that a core packs to nearest, reading them included."""
+_FED_BACK_PER_SECOND = 1.7e6
+"""Weights that a core rounds with feedback."""
+_CALIBRATE, _SENSITIVITY, _ROUND, _VALIDATE = 2.0, 20.0, 3.0, 4.0
+"""Time of a stage's passes over the samples, in large products of as many operations as one forward takes: small
+products of single experts are slower, and sensitivity computes gradients and what every candidate changes."""
+_HELD_OUT_TOKENS = 4000
+"""About as many as the built-in held-out set has, and two models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Numbers of weights and widths that needs depend on.
+
+    Attributes:
+        outside: weights outside the decoder layers, the image encoder's included.
+        layer: weights of the largest decoder layer.
+        dense: weights of its matrices that are not experts'.
+        active: weights that a token passes, head included.
+    """
+
+    stored_bytes: int
+    weights: int
+    layers: int
+    outside: int
+    layer: int
+    dense: int
+    active: int
+    vision: int
+    hidden: int
+    vocabulary: int
+    experts: int
+    used: int
+    width: int
+    pixels_per_token: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Sizes":
+        """From the headers and the configuration of a checkpoint."""
+        tensors = text_tensors(checkpoint)
+        layers = {tensor.layer for tensor in tensors if tensor.layer is not None}
+        by_layer = {
+            layer: sum(tensor.n_weights for tensor in tensors if tensor.layer == layer) for layer in sorted(layers)
+        }
+        largest = max(by_layer, key=lambda layer: by_layer[layer])
+        dense = [tensor for tensor in tensors if tensor.layer == largest and tensor.role is Role.DENSE]
+        experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
+        embedding = next(tensor for tensor in tensors if tensor.role is Role.EMBEDDING)
+        every = sum(_count(stored.shape) for stored in checkpoint.tensors.values())
+        weights = sum(tensor.n_weights for tensor in tensors)
+        used = setting(checkpoint, section(checkpoint, "text_config"), int, "num_experts_per_tok")
+        vision = section(checkpoint, "vision_config")
+        side = int(vision.get("patch_size", 16)) * int(vision.get("spatial_merge_size", 2))
+        idle = sum(tensor.n_weights * (1 - used / tensor.n_experts) for tensor in experts)
+        return cls(
+            stored_bytes=sum(stored.nbytes for stored in checkpoint.tensors.values()),
+            weights=weights,
+            layers=len(layers),
+            outside=every - sum(by_layer.values()),
+            layer=by_layer[largest],
+            dense=sum(tensor.n_weights for tensor in dense),
+            active=int(weights - idle),
+            vision=every - weights,
+            hidden=embedding.row_width,
+            vocabulary=embedding.shape[0],
+            experts=max(tensor.n_experts for tensor in experts),
+            used=used,
+            width=min(tensor.shape[1] for tensor in experts if tensor.projection != "down"),
+            pixels_per_token=side * side,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Samples to run the model on: how many tokens of text and of images, and the longest of them."""
+
+    text_tokens: int
+    vision_tokens: int
+    longest: int
+
+    @property
+    def tokens(self) -> int:
+        return self.text_tokens + self.vision_tokens
+
+    @classmethod
+    def of(cls, samples: "Sequence[Sample]", sizes: Sizes) -> "Work":
+        """Estimated from the samples' characters and areas."""
+        text = vision = longest = 0
+        for sample in samples:
+            said = len(sample.text or "") + sum(len(message.text) for message in sample.messages)
+            of_text = min(MAX_TOKENS, round(said / _CHARACTERS_PER_TOKEN)) + _TEMPLATE_TOKENS * (sample.text is None)
+            of_image = 0
+            if sample.has_image:
+                width, height = sample.open_image().size
+                of_image = min(width * height, MAX_IMAGE_PIXELS) // sizes.pixels_per_token
+            text, vision, longest = text + of_text, vision + of_image, max(longest, of_text + of_image)
+        return cls(text, vision, longest)
+
+    @classmethod
+    def at_most(cls, options: CalibrationOptions, sizes: Sizes) -> "Work":
+        """Of the largest samples that the options allow."""
+        of_image = MAX_IMAGE_PIXELS // sizes.pixels_per_token
+        return cls(
+            (options.image_samples + options.text_samples) * MAX_TOKENS,
+            options.image_samples * of_image,
+            MAX_TOKENS + (of_image if options.image_samples else 0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StageNeeds:
+    """What one stage takes.
+
+    Attributes:
+        memory: most bytes that its process fills; device_memory: on a GPU, 0 where there is none.
+        temporary: bytes in TMPDIR; working: in the work folder, until the file is finished; written: that stay there.
+        seconds: None where the machine's speed was not measured.
+    """
+
+    stage: str
+    memory: int = 0
+    device_memory: int = 0
+    temporary: int = 0
+    working: int = 0
+    written: int = 0
+    seconds: float | None = None
+
+
+def stage_needs(
+    sizes: Sizes, work: Work, options: ConvertOptions, model_bytes: int, cores: int, machine: Machine | None = None
+) -> list[StageNeeds]:
+    """What every stage of a conversion takes, in their order.
+
+    Args:
+        model_bytes: of the text model's file.
+        machine: measured; None leaves times out and takes torch to compute on the CPU.
+    """
+    gpu = machine is not None and machine.device_memory is not None
+    rounded = (options.rounding or options.packing.default_rounding) == "feedback"
+    kept = options.calibration.hidden_bytes
+    value = 2 if gpu else 4
+    model = value * (sizes.outside + sizes.layer)
+    # Of a sample that waits: the layer's input and the embeddings; of an image besides: what the encoder gave, and
+    # what DeepStack adds, each as the encoder's output and as it is passed on.
+    waiting = value * sizes.hidden * (2 * work.tokens + 8 * work.vision_tokens)
+    of_all_layers = value * sizes.hidden * (work.tokens * sizes.layers + 8 * work.vision_tokens)
+    pixels = 4 * 6 * sizes.pixels_per_token * work.vision_tokens
+    step = value * work.longest * (2 * sizes.vocabulary + sizes.used * 3 * (sizes.width + sizes.hidden))
+    sums = 8 * 3 * sizes.layers * sizes.experts * (sizes.hidden + sizes.width)
+    imatrix = 4 * sizes.layers * sizes.experts * (2 * sizes.hidden + sizes.width)
+    routed = 2 * value * work.tokens * sizes.hidden
+    gradients = 4 * LABEL_DRAWS * work.tokens * sizes.hidden
+    n_dense_types = len(options.types.dense)
+    of_head = 3 * 4 * sizes.vocabulary * sizes.hidden
+    of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * step
+    held = (min(waiting, kept), min(of_all_layers, kept))
+
+    def measuring(stage: str, samples: int, at_layer: int, **disk: int) -> StageNeeds:
+        here = PROCESS_BYTES + pixels + samples
+        if gpu:
+            return StageNeeds(stage, here + CUDA_BYTES, model + at_layer + min(waiting, model), **disk)
+        return StageNeeds(stage, here + model + at_layer, **disk)
+
+    stages = [
+        measuring("calibrate", held[0] + 2 * sums, step, temporary=max(0, waiting - kept), written=sums + imatrix),
+        measuring(
+            "sensitivity",
+            held[1] + gradients + 2 * imatrix,
+            max(of_layer, of_head - value * sizes.layer),
+            temporary=max(0, of_all_layers - kept),
+            written=imatrix,
+        ),
+    ]
+    if rounded:
+        packed = model_bytes // max(sizes.layers, 1)
+        stages.append(
+            measuring(
+                "round",
+                held[0] + imatrix + packed,
+                routed + step,
+                temporary=max(0, waiting - kept),
+                working=model_bytes,
+            )
+        )
+    stages.append(StageNeeds("export", EXPORT_BYTES, written=model_bytes))
+    stages.append(StageNeeds("projector", EXPORT_BYTES, written=2 * sizes.vision))
+    if options.validate:
+        compared = leaves_half(2 * sizes.weights)
+        stages.append(StageNeeds("validate", VALIDATION_BYTES, written=2 * sizes.weights * compared))
+    if machine is None:
+        return stages
+    seconds = _seconds(sizes, work, options, cores, machine)
+    return [replace(stage, seconds=seconds[stage.stage]) for stage in stages]
+
+
+def _seconds(sizes: Sizes, work: Work, options: ConvertOptions, cores: int, machine: Machine) -> dict[str, float]:
+    """Time of every stage, by name."""
+    forward = 2 * (sizes.active * work.tokens + 4 * sizes.vision * work.vision_tokens) / machine.flops
+    read = sizes.stored_bytes / machine.read_rate
+    packed = sizes.weights / (_PACKED_PER_SECOND * cores)
+    return {
+        "calibrate": _CALIBRATE * forward + read,
+        "sensitivity": _SENSITIVITY * forward + 2 * read + len(options.types.expert) * packed,
+        "round": _ROUND * forward + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
+        "export": packed + read,
+        "projector": 2 * sizes.vision / machine.read_rate,
+        "validate": 2 * read + _VALIDATE * 2 * sizes.active * _HELD_OUT_TOKENS / machine.flops,
+    }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
