@@ -114,7 +114,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read as a safetensors artefact ({error})") from error
-    metadata: dict[str, Any] = json.loads(header.get(_METADATA_KEY, "{}"))
+    try:
+        metadata = json.loads(header.get(_METADATA_KEY, "{}"))
+        if not isinstance(metadata, dict):
+            raise ValueError(f"an object was expected, {type(metadata).__name__} found")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its metadata {_METADATA_KEY} is not valid JSON ({error})") from error
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
             f"{path}: schema version {metadata.get('schema_version')} found, {SCHEMA_VERSION} expected; "
@@ -161,6 +166,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             raise InputError(f"{origin}: not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputError(f"{origin}: a JSON object was expected, {type(row).__name__} found")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{origin}: half of a character ({error.object[error.start]!r})") from error
         yield row, origin
 
 

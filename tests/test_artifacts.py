@@ -4,8 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from mode_gguf.artifacts import read_arrays, replaced_atomically, samples_fingerprint, write_arrays, write_text
+from mode_gguf.artifacts import (
+    read_arrays,
+    read_metadata,
+    replaced_atomically,
+    samples_fingerprint,
+    write_arrays,
+    write_text,
+)
 from mode_gguf.errors import InputError
 
 
@@ -50,6 +58,14 @@ def test_foreign_broken_and_missing_files_are_refused(tmp_path: Path) -> None:
         read_arrays(broken)
     with pytest.raises(InputError, match="cannot be read"):
         read_arrays(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("said", ["{", "[]", "[" * 100_000, '{"schema_version": ' + "9" * 10_000 + "}"])
+def test_metadata_that_is_none(tmp_path: Path, said: str) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": np.zeros(1, np.float32)}, path, {"mode_gguf": said})
+    with pytest.raises(InputError, match=r"x\.safetensors: its metadata mode_gguf is not valid JSON"):
+        read_metadata(path)
 
 
 def test_samples_fingerprint_sees_every_change_in_a_folder(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_any_damage_is_refused_or_harmless(kind: str, data: st.DataObject) -> No
         assert str(error).startswith("picture: ")  # noqa: PT017
 
 
-@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"a": ' + b"9" * 10_000 + b"}", b"\xff", b"{"])
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"a": ' + b"9" * 10_000 + b"}", b"\xff", b"{", rb'{"a": "\ud800"}'])
 def test_hostile_lines(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_bytes(line)

@@ -51,12 +51,17 @@ def progress() -> Progress:
 
 def show(line: str) -> None:
     """A line of a command's result, never wrapped or coloured, so that paths can be copied and piped."""
-    stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+    stdout.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """`text` without what could steer a terminal: names and metadata come from files of strangers."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def say(message: str) -> None:
     """A remark for people."""
-    stderr.print(message, highlight=False, soft_wrap=not stderr.is_terminal)
+    stderr.print(printable(message), highlight=False, soft_wrap=not stderr.is_terminal)
 
 
 def emit_json(value: Mapping[str, Any]) -> None:

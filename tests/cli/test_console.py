@@ -32,6 +32,14 @@ def test_every_command_explains_itself(command: str) -> None:
     assert "--quiet" in result.output
 
 
+def test_files_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show("name \x1b[2J\x1b]0;owned\x07 \u202egpj.exe [red] über 漢字")
+    console.say("caution: \x1b[31m")
+    captured = capsys.readouterr()
+    assert captured.out == "name \\x1b[2J\\x1b]0;owned\\x07 \\u202egpj.exe [red] über 漢字\n"
+    assert captured.err == "caution: \\x1b[31m\n"
+
+
 def test_progress_is_lines_on_stderr_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress().step("packing", 8) as advance:
         for _ in range(8):
