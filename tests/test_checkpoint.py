@@ -426,7 +426,7 @@ def test_tensors_are_read_ahead_where_they_are(pico: Path, monkeypatch: pytest.M
 
     def advise(descriptor: int, offset: int, size: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
-        asked.append((os.readlink(f"/proc/self/fd/{descriptor}"), offset, size))
+        asked.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), offset, size))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     names = [name for name in checkpoint.tensors if ".layers.1." in name]
