@@ -395,7 +395,9 @@ def runtime_library(folder: Path) -> ctypes.CDLL:
     """
     way_out = "name another build with --library, or make one with: mode-gguf runtime build --rebuild"
     name = f"llama.cpp in {folder}"
-    known = f"from builds b{B11434.build} and b{OLDEST_BUILD}, for which this version of mode-gguf was written; {way_out}"
+    known = (
+        f"from builds b{B11434.build} and b{OLDEST_BUILD}, for which this version of mode-gguf was written; {way_out}"
+    )
     path = folder / f"libmtmd{_SUFFIX}"
     try:
         lib = load_library(path, _FUNCTIONS, way_out)

@@ -88,7 +88,8 @@ def compare(reference: Array, candidate: Array, tokens: Sequence[int]) -> Scores
 
 def _log_probs(rows: Array) -> Array:
     """float64 log-probabilities; those of which not all is known are normalised already."""
-    return rows.astype(np.float64) if np.isnan(rows).any() else log_softmax(rows)
+    normalised: Array = rows.astype(np.float64) if np.isnan(rows).any() else log_softmax(rows)
+    return normalised
 
 
 def _divergence(log_p: Array, log_q: Array) -> Array:
@@ -117,7 +118,7 @@ def _truncated(log_p: Array, log_q: Array) -> tuple[Array, Array]:
 
 def _at(log_probs: Array, came: tuple[Array, Array]) -> Array:
     """Log-probabilities of the tokens that came; of one that is not listed, of the least likely that is."""
-    found = log_probs[came]
+    found: Array = log_probs[came]
     missing = np.isnan(found)
     if missing.any():
         found[missing] = np.nanmin(log_probs[missing], axis=-1)

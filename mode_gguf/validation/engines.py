@@ -1,4 +1,4 @@
-"""Which llama.cpp runs a file in this process: the embedded one, the user's, or our own where experts have a type each."""
+"""Which llama.cpp runs a file in this process: the embedded one, the user's, or our own for a type per expert."""
 
 import ctypes
 import logging
@@ -84,8 +84,8 @@ def named_engine(folder: Path) -> Engine:
         logger.warning("%s: no program says which build it is; its structures are checked before use", folder)
     elif build < B11434.build:
         raise MissingResourceError(
-            f"{folder}: llama.cpp build {build} found, {B11434.build} or newer expected; build a newer release, or leave "
-            "--library out to use the embedded one"
+            f"{folder}: llama.cpp build {build} found, {B11434.build} or newer expected; build a newer release, or "
+            "leave --library out to use the embedded one"
         )
     return Engine(f"llama.cpp b{build or ' of unknown build'} in {places[0].resolve()}", places[0].resolve())
 

@@ -62,7 +62,9 @@ def apply_to_model(offload: Offload, params: c_api.ModelParams, lib: ctypes.CDLL
     if offload.tensor_split:
         room = lib.llama_max_devices()
         if len(offload.tensor_split) > room:
-            raise UsageError(f"--tensor-split: {len(offload.tensor_split)} shares, llama.cpp knows {room} devices at most")
+            raise UsageError(
+                f"--tensor-split: {len(offload.tensor_split)} shares, llama.cpp knows {room} devices at most"
+            )
         shares = (c_float * room)(*offload.tensor_split)
         params.tensor_split = ctypes.cast(shares, c_void_p)
         kept.append(shares)

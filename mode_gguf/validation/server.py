@@ -1,7 +1,7 @@
 """A model in a running llama-server: the most likely tokens at every position, over HTTP.
 
-A given answer is fed in one request by a grammar that allows just its tokens (`<[id]>`, llama.cpp's own notation), while
-`n_probs` lists what the model itself finds likely: the log-probabilities are taken before the grammar and any sampler.
+A given answer is fed in one request by a grammar that allows just its tokens (`<[id]>`, llama.cpp's own notation),
+while `n_probs` lists what the model itself finds likely, before the grammar and any sampler.
 How many are listed is a matter of time, see `ServerModel`; the full vocabulary makes exact what is bounded otherwise.
 """
 
@@ -28,6 +28,8 @@ TOP: Final = 4096
 ENTRIES_PER_REQUEST: Final = 1 << 20
 """Positions times listed tokens; an answer about a picture is never cut."""
 TIMEOUT_SECONDS: Final = 900
+_UNDERFLOW: Final = -104.0
+"""The server takes logarithms of probabilities in float32, and says -3e38 where they are zero there."""
 API_KEY: Final = "LLAMA_API_KEY"
 """The environment variable that llama-server reads its key from, too."""
 
@@ -64,7 +66,7 @@ class ServerModel:
             self._template = str(self._props["chat_template"])
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise InputError(f"{self._url}: is no llama-server of 2026 ({error!r} in what it says of itself)") from None
-        self._top = min(top or self.n_vocab, self.n_vocab)
+        self.listed = min(top or self.n_vocab, self.n_vocab)
         self._ends = set(self.tokenize(str(self._props.get("eos_token", "")))[:1])
 
     @property
@@ -121,7 +123,7 @@ class ServerModel:
             ValidationError: the server fails at it.
         """
         parts = []
-        step = max(1, ENTRIES_PER_REQUEST // self._top)
+        step = max(1, ENTRIES_PER_REQUEST // self.listed)
         for start in range(1, len(tokens), step):
             answer = list(tokens[start : start + step])
             parts.append(self._forced(list(tokens[:start]), answer, forced=len(answer)))
@@ -145,7 +147,7 @@ class ServerModel:
         return tokens
 
     def _forced(self, prompt: Any, answer: list[int], forced: int) -> Logits:
-        request: dict[str, Any] = {"n_predict": len(answer), "n_probs": self._top, "temperature": 0}
+        request: dict[str, Any] = {"n_predict": len(answer), "n_probs": self.listed, "temperature": 0}
         if forced:
             request["grammar"] = "root ::= " + " ".join(f"<[{token}]>" for token in answer[:forced])
         rows = self._complete(prompt, request)["completion_probabilities"]
@@ -157,7 +159,7 @@ class ServerModel:
             values = np.asarray([entry["logprob"] for entry in listed], np.float32)
             if not np.isfinite(values).all():
                 raise ValidationError(f"{self.name}: the server gives log-probabilities that are not finite numbers")
-            found[position, [entry["id"] for entry in listed]] = values
+            found[position, [entry["id"] for entry in listed]] = np.maximum(values, _UNDERFLOW)
         return found
 
     def _prompt(self, prompt: str, image: ImageInput | None) -> Any:

@@ -177,7 +177,7 @@ def test_same_logits_in_both_engines(
     """One process, both libraries at once, the same weights in groups and not: text, and an answer about a picture."""
     exact = replace(settings, exact=True)
     grouped = write_grouped(tmp_path / "grouped.gguf", [full.text, full.text], group_of)
-    with exact.open(grouped, full.mmproj) as ours, exact.open(full.text, full.mmproj) as embedded:
+    with exact.load(grouped, full.mmproj) as ours, exact.load(full.text, full.mmproj) as embedded:
         assert ours._lib is not embedded._lib
         tokens = ours.tokenize("The quick brown fox jumps over the lazy dog.")
         assert tokens == embedded.tokenize("The quick brown fox jumps over the lazy dog.")
