@@ -70,7 +70,12 @@ def compare(reference: Array, candidate: Array, tokens: Sequence[int]) -> Scores
             with NaN, of which not all is known, must be log-probabilities.
         candidate: the same of q.
         tokens: (positions,) the token that came at each position.
+
+    Positions where nothing is known of one of them are left out.
     """
+    known = ~(np.isnan(reference).all(axis=-1) | np.isnan(candidate).all(axis=-1))
+    if not known.all():
+        reference, candidate, tokens = reference[known], candidate[known], np.asarray(tokens)[known].tolist()
     positions = len(tokens)
     kl, hidden, nll, reference_nll = (np.zeros(positions) for _ in range(4))
     for start in range(0, positions, _ROWS):

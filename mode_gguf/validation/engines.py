@@ -18,7 +18,7 @@ from mode_gguf.validation import c_api
 from mode_gguf.validation.runtimes import find_llama_cpp
 
 _LIBRARY_FOLDERS: Final = (*SUBFOLDERS, "lib")
-_BUILD = re.compile(r"build (\d+)|^(\d+)")
+_BUILD = re.compile(r"\(build (\d+)|^(\d+) \(")
 """In what a program's `--version` says: "0.6.0-dev (build 11434, commit ...)", or "7777 (abcdef)"."""
 
 logger = logging.getLogger(__name__)

@@ -179,7 +179,8 @@ def greedy_answer(
     """
     tokens = list(forced)
     finished = model.is_end(tokens[-1]) or len(tokens) == settings.max_answer_tokens
-    if not (finished and np.nanargmax(logits, axis=-1).tolist() == tokens):
+    known = not np.isnan(logits).all(axis=-1).any()
+    if not (finished and known and np.nanargmax(logits, axis=-1).tolist() == tokens):
         tokens = model.generate(prompt, question.image, max_tokens=settings.max_answer_tokens)
     return model.detokenize(tokens).strip()
 

@@ -14,7 +14,8 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from itertools import groupby
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -23,11 +24,15 @@ from mode_gguf.validation.chat import ChatTemplate
 from mode_gguf.validation.llama_cpp import open_image
 from mode_gguf.validation.models import ImageInput, Logits
 
+Array: TypeAlias = np.ndarray
+
 TOP: Final = 4096
 """Tokens listed per position: about 400 KB of JSON."""
 ENTRIES_PER_REQUEST: Final = 1 << 20
 """Positions times listed tokens; an answer about a picture is never cut."""
 TIMEOUT_SECONDS: Final = 900
+_PREFERENCE: Final = 1000.0
+"""Added to a token's logit: more than logits differ by."""
 _UNDERFLOW: Final = -104.0
 """The server takes logarithms of probabilities in float32, and says -3e38 where they are zero there."""
 API_KEY: Final = "LLAMA_API_KEY"
@@ -67,6 +72,7 @@ class ServerModel:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise InputError(f"{self._url}: is no llama-server of 2026 ({error!r} in what it says of itself)") from None
         self.listed = min(top or self.n_vocab, self.n_vocab)
+        self._cut: dict[tuple[int, ...], bool] = {}
         self._ends = set(self.tokenize(str(self._props.get("eos_token", "")))[:1])
 
     @property
@@ -92,7 +98,7 @@ class ServerModel:
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         plain = [token for token in tokens if not self.is_end(token)]
-        return str(self._post("/detokenize", {"tokens": plain})["content"])
+        return self._text(plain)
 
     def is_end(self, token: int) -> bool:
         """Whether it is the vocabulary's end token, or one that generation has stopped at."""
@@ -147,20 +153,75 @@ class ServerModel:
         return tokens
 
     def _forced(self, prompt: Any, answer: list[int], forced: int) -> Logits:
-        request: dict[str, Any] = {"n_predict": len(answer), "n_probs": self.listed, "temperature": 0}
-        if forced:
-            request["grammar"] = "root ::= " + " ".join(f"<[{token}]>" for token in answer[:forced])
-        rows = self._complete(prompt, request)["completion_probabilities"]
-        if [row["id"] for row in rows[:forced]] != answer[:forced] or len(rows) != len(answer):
-            raise ValidationError(f"{self.name}: the server did not keep to a grammar of tokens; b11434 does")
+        """Log-probabilities of each token of `answer` after `prompt`, of which the first `forced` are fed.
+
+        A server says nothing of a token after which its text ends within a character. Where the prompt is tokens,
+        these positions are asked for one by one; otherwise all of their row is NaN.
+        """
+        grammar, preferred, seen = self._grammar(answer[:forced])
+        seen += [True] * (len(answer) - forced)
+        request = {"n_predict": len(answer), "grammar": grammar, "logit_bias": preferred}
+        rows = self._listed(prompt, request if forced else {"n_predict": 1})
+        expected = [token for token, is_seen in zip(answer[:forced], seen, strict=False) if is_seen]
+        if [row["id"] for row in rows[: len(expected)]] != expected or len(rows) != sum(seen):
+            raise ValidationError(f"{self.name}: the server did not keep to a grammar of tokens; llama.cpp b11434 does")
         found = np.full((len(answer), self.n_vocab), np.nan, np.float32)
-        for position, row in enumerate(rows):
-            listed = [*row["top_logprobs"], row]
-            values = np.asarray([entry["logprob"] for entry in listed], np.float32)
-            if not np.isfinite(values).all():
-                raise ValidationError(f"{self.name}: the server gives log-probabilities that are not finite numbers")
-            found[position, [entry["id"] for entry in listed]] = np.maximum(values, _UNDERFLOW)
+        for position, row in zip(np.flatnonzero(seen), rows, strict=True):
+            self._fill(found[position], row)
+        if isinstance(prompt, list):
+            any_text = self._grammar(self.tokenize("a"))[0]
+            for position in np.flatnonzero(np.logical_not(seen)):
+                [row] = self._listed([*prompt, *answer[:position]], {"n_predict": 1, "grammar": any_text})
+                self._fill(found[position], row)
         return found
+
+    def _listed(self, prompt: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
+        request = {"n_probs": self.listed, "temperature": 0, **request}
+        rows: list[dict[str, Any]] = self._complete(prompt, request)["completion_probabilities"]
+        return rows
+
+    def _fill(self, target: Array, row: dict[str, Any]) -> None:
+        """Write one position's log-probabilities to `target`, (vocabulary,)."""
+        listed = [*row["top_logprobs"], row]
+        values = np.asarray([entry["logprob"] for entry in listed], np.float32)
+        if not np.isfinite(values).all():
+            raise ValidationError(f"{self.name}: the server gives log-probabilities that are not finite numbers")
+        target[[entry["id"] for entry in listed]] = np.maximum(values, _UNDERFLOW)
+
+    def _grammar(self, tokens: list[int]) -> tuple[str, list[tuple[int, float]], list[bool]]:
+        """What allows `tokens` alone, a bias that makes it choose them, and which the server will say something of.
+
+        No grammar takes a part of a character as a token. Runs of such parts are asked for as the characters they make
+        up, and preferred to other tokens that make up the same: what is listed is as if there were no bias.
+
+        Raises:
+            InputError: the parts make up no characters.
+        """
+        parts: list[str] = []
+        preferred: set[int] = set()
+        seen: list[bool] = []
+        for whole, run in groupby(tokens, key=lambda token: not self._is_cut([token])):
+            fragments = list(run)
+            if whole:
+                parts += [f"<[{token}]>" for token in fragments]
+                seen += [True] * len(fragments)
+                continue
+            if self._is_cut(fragments):
+                raise InputError(f"{self.name}: tokens {fragments} are not UTF-8 and cannot be asked for over HTTP")
+            parts.append('"' + "".join(f"\\U{ord(letter):08X}" for letter in self._text(fragments)) + '"')
+            preferred.update(fragments)
+            seen += [not self._is_cut(fragments[: count + 1]) for count in range(len(fragments))]
+        return "root ::= " + " ".join(parts), [(token, _PREFERENCE) for token in sorted(preferred)], seen
+
+    def _is_cut(self, tokens: list[int]) -> bool:
+        """Whether the bytes of `tokens` begin or end within a character."""
+        key = tuple(tokens)
+        if key not in self._cut:
+            self._cut[key] = "\ufffd" in self._text(tokens)
+        return self._cut[key]
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._post("/detokenize", {"tokens": tokens})["content"])
 
     def _prompt(self, prompt: str, image: ImageInput | None) -> Any:
         """A prompt as the server takes it; it adds the token that every sequence begins with by itself."""
