@@ -25,7 +25,7 @@ from mode_gguf.artifacts import (
 from mode_gguf.errors import InputError
 from mode_gguf.gguf_header import read_header
 from mode_gguf.progress import Progress, silent
-from mode_gguf.validation.divergence import log_softmax
+from mode_gguf.validation.distributions import normalised, pack_distributions, unpack_distributions
 from mode_gguf.validation.engines import Engine, engine_for
 from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.models import Logits, Model
@@ -42,11 +42,6 @@ Source: TypeAlias = Path | Server
 RECORD: Final = "reference.json"
 MAX_TEXT_TOKENS: Final = 256
 MAX_ANSWER_TOKENS: Final = 64
-FLOAT32_VOCABULARY: Final = 1 << 15
-"""Up to this vocabulary distributions are kept as they are; beyond, in 16 bits."""
-NATS_KEPT: Final = 32.0
-"""16-bit distributions reach this far below the most likely token, in steps of 0.0005 nats; less likely tokens are
-raised to that floor. What this adds to a KL divergence is below 1e-7 nats, less than float16 does (docs/DESIGN.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +132,9 @@ class Reference:
 
     def read(self, index: int) -> ScoredSample:
         arrays, metadata = read_arrays(self.paths[index])
-        return ScoredSample([int(token) for token in arrays["tokens"]], _unpacked(arrays), metadata["answer"])
+        return ScoredSample(
+            [int(token) for token in arrays["tokens"]], unpack_distributions(arrays), metadata["answer"]
+        )
 
 
 def text_tokens(model: Model, text: str, settings: Settings) -> list[int]:
@@ -216,7 +213,7 @@ def measure_reference(
                 if model is None:
                     model = stack.enter_context(settings.open(source, mmproj))
                 measured = _measure(model, sample, settings)
-                arrays = {"tokens": np.asarray(measured.tokens, np.int32), **_packed(measured.log_probs)}
+                arrays = {"tokens": np.asarray(measured.tokens, np.int32), **pack_distributions(measured.log_probs)}
                 write_arrays(path, arrays, {"made_from": made_from, "answer": measured.answer})
             advance(1)
     write_json(folder / RECORD, record.model_dump(mode="json"))
@@ -280,7 +277,7 @@ def facts_of(source: Source) -> FileFacts:
 def _measure(model: Model, sample: str | Question, settings: Settings) -> ScoredSample:
     if isinstance(sample, str):
         tokens, logits = score_text(model, sample, settings)
-        return ScoredSample(tokens, _log_probs(logits), "")
+        return ScoredSample(tokens, normalised(logits), "")
     prompt = question_prompt(model, sample)
     tokens = scored_answer(model, prompt, sample, settings)
     logits = model.logits(prompt, tokens, sample.image)
@@ -288,7 +285,7 @@ def _measure(model: Model, sample: str | Question, settings: Settings) -> Scored
         answer = model.detokenize(tokens).strip()
     else:
         answer = greedy_answer(model, prompt, sample, settings, tokens, logits)
-    return ScoredSample(tokens, _log_probs(logits), answer)
+    return ScoredSample(tokens, normalised(logits), answer)
 
 
 def _made_from(record: ReferenceRecord, settings: Settings, sample: str | Question) -> str:
@@ -297,36 +294,6 @@ def _made_from(record: ReferenceRecord, settings: Settings, sample: str | Questi
     else:
         identity, contents = record.image_identity, fingerprint(_contents(sample))
     return fingerprint(identity, record.runtime, settings.that_matter(), contents)
-
-
-def _log_probs(logits: Logits) -> Array:
-    if np.isnan(logits).any():
-        return logits  # what a server lists is normalised
-    return np.concatenate([log_softmax(row[None]).astype(np.float32) for row in logits])
-
-
-def _packed(log_probs: Array) -> dict[str, Array]:
-    """What is stored of (n, vocabulary) log-probabilities."""
-    if np.isnan(log_probs).any():
-        listed = ~np.isnan(log_probs)
-        position, token = (places.astype(np.int32) for places in np.nonzero(listed))
-        return {"position": position, "token": token, "values": log_probs[listed], "shape": np.asarray(log_probs.shape)}
-    if log_probs.shape[1] <= FLOAT32_VOCABULARY:
-        return {"log_probs": log_probs}
-    top = log_probs.max(axis=1, keepdims=True)
-    steps = np.rint(np.clip((top - log_probs) * (65535 / NATS_KEPT), 0, 65535)).astype(np.uint16)
-    return {"top": top, "steps": steps}
-
-
-def _unpacked(arrays: dict[str, Array]) -> Array:
-    if "log_probs" in arrays:
-        return arrays["log_probs"]
-    if "values" in arrays:
-        sparse = np.full(arrays["shape"], np.nan, np.float32)
-        sparse[arrays["position"], arrays["token"]] = arrays["values"]
-        return sparse
-    unpacked: Array = arrays["top"] - arrays["steps"] * np.float32(NATS_KEPT / 65535)
-    return unpacked
 
 
 def _is_current(path: Path, made_from: str) -> bool:
