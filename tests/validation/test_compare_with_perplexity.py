@@ -10,28 +10,7 @@ from mode_gguf.validation.engines import engine_for
 from tests.validation.conftest import Files
 
 CONTEXT = 64
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "12", "red", "circles", "and", "blue", "squares", "to", "the", "left")
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "12",
-    "red",
-    "circles",
-    "and",
-    "blue",
-    "squares",
-    "move",
-    "to",
-    "the",
-    "left",
-]
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "12", "red", "circles", "blue", "squares", "to", "left")
 
 
 @pytest.mark.parametrize("exact", [True, False])
