@@ -51,7 +51,7 @@ def run_validation(
         bounds=bounds,
         progress=progress,
     )
-    result = result.model_copy(update={"warnings": tuple(warnings)})
+    result = result.model_copy(update={"warnings": (*result.warnings, *warnings)})
     result.save(report)
     return result
 

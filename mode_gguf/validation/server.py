@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -31,8 +30,8 @@ TOP: Final = 4096
 ENTRIES_PER_REQUEST: Final = 1 << 20
 """Positions times listed tokens; an answer about a picture is never cut."""
 TIMEOUT_SECONDS: Final = 900
-_PREFERENCE: Final = 1000.0
-"""Added to a token's logit: more than logits differ by."""
+_REPLACEMENT: Final = "\ufffd"
+"""What a server writes for bytes that are no character."""
 _UNDERFLOW: Final = -104.0
 """The server takes logarithms of probabilities in float32, and says -3e38 where they are zero there."""
 API_KEY: Final = "LLAMA_API_KEY"
@@ -72,7 +71,7 @@ class ServerModel:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise InputError(f"{self._url}: is no llama-server of 2026 ({error!r} in what it says of itself)") from None
         self.listed = min(top or self.n_vocab, self.n_vocab)
-        self._cut: dict[tuple[int, ...], bool] = {}
+        self._takes: dict[int, bool] = {}
         self._ends = set(self.tokenize(str(self._props.get("eos_token", "")))[:1])
 
     @property
@@ -132,7 +131,7 @@ class ServerModel:
         step = max(1, ENTRIES_PER_REQUEST // self.listed)
         for start in range(1, len(tokens), step):
             answer = list(tokens[start : start + step])
-            parts.append(self._forced(list(tokens[:start]), answer, forced=len(answer)))
+            parts.append(self._forced(list(tokens[:start]), answer, to_the_end=True))
         return np.concatenate(parts)
 
     def logits(self, prompt: str, answer: Sequence[int], image: ImageInput | None = None) -> Logits:
@@ -141,43 +140,73 @@ class ServerModel:
         The last token, which may end the answer, is not forced, as no grammar allows an end token in its midst: what
         is listed at its position is as good.
         """
-        return self._forced(self._prompt(prompt, image), list(answer), forced=len(answer) - 1)
+        return self._forced(self._prompt(prompt, image), list(answer), to_the_end=False)
 
     def generate(self, prompt: str, image: ImageInput | None = None, *, max_tokens: int = 128) -> list[int]:
         """The greedy answer, the token that ends it included; raises as `continuation_logits` does."""
-        request = {"n_predict": max_tokens, "n_probs": 1, "samplers": ["top_k"], "top_k": 1}
+        request = {"n_predict": max_tokens, "return_tokens": True, "samplers": ["top_k"], "top_k": 1}
         done = self._complete(self._prompt(prompt, image), request)
-        tokens = [int(row["id"]) for row in done["completion_probabilities"]]
+        tokens = [int(token) for token in done.get("tokens", [])]
+        if not tokens:
+            raise ValidationError(f"{self.name}: the server answers without the tokens it was asked for")
         if done.get("stop_type") == "eos":
             self._ends.add(tokens[-1])
         return tokens
 
-    def _forced(self, prompt: Any, answer: list[int], forced: int) -> Logits:
-        """Log-probabilities of each token of `answer` after `prompt`, of which the first `forced` are fed.
+    def _forced(self, prompt: Any, answer: list[int], *, to_the_end: bool) -> Logits:
+        """Log-probabilities of each token of `answer` after `prompt`.
 
-        A server says nothing of a token after which its text ends within a character. Where the prompt is tokens,
-        these positions are asked for one by one; otherwise all of their row is NaN.
+        A grammar feeds tokens up to one that it cannot take; what is likely in that one's place is listed all the same,
+        and the next request goes on behind it. Behind a picture it can only go on in text: positions within a character
+        stay unknown, and all of their row is NaN.
+
+        Args:
+            to_the_end: whether the last token may be fed, too; no grammar takes one that ends an answer.
         """
-        grammar, preferred, seen = self._grammar(answer[:forced])
-        seen += [True] * (len(answer) - forced)
-        request = {"n_predict": len(answer), "grammar": grammar, "logit_bias": preferred}
-        rows = self._listed(prompt, request if forced else {"n_predict": 1})
-        expected = [token for token, is_seen in zip(answer[:forced], seen, strict=False) if is_seen]
-        if [row["id"] for row in rows[: len(expected)]] != expected or len(rows) != sum(seen):
-            raise ValidationError(f"{self.name}: the server did not keep to a grammar of tokens; llama.cpp b11434 does")
         found = np.full((len(answer), self.n_vocab), np.nan, np.float32)
-        for position, row in zip(np.flatnonzero(seen), rows, strict=True):
-            self._fill(found[position], row)
-        if isinstance(prompt, list):
-            any_text = self._grammar(self.tokenize("a"))[0]
-            for position in np.flatnonzero(np.logical_not(seen)):
-                [row] = self._listed([*prompt, *answer[:position]], {"n_predict": 1, "grammar": any_text})
+        start = 0
+        while start < len(answer):
+            follows = self._continued(prompt, answer[:start])
+            if follows is None:
+                start += 1
+                continue
+            last = len(answer) if to_the_end else len(answer) - 1
+            stop = next((at for at in range(start, last) if not self._is_text(answer[at])), last)
+            fed = answer[start:stop]
+            rows = self._listed(follows, fed, len(answer[start : stop + 1]))
+            for position, row in enumerate(rows, start=start):
                 self._fill(found[position], row)
+            start = stop + 1
         return found
 
-    def _listed(self, prompt: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
-        request = {"n_probs": self.listed, "temperature": 0, **request}
-        rows: list[dict[str, Any]] = self._complete(prompt, request)["completion_probabilities"]
+    def _continued(self, prompt: Any, fed: list[int]) -> Any:
+        """`prompt` with the tokens `fed` behind it, or None where they cannot be told to the server."""
+        if isinstance(prompt, list):
+            return [*prompt, *fed]
+        if not fed:
+            return prompt
+        text = self._text(fed)
+        if _REPLACEMENT in text or self.tokenize(text, special=False) != fed:
+            return None
+        return prompt + text if isinstance(prompt, str) else {**prompt, "prompt_string": prompt["prompt_string"] + text}
+
+    def _is_text(self, token: int) -> bool:
+        """Whether a grammar takes it: not a byte that only makes up a character with others, nor a zero."""
+        if token not in self._takes:
+            text = self._text([token])
+            self._takes[token] = bool(text) and _REPLACEMENT not in text and text[0] != "\0"
+        return self._takes[token]
+
+    def _listed(self, prompt: Any, fed: list[int], count: int) -> list[dict[str, Any]]:
+        """`count` rows after `prompt`, of which the first are about the tokens `fed`.
+
+        Where none is fed, a harmless one is: of a token within a character the server would say nothing.
+        """
+        allowed = " ".join(f"<[{token}]>" for token in fed or self.tokenize("a")[:1])
+        request = {"n_predict": count, "n_probs": self.listed, "temperature": 0, "grammar": f"root ::= {allowed}"}
+        rows: list[dict[str, Any]] = self._complete(prompt, request).get("completion_probabilities", [])
+        if len(rows) != count or [row["id"] for row in rows[: len(fed)]] != fed:
+            raise ValidationError(f"{self.name}: the server did not keep to a grammar of tokens; llama.cpp b11434 does")
         return rows
 
     def _fill(self, target: Array, row: dict[str, Any]) -> None:
@@ -187,38 +216,6 @@ class ServerModel:
         if not np.isfinite(values).all():
             raise ValidationError(f"{self.name}: the server gives log-probabilities that are not finite numbers")
         target[[entry["id"] for entry in listed]] = np.maximum(values, _UNDERFLOW)
-
-    def _grammar(self, tokens: list[int]) -> tuple[str, list[tuple[int, float]], list[bool]]:
-        """What allows `tokens` alone, a bias that makes it choose them, and which the server will say something of.
-
-        No grammar takes a part of a character as a token. Runs of such parts are asked for as the characters they make
-        up, and preferred to other tokens that make up the same: what is listed is as if there were no bias.
-
-        Raises:
-            InputError: the parts make up no characters.
-        """
-        parts: list[str] = []
-        preferred: set[int] = set()
-        seen: list[bool] = []
-        for whole, run in groupby(tokens, key=lambda token: not self._is_cut([token])):
-            fragments = list(run)
-            if whole:
-                parts += [f"<[{token}]>" for token in fragments]
-                seen += [True] * len(fragments)
-                continue
-            if self._is_cut(fragments):
-                raise InputError(f"{self.name}: tokens {fragments} are not UTF-8 and cannot be asked for over HTTP")
-            parts.append('"' + "".join(f"\\U{ord(letter):08X}" for letter in self._text(fragments)) + '"')
-            preferred.update(fragments)
-            seen += [not self._is_cut(fragments[: count + 1]) for count in range(len(fragments))]
-        return "root ::= " + " ".join(parts), [(token, _PREFERENCE) for token in sorted(preferred)], seen
-
-    def _is_cut(self, tokens: list[int]) -> bool:
-        """Whether the bytes of `tokens` begin or end within a character."""
-        key = tuple(tokens)
-        if key not in self._cut:
-            self._cut[key] = "\ufffd" in self._text(tokens)
-        return self._cut[key]
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._post("/detokenize", {"tokens": tokens})["content"])
@@ -234,10 +231,7 @@ class ServerModel:
         return {"prompt_string": prompt, "multimodal_data": [base64.b64encode(buffer.getvalue()).decode()]}
 
     def _complete(self, prompt: Any, request: dict[str, Any]) -> dict[str, Any]:
-        done = self._post("/completion", {"prompt": prompt, "cache_prompt": False, **request})
-        if not done.get("completion_probabilities"):
-            raise ValidationError(f"{self.name}: the server answers without the probabilities it was asked for")
-        return done
+        return self._post("/completion", {"prompt": prompt, "cache_prompt": False, **request})
 
     def _tokenized(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         request = {"content": text, "add_special": add_special, "parse_special": parse_special}

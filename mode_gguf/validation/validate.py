@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ def validate(
                     "the reference was run in %s, the candidate in %s: how the two compute differs, too",
                     *(measured.record.runtime, runtime),
                 )
-            text, image, answers = _measure_candidate(_Candidate(model, measured, settings), held_out, progress)
+            judged = _Candidate(model, measured, settings)
+            text, image, answers = _measure_candidate(judged, held_out, progress)
     if measured is None:
         seconds.pop("reference")
     report = ValidationReport(
@@ -144,6 +145,7 @@ def validate(
         reference_runtime=measured.record.runtime if measured else None,
         scored_answers=settings.answers if image else None,
         settings=_told(settings),
+        warnings=_warnings(sum(judged.left_out)),
     )
     return report.model_copy(update={"checks": checks_of(bounds, report)})
 
@@ -174,6 +176,12 @@ def has_tools(folder: Path) -> bool:
         return False
 
 
+def _warnings(left_out: int) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    return (f"{left_out} tokens of answers were left out: they end within a character, where a server says nothing",)
+
+
 def _runtime(model: Model, settings: Settings) -> str:
     if isinstance(model, ServerModel):
         return model.runtime
@@ -196,6 +204,8 @@ class _Candidate:
     model: Model
     reference: Reference | None
     settings: Settings
+    left_out: list[int] = field(default_factory=list)
+    """Positions of each sample that a server could say nothing of."""
 
     def score_text(self, index: int, text: str) -> Scores:
         tokens, logits = score_text(self.model, text, self.settings)
@@ -225,12 +235,16 @@ class _Candidate:
         if isinstance(self.model, LlamaModel) and not np.isfinite(logits).all():
             raise ValidationError(f"{name}: llama.cpp computes logits that are not finite numbers")
         if known is None:
-            return compare(logits, logits, tokens)
+            return self._counted(compare(logits, logits, tokens), tokens)
         if known.log_probs.shape[1] != logits.shape[1]:
             raise InputError(
                 f"{name}: its vocabulary has {logits.shape[1]} tokens, the reference's {known.log_probs.shape[1]}"
             )
-        return compare(known.log_probs, logits, tokens)
+        return self._counted(compare(known.log_probs, logits, tokens), tokens)
+
+    def _counted(self, scores: Scores, tokens: list[int]) -> Scores:
+        self.left_out.append(len(tokens) - len(scores.kl))
+        return scores
 
 
 def _measure_candidate(
@@ -252,7 +266,9 @@ def _measure_candidate(
 
 
 def _divergence(parts: list[Scores], reference: Reference | None) -> Divergence | None:
-    return Divergence.of(Scores.joined(parts), with_reference=reference is not None) if parts else None
+    if not any(len(part.kl) for part in parts):
+        return None
+    return Divergence.of(Scores.joined(parts), with_reference=reference is not None)
 
 
 def _accuracy(held_out: HeldOut, answers: list[str] | list[str | None]) -> dict[str, Accuracy]:
