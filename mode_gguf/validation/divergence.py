@@ -22,7 +22,9 @@ LEAST_LOG_PROB: Final = -60.0
 
 _ROWS: Final = 16
 _LEAST_MASS: Final = 1e-9
-"""Of tokens that are not listed; sums of log-probabilities in float32 are off by more than this."""
+"""Of tokens that are not listed."""
+_ROUNDING: Final = 1e-5
+"""By how much a server's probabilities, normalised in float32, may add up to more than 1 without meaning it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def _truncated(log_p: Array, log_q: Array) -> tuple[Array, Array]:
     p = np.exp(log_p, where=~np.isnan(log_p), out=np.zeros_like(log_p))
     listed = _divergence(np.where(known, log_p, -np.inf), np.where(known, log_q, 0.0))
     rest_p = np.maximum(1 - np.where(known, p, 0.0).sum(axis=-1), _LEAST_MASS)
-    rest_q = np.maximum(1 - np.where(known, np.exp(log_q), 0.0).sum(axis=-1), _LEAST_MASS)
+    rest_q = np.maximum(1 - np.where(known, np.exp(log_q), 0.0).sum(axis=-1), 0.0) + _ROUNDING
     least = listed + rest_p * np.log(rest_p / rest_q)
     # p log p of the rest: exact where p is known; elsewhere no token is likelier than the last one on p's list.
     alone = ~np.isnan(log_p) & ~known
