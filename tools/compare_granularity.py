@@ -32,6 +32,7 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.quantization.packing import Rounding
 from mode_gguf.quantization.types import parse_types
+from mode_gguf.validation.reference import Settings
 from mode_gguf.workfolder import WorkFolder
 
 PROJECTOR = "F16"
@@ -112,6 +113,7 @@ class Comparison:
             text.with_suffix(".json"),
             plan=plan,
             held_out=self.held_out,
+            settings=Settings(answers="given"),  # those that the tables in docs/ are about
             reference_folder=self.folder.path / f"reference-{self.held_out.name}-{engine}",
         )
         size = text.stat().st_size

@@ -40,6 +40,7 @@ from mode_gguf.quantization.packing import Rounding
 from mode_gguf.quantization.types import quant_type
 from mode_gguf.rounding.round import RoundingSettings, round_tensors
 from mode_gguf.rounding.spill import RoundedTensors, is_rounded, part_of
+from mode_gguf.validation.reference import Settings
 from mode_gguf.workfolder import WorkFolder
 
 PROJECTOR = "F16"
@@ -126,6 +127,7 @@ class Comparison:
                         path.with_suffix(".json"),
                         plan=plan,
                         held_out=samples,
+                        settings=Settings(answers="given"),  # those that the tables in docs/ are about
                         reference_folder=self.folder.path / f"reference-{samples.name}",
                     )
                     text, image = mean_and_error(report.text), mean_and_error(report.image)

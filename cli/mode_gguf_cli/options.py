@@ -370,7 +370,9 @@ HeldOut = Annotated[
     Path | None,
     typer.Option(
         "--samples",
-        help="Held-out folder with text.jsonl and questions.jsonl to validate on; default: a small built-in set.",
+        metavar="PATH",
+        help="Held-out folder with text.jsonl and questions.jsonl, or one JSONL file of either, to validate on; "
+        "default: a small built-in set.",
     ),
 ]
 

@@ -11,27 +11,34 @@ from mode_gguf.quantization import libggml
 from mode_gguf.quantization.types import Packer, types_packed_by
 from mode_gguf.runtime.bench import bench
 from mode_gguf.runtime.installed import HOW_TO_BUILD, find_runtime
+from mode_gguf.validation.bounds import Bounds
 from mode_gguf.validation.c_api import library_version
 from mode_gguf.validation.questions import load_held_out
+from mode_gguf.validation.reference import Settings, Source
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.runtimes import find_llama_cpp
-from mode_gguf.validation.validate import validate
+from mode_gguf.validation.validate import NO_BOUNDS, validate
 
 
 def run_validation(
-    candidate: Path,
+    candidate: Source,
     mmproj: Path | None,
-    reference: Path | None,
+    reference: Source | None,
     report: Path,
     *,
     plan: Plan | None = None,
     held_out: Path | None = None,
     llama_cpp: Path | None = None,
+    settings: Settings | None = None,
     reference_folder: Path | None = None,
+    bounds: Bounds = NO_BOUNDS,
     warnings: Sequence[str] = (),
     progress: Progress = silent,
 ) -> ValidationReport:
-    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`, `warnings` included."""
+    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`, `warnings` included.
+
+    The report says which `bounds` are kept; `validation.bounds.require_kept` stops where one is not.
+    """
     result = validate(
         candidate,
         reference,
@@ -39,10 +46,12 @@ def run_validation(
         load_held_out(held_out) if held_out else None,
         planned=plan.stored_types if plan else None,
         tools=find_llama_cpp(llama_cpp),
+        settings=settings,
         reference_folder=reference_folder,
+        bounds=bounds,
         progress=progress,
     )
-    result = result.model_copy(update={"warnings": tuple(warnings)})
+    result = result.model_copy(update={"warnings": (*result.warnings, *warnings)})
     result.save(report)
     return result
 

@@ -1,10 +1,11 @@
-"""llama.cpp's C API, declared for ctypes: of the shared object in the `xllamacpp` package, and of builds of our own.
+"""llama.cpp's C API, declared for ctypes: of the shared object in the `xllamacpp` package, and of other builds.
 
 Declared here is only what `llama_cpp.py` calls. Structures are written field by field as in `llama.h` and `mtmd.h` of
 build `OLDEST_BUILD`, and of the release that `mode-gguf runtime build` builds, where they differ; parameters travel by
 value, so a field too many or too few would corrupt memory silently. Hence the check before first use: the library's own
 default parameters, read through these declarations, must come out as documented, field by field. `reserve` at their
-ends is room for fields that a newer build may append.
+ends is room for fields that a newer build may append. A build in a folder may be either of the two or newer, and is
+read as the one whose defaults come out right.
 
 Both libraries may be loaded in one process; neither sees the other's symbols (RTLD_LOCAL, the default of ctypes).
 """
@@ -31,6 +32,8 @@ GGML_TYPE_F32: Final = 0
 GGML_TYPE_F16: Final = 1
 FLASH_ATTENTION_AUTO: Final = -1
 FLASH_ATTENTION_OFF: Final = 0
+SPLIT_MODES: Final = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
+"""`enum llama_split_mode`."""
 
 logger = logging.getLogger("mode_gguf.llama_cpp")
 
@@ -75,6 +78,12 @@ class ModelParams(Structure):
         "no_alloc": False,
         "load_mtp": False,
     }
+
+
+class BufferOverride(Structure):
+    """`struct llama_model_tensor_buft_override`; an array of them ends with a null pattern."""
+
+    _fields_: ClassVar = [("pattern", c_char_p), ("buffer_type", c_void_p)]
 
 
 class ContextParams(Structure):
@@ -236,6 +245,15 @@ _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_version": (c_char_p, ()),
     "llama_backend_init": (None, ()),
+    "llama_supports_gpu_offload": (c_bool, ()),
+    "llama_max_devices": (c_size_t, ()),
+    "ggml_backend_reg_count": (c_size_t, ()),
+    "ggml_backend_load_all_from_path": (None, (c_char_p,)),
+    "ggml_backend_dev_count": (c_size_t, ()),
+    "ggml_backend_dev_get": (c_void_p, (c_size_t,)),
+    "ggml_backend_dev_name": (c_char_p, (c_void_p,)),
+    "ggml_backend_dev_buffer_type": (c_void_p, (c_void_p,)),
+    "ggml_backend_buft_name": (c_char_p, (c_void_p,)),
     "llama_log_set": (None, (_LogCallback, c_void_p)),
     "llama_model_default_params": (ModelParams, ()),
     "llama_context_default_params": (ContextParams, ()),
@@ -352,21 +370,22 @@ def library() -> ctypes.CDLL:
             f"{_WAY_OUT}"
         )
     lib = load_library(library_path(), _FUNCTIONS, _WAY_OUT)
-    _prepare(
+    _check_layout(
         lib,
         f"llama.cpp build {build} in xllamacpp",
         f"from build {OLDEST_BUILD}, for which this version of mode-gguf was written; install that one with: "
         f"pip install 'xllamacpp==2026.10.{OLDEST_BUILD}'",
     )
+    _start(lib)
     return lib
 
 
 @cache
 def runtime_library(folder: Path) -> ctypes.CDLL:
-    """llama.cpp as `mode-gguf runtime build` built it, loaded once, declared, checked and silenced.
+    """A llama.cpp built with shared libraries, loaded once, declared, checked and silenced.
 
     Its functions are in libllama and libmtmd; a symbol that is asked of the latter is looked for in what it was linked
-    with, too.
+    with, too. Where its backends are libraries of their own, those in the folder are loaded.
 
     Args:
         folder: with its shared libraries, which find each other by their own RPATH.
@@ -374,10 +393,21 @@ def runtime_library(folder: Path) -> ctypes.CDLL:
     Raises:
         MissingResourceError: they are not there, cannot be loaded, or have other structures than declared here.
     """
-    way_out = "build it again with: mode-gguf runtime build --rebuild"
-    functions = {**_FUNCTIONS, **_OF_B11434}
-    lib = load_library(folder / f"libmtmd{_SUFFIX}", functions, way_out)
-    _prepare(lib, f"llama.cpp in {folder}", f"from {B11434.name}; {way_out}")
+    way_out = "name another build with --library, or make one with: mode-gguf runtime build --rebuild"
+    name = f"llama.cpp in {folder}"
+    known = (
+        f"from builds b{B11434.build} and b{OLDEST_BUILD}, for which this version of mode-gguf was written; {way_out}"
+    )
+    path = folder / f"libmtmd{_SUFFIX}"
+    try:
+        lib = load_library(path, _FUNCTIONS, way_out)
+        _check_layout(lib, name, known)
+    except MissingResourceError:
+        lib = load_library(path, {**_FUNCTIONS, **_OF_B11434}, way_out)
+        _check_layout(lib, name, known)
+    if lib.ggml_backend_reg_count() == 0:
+        lib.ggml_backend_load_all_from_path(bytes(folder))
+    _start(lib)
     return lib
 
 
@@ -386,8 +416,8 @@ def library_version() -> str:
     return f"llama.cpp b{library_build()} (xllamacpp {importlib.metadata.version('xllamacpp')})"
 
 
-def _prepare(lib: ctypes.CDLL, name: str, expected: str) -> None:
-    """Check the layout of structures, then silence and start the library; the two texts are for errors.
+def _check_layout(lib: ctypes.CDLL, name: str, expected: str) -> None:
+    """Read the library's default parameters; the two texts are for errors.
 
     Raises:
         MissingResourceError: a default parameter does not come out as documented.
@@ -409,6 +439,9 @@ def _prepare(lib: ctypes.CDLL, name: str, expected: str) -> None:
     if wrong:
         struct, field = wrong[0]
         raise MissingResourceError(f"{name} lays out {struct} differently (at {field}) {expected}")
+
+
+def _start(lib: ctypes.CDLL) -> None:
     lib.llama_log_set(_log, None)
     lib.mtmd_helper_log_set(_log, None)
     lib.llama_backend_init()

@@ -2,6 +2,11 @@
 
 KL(p || q) = sum over the whole vocabulary of p (log p - log q), in nats; p is the reference. Computed in float64 from
 log-softmax, a few rows at a time, because a vocabulary of 152 k in float64 takes 1.2 MB a row.
+
+Of a model behind HTTP the most likely tokens are known and the others are NaN. Then all tokens that are not known of
+both models count as one, R. That gives a KL which the full one is never below (log-sum inequality), and what it hides
+is P(R) KL(p within R || q within R). No list of q's largest values bounds that from above, because q may be as small as
+it likes; `LEAST_LOG_PROB` is what we assume about it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +17,14 @@ import numpy as np
 
 Array: TypeAlias = np.ndarray
 
+LEAST_LOG_PROB: Final = -60.0
+"""No token that is not listed is taken to be less likely than this (9e-27), in the bound on what truncation hides."""
+
 _ROWS: Final = 16
+_LEAST_MASS: Final = 1e-9
+"""Of tokens that are not listed."""
+_ROUNDING: Final = 1e-5
+"""By how much a server's probabilities, normalised in float32, may add up to more than 1 without meaning it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +32,15 @@ class Scores:
     """One value per scored position, all of shape (positions,).
 
     Attributes:
-        kl: float64, nats from the reference to the candidate.
+        kl: float64, nats from the reference to the candidate; where not all is known of both, what it is at least.
+        hidden: float64, how much larger `kl` may be at most; 0 where everything is known.
         same_top1: bool, whether both would pick the same token.
         nll: float64, the candidate's negative log-likelihood of the token that came, nats.
         reference_nll: float64, the reference's.
     """
 
     kl: Array
+    hidden: Array
     same_top1: Array
     nll: Array
     reference_nll: Array
@@ -36,6 +50,7 @@ class Scores:
         """The positions of all `parts`, at least one, in order."""
         return Scores(
             kl=np.concatenate([part.kl for part in parts]),
+            hidden=np.concatenate([part.hidden for part in parts]),
             same_top1=np.concatenate([part.same_top1 for part in parts]),
             nll=np.concatenate([part.nll for part in parts]),
             reference_nll=np.concatenate([part.reference_nll for part in parts]),
@@ -53,20 +68,65 @@ def compare(reference: Array, candidate: Array, tokens: Sequence[int]) -> Scores
     """Compare two models over the same positions.
 
     Args:
-        reference: (positions, vocabulary) logits or log-probabilities of p; a constant per row changes nothing.
+        reference: (positions, vocabulary) logits or log-probabilities of p; a constant per row changes nothing. Rows
+            with NaN, of which not all is known, must be log-probabilities.
         candidate: the same of q.
         tokens: (positions,) the token that came at each position.
+
+    Positions where nothing is known of one of them are left out.
     """
+    known = ~(np.isnan(reference).all(axis=-1) | np.isnan(candidate).all(axis=-1))
+    if not known.all():
+        reference, candidate, tokens = reference[known], candidate[known], np.asarray(tokens)[known].tolist()
     positions = len(tokens)
-    kl, nll, reference_nll = np.empty(positions), np.empty(positions), np.empty(positions)
+    kl, hidden, nll, reference_nll = (np.zeros(positions) for _ in range(4))
     for start in range(0, positions, _ROWS):
         rows = slice(start, min(start + _ROWS, positions))
-        log_p, log_q = log_softmax(reference[rows]), log_softmax(candidate[rows])
+        log_p, log_q = _log_probs(reference[rows]), _log_probs(candidate[rows])
+        if np.isnan(log_p).any() or np.isnan(log_q).any():
+            kl[rows], hidden[rows] = _truncated(log_p, log_q)
+        else:
+            kl[rows] = _divergence(log_p, log_q)
         came = (np.arange(len(log_p)), np.asarray(tokens[rows]))
-        # A token that p rules out adds nothing, whatever q says; without the mask it would add 0 * inf.
-        ratio = np.subtract(log_p, log_q, out=np.zeros_like(log_p), where=log_p > -np.inf)
-        kl[rows] = (np.exp(log_p) * ratio).sum(axis=-1)
-        nll[rows] = -log_q[came]
-        reference_nll[rows] = -log_p[came]
-    same = reference.argmax(axis=-1) == candidate.argmax(axis=-1)
-    return Scores(np.maximum(kl, 0.0), same, nll, reference_nll)
+        nll[rows], reference_nll[rows] = -_at(log_q, came), -_at(log_p, came)
+    same = np.nanargmax(reference, axis=-1) == np.nanargmax(candidate, axis=-1)
+    return Scores(np.maximum(kl, 0.0), hidden, same, nll, reference_nll)
+
+
+def _log_probs(rows: Array) -> Array:
+    """float64 log-probabilities; those of which not all is known are normalised already."""
+    normalised: Array = rows.astype(np.float64) if np.isnan(rows).any() else log_softmax(rows)
+    return normalised
+
+
+def _divergence(log_p: Array, log_q: Array) -> Array:
+    # A token that p rules out adds nothing, whatever q says; without the mask it would add 0 * inf.
+    ratio = np.subtract(log_p, log_q, out=np.zeros_like(log_p), where=log_p > -np.inf)
+    total: Array = (np.exp(log_p) * ratio).sum(axis=-1)
+    return total
+
+
+def _truncated(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    """What the KL divergence is at least, and how much more it may be, where NaN are unknown."""
+    known = ~np.isnan(log_p) & ~np.isnan(log_q)
+    p = np.exp(log_p, where=~np.isnan(log_p), out=np.zeros_like(log_p))
+    listed = _divergence(np.where(known, log_p, -np.inf), np.where(known, log_q, 0.0))
+    rest_p = np.maximum(1 - np.where(known, p, 0.0).sum(axis=-1), _LEAST_MASS)
+    rest_q = np.maximum(1 - np.where(known, np.exp(log_q), 0.0).sum(axis=-1), 0.0) + _ROUNDING
+    least = listed + rest_p * np.log(rest_p / rest_q)
+    # p log p of the rest: exact where p is known; elsewhere no token is likelier than the last one on p's list.
+    alone = ~np.isnan(log_p) & ~known
+    entropy = (p * np.where(alone, log_p, 0.0)).sum(axis=-1)
+    unlisted = np.maximum(rest_p - np.where(alone, p, 0.0).sum(axis=-1), 0.0)
+    entropy += unlisted * np.minimum(np.nanmin(log_p, axis=-1), np.log(np.maximum(unlisted, _LEAST_MASS)))
+    most = listed + entropy - rest_p * LEAST_LOG_PROB
+    return least, np.maximum(most - least, 0.0)
+
+
+def _at(log_probs: Array, came: tuple[Array, Array]) -> Array:
+    """Log-probabilities of the tokens that came; of one that is not listed, of the least likely that is."""
+    found: Array = log_probs[came]
+    missing = np.isnan(found)
+    if missing.any():
+        found[missing] = np.nanmin(log_probs[missing], axis=-1)
+    return found

@@ -1,17 +1,27 @@
-"""Which llama.cpp runs a file in this process: the embedded one, or our own build where experts have a type each."""
+"""Which llama.cpp runs a file in this process: the embedded one, the user's, or our own for a type per expert."""
 
 import ctypes
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from mode_gguf.errors import MissingResourceError
+from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.gguf_header import read_header
+from mode_gguf.llama_cpp_library import SUBFOLDERS
 from mode_gguf.quantization.expert_groups import ARCHITECTURE_SUFFIX
 from mode_gguf.runtime.installed import HOW_TO_BUILD, Runtime, find_runtime
 from mode_gguf.runtime.release import B11434
 from mode_gguf.validation import c_api
+from mode_gguf.validation.runtimes import find_llama_cpp
+
+_LIBRARY_FOLDERS: Final = (*SUBFOLDERS, "lib")
+_BUILD = re.compile(r"\(build (\d+)|^(\d+) \(")
+"""In what a program's `--version` says: "0.6.0-dev (build 11434, commit ...)", or "7777 (abcdef)"."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +30,7 @@ class Engine:
 
     Attributes:
         version: how reports name it.
-        folder: programs and libraries of a build of our own; None is the embedded llama.cpp.
+        folder: shared libraries, and programs if any, of another build; None is the embedded llama.cpp.
     """
 
     version: str
@@ -52,6 +62,43 @@ def engine_for(*models: Path) -> Engine:
             runtime = needed_runtime(model)
             return Engine(runtime.version, runtime.bin)
     return Engine(c_api.library_version())
+
+
+def named_engine(folder: Path) -> Engine:
+    """The build with shared libraries that the user names: an installation, a build tree, its `bin` or `lib`.
+
+    Which build it is comes from a program beside the libraries. Where none says so, the layout of its structures, which
+    is checked before use in any case, decides alone.
+
+    Raises:
+        InputError: there is no libmtmd in it.
+        MissingResourceError: it is older than the oldest build whose structures are known here.
+    """
+    places = [path for sub in _LIBRARY_FOLDERS if next((path := folder / sub).glob("libmtmd.*"), None)]
+    if not places:
+        raise InputError(
+            f"{folder}: holds no libmtmd; name the folder that llama.cpp was built into with BUILD_SHARED_LIBS=ON"
+        )
+    build = _build_number(places[0], folder)
+    if build is None:
+        logger.warning("%s: no program says which build it is; its structures are checked before use", folder)
+    elif build < B11434.build:
+        raise MissingResourceError(
+            f"{folder}: llama.cpp build {build} found, {B11434.build} or newer expected; build a newer release, or "
+            "leave --library out to use the embedded one"
+        )
+    return Engine(f"llama.cpp b{build or ' of unknown build'} in {places[0].resolve()}", places[0].resolve())
+
+
+def _build_number(*folders: Path) -> int | None:
+    for folder in folders:
+        try:
+            found = _BUILD.search(find_llama_cpp(folder).version or "")
+        except InputError:
+            continue  # libraries alone
+        if found and (number := int(found[1] or found[2])) > 1:  # 0 or 1: built from a tree without git
+            return number
+    return None
 
 
 def needed_runtime(model: Path) -> Runtime:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 from PIL import Image
@@ -20,11 +20,8 @@ from mode_gguf.pictures import open_picture
 from mode_gguf.validation import c_api
 from mode_gguf.validation.chat import ChatTemplate
 from mode_gguf.validation.engines import Engine, engine_for
-
-ImageInput: TypeAlias = Path | bytes | Image.Image
-"""A picture: a file, the bytes of one, or already opened."""
-Logits: TypeAlias = np.ndarray
-"""float32 (positions, vocabulary)."""
+from mode_gguf.validation.models import ImageInput, Logits
+from mode_gguf.validation.offload import ON_CPU, Offload, apply_to_model
 
 SCORED_BLOCK: Final = 128
 """Positions whose logits llama.cpp holds at once: 78 MB of a vocabulary of 152 k."""
@@ -41,13 +38,14 @@ class LlamaModel:
         mmproj: the projector, for prompts with an image.
         context: tokens a prompt and its answer may take together.
         threads: CPU threads; by default the cores this process may run on.
-        n_gpu_layers: as llama.cpp's `-ngl`; negative means all. Nothing happens without a GPU build.
+        offload: what is computed where; without a GPU build it changes nothing.
         exact: KV cache in F32, no flash attention, no repacked weights: for comparisons with other implementations.
             Otherwise llama.cpp's defaults, which is what users run.
         engine: the llama.cpp that runs it; by default the one that `text_gguf` needs.
 
     Raises:
         InputError: a file is missing or is not GGUF.
+        UsageError: `offload` names a buffer or device that there is not.
         MissingResourceError: no usable llama.cpp, or `text_gguf` has one type per expert and our own build is missing.
         ValidationError: llama.cpp refuses a file; the message says which and llama.cpp's reason.
     """
@@ -59,7 +57,7 @@ class LlamaModel:
         *,
         context: int = 4096,
         threads: int | None = None,
-        n_gpu_layers: int = 0,
+        offload: Offload = ON_CPU,
         exact: bool = False,
         engine: Engine | None = None,
     ) -> None:
@@ -69,12 +67,13 @@ class LlamaModel:
             read_header(path)
         self._lib = (engine or engine_for(text_gguf)).library()
         self._model = self._context = self._mtmd = None
+        self._kept: list[object] = []  # what llama.cpp points to
         threads = threads or _usable_cores()
         try:
-            self._model = self._load_model(n_gpu_layers, exact)
+            self._model = self._load_model(offload, exact)
             if mmproj is not None:
-                self._mtmd = self._load_projector(mmproj, threads, n_gpu_layers, exact)
-            self._context = self._new_context(context, threads, exact)
+                self._mtmd = self._load_projector(mmproj, threads, offload, exact)
+            self._context = self._new_context(context, threads, offload, exact)
         except BaseException:
             self.close()
             raise
@@ -88,6 +87,11 @@ class LlamaModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.text_gguf)
 
     def close(self) -> None:
         """Free everything; safe to call again."""
@@ -166,6 +170,10 @@ class LlamaModel:
         self._clear()
         return np.concatenate(list(self._decode(tokens, position=0, first_scored=0)))
 
+    def continuation_logits(self, tokens: Sequence[int]) -> Logits:
+        """Logits that predict each of tokens[1:]."""
+        return self.text_logits(tokens[:-1])
+
     def logits(self, prompt: str, answer: Sequence[int], image: ImageInput | None = None) -> Logits:
         """Logits of the positions that predict each token of `answer`, when `answer` itself is fed (teacher forcing).
 
@@ -191,18 +199,18 @@ class LlamaModel:
             answer.append(int(rows[-1].argmax()))
         return answer
 
-    def _load_model(self, n_gpu_layers: int, exact: bool) -> int:
+    def _load_model(self, offload: Offload, exact: bool) -> int:
         params = self._lib.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
+        self._kept = apply_to_model(offload, params, self._lib)
         params.use_extra_bufts = not exact
         model: int | None = self._lib.llama_model_load_from_file(os.fsencode(self.text_gguf), params)
         if model is None:
             raise ValidationError(f"{self.text_gguf}: llama.cpp cannot load it: {c_api.last_complaint()}")
         return model
 
-    def _load_projector(self, mmproj: Path, threads: int, n_gpu_layers: int, exact: bool) -> int:
+    def _load_projector(self, mmproj: Path, threads: int, offload: Offload, exact: bool) -> int:
         params = self._lib.mtmd_context_params_default()
-        params.use_gpu = n_gpu_layers != 0
+        params.use_gpu = offload.projector and offload.n_gpu_layers != 0
         params.print_timings = False
         params.warmup = False
         params.n_threads = threads
@@ -217,7 +225,7 @@ class LlamaModel:
             raise InputError(f"{mmproj}: holds no vision encoder; give the model's mmproj file")
         return mtmd
 
-    def _new_context(self, context: int, threads: int, exact: bool) -> int:
+    def _new_context(self, context: int, threads: int, offload: Offload, exact: bool) -> int:
         whole_images = self._mtmd and self._lib.mtmd_decode_use_non_causal(self._mtmd, None)
         self._n_batch = min(BATCH_NON_CAUSAL if whole_images else BATCH, context)
         params = self._lib.llama_context_default_params()
@@ -225,6 +233,7 @@ class LlamaModel:
         params.n_batch = params.n_ubatch = self._n_batch
         params.n_outputs_max = params.n_outputs_max_per_seq = min(SCORED_BLOCK, self._n_batch)
         params.n_threads = params.n_threads_batch = threads
+        params.offload_kqv = offload.kv_cache
         if exact:
             params.flash_attn_type = c_api.FLASH_ATTENTION_OFF
             params.type_k = params.type_v = c_api.GGML_TYPE_F32

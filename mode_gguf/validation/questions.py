@@ -56,17 +56,23 @@ class Interval:
     high: float
 
 
-def load_held_out(folder: Path) -> HeldOut:
-    """Read `text.jsonl` ({"text"}) and `questions.jsonl` ({"image", "question", "answer", "match", "kind"}).
+def load_held_out(path: Path) -> HeldOut:
+    """Read a folder's `text.jsonl` ({"text"}) and `questions.jsonl` ({"image", "question", "answer", "match", "kind"}).
 
-    Either file may be absent, not both. Images are named relative to the folder; `match` is `exact` and `kind` is
-    `question` unless given; other keys are ignored.
+    Either file may be absent, not both; one JSONL file with lines of both kinds does as well. Images are named relative
+    to the folder; `match` is `exact` and `kind` is `question` unless given; other keys are ignored.
 
     Raises:
         InputError: naming file and line: not JSON, a missing or wrong key, an image that cannot be read.
     """
+    if path.is_file():
+        return _load_file(path)
+    folder = path
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; it should hold text.jsonl, questions.jsonl and images/")
+        raise InputError(
+            f"{folder}: no such file or folder; a folder should hold text.jsonl, questions.jsonl and images/, a JSONL "
+            "file texts or questions"
+        )
     texts = tuple(_text(row, origin) for row, origin in _rows(folder / "text.jsonl"))
     questions = tuple(_question(row, origin, folder) for row, origin in _rows(folder / "questions.jsonl"))
     if not texts and not questions:
@@ -97,6 +103,19 @@ def wilson_interval(right: int, asked: int) -> Interval:
     low = 0.0 if right == 0 else centre - half
     high = 1.0 if right == asked else centre + half
     return Interval(right, asked, share, low, high)
+
+
+def _load_file(path: Path) -> HeldOut:
+    texts: list[str] = []
+    questions: list[Question] = []
+    for row, origin in read_json_lines(path):
+        if "text" in row:
+            texts.append(_text(row, origin))
+        else:
+            questions.append(_question(row, origin, path.parent))
+    if not texts and not questions:
+        raise InputError(f"{path}: holds no line")
+    return HeldOut(path.stem, tuple(texts), tuple(questions))
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -5,58 +5,86 @@ where it was, and another candidate needs no reference model at all.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 
-from mode_gguf.artifacts import fingerprint, read_arrays, read_metadata, write_arrays
+from mode_gguf.artifacts import (
+    Record,
+    file_fingerprint,
+    fingerprint,
+    read_arrays,
+    read_metadata,
+    read_record,
+    write_arrays,
+    write_json,
+)
 from mode_gguf.errors import InputError
 from mode_gguf.gguf_header import read_header
 from mode_gguf.progress import Progress, silent
-from mode_gguf.validation.divergence import log_softmax
+from mode_gguf.validation.distributions import normalised, pack_distributions, unpack_distributions
 from mode_gguf.validation.engines import Engine, engine_for
-from mode_gguf.validation.llama_cpp import LlamaModel, Logits
+from mode_gguf.validation.llama_cpp import LlamaModel
+from mode_gguf.validation.models import Logits, Model
+from mode_gguf.validation.offload import ON_CPU, Offload
 from mode_gguf.validation.questions import HeldOut, Question
+from mode_gguf.validation.report import FileFacts
+from mode_gguf.validation.server import TOP, Server, ServerModel
+from mode_gguf.validation.structure import experts_bpw
 
 Array: TypeAlias = np.ndarray
+Source: TypeAlias = Path | Server
+"""A model: a text GGUF to run in this process, or what a llama-server has loaded."""
 
+RECORD: Final = "reference.json"
 MAX_TEXT_TOKENS: Final = 256
 MAX_ANSWER_TOKENS: Final = 64
-FLOAT32_VOCABULARY: Final = 1 << 15
-"""Up to this vocabulary distributions are kept as they are; beyond, in 16 bits."""
-NATS_KEPT: Final = 32.0
-"""16-bit distributions reach this far below the most likely token, in steps of 0.0005 nats; less likely tokens are
-raised to that floor. What this adds to a KL divergence is below 1e-7 nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How models are run; the same for the reference and its candidates.
 
-    `context`, `threads`, `n_gpu_layers`, `exact` and `engine` are as in `LlamaModel`.
+    `context`, `threads`, `offload`, `exact` and `engine` are as in `LlamaModel`, `top_logprobs` as in `ServerModel`.
+
+    Attributes:
+        answers: which answers about pictures are scored, teacher-forced: the reference's own greedy ones, or the right
+            ones that the questions come with, where they do.
     """
 
     context: int = 4096
     threads: int | None = None
-    n_gpu_layers: int = 0
+    offload: Offload = field(default=ON_CPU)
     exact: bool = False
     max_text_tokens: int = MAX_TEXT_TOKENS
     max_answer_tokens: int = MAX_ANSWER_TOKENS
+    answers: Literal["reference", "given"] = "reference"
     engine: Engine | None = None
+    top_logprobs: int = TOP
 
-    def open(self, model: Path, mmproj: Path | None) -> LlamaModel:
+    def open(self, source: Source, mmproj: Path | None) -> AbstractContextManager[Model]:
+        if isinstance(source, Server):
+            return nullcontext(ServerModel(source, self.top_logprobs))
+        return self.load(source, mmproj)
+
+    def load(self, model: Path, mmproj: Path | None) -> LlamaModel:
         return LlamaModel(
             model,
             mmproj,
             context=self.context,
             threads=self.threads,
-            n_gpu_layers=self.n_gpu_layers,
+            offload=self.offload,
             exact=self.exact,
             engine=self.engine,
         )
+
+    def that_matter(self) -> dict[str, Any]:
+        """What stored distributions depend on, but for rounding."""
+        names = ("context", "exact", "max_text_tokens", "max_answer_tokens", "answers")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +93,8 @@ class ScoredSample:
 
     Attributes:
         tokens: the scored tokens: those of a text after its first, or those of an answer with its end token.
-        log_probs: (len(tokens), vocabulary) float32, the reference's log-probability at each of them.
+        log_probs: (len(tokens), vocabulary) float32, the reference's log-probability at each of them; NaN where a
+            server did not list a token.
         answer: the reference's greedy answer; empty for a text.
     """
 
@@ -74,24 +103,46 @@ class ScoredSample:
     answer: str
 
 
+class ReferenceRecord(Record):
+    """`reference.json`, beside the distributions: whose they are, so that they can be used without the model.
+
+    Attributes:
+        model: of the reference.
+        runtime: what ran it.
+        text_identity, image_identity: of the text model, and of it with its projector.
+    """
+
+    schema_version: Literal[1] = 1
+    model: FileFacts
+    runtime: str
+    text_identity: str
+    image_identity: str
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Everything a reference model said about a held-out set; see `measure_reference`."""
+    """Everything a reference model said about a held-out set; see `measure_reference`.
+
+    Attributes:
+        paths: one per text, then one per question.
+    """
 
     paths: tuple[Path, ...]
-    """One per text, then one per question."""
+    record: ReferenceRecord
 
     def read(self, index: int) -> ScoredSample:
         arrays, metadata = read_arrays(self.paths[index])
-        return ScoredSample([int(token) for token in arrays["tokens"]], _unpacked(arrays), metadata["answer"])
+        return ScoredSample(
+            [int(token) for token in arrays["tokens"]], unpack_distributions(arrays), metadata["answer"]
+        )
 
 
-def text_tokens(model: LlamaModel, text: str, settings: Settings) -> list[int]:
+def text_tokens(model: Model, text: str, settings: Settings) -> list[int]:
     """The tokens of a held-out text; `tokens[1:]` are scored."""
     return [*model.beginning, *model.tokenize(text, special=False)][: settings.max_text_tokens]
 
 
-def score_text(model: LlamaModel, text: str, settings: Settings) -> tuple[list[int], Logits]:
+def score_text(model: Model, text: str, settings: Settings) -> tuple[list[int], Logits]:
     """The scored tokens of a text and the logits that predict them.
 
     Raises:
@@ -100,37 +151,39 @@ def score_text(model: LlamaModel, text: str, settings: Settings) -> tuple[list[i
     tokens = text_tokens(model, text, settings)
     if len(tokens) < 2:
         raise InputError(f"held-out text {text!r} is shorter than two tokens")
-    return tokens[1:], model.text_logits(tokens[:-1])
+    return tokens[1:], model.continuation_logits(tokens)
 
 
-def question_prompt(model: LlamaModel, question: Question) -> str:
+def question_prompt(model: Model, question: Question) -> str:
     """The prompt of a question in the model's own chat template."""
     return model.chat_template.question(question.question, model.image_marker)
 
 
-def scored_answer(model: LlamaModel, prompt: str, question: Question, settings: Settings) -> list[int]:
-    """The answer that is scored: the one given, with its end token, or else the model's own."""
-    if question.answer is None:
+def scored_answer(model: Model, prompt: str, question: Question, settings: Settings) -> list[int]:
+    """The answer that is scored: the model's own, or the given one with its end token where `settings` want that."""
+    if settings.answers == "reference" or question.answer is None:
         return model.generate(prompt, question.image, max_tokens=settings.max_answer_tokens)
     return [*model.tokenize(question.answer, special=False), *model.end_of_turn]
 
 
 def greedy_answer(
-    model: LlamaModel, prompt: str, question: Question, settings: Settings, forced: Sequence[int], logits: Logits
+    model: Model, prompt: str, question: Question, settings: Settings, forced: Sequence[int], logits: Logits
 ) -> str:
     """The greedy answer to a question.
 
-    `logits` were computed with `forced` as the answer: if they would pick just these tokens, up to an end token, then
-    `forced` is the greedy answer and need not be generated.
+    `logits` were computed with `forced` as the answer: if they would pick just these tokens, up to an end token or as
+    many as there may be, then `forced` is the greedy answer and need not be generated.
     """
     tokens = list(forced)
-    if not (model.is_end(tokens[-1]) and logits.argmax(axis=-1).tolist() == tokens):
+    finished = model.is_end(tokens[-1]) or len(tokens) == settings.max_answer_tokens
+    known = not np.isnan(logits).all(axis=-1).any()
+    if not (finished and known and np.nanargmax(logits, axis=-1).tolist() == tokens):
         tokens = model.generate(prompt, question.image, max_tokens=settings.max_answer_tokens)
     return model.detokenize(tokens).strip()
 
 
 def measure_reference(
-    model_path: Path,
+    source: Source,
     mmproj: Path | None,
     held_out: HeldOut,
     folder: Path,
@@ -139,64 +192,108 @@ def measure_reference(
 ) -> Reference:
     """Distributions of the reference at every scored position, and its greedy answers; kept in `folder`.
 
-    A question's given answer is what is scored; one without an answer is scored on the reference's own greedy answer.
-    Files of an earlier run are used again if they were made from the same model, sample and settings, by the same
-    version of the engine.
+    Its own greedy answers are what is scored, unless `settings` want the given ones. Files of an earlier run are used
+    again if they were made from the same model, sample and settings, by the same version of the runtime; where layers
+    are computed does not matter.
 
     Raises:
         InputError: the reference cannot be used, or a sample does not fit the context.
         ValidationError: llama.cpp fails at the reference.
     """
-    identity = [_identity(path) for path in (model_path, mmproj) if path]
-    engine = settings.engine or engine_for(model_path)
-    options = {key: value for key, value in asdict(settings).items() if key not in ("threads", "engine")}
-    options["engine"] = engine.version
+    if isinstance(source, Path) and settings.engine is None:
+        settings = replace(settings, engine=engine_for(source))
+    record = _record(source, mmproj, settings)
     samples: list[str | Question] = [*held_out.texts, *held_out.questions]
-    paths = []
+    paths = _paths(folder, len(samples))
     with ExitStack() as stack, progress.step("reference", len(samples)) as advance:
-        model: LlamaModel | None = None
-        for index, sample in enumerate(samples):
-            path = folder / f"reference-{index:05d}.safetensors"
-            made_from = fingerprint(identity, options, sample if isinstance(sample, str) else _contents(sample))
+        model: Model | None = None
+        for path, sample in zip(paths, samples, strict=True):
+            made_from = _made_from(record, settings, sample)
             if not _is_current(path, made_from):
                 if model is None:
-                    model = stack.enter_context(replace(settings, engine=engine).open(model_path, mmproj))
+                    model = stack.enter_context(settings.open(source, mmproj))
                 measured = _measure(model, sample, settings)
-                arrays = {"tokens": np.asarray(measured.tokens, np.int32), **_packed(measured.log_probs)}
+                arrays = {"tokens": np.asarray(measured.tokens, np.int32), **pack_distributions(measured.log_probs)}
                 write_arrays(path, arrays, {"made_from": made_from, "answer": measured.answer})
-            paths.append(path)
             advance(1)
-    return Reference(tuple(paths))
+    write_json(folder / RECORD, record.model_dump(mode="json"))
+    return Reference(paths, record)
 
 
-def _measure(model: LlamaModel, sample: str | Question, settings: Settings) -> ScoredSample:
+def stored_reference(folder: Path, held_out: HeldOut, settings: Settings) -> Reference:
+    """What `measure_reference` left in `folder`, without the model.
+
+    Raises:
+        InputError: there is nothing, or it was measured on other samples or with other settings.
+    """
+    record = read_record(folder / RECORD, ReferenceRecord, "stored reference")
+    samples: list[str | Question] = [*held_out.texts, *held_out.questions]
+    paths = _paths(folder, len(samples))
+    for path, sample in zip(paths, samples, strict=True):
+        if not _is_current(path, _made_from(record, settings, sample)):
+            origin = "a text" if isinstance(sample, str) else sample.origin
+            raise InputError(
+                f"{path}: was not measured on {origin} with these settings ({settings.that_matter()}); give the "
+                "samples and options that it was measured with, or the reference model itself"
+            )
+    return Reference(paths, record)
+
+
+def _paths(folder: Path, count: int) -> tuple[Path, ...]:
+    return tuple(folder / f"reference-{index:05d}.safetensors" for index in range(count))
+
+
+def _record(source: Source, mmproj: Path | None, settings: Settings) -> ReferenceRecord:
+    if isinstance(source, Server):
+        model = ServerModel(source, settings.top_logprobs)
+        identity = fingerprint(model.identity(), model.listed)
+        return ReferenceRecord(
+            model=facts_of(source), runtime=model.runtime, text_identity=identity, image_identity=identity
+        )
+    assert settings.engine is not None
+    text = _identity(source)
+    return ReferenceRecord(
+        model=facts_of(source),
+        runtime=settings.engine.version,
+        text_identity=fingerprint(text),
+        image_identity=fingerprint(text, _identity(mmproj) if mmproj else None),
+    )
+
+
+def facts_of(source: Source) -> FileFacts:
+    """Size and bits per weight of a model; a server tells no more of experts than of anything else.
+
+    Raises:
+        InputError: the file is missing or is not GGUF.
+    """
+    if isinstance(source, Server):
+        model = ServerModel(source)
+        bpw = 8 * model.size_bytes / model.n_weights
+        return FileFacts(name=model.alias, size_bytes=model.size_bytes, bpw=bpw, experts_bpw=None)
+    header = read_header(source)
+    return FileFacts(name=source.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=experts_bpw(header))
+
+
+def _measure(model: Model, sample: str | Question, settings: Settings) -> ScoredSample:
     if isinstance(sample, str):
         tokens, logits = score_text(model, sample, settings)
-        return ScoredSample(tokens, _log_probs(logits), "")
+        return ScoredSample(tokens, normalised(logits), "")
     prompt = question_prompt(model, sample)
     tokens = scored_answer(model, prompt, sample, settings)
     logits = model.logits(prompt, tokens, sample.image)
-    return ScoredSample(tokens, _log_probs(logits), greedy_answer(model, prompt, sample, settings, tokens, logits))
+    if settings.answers == "reference":
+        answer = model.detokenize(tokens).strip()
+    else:
+        answer = greedy_answer(model, prompt, sample, settings, tokens, logits)
+    return ScoredSample(tokens, normalised(logits), answer)
 
 
-def _log_probs(logits: Logits) -> Array:
-    return np.concatenate([log_softmax(row[None]).astype(np.float32) for row in logits])
-
-
-def _packed(log_probs: Array) -> dict[str, Array]:
-    """What is stored of (n, vocabulary) log-probabilities."""
-    if log_probs.shape[1] <= FLOAT32_VOCABULARY:
-        return {"log_probs": log_probs}
-    top = log_probs.max(axis=1, keepdims=True)
-    steps = np.rint(np.clip((top - log_probs) * (65535 / NATS_KEPT), 0, 65535)).astype(np.uint16)
-    return {"top": top, "steps": steps}
-
-
-def _unpacked(arrays: dict[str, Array]) -> Array:
-    if "log_probs" in arrays:
-        return arrays["log_probs"]
-    unpacked: Array = arrays["top"] - arrays["steps"] * np.float32(NATS_KEPT / 65535)
-    return unpacked
+def _made_from(record: ReferenceRecord, settings: Settings, sample: str | Question) -> str:
+    if isinstance(sample, str):
+        identity, contents = record.text_identity, sample
+    else:
+        identity, contents = record.image_identity, fingerprint(_contents(sample))
+    return fingerprint(identity, record.runtime, settings.that_matter(), contents)
 
 
 def _is_current(path: Path, made_from: str) -> bool:
@@ -216,5 +313,4 @@ def _identity(path: Path) -> list[Any]:
 
 
 def _contents(question: Question) -> list[Any]:
-    stat = question.image.stat()
-    return [str(question.image.resolve()), stat.st_size, stat.st_mtime_ns, question.question, question.answer]
+    return [file_fingerprint(question.image), question.question, question.answer]

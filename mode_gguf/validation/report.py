@@ -2,9 +2,10 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.validation.divergence import Scores
@@ -28,6 +29,8 @@ class Divergence(Record):
         kl_mean: nats per scored token, full vocabulary, from the reference to the candidate.
         kl_mean_error: standard error of that mean over positions.
         kl_p99, kl_p99_9: 99th and 99.9th percentile over positions.
+        kl_at_most, kl_p99_at_most, kl_p99_9_at_most: the same where all that a server did not list is counted for as
+            much as it can be (`divergence.LEAST_LOG_PROB`); equal to the former where everything is known.
         top1_agreement: share of positions where both would pick the same token.
         perplexity: of the scored tokens; for answers the reference chose itself, of those.
     """
@@ -40,10 +43,13 @@ class Divergence(Record):
     top1_agreement: float | None
     perplexity: float
     reference_perplexity: float | None
+    kl_at_most: float | None = None
+    kl_p99_at_most: float | None = None
+    kl_p99_9_at_most: float | None = None
 
     @staticmethod
     def of(scores: Scores, *, with_reference: bool) -> "Divergence":
-        kl = scores.kl
+        kl, at_most = scores.kl, scores.kl + scores.hidden
         return Divergence(
             positions=len(kl),
             kl_mean=float(kl.mean()) if with_reference else None,
@@ -53,6 +59,9 @@ class Divergence(Record):
             top1_agreement=float(scores.same_top1.mean()) if with_reference else None,
             perplexity=float(np.exp(scores.nll.mean())),
             reference_perplexity=float(np.exp(scores.reference_nll.mean())) if with_reference else None,
+            kl_at_most=float(at_most.mean()) if with_reference else None,
+            kl_p99_at_most=float(np.percentile(at_most, 99)) if with_reference else None,
+            kl_p99_9_at_most=float(np.percentile(at_most, 99.9)) if with_reference else None,
         )
 
 
@@ -95,9 +104,21 @@ class Smoke(Record):
         return Smoke(**asdict(test))
 
 
+class Check(Record):
+    """A limit that was given on the command line, and what was found; `kept` is the verdict."""
+
+    option: str
+    limit: float
+    found: float
+    kept: bool
+
+
 class ValidationReport(Record):
     """Everything `validate` found; `accuracy` is by kind, and over everything under `all`.
 
+    `runtime` ran the candidate, `reference_runtime` the reference. `scored_answers` says which answers about pictures
+    `image` is about: the reference's own (`reference`), or the right ones of the questions (`given`). `settings` is how
+    models were run (`reference.Settings`), `checks` are the limits that were given.
     `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now.
     """
 
@@ -116,6 +137,10 @@ class ValidationReport(Record):
     smoke: Smoke | None
     seconds: dict[str, float]
     warnings: tuple[str, ...] = ()
+    reference_runtime: str | None = None
+    scored_answers: Literal["reference", "given"] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
 
     @property
     def example(self) -> Answer | None:

@@ -1,44 +1,55 @@
 """Judges a finished file in real llama.cpp against its reference, on texts and on questions about pictures."""
 
+import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mode_gguf import __version__
-from mode_gguf.errors import InputError, ValidationError
-from mode_gguf.gguf_header import GgufHeader, read_header
+from mode_gguf.errors import InputError, UsageError, ValidationError
+from mode_gguf.gguf_header import read_header
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
+from mode_gguf.validation.bounds import ALL_KINDS, Bounds, check_measurable, checks_of
 from mode_gguf.validation.default_set import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
-from mode_gguf.validation.engines import engine_for
-from mode_gguf.validation.llama_cpp import LlamaModel, Logits
+from mode_gguf.validation.engines import Engine, engine_for, has_expert_groups
+from mode_gguf.validation.llama_cpp import LlamaModel
+from mode_gguf.validation.models import Logits, Model
 from mode_gguf.validation.questions import HeldOut, Question, is_right, wilson_interval
 from mode_gguf.validation.reference import (
     Reference,
     ScoredSample,
     Settings,
+    Source,
+    facts_of,
     greedy_answer,
     measure_reference,
     question_prompt,
     score_text,
     scored_answer,
+    stored_reference,
 )
 from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileFacts, Smoke, ValidationReport
 from mode_gguf.validation.runtimes import LlamaCppTools, find_llama_cpp, smoke_test
-from mode_gguf.validation.structure import check_structure, experts_bpw
+from mode_gguf.validation.server import Server, ServerModel
+from mode_gguf.validation.structure import check_structure
 
-ALL_KINDS = "all"
+NO_BOUNDS = Bounds()
+
+logger = logging.getLogger(__name__)
 
 
 def validate(
-    candidate: Path,
-    reference: Path | None,
+    candidate: Source,
+    reference: Source | None,
     mmproj: Path | None,
     held_out: HeldOut | None = None,
     *,
@@ -46,61 +57,84 @@ def validate(
     tools: LlamaCppTools | None = None,
     settings: Settings | None = None,
     reference_folder: Path | None = None,
+    bounds: Bounds = NO_BOUNDS,
     progress: Progress = silent,
 ) -> ValidationReport:
     """Check a file's structure, that it answers in llama.cpp, and how far it is from the reference.
 
-    Both are run in the embedded llama.cpp, or both in our own build where one of them has one type per expert.
+    Files are run in the embedded llama.cpp unless `settings` name another, or all in our own build where one of them
+    has one type per expert; what a llama-server has loaded is asked there, and only its answers are judged.
 
     Args:
         candidate: the text model.
-        reference: the same model in full precision; None leaves out what is measured against it.
-        mmproj: the projector of both; without it, questions are left out.
+        reference: the same model in full precision, or a folder that `measure_reference` filled; None leaves out what
+            is measured against it.
+        mmproj: the projector of both; without it, questions are left out. Servers have their own.
         held_out: samples; by default a small built-in set.
         planned: type of every tensor of the candidate, when it was made from a plan.
         tools: the user's llama.cpp for the smoke test (`find_llama_cpp`); by default the embedded one. A file with one
             type per expert is tested in our own build.
         settings: how models are run.
         reference_folder: keeps the reference's distributions for the next candidate; by default they are temporary.
+        bounds: limits to check; the report says which are kept.
 
     Raises:
+        UsageError: a limit is about something that is not measured, or a file does not run in the chosen engine.
         InputError: a file or sample cannot be used, or candidate and reference have different vocabularies.
-        MissingResourceError: no usable llama.cpp, or our own build is needed and is not there.
+        MissingResourceError: no usable llama.cpp, no server answers, or our own build is needed and is not there.
         ValidationError: the candidate is not what was planned, does not load or answer, or computes nonsense.
     """
     held_out = held_out or default_held_out()
     settings = settings or Settings()
-    engine = settings.engine or engine_for(*filter(None, (candidate, reference)))
-    settings = replace(settings, engine=engine)
-    if mmproj is None:
+    stored = isinstance(reference, Path) and reference.is_dir()
+    loaded = [path for path in (candidate, None if stored else reference) if isinstance(path, Path)]
+    with_images = _sees(candidate, mmproj) and (reference is None or stored or _sees(reference, mmproj))
+    check_measurable(bounds, held_out, with_reference=reference is not None, with_images=with_images)
+    if not with_images:
         held_out = HeldOut(held_out.name, held_out.texts, ())
+    if loaded:
+        settings = replace(settings, engine=_engine(settings.engine, loaded))
     seconds: dict[str, float] = {}
-    with _timed(seconds, "structure"):
-        header = check_structure(candidate, planned)
-        mmproj_header = check_structure(mmproj) if mmproj else None
     smoke = None
-    if mmproj and held_out.questions:
-        with _timed(seconds, "smoke"):
-            picture = held_out.questions[0].image
-            if engine.folder:
-                tools = find_llama_cpp(engine.folder)
-            tools = tools or LlamaCppTools({}, None)
-            smoke = smoke_test(candidate, mmproj, picture, tools, threads=settings.threads)
+    if isinstance(candidate, Path):
+        with _timed(seconds, "structure"):
+            check_structure(candidate, planned)
+            if mmproj:
+                check_structure(mmproj)
+        if mmproj and held_out.questions:
+            with _timed(seconds, "smoke"):
+                picture = held_out.questions[0].image
+                if settings.engine and settings.engine.folder and has_tools(settings.engine.folder):
+                    tools = find_llama_cpp(settings.engine.folder)
+                tools = tools or LlamaCppTools({}, None)
+                smoke = smoke_test(candidate, mmproj, picture, tools, threads=settings.threads)
     with ExitStack() as stack:
         measured = None
-        if reference:
-            folder = reference_folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            with _timed(seconds, "reference"):
+        with _timed(seconds, "reference"):
+            if stored:
+                assert isinstance(reference, Path)
+                measured = stored_reference(reference, held_out, settings)
+            elif reference:
+                folder = reference_folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 measured = measure_reference(reference, mmproj, held_out, folder, settings, progress)
         with _timed(seconds, "candidate"), settings.open(candidate, mmproj) as model:
-            text, image, answers = _measure_candidate(_Candidate(model, measured, settings), held_out, progress)
-    return ValidationReport(
+            runtime = _runtime(model, settings)
+            if measured and measured.record.runtime != runtime:
+                logger.warning(
+                    "the reference was run in %s, the candidate in %s: how the two compute differs, too",
+                    *(measured.record.runtime, runtime),
+                )
+            judged = _Candidate(model, measured, settings)
+            text, image, answers = _measure_candidate(judged, held_out, progress)
+    if measured is None:
+        seconds.pop("reference")
+    report = ValidationReport(
         tool_version=__version__,
-        runtime=engine.version,
+        runtime=runtime,
         held_out=held_out.name,
-        candidate=_facts(candidate, header),
-        mmproj=_facts(mmproj, mmproj_header) if mmproj and mmproj_header else None,
-        reference=_facts(reference, read_header(reference)) if reference else None,
+        candidate=facts_of(candidate),
+        mmproj=_projector_facts(mmproj) if mmproj and isinstance(candidate, Path) else None,
+        reference=measured.record.model if measured else None,
         text=_divergence(text, measured),
         image=_divergence(image, measured),
         accuracy=_accuracy(held_out, [answer.answer for answer in answers]),
@@ -108,22 +142,76 @@ def validate(
         answers=answers,
         smoke=Smoke.of(smoke) if smoke else None,
         seconds=seconds,
+        reference_runtime=measured.record.runtime if measured else None,
+        scored_answers=settings.answers if image else None,
+        settings=_told(settings),
+        warnings=_warnings(sum(judged.left_out)),
     )
+    return report.model_copy(update={"checks": checks_of(bounds, report)})
+
+
+def _sees(source: Source, mmproj: Path | None) -> bool:
+    return ServerModel(source).sees if isinstance(source, Server) else mmproj is not None
+
+
+def _engine(chosen: Engine | None, models: list[Path]) -> Engine:
+    """The engine for files in this process.
+
+    Raises:
+        UsageError: another one was chosen than a file with one type per expert needs.
+    """
+    if chosen is None:
+        return engine_for(*models)
+    for model in models:
+        if has_expert_groups(read_header(model).metadata) and chosen != engine_for(model):
+            raise UsageError(f"{model}: has one type per expert and runs in our own build alone; leave --library out")
+    return chosen
+
+
+def has_tools(folder: Path) -> bool:
+    """Whether there are programs beside the libraries."""
+    try:
+        return find_llama_cpp(folder)["llama-mtmd-cli"] is not None
+    except InputError:
+        return False
+
+
+def _warnings(left_out: int) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    return (f"{left_out} tokens of answers were left out: they end within a character, where a server says nothing",)
+
+
+def _runtime(model: Model, settings: Settings) -> str:
+    if isinstance(model, ServerModel):
+        return model.runtime
+    assert settings.engine is not None
+    return settings.engine.version
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """What a report says of the settings; engines have a field of their own."""
+    told = asdict(replace(settings, engine=None))
+    del told["engine"]
+    jsonable: dict[str, Any] = json.loads(json.dumps(told))
+    return jsonable
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     """The candidate, loaded, beside what the reference said; samples are numbered as in `Reference`."""
 
-    model: LlamaModel
+    model: Model
     reference: Reference | None
     settings: Settings
+    left_out: list[int] = field(default_factory=list)
+    """Positions of each sample that a server could say nothing of."""
 
     def score_text(self, index: int, text: str) -> Scores:
         tokens, logits = score_text(self.model, text, self.settings)
         known = self.reference.read(index) if self.reference else None
         if known and known.tokens != tokens:
-            raise InputError(f"{self.model.text_gguf}: its tokenizer differs from the reference's")
+            raise InputError(f"{self.model.name}: its tokenizer differs from the reference's")
         return self._compare(known, logits, tokens)
 
     def ask(self, index: int, question: Question) -> tuple[Scores, Answer]:
@@ -143,16 +231,20 @@ class _Candidate:
         )
 
     def _compare(self, known: ScoredSample | None, logits: Logits, tokens: list[int]) -> Scores:
-        name = self.model.text_gguf
-        if not np.isfinite(logits).all():
+        name = self.model.name
+        if isinstance(self.model, LlamaModel) and not np.isfinite(logits).all():
             raise ValidationError(f"{name}: llama.cpp computes logits that are not finite numbers")
         if known is None:
-            return compare(logits, logits, tokens)
+            return self._counted(compare(logits, logits, tokens), tokens)
         if known.log_probs.shape[1] != logits.shape[1]:
             raise InputError(
                 f"{name}: its vocabulary has {logits.shape[1]} tokens, the reference's {known.log_probs.shape[1]}"
             )
-        return compare(known.log_probs, logits, tokens)
+        return self._counted(compare(known.log_probs, logits, tokens), tokens)
+
+    def _counted(self, scores: Scores, tokens: list[int]) -> Scores:
+        self.left_out.append(len(tokens) - len(scores.kl))
+        return scores
 
 
 def _measure_candidate(
@@ -174,7 +266,9 @@ def _measure_candidate(
 
 
 def _divergence(parts: list[Scores], reference: Reference | None) -> Divergence | None:
-    return Divergence.of(Scores.joined(parts), with_reference=reference is not None) if parts else None
+    if not any(len(part.kl) for part in parts):
+        return None
+    return Divergence.of(Scores.joined(parts), with_reference=reference is not None)
 
 
 def _accuracy(held_out: HeldOut, answers: list[str] | list[str | None]) -> dict[str, Accuracy]:
@@ -188,8 +282,9 @@ def _accuracy(held_out: HeldOut, answers: list[str] | list[str | None]) -> dict[
     return {kind: Accuracy.of(wilson_interval(sum(right), len(right))) for kind, right in sorted(hits.items())}
 
 
-def _facts(path: Path, header: GgufHeader) -> FileFacts:
-    return FileFacts(name=path.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=experts_bpw(header))
+def _projector_facts(mmproj: Path) -> FileFacts:
+    header = read_header(mmproj)
+    return FileFacts(name=mmproj.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=None)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from mode_gguf.artifacts import write_json
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
 from mode_gguf.gguf_header import read_header
 from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE
-from mode_gguf.runtime.installed import RECORD, BuildRecord, Runtime, cache_folder
+from mode_gguf.runtime.installed import RECORD, BuildRecord, Runtime, cache_folder, find_runtime
 from mode_gguf.runtime.release import Variant
 from mode_gguf.validation import c_api, engines, reference
-from mode_gguf.validation.engines import Engine, engine_for
+from mode_gguf.validation.engines import Engine, engine_for, named_engine
 from mode_gguf.validation.launch import command_line
 from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.questions import HeldOut, Question, load_held_out
@@ -177,7 +177,7 @@ def test_same_logits_in_both_engines(
     """One process, both libraries at once, the same weights in groups and not: text, and an answer about a picture."""
     exact = replace(settings, exact=True)
     grouped = write_grouped(tmp_path / "grouped.gguf", [full.text, full.text], group_of)
-    with exact.open(grouped, full.mmproj) as ours, exact.open(full.text, full.mmproj) as embedded:
+    with exact.load(grouped, full.mmproj) as ours, exact.load(full.text, full.mmproj) as embedded:
         assert ours._lib is not embedded._lib
         tokens = ours.tokenize("The quick brown fox jumps over the lazy dog.")
         assert tokens == embedded.tokenize("The quick brown fox jumps over the lazy dog.")
@@ -224,3 +224,75 @@ def test_moved_build(patched: Runtime, full: Files, tmp_path: Path) -> None:
     shutil.copytree(patched.bin, tmp_path / "moved", symlinks=True)
     with LlamaModel(full.text, threads=1, engine=Engine("moved", tmp_path / "moved")) as model:
         assert np.isfinite(model.text_logits([1, 2, 3])).all()
+
+
+def embedded_folder(folder: Path) -> Path:
+    """A folder that looks like a build with shared libraries, of which the embedded one stands in for libmtmd."""
+    embedded = c_api.library_path()
+    folder.mkdir(parents=True)
+    (folder / f"libmtmd{c_api._SUFFIX}").symlink_to(embedded)
+    return folder
+
+
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize("place", [".", "bin", "build/bin", "lib"])
+def test_library_that_the_user_names(full: Files, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = embedded_folder(tmp_path / "llama.cpp" / place)
+    engine = named_engine(tmp_path / "llama.cpp")
+    assert engine.folder == folder.resolve()
+    assert "no program says which build it is" in caplog.text
+    with LlamaModel(full.text, threads=1, engine=engine) as named, LlamaModel(full.text, threads=1) as embedded:
+        assert named._lib is not embedded._lib
+        np.testing.assert_array_equal(named.text_logits([1, 2, 3]), embedded.text_logits([1, 2, 3]))
+
+
+@pytest.mark.usefixtures("no_programs")
+@pytest.mark.parametrize("says", ["version: 0.7.0 (build {}, commit abc)", "version: {} (abc)"])
+def test_build_of_a_named_library(tmp_path: Path, says: str) -> None:
+    folder = embedded_folder(tmp_path / "bin")
+    program = folder / "llama-server"
+    for build, accepted in ((c_api.OLDEST_BUILD, True), (11433, False)):
+        program.write_text(f'#!/bin/sh\necho "{says.format(build)}"\n')
+        program.chmod(0o755)
+        if accepted:
+            assert named_engine(tmp_path).version == f"llama.cpp b{build} in {folder}"
+            continue
+        with pytest.raises(MissingResourceError, match=r"build 11433 found, 11434 or newer expected; .*--library"):
+            named_engine(tmp_path)
+
+
+def test_named_folders_without_a_library(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no libmtmd; .*BUILD_SHARED_LIBS"):
+        named_engine(tmp_path)
+    (tmp_path / f"libmtmd{c_api._SUFFIX}").write_text("no library")
+    with pytest.raises(MissingResourceError, match=r"cannot be loaded .*--library"):
+        named_engine(tmp_path).library()
+
+
+@pytest.mark.usefixtures("no_programs")
+def test_other_layout_of_a_named_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = embedded_folder(tmp_path / "bin")
+    monkeypatch.setitem(c_api.ContextParams.defaults, "n_seq_max", 7)
+    monkeypatch.setitem(c_api.ContextParams11434.defaults, "n_seq_max", 7)
+    with pytest.raises(MissingResourceError, match=r"lays out llama_context_params differently \(at n_seq_max\)"):
+        named_engine(folder).library()
+
+
+def test_stock_build_is_read_as_it_is_laid_out(full: Files) -> None:
+    """The pinned release, whose structures differ from the embedded build's, side by side with it."""
+    built = find_runtime(stock=True)
+    if built is None:
+        pytest.skip("mode-gguf runtime build --stock was not run")
+    engine = named_engine(built.folder)
+    assert engine.version.startswith("llama.cpp b11434 in ")
+    options = {"threads": 1, "exact": True}
+    with LlamaModel(full.text, engine=engine, **options) as stock, LlamaModel(full.text, **options) as embedded:  # type: ignore[arg-type]
+        expected = embedded.text_logits([1, 2, 3])
+        np.testing.assert_allclose(stock.text_logits([1, 2, 3]), expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("no_programs")
+def test_a_type_per_expert_runs_in_no_other_build(grouped_file: Path, runtime: Runtime, tmp_path: Path) -> None:
+    settings = Settings(engine=named_engine(embedded_folder(tmp_path / "bin")))
+    with pytest.raises(UsageError, match=r"grouped\.gguf: has one type per expert .*leave --library out"):
+        validate(grouped_file, None, None, HeldOut("one", ("The quick brown fox",), ()), settings=settings)

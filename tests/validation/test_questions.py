@@ -88,7 +88,7 @@ def test_bad_lines(held_out_folder: Path, tmp_path: Path, line: str | dict[str, 
 
 
 def test_bad_folders(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         load_held_out(tmp_path / "absent")
     with pytest.raises(InputError, match="neither"):
         load_held_out(tmp_path)
@@ -104,3 +104,22 @@ def test_built_in_set() -> None:
         open_image(question.image)
         assert question.match in MATCHES
     assert any(question.answer is None for question in held_out.questions)
+
+
+def test_one_file_of_both_kinds(held_out_folder: Path) -> None:
+    """Pictures are named relative to the file's folder."""
+    lines = [(held_out_folder / name).read_text() for name in ("text.jsonl", "questions.jsonl")]
+    path = held_out_folder / "both.jsonl"
+    path.write_text("".join(lines))
+    folder, file = load_held_out(held_out_folder), load_held_out(path)
+    path.unlink()
+    assert file.name == "both"
+    assert file.texts == folder.texts
+    assert [question.image for question in file.questions] == [question.image for question in folder.questions]
+    assert [question.answer for question in file.questions] == [question.answer for question in folder.questions]
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"none\.jsonl: holds no line"):
+        load_held_out(tmp_path / "none.jsonl")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mode_gguf.errors import InputError, ValidationError
-from mode_gguf.validation import reference
+from mode_gguf.validation import distributions, reference
 from mode_gguf.validation.divergence import compare
 from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.questions import HeldOut, Question, load_held_out
@@ -101,16 +101,15 @@ def test_reference_is_measured_once(
 
 def test_distributions_in_16_bits_add_next_to_nothing() -> None:
     logits = np.random.default_rng(0).normal(0, 4, (6, 40_000)).astype(np.float32)
-    log_probs = reference._log_probs(logits)
-    packed = reference._packed(log_probs)
+    packed = distributions.pack_distributions(distributions.normalised(logits))
     assert packed["steps"].dtype == np.uint16
-    assert compare(reference._unpacked(packed), logits, [0] * 6).kl.max() < 1e-7
+    assert compare(distributions.unpack_distributions(packed), logits, [0] * 6).kl.max() < 1e-7
 
 
 def test_large_vocabularies_are_kept_in_16_bits(
     full: Files, held_out: HeldOut, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "FLOAT32_VOCABULARY", 0)
+    monkeypatch.setattr(distributions, "FLOAT32_VOCABULARY", 0)
     report = validate(full.text, full.text, full.mmproj, held_out, settings=settings)
     for divergence in (report.text, report.image):
         assert divergence is not None

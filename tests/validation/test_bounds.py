@@ -1,0 +1,78 @@
+"""Limits, what they are about, and the one line about those that are broken."""
+
+from pathlib import Path
+
+import pytest
+
+from mode_gguf.errors import InputError, UsageError, ValidationError
+from mode_gguf.validation.bounds import Bounds, check_measurable, require_kept
+from mode_gguf.validation.questions import HeldOut, Question, load_held_out
+from mode_gguf.validation.reference import Settings
+from mode_gguf.validation.validate import validate
+from tests.validation.conftest import Files
+
+
+def question(answer: str | None) -> Question:
+    return Question(Path("a.png"), "What?", answer, "exact", "question", "a:1")
+
+
+SET = HeldOut("set", ("text",), (question("yes"),))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "held_out", "with_reference", "with_images", "error", "message"),
+    [
+        (Bounds(max_kl=1), SET, False, True, UsageError, "--max-kl: needs a --reference"),
+        (Bounds(max_image_kl_p99_9=1), SET, True, False, UsageError, "--max-image-kl-p99-9: needs the projector"),
+        (Bounds(min_accuracy=1), SET, False, False, UsageError, "--min-accuracy: needs the projector"),
+        (Bounds(min_image_top1=1), HeldOut("s", ("a",), ()), True, True, InputError, "s has no questions"),
+        (Bounds(min_top1=1), HeldOut("s", (), SET.questions), True, True, InputError, "s has no texts"),
+        (Bounds(min_accuracy=1), HeldOut("s", (), (question(None),)), True, True, InputError, "no question .* right"),
+    ],
+)
+def test_what_is_not_measured(
+    bounds: Bounds, held_out: HeldOut, with_reference: bool, with_images: bool, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        check_measurable(bounds, held_out, with_reference=with_reference, with_images=with_images)
+
+
+def test_accuracy_needs_no_reference() -> None:
+    check_measurable(Bounds(min_accuracy=0.5), SET, with_reference=False, with_images=True)
+
+
+def test_verdicts(full: Files, small: Files, held_out_folder: Path, settings: Settings) -> None:
+    bounds = Bounds(
+        max_kl=1e-9,
+        max_kl_p99=1e3,
+        max_kl_p99_9=1e3,
+        min_top1=1.0,
+        max_image_kl=1e3,
+        max_image_kl_p99=1e-9,
+        max_image_kl_p99_9=1e-9,
+        min_image_top1=0.0,
+        min_accuracy=0.0,
+    )
+    held_out = load_held_out(held_out_folder)
+    report = validate(small.text, full.text, full.mmproj, held_out, settings=settings, bounds=bounds)
+    verdicts = {check.option: check.kept for check in report.checks}
+    assert verdicts.pop("--min-top1") in (True, False)
+    assert verdicts == {
+        "--max-kl": False,
+        "--max-kl-p99": True,
+        "--max-kl-p99-9": True,
+        "--max-image-kl": True,
+        "--max-image-kl-p99": False,
+        "--max-image-kl-p99-9": False,
+        "--min-image-top1": True,
+        "--min-accuracy": True,
+    }
+    assert report.text is not None
+    assert report.image is not None
+    found = {check.option: check.found for check in report.checks}
+    assert found["--max-kl"] == report.text.kl_mean == report.text.kl_at_most
+    assert found["--max-image-kl-p99"] == report.image.kl_p99
+    with pytest.raises(ValidationError, match=r"^pico-Q2_K\.gguf breaks --max-kl 1e-09: .*; .*--max-image-kl-p99"):
+        require_kept(report)
+    kept = report.model_copy(update={"checks": tuple(check for check in report.checks if check.kept)})
+    require_kept(kept)
