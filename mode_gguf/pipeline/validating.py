@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
+from mode_gguf.conversion_facts import ConversionFacts
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
@@ -29,9 +30,13 @@ def run_validation(
     llama_cpp: Path | None = None,
     reference_folder: Path | None = None,
     warnings: Sequence[str] = (),
+    conversion: ConversionFacts | None = None,
     progress: Progress = silent,
 ) -> ValidationReport:
-    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`, `warnings` included."""
+    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`.
+
+    `warnings` and `conversion`, how the candidate was made, become part of it.
+    """
     result = validate(
         candidate,
         reference,
@@ -42,7 +47,7 @@ def run_validation(
         reference_folder=reference_folder,
         progress=progress,
     )
-    result = result.model_copy(update={"warnings": tuple(warnings)})
+    result = result.model_copy(update={"warnings": tuple(warnings), "conversion": conversion})
     result.save(report)
     return result
 

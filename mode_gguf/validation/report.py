@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from mode_gguf.artifacts import Record, read_record, write_text
+from mode_gguf.conversion_facts import ConversionFacts
 from mode_gguf.validation.divergence import Scores
 from mode_gguf.validation.questions import Interval
 from mode_gguf.validation.runtimes import SmokeTest
@@ -98,7 +99,8 @@ class Smoke(Record):
 class ValidationReport(Record):
     """Everything `validate` found; `accuracy` is by kind, and over everything under `all`.
 
-    `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now.
+    `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now;
+    `conversion` is how it was made, where that is known.
     """
 
     schema_version: Literal[1] = 1
@@ -116,6 +118,7 @@ class ValidationReport(Record):
     smoke: Smoke | None
     seconds: dict[str, float]
     warnings: tuple[str, ...] = ()
+    conversion: ConversionFacts | None = None
 
     @property
     def example(self) -> Answer | None:

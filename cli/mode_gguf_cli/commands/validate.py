@@ -17,7 +17,9 @@ def command(
     ] = None,
     mmproj: Annotated[Path | None, typer.Option(help="Projector of both; without it images are left out.")] = None,
     samples: options.HeldOut = None,
-    report: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("report.json"),
+    report: Annotated[
+        Path, typer.Option(help="Where the report goes, a JSON file; a page to read is written beside it.")
+    ] = Path("report.json"),
     llama_cpp: options.LlamaCpp = None,
     json: options.Json = False,
 ) -> None:
@@ -26,10 +28,23 @@ def command(
     KL divergence over the full vocabulary and top-1 agreement, on text and on answers about pictures; accuracy.
     """
     from mode_gguf import pipeline
+    from mode_gguf.errors import UsageError
 
+    if report.suffix == ".html":
+        raise UsageError(
+            f"--report {report}: names the JSON file; the page is written beside it, give {report.stem}.json"
+        )
     result = pipeline.run_validation(
-        candidate, mmproj, reference, report, held_out=samples, llama_cpp=llama_cpp, progress=progress()
+        candidate,
+        mmproj,
+        reference,
+        report,
+        held_out=samples,
+        llama_cpp=llama_cpp,
+        conversion=pipeline.facts_about(candidate),
+        progress=progress(),
     )
+    page = pipeline.draw_validated(report, result, samples)
     if json:
         emit_json(result.model_dump(mode="json"))
         return
@@ -46,4 +61,4 @@ def command(
     if result.example:
         show(f"example   {result.example.image}: {result.example.question}")
         show(f"          {result.example.answer}")
-    show(f"report    {report}")
+    show(f"report    {page}")
