@@ -71,7 +71,7 @@ def conversion_facts(folder: WorkFolder) -> ConversionFacts:
         sensitivity=_sensitivity(priced) if priced else None,
         calibration=_calibration_facts(statistics) if statistics else None,
         stages=[_stage_run(stage, entry) for stage, entry in entries.items()],
-        versions=next((dict(e["versions"]) for e in reversed(entries.values()) if e.get("versions")), {}),
+        versions=_versions(entries),
         missing=missing,
     )
 
@@ -135,7 +135,8 @@ def planned_tensors(plan: Plan, table: "SensitivityTable | None") -> list[Source
 def split_name(tensor: str) -> tuple[int | None, str]:
     """Layer and rest of a tensor's name: 3 and `attn_q` of `blk.3.attn_q.weight`; None outside the layers."""
     match = _LAYER.fullmatch(tensor)
-    return (int(match[1]), match[2]) if match else (None, tensor.removesuffix(".weight"))
+    layer, part = (int(match[1]), match[2]) if match else (None, tensor)
+    return layer, part.removesuffix(".weight")
 
 
 def _row_width(
@@ -380,10 +381,16 @@ def _likeness(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
 
 
 def _stage_run(stage: str, entry: Mapping[str, Any]) -> StageRun:
-    command = entry.get("command")
+    command, seconds = entry.get("command"), entry.get("seconds")
     return StageRun(
         name=stage,
-        seconds=float(entry.get("seconds", 0.0)),
+        seconds=float(seconds) if isinstance(seconds, int | float) else 0.0,
         finished=str(entry.get("finished", "")),
         command=command if isinstance(command, str) else None,
     )
+
+
+def _versions(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Of the last stage that recorded them."""
+    recorded = [entry["versions"] for entry in entries.values() if isinstance(entry.get("versions"), dict)]
+    return {str(name): str(number) for name, number in recorded[-1].items()} if recorded else {}

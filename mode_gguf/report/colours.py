@@ -1,4 +1,4 @@
-"""Colours that all kinds of sight tell apart: matplotlib's cividis from little to much, and one outside of it."""
+"""Colours that all kinds of sight tell apart: viridis from little to much, and one outside of it."""
 
 import math
 
@@ -8,11 +8,11 @@ Rgb = tuple[int, int, int]
 
 RAMP: tuple[Rgb, ...] = tuple(
     (int(code[:2], 16), int(code[2:4], 16), int(code[4:], 16))
-    for code in ("00224e", "1a386f", "434e6c", "61656f", "7d7c78", "9b9476", "bcae6c", "dec958", "fee838")
+    for code in ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
 )
-"""Cividis at nine places; lightness rises evenly, so that it reads in grey, too."""
-NEVER: Rgb = (213, 94, 0)
-"""Vermillion of Okabe and Ito's palette: no value at all."""
+"""matplotlib's viridis at nine places; lightness rises evenly, so that it reads in grey, too."""
+NEVER: Rgb = (255, 255, 255)
+"""No value at all: lighter than much, and the only one without a hue."""
 PLAIN: Rgb = (142, 150, 160)
 """Of what is not packed."""
 _FEWEST, _MOST = 2.0, 9.0  # bits per weight at the ends of the ramp

@@ -111,6 +111,7 @@ FILTERS = {
     "mix_style": mix_style,
     "mix_words": mix_words,
     "stage_words": lambda name: STAGES.get(name, ""),
+    "short_answer": lambda name: "pictures" if name == "image" else name,
     "answer_words": lambda name: ANSWERS.get(name, name),
     "modality_words": lambda name: MODALITIES.get(name, name.replace("_", " ")),
     "part_words": lambda name: PARTS.get(name, name),
