@@ -9,6 +9,7 @@ from mode_gguf.calibration import distributed
 from mode_gguf.errors import ModeGgufError
 from mode_gguf_cli.commands import (
     calibrate,
+    compare,
     convert,
     doctor,
     export,
@@ -51,6 +52,7 @@ for module in (
     validate,
     report,
     inspect,
+    compare,
     run,
     doctor,
 ):
