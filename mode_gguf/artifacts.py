@@ -128,8 +128,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def read_arrays(path: Path, kind: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_arrays(
+    path: Path, kind: str | None = None, *, without: str | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays and metadata of a file written by `write_arrays`, whose metadata must say that it is of `kind`, if given.
+
+    Arrays whose names end in `without` are not read.
 
     Raises:
         InputError: as `read_metadata`, or the file is of another kind.
@@ -139,7 +143,8 @@ def read_arrays(path: Path, kind: str | None = None) -> tuple[dict[str, np.ndarr
     if kind is not None and found != kind:
         raise InputError(f"{path}: a {kind} file was expected, found {found or 'another kind'}")
     with safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        names = [name for name in file.keys() if without is None or not name.endswith(without)]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}, metadata
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

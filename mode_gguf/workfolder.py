@@ -93,6 +93,10 @@ class WorkFolder:
         return self.path / "report.json"
 
     @property
+    def page(self) -> Path:
+        return self.report.with_suffix(".html")
+
+    @property
     def stages(self) -> Path:
         return self.path / "stages.json"
 

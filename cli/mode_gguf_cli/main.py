@@ -9,6 +9,7 @@ from mode_gguf.calibration import distributed
 from mode_gguf.errors import ModeGgufError
 from mode_gguf_cli.commands import (
     calibrate,
+    compare,
     convert,
     doctor,
     export,
@@ -16,6 +17,7 @@ from mode_gguf_cli.commands import (
     inspect,
     merge,
     plan,
+    report,
     round,
     run,
     runtime,
@@ -48,7 +50,9 @@ for module in (
     export,
     merge,
     validate,
+    report,
     inspect,
+    compare,
     run,
     doctor,
 ):

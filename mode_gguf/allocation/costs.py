@@ -127,6 +127,50 @@ def expert_units(
     return units
 
 
+def cost_of_types(
+    tensors: Sequence[SourceTensor],
+    chosen: Mapping[str, Sequence[QuantType]],
+    measured: Measurements,
+    model: CostModel,
+) -> float:
+    """The cost of storing tensors in these types: one per tensor, or one for each of its experts in order.
+
+    What was not measured in any type, such as rows that fit none, costs nothing, as in planning.
+
+    Raises:
+        InputError: a tensor was measured, but not in its type.
+    """
+    total = 0.0
+    for layer in dict.fromkeys(tensor.layer for tensor in tensors):
+        members = [tensor for tensor in tensors if tensor.layer == layer and tensor.role is not Role.KEEP]
+        by_expert = {t.name: chosen[t.name] for t in members if t.role is Role.EXPERT and len(chosen[t.name]) > 1}
+        total += sum(
+            _cost_at(_tensor_costs(tensor, measured, model), chosen[tensor.name], tensor, measured)
+            for tensor in members
+            if tensor.name not in by_expert
+        )
+        if by_expert and layer is not None:
+            experts = [tensor for tensor in members if tensor.name in by_expert]
+            # Projections in the same types were measured together.
+            together = len(set(map(tuple, by_expert.values()))) == 1
+            names = [f"blk.{layer}.ffn_exps"] if together else [tensor.name for tensor in experts]
+            for name, tensor in zip(names, experts, strict=False):
+                total += _cost_at(_combined(name, layer, measured, model), chosen[tensor.name], tensor, measured)
+    return total
+
+
+def _cost_at(costs: np.ndarray, types: Sequence[QuantType], tensor: SourceTensor, measured: Measurements) -> float:
+    """Sum of costs (E, T) or (T,) at the types of the experts, or at that of the tensor."""
+    if not np.isfinite(costs).any():
+        return 0.0
+    axis = measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types
+    rows = np.atleast_2d(costs)
+    found = [row[axis.index(one.name)] if one.name in axis else np.nan for row, one in zip(rows, types, strict=True)]
+    if not np.isfinite(found).all():
+        raise InputError(f"sensitivity: {tensor.name} was not measured at {', '.join(sorted({t.name for t in types}))}")
+    return float(np.maximum(found, 0).sum())
+
+
 def _expert_bytes(tensor: SourceTensor, offer: QuantType, types: CandidateTypes) -> int:
     offered = types.of(tensor)
     return tensor_bytes(tensor, offer if offer in offered else offered[0]) // tensor.n_experts

@@ -73,7 +73,7 @@ def frontier(
 
     Budgets that cannot be shared out among layers, where `preset` gives each one of its own, have no point.
     """
-    answers = _answers(preset)
+    answers = predicted_answers(preset)
     offered = [types] if preset.dense == "measured" else [replace(types, dense=(t,)) for t in FIXED_DENSE]
     sizes = [[tensor_bytes(t, c) for choice in offered for c in choice.of(t)] for t in tensors]
     lowest, highest = sum(map(min, sizes)), sum(map(max, sizes))
@@ -107,7 +107,7 @@ def frontier(
     )
 
 
-def _answers(preset: Preset) -> Mapping[str, CostModel]:
+def predicted_answers(preset: Preset) -> Mapping[str, CostModel]:
     """What can be predicted, each with the costs that predict it."""
     if preset.costs.combination != "sensitivity" or not (preset.method == "fisher" or preset.unit_kl):
         return {COST[0]: preset.costs}

@@ -37,6 +37,12 @@ def calibration_warnings(statistics: "CalibrationStatistics") -> list[str]:
     return [*_missing_modalities(statistics), *_hardly_seen(statistics), *_never_routed(statistics)]
 
 
+def experts_hardly_seen(statistics: "CalibrationStatistics") -> np.ndarray:
+    """bool, all experts of all layers in order: whether fewer than `MIN_TOKENS_PER_EXPERT` tokens reached each."""
+    tokens = [statistics.counts(layer)[[TEXT, KEY_VISION]].sum(axis=0) for layer in statistics.moe_layers]
+    return np.concatenate(tokens) < MIN_TOKENS_PER_EXPERT if tokens else np.zeros(0, bool)
+
+
 def _missing_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
     shown = statistics.samples
     if not shown.image_samples:
@@ -57,15 +63,11 @@ def _missing_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
 
 
 def _hardly_seen(statistics: "CalibrationStatistics") -> Iterator[str]:
-    layers = statistics.moe_layers
-    if not layers:
-        return
-    tokens = np.concatenate([statistics.counts(layer)[[TEXT, KEY_VISION]].sum(axis=0) for layer in layers])
-    share = float((tokens < MIN_TOKENS_PER_EXPERT).mean())
-    if share > MAX_HARDLY_SEEN:
+    hardly = experts_hardly_seen(statistics)
+    if len(hardly) and (share := float(hardly.mean())) > MAX_HARDLY_SEEN:
         shown = statistics.samples
         yield (
-            f"{100 * share:.1f} % of the {len(tokens):,} experts saw fewer than {MIN_TOKENS_PER_EXPERT} text and key "
+            f"{100 * share:.1f} % of the {len(hardly):,} experts saw fewer than {MIN_TOKENS_PER_EXPERT} text and key "
             f"vision tokens in {shown.text_samples} text and {shown.image_samples} image samples; "
             "calibrate on more or more varied samples"
         )

@@ -61,7 +61,7 @@ class CalibrationStatistics:
     @property
     def activations(self) -> list[str]:
         """Names of everything a sum of squares was taken of."""
-        return [name.removesuffix(".sum2") for name in self.arrays if name.endswith(".sum2")]
+        return [name.removesuffix(".count") for name in self.arrays if name.endswith(".count")]
 
     @property
     def moe_layers(self) -> list[int]:
@@ -108,13 +108,16 @@ class CalibrationStatistics:
         write_arrays(path, self.arrays, metadata)
 
     @classmethod
-    def load(cls, path: Path) -> "CalibrationStatistics":
+    def load(cls, path: Path, *, sums: bool = True) -> "CalibrationStatistics":
         """Read what `save` wrote.
+
+        Args:
+            sums: whether sums of squares are read, which take 99 % of the file.
 
         Raises:
             InputError: the file is missing, or is no calibration file of this version.
         """
-        arrays, metadata = read_arrays(path, "calibration")
+        arrays, metadata = read_arrays(path, "calibration", without=None if sums else ".sum2")
         return cls(
             model=metadata["model"],
             fingerprint=metadata["fingerprint"],

@@ -31,6 +31,7 @@ from mode_gguf.pipeline.planning import (
     save_plan,
     with_unit_kl,
 )
+from mode_gguf.pipeline.reporting import draw_validated, facts_about, run_report
 from mode_gguf.pipeline.rounding import run_rounding
 from mode_gguf.pipeline.session import working_in
 from mode_gguf.pipeline.validating import environment, run_validation, runtime_speed
@@ -43,9 +44,11 @@ __all__ = [
     "ConvertResult",
     "Estimate",
     "convert",
+    "draw_validated",
     "environment",
     "estimate",
     "export_text",
+    "facts_about",
     "make_uniform_plan",
     "merge",
     "model_path",
@@ -59,6 +62,7 @@ __all__ = [
     "run_plan",
     "run_reference",
     "run_refined_plan",
+    "run_report",
     "run_rounding",
     "run_sensitivity",
     "run_unit_kl",

@@ -23,6 +23,7 @@ from mode_gguf.pipeline.exporting import (
     run_reference,
     run_text_export,
 )
+from mode_gguf.pipeline.facts import conversion_facts
 from mode_gguf.pipeline.ledger import RunningStage, Stage, StageLedger
 from mode_gguf.pipeline.machine import look_at_machine
 from mode_gguf.pipeline.measuring import (
@@ -35,6 +36,7 @@ from mode_gguf.pipeline.measuring import (
 from mode_gguf.pipeline.needs import Sizes, StageNeeds, Work, stage_needs
 from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
 from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan, save_tensor_types
+from mode_gguf.pipeline.reporting import draw_converted
 from mode_gguf.pipeline.room import look_at_room, memory_warning, shortages
 from mode_gguf.pipeline.rounding import forget_rounded, run_rounding, warnings_of_rounding
 from mode_gguf.pipeline.session import working_in
@@ -203,12 +205,14 @@ def _convert(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
         unless_current(
             validated, lambda: _validate(checkpoint, folder, options, plan, files[0], ledger.begin(validated), progress)
         )
+    page = draw_converted(folder, options.held_out, validated=options.validate)
     return ConvertResult(
         model=files[0],
         mmproj=mmproj,
         imatrix=folder.imatrix_of(imatrix),
         plan=folder.plan,
         report=folder.report if options.validate else None,
+        page=page,
         bpw=plan.bpw,
         size_bytes=sum(file.stat().st_size for file in files),
         seconds=seconds,
@@ -295,6 +299,7 @@ def _validate(
         llama_cpp=options.llama_cpp,
         reference_folder=folder.reference,
         warnings=[*warnings_of_calibration(folder), *_warnings_of_rounding(folder, plan)],
+        conversion=conversion_facts(folder),
         progress=progress,
     )
     stage.finish()

@@ -2,20 +2,29 @@
 
 import json
 import logging
+import platform
+import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mode_gguf import __version__
 from mode_gguf.artifacts import file_fingerprint, write_json
 from mode_gguf.errors import UsageError
 from mode_gguf.workfolder import JOURNAL, WorkFolder
 
 DIGESTED_BYTES = 1 << 30
 """Files up to this size are known by their content, larger ones by their size: reading a model takes minutes."""
+
+COMPUTING = ("gguf", "numba", "numpy", "torch", "transformers", "xllamacpp")
+"""Packages whose versions may change results."""
 
 journal = logging.getLogger(JOURNAL)
 
@@ -84,6 +93,18 @@ class StageLedger:
         """How long the stage took when it last ran."""
         return float(self._entry(stage).get("seconds", 0.0))
 
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What is remembered, by stage, in the order in which they finished."""
+        return {stage: entry for stage in self._read() if (entry := self._entry(stage))}
+
+    def written_again(self, stage: str, path: Path, before: str) -> None:
+        """One of a stage's outputs, whose identity was `before`, has been rewritten to hold more than it did."""
+        entries = self._read()
+        outputs = self._entry(stage).get("outputs", {})
+        if outputs.get(self._name(path)) == before:
+            entries[stage]["outputs"][self._name(path)] = file_identity(path)
+            write_json(self._folder.stages, entries)
+
     def check_unchanged(self, stages: Sequence[Stage]) -> None:
         """Refuse to throw away what took long to measure.
 
@@ -122,8 +143,12 @@ class StageLedger:
             "outputs": self._identities(stage.outputs),
             "seconds": seconds,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command(),
+            "versions": versions(),
         }
-        write_json(self._folder.stages, {**self._read(), stage.name: entry})
+        entries = self._read()
+        entries.pop(stage.name, None)  # so that it becomes the last one
+        write_json(self._folder.stages, {**entries, stage.name: entry})
 
     def _entry(self, stage: str) -> dict[str, Any]:
         """What is remembered of a stage; empty if nothing is, or nothing that can be trusted."""
@@ -144,6 +169,22 @@ class StageLedger:
     def _name(self, path: Path) -> str:
         """Within the folder, so that it may be moved."""
         return str(path.relative_to(self._folder.path)) if path.is_relative_to(self._folder.path) else str(path)
+
+
+def command() -> str:
+    """What runs, as it was typed, but for the place where the program is installed."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["mode-gguf" if program == "__main__.py" else program, *sys.argv[1:]])
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Of this package, of Python, and of the packages that compute."""
+    found = {"mode-gguf": __version__, "Python": platform.python_version()}
+    for name in COMPUTING:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def file_identity(path: Path) -> str:

@@ -193,7 +193,7 @@ def warnings_of_calibration(folder: WorkFolder) -> list[str]:
     from mode_gguf.calibration.coverage import calibration_warnings
     from mode_gguf.calibration.statistics import CalibrationStatistics
 
-    return calibration_warnings(CalibrationStatistics.load(folder.calibration))
+    return calibration_warnings(CalibrationStatistics.load(folder.calibration, sums=False))
 
 
 def check_same_model(checkpoint: Checkpoint, path: Path, found: str) -> None:

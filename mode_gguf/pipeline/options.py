@@ -79,6 +79,7 @@ class ConvertResult:
     imatrix: Path
     plan: Path
     report: Path | None
+    page: Path
     bpw: float
     size_bytes: int
     seconds: Mapping[str, float]

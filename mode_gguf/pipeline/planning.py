@@ -23,7 +23,7 @@ from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.export.text_model import metadata_bytes
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.pipeline.ledger import StageLedger
-from mode_gguf.pipeline.measuring import check_same_model, kl_measurement, measured_tables
+from mode_gguf.pipeline.measuring import kl_measurement, measured_tables
 from mode_gguf.pipeline.options import DEFAULT_MEASURED_SAMPLES, CalibrationOptions
 from mode_gguf.pipeline.stages import plan_stage, refinement_settings
 from mode_gguf.progress import Progress, silent
@@ -36,6 +36,7 @@ from mode_gguf.workfolder import WorkFolder
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.table import SensitivityTable
     from mode_gguf.importance.unit_table import UnitKl
 
@@ -322,9 +323,22 @@ def _measurements(
     checkpoint: Checkpoint, folder: WorkFolder, preset: Preset
 ) -> tuple[Measurements, Preset, "SensitivityTable"]:
     """What costs are made of, the preset that makes them of it, and the table that it is from."""
+    table, statistics = measured_tables(checkpoint, folder)
+    measured, preset = measurements_of(folder, table, statistics, preset)
+    return measured, preset, table
+
+
+def measurements_of(
+    folder: WorkFolder, table: "SensitivityTable", statistics: "CalibrationStatistics", preset: Preset
+) -> tuple[Measurements, Preset]:
+    """What costs are made of, from the folder's tables, and the preset that makes them of it.
+
+    Raises:
+        InputError: measured KL is needed, and is missing or belongs to other tables.
+        UsageError: the table was made for another preset.
+    """
     from mode_gguf.importance.unit_table import UnitKl
 
-    table, statistics = measured_tables(checkpoint, folder)
     if table.method != preset.method:
         raise UsageError(
             f"{folder.sensitivity}: measured with {table.method}, but this plan needs {preset.method} (preset "
@@ -334,11 +348,8 @@ def _measurements(
         layer: ExpertUse(statistics.counts(layer), statistics.routing_weights(layer)) for layer in statistics.moe_layers
     }
     if preset.unit_kl:
-        measured_units = UnitKl.load(folder.unit_kl)
-        check_same_model(checkpoint, folder.unit_kl, measured_units.fingerprint)
-        table, preset = with_unit_kl(table, measured_units, use, preset)
-    measured = Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
-    return measured, preset, table
+        table, preset = with_unit_kl(table, UnitKl.load(folder.unit_kl), use, preset)
+    return Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use), preset
 
 
 def _provenance(

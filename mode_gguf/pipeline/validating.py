@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
+from mode_gguf.conversion_facts import ConversionFacts
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
@@ -33,11 +34,13 @@ def run_validation(
     reference_folder: Path | None = None,
     bounds: Bounds = NO_BOUNDS,
     warnings: Sequence[str] = (),
+    conversion: ConversionFacts | None = None,
     progress: Progress = silent,
 ) -> ValidationReport:
-    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`, `warnings` included.
+    """Run candidate and reference in llama.cpp, compare them, and write the report to `report`.
 
-    The report says which `bounds` are kept; `validation.bounds.require_kept` stops where one is not.
+    `warnings` and `conversion`, how the candidate was made, become part of it. The report says which `bounds` are kept;
+    `validation.bounds.require_kept` stops where one is not.
     """
     result = validate(
         candidate,
@@ -51,7 +54,7 @@ def run_validation(
         bounds=bounds,
         progress=progress,
     )
-    result = result.model_copy(update={"warnings": (*result.warnings, *warnings)})
+    result = result.model_copy(update={"warnings": (*result.warnings, *warnings), "conversion": conversion})
     result.save(report)
     return result
 

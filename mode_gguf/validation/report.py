@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from mode_gguf.artifacts import Record, read_record, write_text
+from mode_gguf.conversion_facts import ConversionFacts
 from mode_gguf.validation.divergence import Scores
 from mode_gguf.validation.questions import Interval
 from mode_gguf.validation.runtimes import SmokeTest
@@ -119,7 +120,8 @@ class ValidationReport(Record):
     `runtime` ran the candidate, `reference_runtime` the reference. `scored_answers` says which answers about pictures
     `image` is about: the reference's own (`reference`), or the right ones of the questions (`given`). `settings` is how
     models were run (`reference.Settings`), `checks` are the limits that were given.
-    `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now.
+    `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now;
+    `conversion` is how it was made, where that is known.
     """
 
     schema_version: Literal[1] = 1
@@ -141,6 +143,7 @@ class ValidationReport(Record):
     scored_answers: Literal["reference", "given"] | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     checks: tuple[Check, ...] = ()
+    conversion: ConversionFacts | None = None
 
     @property
     def example(self) -> Answer | None:

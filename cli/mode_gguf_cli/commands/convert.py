@@ -145,8 +145,7 @@ def command(
         return
     show(f"model    {result.model}  ({result.bpw:.3f} bpw, {result.size_bytes / 1e6:,.1f} MB)")
     show(f"mmproj   {result.mmproj}")
-    if result.report:
-        show(f"report   {result.report}")
+    show(f"report   {result.page}")
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
     if reused:
         say(f"reused from the last run in this folder: {', '.join(reused)}")

@@ -69,7 +69,9 @@ def command(
             "that questions come with."
         ),
     ] = AnswersName.REFERENCE,
-    report: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("report.json"),
+    report: Annotated[
+        Path, typer.Option(help="Where the report goes, a JSON file; a page to read is written beside it.")
+    ] = Path("report.json"),
     reference_data: Annotated[
         Path | None,
         typer.Option(
@@ -180,8 +182,13 @@ def command(
         min_image_top1=min_image_top1,
         min_accuracy=min_accuracy,
     )
+    if report.suffix == ".html":
+        raise UsageError(
+            f"--report {report}: names the JSON file; the page is written beside it, give {report.stem}.json"
+        )
+    source = _source(candidate)
     result = pipeline.run_validation(
-        _source(candidate),
+        source,
         mmproj,
         _source(reference) if reference else None,
         report,
@@ -190,12 +197,14 @@ def command(
         settings=settings,
         reference_folder=reference_data or report.parent / "reference",
         bounds=bounds,
+        conversion=pipeline.facts_about(source) if isinstance(source, Path) else None,
         progress=progress(),
     )
+    page = pipeline.draw_validated(report, result, samples)
     if json:
         emit_json(result.model_dump(mode="json"))
     else:
-        _show(result, report)
+        _show(result, page)
     require_kept(result)
 
 
@@ -246,7 +255,7 @@ def _override(text: str) -> tuple[str, str]:
     return pattern, buffer
 
 
-def _show(result: "ValidationReport", report: Path) -> None:
+def _show(result: "ValidationReport", page: Path) -> None:
     for name, part in (("text", result.text), ("image", result.image)):
         if part is None:
             continue
@@ -267,4 +276,4 @@ def _show(result: "ValidationReport", report: Path) -> None:
         show(f"          {result.example.answer}")
     for check in result.checks:
         show(f"limit     {check.option} {check.limit:g}: {check.found:.6g}, {'kept' if check.kept else 'broken'}")
-    show(f"report    {report}")
+    show(f"report    {page}")

@@ -1,0 +1,104 @@
+"""The report people read: report.html, from report.json and whatever else a work folder holds."""
+
+import logging
+from pathlib import Path
+
+from mode_gguf.allocation.plan import Plan
+from mode_gguf.artifacts import write_text
+from mode_gguf.conversion_facts import ConversionFacts, nothing_known
+from mode_gguf.errors import InputError, MissingResourceError
+from mode_gguf.gguf_header import read_header
+from mode_gguf.pipeline.facts import conversion_facts, work_folder
+from mode_gguf.pipeline.ledger import StageLedger, file_identity
+from mode_gguf.pipeline.session import working_in
+from mode_gguf.report.page import draw, is_of_plan, same_bpw
+from mode_gguf.validation.default_set import default_held_out
+from mode_gguf.validation.questions import load_held_out
+from mode_gguf.validation.report import ValidationReport
+from mode_gguf.workfolder import WorkFolder
+
+BUILT_IN = "built-in"
+
+log = logging.getLogger(__name__)
+
+
+def run_report(path: Path, held_out: Path | None = None) -> Path:
+    """Draw report.html again from the files in a work folder; what report.json says of the conversion is renewed, too.
+
+    Args:
+        held_out: where the pictures of the questions are; None for the set that the folder was validated with.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: nothing was ever written there, or report.json is none.
+    """
+    folder = work_folder(path)
+    with working_in(folder):
+        facts = conversion_facts(folder)
+        report = ValidationReport.load(folder.report) if folder.report.exists() else None
+        if report and is_of_plan(report, facts) and report.conversion != facts:
+            before = file_identity(folder.report)
+            report = report.model_copy(update={"conversion": facts})
+            report.save(folder.report)
+            StageLedger(folder).written_again("validate", folder.report, before)
+        return write_page(folder.page, facts, report, held_out or validated_with(folder))
+
+
+def draw_converted(folder: WorkFolder, held_out: Path | None, *, validated: bool) -> Path:
+    """report.html at the end of a conversion.
+
+    Args:
+        validated: whether report.json is of this conversion, so that it has all that is to be said of it.
+    """
+    report = ValidationReport.load(folder.report) if folder.report.exists() else None
+    facts = report.conversion if report and validated else None
+    return write_page(folder.page, facts or conversion_facts(folder), report, held_out)
+
+
+def facts_about(candidate: Path) -> ConversionFacts | None:
+    """How a file was made, where it lies in a work folder whose plan it was made from; None otherwise.
+
+    Raises:
+        InputError: the file is no GGUF.
+    """
+    bpw = read_header(candidate).bpw
+    try:
+        folder = work_folder(candidate.parent)
+        if not folder.plan.exists() or not same_bpw(Plan.load(folder.plan).bpw, bpw):
+            return None
+        return conversion_facts(folder)
+    except InputError:
+        return None
+
+
+def draw_validated(path: Path, report: ValidationReport, held_out: Path | None) -> Path:
+    """The page of a validation alone, beside its JSON file `path`, with what that says of the conversion."""
+    reason = "the file does not lie in the work folder that it was made in."
+    facts = report.conversion or nothing_known(report.candidate.name, reason)
+    return write_page(path.with_suffix(".html"), facts, report, held_out)
+
+
+def write_page(path: Path, facts: ConversionFacts, report: ValidationReport | None, held_out: Path | None) -> Path:
+    """Write the page to `path`, with the pictures of a held-out set (None for the built-in one) as far as they are."""
+    write_text(path, draw(facts, report, _pictures(report, held_out)))
+    return path
+
+
+def validated_with(folder: WorkFolder) -> Path | None:
+    """The held-out set that stages.json names; None for the built-in one, and where nothing was validated."""
+    source = StageLedger(folder).entries().get("validate", {}).get("settings", {}).get("held-out data", BUILT_IN)
+    return None if source == BUILT_IN else Path(str(source))
+
+
+def _pictures(report: ValidationReport | None, held_out: Path | None) -> dict[tuple[str, str], Path]:
+    """Files by name and question; empty where the set is not what the report's answers are to."""
+    if report is None or not report.answers:
+        return {}
+    try:
+        questions = (load_held_out(held_out) if held_out else default_held_out()).questions
+    except (InputError, MissingResourceError) as error:
+        log.warning("the page has no pictures: %s", error)
+        return {}
+    return {(question.image.name, question.question): question.image for question in questions}
