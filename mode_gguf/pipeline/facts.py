@@ -5,6 +5,7 @@ No checkpoint is needed: what planning has to know of tensors is in the plan and
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def conversion_facts(folder: WorkFolder) -> ConversionFacts:
         plan=_plan_facts(plan) if plan else None,
         uniform=_uniform(plan, tensors, priced) if plan else [],
         prediction=_prediction(priced, missing) if priced else None,
-        sensitivity=_sensitivity(priced) if priced else None,
+        sensitivity=_sensitivity(priced, missing) if priced else None,
         calibration=_calibration_facts(statistics) if statistics else None,
         stages=[_stage_run(stage, entry) for stage, entry in entries.items()],
         versions=_versions(entries),
@@ -85,14 +86,14 @@ def work_folder(path: Path) -> WorkFolder:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the work folder of a conversion")
     unnamed = WorkFolder(path, "")
-    if unnamed.plan.exists():
+    with suppress(InputError):
         return WorkFolder(path, Plan.load(unnamed.plan).made_from.model)
     for measured in (unnamed.calibration, unnamed.sensitivity):
-        if measured.exists():
-            return WorkFolder(path, str(read_metadata(measured)["model"]))
+        with suppress(InputError):
+            return WorkFolder(path, str(read_metadata(measured).get("model", path.name)))
     raise InputError(
-        f"{path}: holds no plan.json, calibration.safetensors or sensitivity.safetensors; give the work folder of a "
-        "conversion, <model>-mode-gguf unless --out said otherwise"
+        f"{path}: holds no plan.json, calibration.safetensors or sensitivity.safetensors that can be read; give the "
+        "work folder of a conversion, <model>-mode-gguf unless --out said otherwise"
     )
 
 
@@ -298,13 +299,16 @@ def _prediction(priced: _Priced, missing: dict[str, str]) -> Prediction:
     )
 
 
-def _sensitivity(priced: _Priced) -> SensitivityFacts:
+def _sensitivity(priced: _Priced, missing: dict[str, str]) -> SensitivityFacts | None:
     """Units by what their smallest type would cost."""
     costs = priced.preset.costs
-    by_tensor = tensor_units(priced.tensors, priced.types, priced.measured, costs)
-    by_expert = [
-        unit for unit in expert_units(priced.tensors, priced.types, priced.measured, costs) if unit.expert is not None
-    ]
+    try:
+        by_tensor = tensor_units(priced.tensors, priced.types, priced.measured, costs)
+        together = expert_units(priced.tensors, priced.types, priced.measured, costs)
+    except ModeGgufError as error:
+        missing["sensitivity"] = str(error)
+        return None
+    by_expert = [unit for unit in together if unit.expert is not None]
     layers: dict[int, list[float]] = {}
     for unit in by_expert:
         layers.setdefault(unit.layer or 0, []).append(_smallest(unit).cost)

@@ -97,9 +97,10 @@ def unpacked(raw: np.ndarray, info: TensorInfo, n: int) -> np.ndarray:
     if info.type in QUANT_TYPES:
         return unpack_matrix(raw, QUANT_TYPES[info.type], n)
     try:
-        return gguf.dequantize(raw, gguf.GGMLQuantizationType[info.type]).reshape(len(raw), n).astype(np.float32)
+        weights = gguf.dequantize(raw, gguf.GGMLQuantizationType[info.type])
     except NotImplementedError:
         raise InputError(f"{info.file}: tensor {info.name} has type {info.type}, which nothing here unpacks") from None
+    return np.asarray(weights, np.float32).reshape(len(raw), n)
 
 
 def model_tensors(header: GgufHeader) -> dict[str, ModelTensor]:

@@ -19,7 +19,9 @@ COMMANDS = (
     "plan",
     "export",
     "validate",
+    "report",
     "inspect",
+    "compare",
     "doctor",
 )
 

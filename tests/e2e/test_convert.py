@@ -18,6 +18,7 @@ from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.structure import check_structure
 from mode_gguf.workfolder import WorkFolder
 from tests.pico import write_pico_qwen3vlmoe
+from tests.report.pages import Page
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
 IQ = ("--types", "IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "--dense-types", "IQ2_XXS,Q3_K,Q4_K")
@@ -41,7 +42,14 @@ def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: 
     assert Path(result["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
     assert model.stat().st_size == result["size_bytes"]
     assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "projector", "validate"}
-    for name in ("plan.json", "tensor-types.txt", "calibration.safetensors", "sensitivity.safetensors", "report.json"):
+    for name in (
+        "plan.json",
+        "tensor-types.txt",
+        "calibration.safetensors",
+        "sensitivity.safetensors",
+        "report.json",
+        "report.html",
+    ):
         assert (out / name).exists(), name
     report = json.loads((out / "report.json").read_text())
     assert report["text"]["kl_mean"] > 0
@@ -51,6 +59,38 @@ def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: 
 def test_second_run_reuses_every_stage(pico: Path, out: Path, run: Run) -> None:
     result = json.loads(run("convert", pico, "--bpw", "4.0", "--out", out, "--json", *SMALL))
     assert set(result["seconds"].values()) == {0.0}
+
+
+def test_the_page_says_how_the_file_was_made_and_how_it_behaves(
+    pico: Path, out: Path, tmp_path: Path, run: Run
+) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    before = {path.name: path.read_bytes() for path in copy.glob("*.json")}
+    first = Page((copy / "report.html").read_text(encoding="utf-8"))
+    assert json.loads(run("report", copy, "--json")) == {"page": str(copy / "report.html")}
+    assert before == {path.name: path.read_bytes() for path in copy.glob("*.json")}, "convert would validate again"
+    page = Page((copy / "report.html").read_text(encoding="utf-8"))
+    assert page.texts == first.texts
+    assert page.faults == []
+    assert "Not shown" not in (copy / "report.html").read_text()
+    assert f"mode-gguf convert {pico} --bpw 4.0" in page.text("command")
+    assert "calibrate, sensitivity, plan, round, export, projector, reference" in page.text("command")
+    assert sum(str(found.get("src")).startswith("data:image/webp") for _, found in page.tags) > 3
+    conversion = json.loads((copy / "report.json").read_text())["conversion"]
+    assert {run["name"] for run in conversion["stages"]} == set(json.loads(before["stages.json"])) - {"validate"}
+    assert len(conversion["prediction"]["this"]) == 2
+
+    (model,) = copy.glob("*MODE*.gguf")
+    found = json.loads(run("validate", model, "--report", tmp_path / "alone.json", "--json"))
+    assert found["conversion"] == conversion
+    assert "only what stands alone" in Page((tmp_path / "alone.html").read_text(encoding="utf-8")).text("quality")
+    elsewhere = Path(shutil.copy(model, tmp_path / "elsewhere.gguf"))
+    printed = run("validate", elsewhere, "--report", tmp_path / "elsewhere.json")
+    assert str(tmp_path / "elsewhere.html") in printed
+    page = Page((tmp_path / "elsewhere.html").read_text(encoding="utf-8"))
+    assert page.faults == []
+    assert "does not lie in the work folder" in page.text("types")
+    assert "--report" in run("validate", model, "--report", tmp_path / "report.html", code=2)
 
 
 def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run) -> None:

@@ -28,7 +28,7 @@ from mode_gguf.progress import Advance
 from mode_gguf.quantization.types import parse_types
 
 KILLS = 24
-IGNORED = {"mode-gguf.log", ".mode-gguf.lock"}
+IGNORED = {"mode-gguf.log", ".mode-gguf.lock", "report.html"}  # the page shows times
 
 # Children are forked from a process that has imported everything and computed nothing.
 processes = multiprocessing.get_context("forkserver")
@@ -168,6 +168,7 @@ def test_killed_at_any_moment(pico: Path, tmp_path: Path, data: Path) -> None:
     expected = contents(whole)
     moments = json.loads(record.read_text())
     assert {"stages.json", "report.json", "plan.json", "unit-kl.safetensors"} <= set(expected)
+    assert (whole / "report.html").exists()
 
     out, spread, kills = tmp_path / "work", random.Random(0), 0
     for number in range(KILLS):

@@ -47,7 +47,7 @@ def write(path: Path, tensors: Weights, types: Mapping[str, str] | str = "F32", 
 def packed(values: np.ndarray, quant_type: gguf.GGMLQuantizationType) -> np.ndarray:
     """By gguf-py, or by us what it cannot pack."""
     try:
-        return gguf.quantize(values, quant_type)
+        return np.asarray(gguf.quantize(values, quant_type))
     except NotImplementedError:
         rows = pack_matrix(values.reshape(-1, WIDTH), QUANT_TYPES[quant_type.name], None, name="m")
         return rows.reshape(*values.shape[:-1], -1)
