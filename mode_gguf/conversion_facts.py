@@ -154,7 +154,7 @@ class ConversionFacts(Record):
     """Everything that report.html shows beside the validation.
 
     Attributes:
-        stages: in the order in which they finished, without `validate`, whose report has its times.
+        stages: in their order, without `validate`, whose report has its times.
         versions: of what computed, by name; of the last stage that recorded them.
         uniform: files that store every expert in one type, and everything else in it, too, but not below Q4_K.
         missing: by part, why it is None or empty, in a sentence.

@@ -69,7 +69,7 @@ def main() -> None:
     draw(rows, arguments.out / "comparison.png")
     show_example(rows[-1].report)
     show(f"\nmodel       {result.model}\nprojector   {result.mmproj}")
-    show(f"comparison  {arguments.out / 'comparison.png'}")
+    show(f"report      {result.page}\ncomparison  {arguments.out / 'comparison.png'}")
     show(f"{time.monotonic() - started:.0f} seconds in all")
 
 

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 FRONTIER_POINTS = 12
 SHOWN_UNITS = 12
+STAGES = ("calibrate", "sensitivity", "unit-kl", "plan", "round", "export", "projector", "reference")
+"""In their order; the times of `validate` are in its report."""
 KEPT_TYPE = "F32"
 """Of routers, norms and biases, and of nothing else in a plan that packs anything."""
 LARGE_BLOCK, SMALL_BLOCK = 256, 32
@@ -61,7 +63,8 @@ def conversion_facts(folder: WorkFolder) -> ConversionFacts:
     table = _table(folder, plan, missing)
     tensors = planned_tensors(plan, table) if plan else []
     priced = _priced(folder, plan, tensors, table, statistics, missing)
-    entries = {stage: entry for stage, entry in StageLedger(folder).entries().items() if stage != "validate"}
+    found = StageLedger(folder).entries()
+    entries = {stage: found[stage] for stage in STAGES if stage in found}
     if not entries:
         missing["stages"] = "stages.json is not there: nothing in this folder remembers which command made it."
     return ConversionFacts(
@@ -395,6 +398,6 @@ def _stage_run(stage: str, entry: Mapping[str, Any]) -> StageRun:
 
 
 def _versions(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Of the last stage that recorded them."""
+    """Of the last stage in their order that recorded them."""
     recorded = [entry["versions"] for entry in entries.values() if isinstance(entry.get("versions"), dict)]
     return {str(name): str(number) for name, number in recorded[-1].items()} if recorded else {}

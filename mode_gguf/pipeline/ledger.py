@@ -94,7 +94,7 @@ class StageLedger:
         return float(self._entry(stage).get("seconds", 0.0))
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What is remembered, by stage, in the order in which they finished."""
+        """What is remembered, by stage."""
         return {stage: entry for stage in self._read() if (entry := self._entry(stage))}
 
     def written_again(self, stage: str, path: Path, before: str) -> None:
@@ -146,9 +146,7 @@ class StageLedger:
             "command": command(),
             "versions": versions(),
         }
-        entries = self._read()
-        entries.pop(stage.name, None)  # so that it becomes the last one
-        write_json(self._folder.stages, {**entries, stage.name: entry})
+        write_json(self._folder.stages, {**self._read(), stage.name: entry})
 
     def _entry(self, stage: str) -> dict[str, Any]:
         """What is remembered of a stage; empty if nothing is, or nothing that can be trusted."""

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from mode_gguf.allocation.costs import CostModel, ExpertUse, Measurements, expert_frequency, expert_units, tensor_units
+from mode_gguf.allocation.costs import (
+    CostModel,
+    ExpertUse,
+    Measurements,
+    cost_of_types,
+    expert_frequency,
+    expert_units,
+    tensor_units,
+)
 from mode_gguf.allocation.units import CandidateTypes
 from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.errors import InputError, UsageError
@@ -130,3 +138,17 @@ def test_what_was_not_measured_is_named(measured: Measurements) -> None:
     del measured.arrays[f"{GATE.name}.weight_error"]  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"ffn_gate_exps\.weight\.weight_error is missing"):
         tensor_costs(measured, CostModel("random"), GATE)
+
+
+def test_types_cost_what_their_units_do(measured: Measurements) -> None:
+    model, (q2, q4) = CostModel(), (QUANT_TYPES[name] for name in TYPES)
+    gate, attention = tensor_costs(measured, model, GATE), tensor_costs(measured, model, ATTENTION)
+    whole = cost_of_types([GATE, ATTENTION], {GATE.name: [q2], ATTENTION.name: [q4]}, measured, model)
+    assert whole == pytest.approx(gate[0] + attention[1])
+    experts = expert_costs(measured, model)
+    mixed = cost_of_types([GATE], {GATE.name: [q2, q4, q2]}, measured, model)
+    assert mixed == pytest.approx(experts[0, 0] + experts[1, 1] + experts[2, 0])
+    with pytest.raises(InputError, match="not measured at Q6_K"):
+        cost_of_types([ATTENTION], {ATTENTION.name: [QUANT_TYPES["Q6_K"]]}, measured, model)
+    measured.arrays[f"{ATTENTION.name}.unit"][...] = np.nan
+    assert cost_of_types([ATTENTION], {ATTENTION.name: [q4]}, measured, model) == 0, "no type fits its rows"

@@ -159,6 +159,8 @@ def contents(out: Path) -> dict[str, Any]:
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_times(one) for key, one in value.items() if key not in ("seconds", "finished")}
+    if isinstance(value, list):
+        return [without_times(one) for one in value]
     return value
 
 
