@@ -130,7 +130,12 @@ class ProjectorType(StrEnum):
 
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of the Hugging Face checkpoint.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of the Hugging Face checkpoint, or its name on the hub: ORG/NAME or ORG/NAME@REVISION.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[
     Path | None,

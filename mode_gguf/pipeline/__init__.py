@@ -4,7 +4,7 @@ Each `run_` function reads what earlier stages left in the folder, writes its ow
 `convert` chains them. Stages that need torch import it when they run, so that planning and exporting start at once.
 """
 
-from mode_gguf.pipeline.conversion import convert, estimate, merge, open_model
+from mode_gguf.pipeline.conversion import convert, estimate, merge, open_model, outlined_model
 from mode_gguf.pipeline.exporting import (
     REFERENCE_TYPE,
     export_text,
@@ -50,6 +50,7 @@ __all__ = [
     "merge",
     "model_path",
     "open_model",
+    "outlined_model",
     "planning_problem",
     "projector_path",
     "run_calibration",

@@ -1,5 +1,6 @@
 """mode-gguf convert: all stages."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,6 +9,7 @@ from mode_gguf_cli import options
 from mode_gguf_cli.console import emit_json, progress, say, show
 
 if TYPE_CHECKING:
+    from mode_gguf.hub.source import Download
     from mode_gguf.pipeline import Estimate
 
 
@@ -123,10 +125,11 @@ def command(
         llama_cpp=llama_cpp,
         restart=restart,
     )
-    checkpoint, folder = pipeline.open_model(model, out)
     if dry_run:
-        _show_estimate(pipeline.estimate(checkpoint, folder, chosen), as_json=json)
+        with pipeline.outlined_model(model, out) as (checkpoint, folder, download):
+            _show_estimate(pipeline.estimate(checkpoint, folder, chosen), download, as_json=json)
         return
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     result = pipeline.convert(checkpoint, folder, chosen, progress())
     if json:
         emit_json(
@@ -155,7 +158,7 @@ def _default_types(granularity: options.GranularityName) -> str:
     return options.DEFAULT_GROUP_TYPES if grouped else options.DEFAULT_EXPERT_TYPES
 
 
-def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
+def _show_estimate(estimate: "Estimate", download: "Download | None", *, as_json: bool) -> None:
     reach = estimate.reach
     bpw = 8 * reach.budget / reach.n_weights
     share = estimate.expert_weights / estimate.n_weights
@@ -173,11 +176,14 @@ def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
                 "limits": list(reach.limits),
                 "model_bytes": estimate.model_bytes,
                 "free_disk_bytes": estimate.free_disk_bytes,
+                "download": asdict(download) if download else None,
             }
         )
         return
     experts = f"{100 * share:.1f} % in {estimate.layers} layers of {estimate.experts} experts"
     show(f"model      {estimate.model_name} ({estimate.family})")
+    if download:
+        show(f"download   {download}")
     show(f"weights    {estimate.n_weights:,}, {experts}")
     show(f"bpw        {bpw:.4g}; {reach.lowest_bpw:.3f} to {reach.highest_bpw:.3f} can be reached")
     for limit in reach.limits:

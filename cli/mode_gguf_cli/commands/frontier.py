@@ -37,7 +37,7 @@ def command(
     """
     from mode_gguf import pipeline
 
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     candidates = options.measured_types(folder, types, dense_types, floor or ())
     plot = png or folder.frontier_plot
     with pipeline.working_in(folder):

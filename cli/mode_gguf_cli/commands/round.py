@@ -37,7 +37,7 @@ def command(
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
 
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     chosen = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
     with pipeline.working_in(folder):
         report = pipeline.run_rounding(

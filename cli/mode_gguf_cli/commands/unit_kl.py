@@ -27,7 +27,7 @@ def command(
     from mode_gguf.importance.unit_table import compared
 
     chosen = pipeline.CalibrationOptions(calibration, image_samples, text_samples, device=device.value, seed=seed)
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     table = SensitivityTable.load(folder.sensitivity)
     candidates = options.measured_types(folder, types, dense_types)
     with pipeline.working_in(folder):
