@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ class Hub:
         uploads_left: LFS uploads that still work; afterwards they break off in the middle. None for all.
         downloads_break_after: bytes after which a download breaks off once, None for never.
         refuse: status to answer everything with, None to work; `refuse_after_break` is the same from then on.
+        slow: a file whose downloads wait for a second first.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Hub:
     downloads_break_after: int | None = None
     refuse: int | None = None
     refuse_after_break: int | None = None
+    slow: str | None = None
     url: str = ""
 
     def add(self, name: str, folder: Path, **options: Any) -> Repository:
@@ -117,16 +120,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._answer()
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
@@ -157,7 +160,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
-        for key, text in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
+        for key, text in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(headers or {}),
+        }.items():
             self.send_header(key, text)
         self.end_headers()
         if self.command != "HEAD":
@@ -243,6 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if path == self.hub.slow:
+            time.sleep(1)
         limit = self.hub.downloads_break_after
         if limit is not None and len(content) > limit:
             self.hub.downloads_break_after, self.hub.refuse = None, self.hub.refuse_after_break

@@ -1,4 +1,4 @@
-"""A checkpoint on the hub: what of it is needed, fetching that into the hub's cache, and a dry run that fetches little."""
+"""A checkpoint on the hub: what of it is needed, and fetching that into the hub's cache; a dry run fetches little."""
 
 import json
 import logging
@@ -89,10 +89,10 @@ def checkpoint_folder(model: str | Path, progress: Progress = silent) -> Path:
     if named is None:
         return Path(model)
     with explained(f"{named} (no folder here, so looked for on the hub)"):
-        listing = _list_files(named)
+        folder = _fetch_small(named)
+        listing = _list_files(HubModel(named.repository, folder.name))
         if listing is None:
-            return _cached(named)
-        folder = _fetch(listing, _small_files(listing.sizes))
+            return folder
         weights = listing.download(_weight_files(named, folder, listing))
         _check_room(named, weights.missing_bytes)
         log.info("%s", listing.download([*_small_files(listing.sizes), *weights.files]))
@@ -116,7 +116,7 @@ def checkpoint_outline(model: str | Path) -> Iterator[tuple[Path, Download | Non
         with explained(f"{named} (no folder here, so looked for on the hub)"):
             listing = _list_files(named)
             if listing is None:
-                folder, download = _cached(named), None
+                folder, download = _fetch_small(named), None
             else:
                 folder, download = _outline(named, listing, Path(temporary))
         yield folder, download
@@ -174,10 +174,17 @@ def _list_files(named: HubModel) -> _Listing | None:
     return _Listing(named.repository, info.sha, inside)
 
 
-def _cached(named: HubModel) -> Path:
+def _fetch_small(named: HubModel) -> Path:
+    """Fetch everything but the weights into the cache, or find it there if the hub cannot be reached."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(named.repository, revision=named.revision, local_files_only=True))
+    patterns = [f"*{ending}" for ending in _SMALL] + [f"{beginning}*" for beginning in _CARDS]
+    with _without_bars():
+        return Path(
+            snapshot_download(
+                named.repository, revision=named.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
 
 
 def _fetch(listing: _Listing, names: Iterable[str], folder: Path | None = None) -> Path:
@@ -217,13 +224,16 @@ def _check_room(named: HubModel, needed: int) -> None:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).absolute()
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    free = _free_bytes(cache)
     if needed > free:
         raise MissingResourceError(
             f"{named}: {needed / 1e9:,.1f} GB to download, {free / 1e9:,.1f} GB free in {cache}; free some space, or "
             "set HF_HOME to a larger disk"
         )
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(next(there for there in (folder, *folder.parents) if there.exists())).free
 
 
 @contextmanager
@@ -269,7 +279,7 @@ def _bytes_in(folder: Path) -> int:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Progress is told by `_watched`."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()
     disable_progress_bars()

@@ -49,9 +49,7 @@ from mode_gguf.workfolder import WorkFolder
 log = logging.getLogger(__name__)
 
 
-def open_model(
-    model: str | Path, out: Path | None, progress: Progress = silent
-) -> tuple[Checkpoint, WorkFolder]:
+def open_model(model: str | Path, out: Path | None, progress: Progress = silent) -> tuple[Checkpoint, WorkFolder]:
     """The checkpoint, and the work folder for it: `out`, or `<name>-mode-gguf` in the current folder.
 
     `model` is a folder, or the name of a model on the hub, which is downloaded; see `mode_gguf.hub.source`.
@@ -60,9 +58,7 @@ def open_model(
 
 
 @contextmanager
-def outlined_model(
-    model: str | Path, out: Path | None
-) -> Iterator[tuple[Checkpoint, WorkFolder, Download | None]]:
+def outlined_model(model: str | Path, out: Path | None) -> Iterator[tuple[Checkpoint, WorkFolder, Download | None]]:
     """As `open_model`, for `estimate`: of a model on the hub no weights are downloaded, and what would be is told."""
     with checkpoint_outline(model) as (path, download):
         yield *_opened(path, out), download

@@ -44,7 +44,12 @@ def test_the_tag_is_what_llama_cpp_reads(quant_type: str, groups: bool) -> None:
 
 
 def test_the_hub_shows_a_quantization() -> None:
-    for quant_type, label in {"Q2_K": "Q2_K_MODE", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "IQ2_XXS": "IQ2_XXS_MODE"}.items():
+    for quant_type, label in {
+        "Q2_K": "Q2_K_MODE",
+        "Q3_K": "Q3_K_M",
+        "Q4_K": "Q4_K_M",
+        "IQ2_XXS": "IQ2_XXS_MODE",
+    }.items():
         name = model_file_name(NAME, 3.0, quant_type).upper()
         assert [match[0] for match in HUB_LABEL.finditer(name)][-1] == label
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import show, stdout
+from mode_gguf_cli.console import progress, show, stdout
 
 if TYPE_CHECKING:
     from mode_gguf.allocation.frontier import Frontier, FrontierPoint
