@@ -24,7 +24,7 @@ def pico_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A stand-in for the hub that huggingface_hub talks to in this process, with an empty cache and nobody logged in."""
+    """A stand-in for the hub that huggingface_hub talks to here; the cache is empty, and nobody is logged in."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 

@@ -108,7 +108,7 @@ def serving() -> Iterator[Hub]:
         thread.join()
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         self.status, self.code, self.message = status, code, message
 
@@ -139,13 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._body_left = int(self.headers.get("Content-Length", 0))
         try:
             if self.hub.refuse:
-                raise _Refused(self.hub.refuse, message="refused")
+                raise _RefusedError(self.hub.refuse, message="refused")
             for method, pattern, handle in _ROUTES:
                 if self.command in method and (match := re.fullmatch(pattern, path)):
                     handle(self, **match.groupdict())
                     return
-            raise _Refused(404, message=f"no such route: {self.command} {path}")
-        except _Refused as refused:
+            raise _RefusedError(404, message=f"no such route: {self.command} {path}")
+        except _RefusedError as refused:
             self._body()
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             self._json({"error": refused.message}, refused.status, {key: text for key, text in headers.items() if text})
@@ -175,32 +175,32 @@ class _Handler(BaseHTTPRequestHandler):
     def _token(self) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
         if token not in (None, WRITER, READER):
-            raise _Refused(401, message="Invalid credentials in Authorization header")
+            raise _RefusedError(401, message="Invalid credentials in Authorization header")
         return token
 
     def _repository(self, name: str, *, write: bool = False, content: bool = False) -> Repository:
         token, repository = self._token(), self.hub.repositories.get(name)
         if repository is None or (repository.private and token is None):
-            raise _Refused(404 if token else 401, "RepoNotFound", "Repository not found")
+            raise _RefusedError(404 if token else 401, "RepoNotFound", "Repository not found")
         if write and token is None:
-            raise _Refused(401, message="Unauthorized")
+            raise _RefusedError(401, message="Unauthorized")
         if write and token != WRITER:
-            raise _Refused(403, message="You have no right to write here")
+            raise _RefusedError(403, message="You have no right to write here")
         if content and repository.gated and token != WRITER:
-            raise _Refused(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted")
+            raise _RefusedError(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted")
         return repository
 
     def _commit(self, repository: Repository, revision: str) -> tuple[str, dict[str, bytes]]:
         found = repository.at(revision)
         if found is None:
-            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found
 
     # What is asked
 
     def whoami(self) -> None:
         if self._token() is None:
-            raise _Refused(401, message="Invalid username or password.")
+            raise _RefusedError(401, message="Invalid username or password.")
         self._json({"type": "user", "name": "someone", "auth": {"accessToken": {"role": "write"}}})
 
     def info(self, name: str, revision: str = "main") -> None:
@@ -233,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
     def resolve(self, name: str, revision: str, path: str) -> None:
         sha, files = self._commit(self._repository(name, content=True), revision)
         if path not in files:
-            raise _Refused(404, "EntryNotFound", "Entry not found")
+            raise _RefusedError(404, "EntryNotFound", "Entry not found")
         content = files[path]
         large = path.endswith(LFS_SUFFIXES)
         etag = hashlib.sha256(content).hexdigest() if large else git_hash(content)
@@ -263,12 +263,12 @@ class _Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         wanted = json.loads(self._body())
         if self._token() is None:
-            raise _Refused(401, message="Unauthorized")
+            raise _RefusedError(401, message="Unauthorized")
         if self._token() != WRITER:
-            raise _Refused(403, message="You have no right to create a model here")
+            raise _RefusedError(403, message="You have no right to create a model here")
         name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
         if name in self.hub.repositories:
-            raise _Refused(409, message="You already created this model repo")
+            raise _RefusedError(409, message="You already created this model repo")
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self.hub.repositories[name] = Repository(private=private)
         self._json({"url": f"{self.hub.url}/{name}", "name": name})
@@ -311,7 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = self._body()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise _Refused(400, message="wrong digest")
+            raise _RefusedError(400, message="wrong digest")
         self.hub.lfs[sha256] = data
         if self.hub.uploads_left:
             self.hub.uploads_left -= 1
@@ -327,7 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 if value["oid"] not in self.hub.lfs:
-                    raise _Refused(400, message=f"{value['path']} was not uploaded")
+                    raise _RefusedError(400, message=f"{value['path']} was not uploaded")
                 files[value["path"]] = self.hub.lfs[value["oid"]]
         sha = repository.commit(files)
         self._json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
