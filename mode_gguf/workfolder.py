@@ -93,6 +93,14 @@ class WorkFolder:
         return self.path / "report.json"
 
     @property
+    def report_page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def readme(self) -> Path:
+        return self.path / "README.md"
+
+    @property
     def stages(self) -> Path:
         return self.path / "stages.json"
 

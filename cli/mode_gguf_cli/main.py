@@ -9,6 +9,7 @@ from mode_gguf.calibration import distributed
 from mode_gguf.errors import ModeGgufError
 from mode_gguf_cli.commands import (
     calibrate,
+    card,
     convert,
     doctor,
     export,
@@ -16,6 +17,7 @@ from mode_gguf_cli.commands import (
     inspect,
     merge,
     plan,
+    publish,
     round,
     run,
     runtime,
@@ -48,6 +50,8 @@ for module in (
     export,
     merge,
     validate,
+    card,
+    publish,
     inspect,
     run,
     doctor,

@@ -137,6 +137,18 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Finished = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="Work folder of a finished conversion.", show_default="the current folder"),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORG/NAME",
+        help="The original model on the hub, where it was converted from a folder that does not say.",
+        show_default=False,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(help="Work folder for everything written; default: <model name>-mode-gguf in the current folder."),

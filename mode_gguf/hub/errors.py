@@ -38,6 +38,8 @@ def explained(what: str) -> Iterator[None]:
 def _explanation(what: str, error: BaseException) -> InputError:
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return MissingResourceError(f"{what}: nobody is logged in to the hub; {_LOG_IN}")
     if isinstance(error, errors.HFValidationError):
         return InputError(f"{what}: no name that the hub allows ({_said(error)})")
     if isinstance(error, errors.GatedRepoError):

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from mode_gguf.errors import UsageError
+
 _MODEL = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
 _TAG = re.compile(r"[-.](?P<tag>[A-Za-z0-9_]+)$")
@@ -33,6 +35,18 @@ def hub_model(model: str | Path) -> HubModel | None:
     if match is None or Path(model).exists():
         return None
     return HubModel(match["repository"], match["revision"])
+
+
+def repository_name(text: str) -> str:
+    """`text` as the name of a repository to publish to.
+
+    Raises:
+        UsageError: it is none.
+    """
+    match = _MODEL.fullmatch(text)
+    if match is None or match["revision"]:
+        raise UsageError(f"{text}: no name of a repository on the hub; give OWNER/NAME")
+    return text
 
 
 def quant_tag(file_name: str) -> str | None:

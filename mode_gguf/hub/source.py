@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path, PurePosixPath
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mode_gguf.checkpoint import INDEX_FILE, SINGLE_FILE, read_json
 from mode_gguf.errors import InputError, MissingResourceError
+from mode_gguf.hub.client import hub_api
 from mode_gguf.hub.errors import explained
 from mode_gguf.hub.names import HubModel, hub_model
 from mode_gguf.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +134,7 @@ def _outline(named: HubModel, listing: _Listing, temporary: Path) -> tuple[Path,
 
 def _write_holes(listing: _Listing, name: str, path: Path) -> None:
     """The header of a safetensors file on the hub, and nothing where its data would be."""
-    found = _api().parse_safetensors_file_metadata(listing.repository, name, revision=listing.revision)
+    found = hub_api().parse_safetensors_file_metadata(listing.repository, name, revision=listing.revision)
     header: dict[str, dict[str, Any]] = {
         tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
         for tensor, info in found.tensors.items()
@@ -148,20 +146,12 @@ def _write_holes(listing: _Listing, name: str, path: Path) -> None:
         file.truncate(file.tell() + max((info["data_offsets"][1] for info in header.values()), default=0))
 
 
-def _api() -> "HfApi":
-    from huggingface_hub import HfApi
-
-    from mode_gguf import __version__
-
-    return HfApi(library_name="mode-gguf", library_version=__version__)
-
-
 def _list_files(named: HubModel) -> _Listing | None:
     """What the repository holds; None where the hub cannot be reached."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        info = _api().model_info(named.repository, revision=named.revision, files_metadata=True)
+        info = hub_api().model_info(named.repository, revision=named.revision, files_metadata=True)
     except (HfHubHTTPError, HFValidationError):
         raise
     except Exception as error:  # of one of its HTTP clients

@@ -31,6 +31,7 @@ from mode_gguf.pipeline.planning import (
     save_plan,
     with_unit_kl,
 )
+from mode_gguf.pipeline.publishing import publish, write_card
 from mode_gguf.pipeline.rounding import run_rounding
 from mode_gguf.pipeline.session import working_in
 from mode_gguf.pipeline.validating import environment, run_validation, runtime_speed
@@ -53,6 +54,7 @@ __all__ = [
     "outlined_model",
     "planning_problem",
     "projector_path",
+    "publish",
     "run_calibration",
     "run_export",
     "run_frontier",
@@ -68,4 +70,5 @@ __all__ = [
     "save_plan",
     "with_unit_kl",
     "working_in",
+    "write_card",
 ]

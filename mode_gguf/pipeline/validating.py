@@ -32,6 +32,7 @@ def run_validation(
     progress: Progress = silent,
 ) -> ValidationReport:
     """Run candidate and reference in llama.cpp, compare them, and write the report to `report`, `warnings` included."""
+    report.unlink(missing_ok=True)  # where validation fails none must be left that speaks well of the file
     result = validate(
         candidate,
         reference,
