@@ -25,11 +25,11 @@ def model_card(release: Release, repository: str | None = None, base_model: str 
 
     Args:
         repository: `owner/name` where it will be published; without it, commands have a place to fill in.
-        base_model: `owner/name` of the checkpoint, where the release itself does not know it.
+        base_model: `owner/name` of the checkpoint; None for what the release knows.
     """
     from huggingface_hub import ModelCard
 
-    base = release.base_model or base_model
+    base = base_model or release.base_model
     if base is None:
         log.warning(
             "the card names no base model, since the checkpoint was a folder; give it with --base-model ORG/NAME"
@@ -149,7 +149,10 @@ def _how_to_run(release: Release, repository: str) -> Iterator[str]:
     yield ""
     yield f"koboldcpp: `koboldcpp --model {release.first_file}{projector}`."
     yield ""
-    yield "Works in llama.cpp, LM Studio and koboldcpp. Ollama's support for a projector in a file of its own is not promised."
+    yield (
+        "Works in llama.cpp, LM Studio and koboldcpp. Ollama's support for a projector in a file of its own is not "
+        "promised."
+    )
 
 
 def _measured(report: ValidationReport | None) -> Iterator[str]:
@@ -204,8 +207,8 @@ def _calibration(release: Release) -> Iterator[str]:
     if key := release.calibration.get("key_tokens"):
         yield ""
         yield (
-            f"Vision tokens count as key or redundant by `{key['criterion']}`, {100 * key['ratio']:.0f} % of them key. The "
-            "importance matrix is published with the model and can be used with stock `llama-quantize`."
+            f"Vision tokens count as key or redundant by `{key['criterion']}`, {100 * key['ratio']:.0f} % of them key. "
+            "Stock `llama-quantize` reads the importance matrix, too."
         )
 
 

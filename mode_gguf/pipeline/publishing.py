@@ -134,9 +134,10 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
     imatrix = folder.imatrix_of(settings["imatrix"])
     if file_identity(imatrix) != settings["imatrix file"]:
         raise InputError(f"{imatrix}: is gone, or is not the one that the model was packed with; export again")
-    roles: dict[Path, Role] = dict.fromkeys(model, "text model") | dict.fromkeys(projector, "projector")
-    if imatrix.exists():
-        roles[imatrix] = "importance matrix"
+    roles: dict[Path, Role] = {}
+    roles |= dict.fromkeys(model, "text model")
+    roles |= dict.fromkeys(projector, "projector")
+    roles |= dict.fromkeys([imatrix] if imatrix.exists() else [], "importance matrix")
     about = describe(next(iter(model)))
     bpw = {"text model": about["bpw"], "projector": read_header(next(iter(projector))).bpw, "importance matrix": None}
     files = tuple(
