@@ -1,5 +1,6 @@
 """Fixtures every test folder shares."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     from huggingface_hub.utils import _http
 
     home = tmp_path_factory.mktemp("hub")
-    with serving() as hub:
+    with warnings.catch_warnings(), serving() as hub:
+        # It sends files to its own HTTP client in a way that the client advises against.
+        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"

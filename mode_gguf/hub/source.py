@@ -15,7 +15,7 @@ from typing import Any
 
 from mode_gguf.checkpoint import INDEX_FILE, SINGLE_FILE, read_json
 from mode_gguf.errors import InputError, MissingResourceError
-from mode_gguf.hub.client import hub_api
+from mode_gguf.hub.client import hub_api, without_bars
 from mode_gguf.hub.errors import explained
 from mode_gguf.hub.names import HubModel, hub_model
 from mode_gguf.progress import Progress, silent
@@ -169,7 +169,7 @@ def _fetch_small(named: HubModel) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"*{ending}" for ending in _SMALL] + [f"{beginning}*" for beginning in _CARDS]
-    with _without_bars():
+    with without_bars():
         return Path(
             snapshot_download(
                 named.repository, revision=named.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
@@ -181,7 +181,7 @@ def _fetch(listing: _Listing, names: Iterable[str], folder: Path | None = None) 
     """Fetch files into `folder`, by default the cache; returns where they are."""
     from huggingface_hub import snapshot_download
 
-    with _without_bars():
+    with without_bars():
         return Path(
             snapshot_download(
                 listing.repository,
@@ -264,17 +264,3 @@ def _bytes_in(folder: Path) -> int:
         except FileNotFoundError:  # renamed meanwhile
             continue
     return found
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Progress is told by `_watched`."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            enable_progress_bars()

@@ -1,15 +1,18 @@
 """Uploading to the hub: large files first, then one commit that shows all of them at once."""
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode_gguf.errors import UsageError, ValidationError
-from mode_gguf.hub.client import hub_api
+from mode_gguf.hub.client import hub_api, without_bars
 from mode_gguf.hub.errors import explained
 from mode_gguf.hub.names import is_model_file, quant_tag
+from mode_gguf.progress import Advance, Progress, silent
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -29,6 +32,10 @@ class Upload:
     size_bytes: int
     sha256: str | None = None
 
+    @property
+    def is_file(self) -> bool:
+        return isinstance(self.content, Path)
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -39,7 +46,7 @@ class Published:
     private: bool
 
 
-def upload(repository: str, uploads: Sequence[Upload], private: bool | None) -> Published:
+def upload(repository: str, uploads: Sequence[Upload], private: bool | None, progress: Progress = silent) -> Published:
     """Upload files into a repository, which is made if it is not there; files that it has besides stay.
 
     What has arrived of an upload that broke off is not sent again. The repository changes in one commit, at the end.
@@ -63,13 +70,24 @@ def upload(repository: str, uploads: Sequence[Upload], private: bool | None) -> 
             CommitOperationAdd(one.name, one.content if isinstance(one.content, bytes) else str(one.content))
             for one in uploads
         ]
-        for one, operation in zip(uploads, operations, strict=True):
-            if isinstance(one.content, Path):
-                log.info("uploading %s, %s MB", one.name, f"{one.size_bytes / 1e6:,.1f}")
+        large = [(one, operation) for one, operation in zip(uploads, operations, strict=True) if one.is_file]
+        with _told(progress, sum(one.size_bytes for one, _ in large)) as advance:
+            for one, operation in large:
                 api.preupload_lfs_files(repository, [operation])
+                advance(one.size_bytes)
         done = api.create_commit(repository, operations, commit_message=_MESSAGE)
         _check_arrived(api, repository, done.oid, uploads)
         return Published(f"{api.endpoint}/{repository}", done.oid, bool(there.private))
+
+
+@contextmanager
+def _told(progress: Progress, total: int) -> Iterator[Advance]:
+    """Counts off bytes by files; the client's own bars, which move within a file, do so where somebody watches."""
+    if progress is not silent and sys.stderr.isatty():
+        yield lambda n: None
+    else:
+        with without_bars(), progress.step("uploading", total, "bytes") as advance:
+            yield advance
 
 
 def _repository(api: "HfApi", repository: str, private: bool | None) -> "ModelInfo":

@@ -81,7 +81,7 @@ class StageLedger:
         return [path for name, path in names.items() if now[name] and left.get(name) not in (None, now[name])]
 
     def left(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
-        """Settings of the stage's last run and what its outputs were (`file_identity`); empty if it has not finished."""
+        """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished."""
         entry = self._entry(stage)
         outputs = {self._folder.path / name: str(found) for name, found in entry.get("outputs", {}).items()}
         return entry.get("settings", {}), outputs

@@ -104,7 +104,7 @@ def publish(
             return Publication(uploads, card, None)
         if _is_ours(folder):
             _save_card(folder, card, named, base_model)
-        return Publication(uploads, card, upload(named, uploads, private))
+        return Publication(uploads, card, upload(named, uploads, private, progress))
 
 
 def _opened(path: Path) -> tuple[WorkFolder, Plan]:
