@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mode_gguf import __version__
 from mode_gguf.hub.names import HubModel
 from mode_gguf.hub.release import Release
 from mode_gguf.runtime.release import B11434
@@ -80,8 +79,7 @@ def _title(release: Release, base: str | None) -> Iterator[str]:
     yield ""
     yield (
         f"{source}, quantized to {bpw:.3f} bits per weight ({_size(release.model['size_bytes'])}) with mode-gguf "
-        f"{__version__}: mixed precision after {_PAPER}, calibrated on text and pictures, packed with an importance "
-        "matrix per expert. The projector (image encoder) is a file of its own."
+        f"{made_from.tool_version}{_method(release)}. The projector (image encoder) is a file of its own."
     )
     if release.has_expert_groups:
         yield ""
@@ -89,6 +87,12 @@ def _title(release: Release, base: str | None) -> Iterator[str]:
             "> **Stock llama.cpp refuses this file**, and so does what is built on it (LM Studio, koboldcpp, Ollama): "
             "experts of a layer have different types. See below for the llama.cpp it needs."
         )
+
+
+def _method(release: Release) -> str:
+    if release.plan.budget is None or not release.calibration:
+        return ""
+    return f": mixed precision after {_PAPER}, from what text and pictures need of every expert"
 
 
 def _files(release: Release) -> Iterator[str]:
@@ -163,7 +167,7 @@ def _measured(report: ValidationReport | None) -> Iterator[str]:
         return
     kinds = [(name, part) for name, part in (("text", report.text), ("answers about pictures", report.image)) if part]
     compared = f"beside {report.reference.name} " if report.reference else ""
-    yield f"In llama.cpp ({report.runtime}), {compared}on the held-out set `{report.held_out}`:"
+    yield f"In {report.runtime}, {compared}on the held-out set `{report.held_out}`:"
     if not report.reference:
         yield ""
         yield "The file answers; it was not compared with the full-precision model."
