@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: the part of its HTTP API that huggingface_hub calls.
+"""A stand-in for the Hugging Face Hub on this machine: what huggingface_hub and llama.cpp call of its HTTP API.
 
 Repositories are kept in memory. Large files go over LFS (Xet has to be switched off), everything has commits, tokens
 may read only or write, and repositories may be private or gated. Uploads and downloads can be made to break off.
@@ -213,6 +213,10 @@ class _Handler(BaseHTTPRequestHandler):
             {"id": name, "sha": sha, "private": repository.private, "gated": repository.gated, "siblings": siblings}
         )
 
+    def refs(self, name: str) -> None:
+        sha, _ = self._commit(self._repository(name), "main")
+        self._json({"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": sha}]})
+
     def tree(self, name: str, revision: str) -> None:
         _, files = self._commit(self._repository(name), revision)
         self._json(
@@ -343,6 +347,7 @@ _ROUTES: list[tuple[tuple[str, ...], str, Any]] = [
     (("POST",), r"/api/repos/create", _Handler.create),
     (("POST",), r"/api/validate-yaml", _Handler.validate_yaml),
     (("GET",), rf"/api/models/{_NAME}", _Handler.info),
+    (("GET",), rf"/api/models/{_NAME}/refs", _Handler.refs),
     (("GET",), rf"/api/models/{_NAME}/revision/(?P<revision>.+)", _Handler.info),
     (("GET",), rf"/api/models/{_NAME}/tree/(?P<revision>[^/]+)", _Handler.tree),
     (("POST",), rf"/api/models/{_NAME}/preupload/(?P<revision>.+)", _Handler.preupload),

@@ -14,7 +14,7 @@ def without_local_paths(text: str, places: Iterable[Path] = ()) -> str:
     """
     known = {str(place) for path in (*places, Path.cwd(), Path.home()) for place in (path.absolute(), path.resolve())}
     for place in sorted(known, key=len, reverse=True):
-        if place.count("/") > 1:
+        if place.count("/") > 1:  # `/root` or `/tmp` may be part of an address
             text = text.replace(f"{place}/", "").replace(place, Path(place).name)
     return _PATH.sub(_last_part, text)
 

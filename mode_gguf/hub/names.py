@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from mode_gguf.errors import UsageError
 
 _MODEL = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-\d{5}")
 _TAG = re.compile(r"[-.](?P<tag>[A-Za-z0-9_]+)$")
 
 
@@ -58,6 +58,8 @@ def quant_tag(file_name: str) -> str | None:
 
 
 def is_model_file(file_name: str) -> bool:
-    """Whether `-hf` may take the file for the model."""
+    """Whether `-hf` may take the file for the model, or for its first shard."""
     name = PurePath(file_name).name
-    return name.endswith(".gguf") and not any(other in name for other in ("mmproj", "imatrix"))
+    shard = _SHARD.fullmatch(name.removesuffix(".gguf"))
+    first = shard is None or int(shard["number"]) == 1
+    return name.endswith(".gguf") and first and not any(other in name for other in ("mmproj", "imatrix"))

@@ -211,9 +211,10 @@ def test_published_files_come_back_byte_for_byte(logged_in: Hub, copy: WorkFolde
             assert_no_local_paths(content.decode(), copy.path)
     assert got["README.md"] == copy.readme.read_bytes()
     assert json.loads(got["plan.json"]) == json.loads(copy.plan.read_text())
-    models = [name for name in got if is_model_file(name)]
-    assert len(models) > 1
-    assert len({quant_tag(name) for name in models}) == 1
+    shards = [name for name in got if "_MODE-0000" in name]
+    assert len(shards) > 1
+    assert [is_model_file(name) for name in sorted(shards)] == [True] + [False] * (len(shards) - 1)
+    assert len({quant_tag(name) for name in shards}) == 1
 
     logged_in.requests.clear()
     again = json.loads(run("publish", TARGET, copy.path, "--yes", "--json"))
@@ -389,3 +390,37 @@ def test_a_process_finds_hub_and_login_in_its_environment(hub: Hub, copy: WorkFo
     assert f"published  {hub.url}/{TARGET} (private)" in done.stdout
     assert WRITER not in done.stdout + done.stderr
     assert set(hub.repositories[TARGET].files) == expected_names(copy.path)
+
+
+@pytest.mark.runtime
+def test_llama_cpp_finds_model_and_projector_by_the_tag(
+    logged_in: Hub, pico: Path, held_out: Path, tmp_path: Path, run: Run
+) -> None:
+    """Stock llama.cpp itself reads the names on the hub: MODE_GGUF_STOCK_BUILD names the folder of its programs."""
+    for quant_type in ("Q4_K", "Q3_K"):  # the second one comes first on the hub
+        out = tmp_path / quant_type
+        run("plan", pico, "--uniform", quant_type, "--packing", "exact", "--out", out)
+        plan = json.loads((out / "plan.json").read_text())
+        (out / "plan.json").write_text(json.dumps({**plan, "budget": {"kind": "bpw", "value": 4.5}}))
+        run("export", pico, "--out", out, "--shard-size", "1MB")
+        run("publish", TARGET, out, "--yes", "--public", "--unvalidated")
+    files = logged_in.repositories[TARGET].files
+    logged_in.requests.clear()
+    program = Path(os.environ["MODE_GGUF_STOCK_BUILD"]) / "llama-mtmd-cli"
+    command = [
+        str(program),
+        "-hf",
+        f"{TARGET}:Q4_K_MODE",
+        "--image",
+        str(held_out / "0.png"),
+        "-p",
+        "colour?",
+        "-n",
+        "2",
+    ]
+    environment = {**os.environ, "HF_ENDPOINT": logged_in.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""}
+    environment |= {"LLAMA_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*command, "-n", "2"], capture_output=True, env=environment, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    got = {path.rpartition("/")[2] for path in logged_in.asked("GET", "/resolve/")}
+    assert got == {name for name in files if "Q4_K_MODE" in name or name.startswith("mmproj-")}

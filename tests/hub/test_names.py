@@ -24,9 +24,7 @@ def model_of(tag: str, files: list[str]) -> str | None:
     """Which file llama.cpp takes for `-hf REPOSITORY:TAG`."""
     for file in files:
         if is_model_file(file) and re.search(tag + "[.-]", file, re.IGNORECASE):
-            split = LLAMA_CPP_SPLIT.match(file.removesuffix(".gguf"))
-            if split is None or split[2] == "00001":
-                return file
+            return file
     return None
 
 
@@ -63,7 +61,7 @@ def test_a_tag_finds_its_file_and_no_other() -> None:
     assert model_of("Q3_K_MODE_GROUPS", files) == groups
     assert model_of("Q4_K_MODE", files) == shards[0]
     assert model_of("F16", files) is None
-    assert [file for file in files if is_model_file(file)] == sorted([plain, groups, *shards])
+    assert [file for file in files if is_model_file(file)] == sorted([plain, groups, shards[0]])
 
 
 def test_names_of_what_goes_with_the_model() -> None:
