@@ -57,6 +57,7 @@ class Checkpoint:
         path: the folder.
         name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache.
         repository: `owner/name` when the folder is a snapshot in the hub's cache, else None.
+        revision: the snapshot's commit, else None.
         config: config.json.
         tensors: what is stored where, by checkpoint name, in the order of the index.
         fingerprint: digest of the configuration, the tensor index, and some bytes of every tensor, so that two
@@ -66,6 +67,7 @@ class Checkpoint:
     path: Path
     name: str
     repository: str | None
+    revision: str | None
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     fingerprint: str
@@ -88,11 +90,12 @@ class Checkpoint:
                 "(BF16, F16 or F32), so point to the original model"
             )
         tensors = _index(folder)
-        repository = _cached_repository(folder)
+        repository, revision = _cached_snapshot(folder) or (None, None)
         return cls(
             path=folder,
             name=repository.rpartition("/")[2] if repository else folder.resolve().name,
             repository=repository,
+            revision=revision,
             config=config,
             tensors=tensors,
             fingerprint=_fingerprint(config, tensors),
@@ -172,12 +175,12 @@ def _check_folder(folder: Path) -> None:
     )
 
 
-def _cached_repository(folder: Path) -> str | None:
-    """`owner/name` for .../models--owner--name/snapshots/<revision>, the layout of the hub's cache."""
+def _cached_snapshot(folder: Path) -> tuple[str, str] | None:
+    """`owner/name` and revision for .../models--owner--name/snapshots/<revision>, the layout of the hub's cache."""
     parents = folder.absolute().parents
     if len(parents) < 2 or parents[0].name != "snapshots" or not parents[1].name.startswith("models--"):
         return None
-    return "/".join(parents[1].name.removeprefix("models--").split("--", 1))
+    return "/".join(parents[1].name.removeprefix("models--").split("--", 1)), folder.absolute().name
 
 
 def _index(folder: Path) -> dict[str, StoredTensor]:

@@ -97,6 +97,10 @@ class WorkFolder:
         return self.report.with_suffix(".html")
 
     @property
+    def readme(self) -> Path:
+        return self.path / "README.md"
+
+    @property
     def stages(self) -> Path:
         return self.path / "stages.json"
 

@@ -1,9 +1,13 @@
 """Fixtures every test folder shares."""
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
 
 
@@ -17,3 +21,29 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in the module layout, as transformers 5 would save them again; read only."""
     return write_pico_qwen3vlmoe(tmp_path_factory.mktemp("pico") / "pico-module", layout="module")
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in for the hub that huggingface_hub talks to here; the cache is empty, and nobody is logged in."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    home = tmp_path_factory.mktemp("hub")
+    with warnings.catch_warnings(), serving() as hub:
+        # It sends files to its own HTTP client in a way that the client advises against.
+        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        # It waits between tries, up to half a minute in all.
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+        yield hub
+        _http.close_session()

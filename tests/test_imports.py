@@ -36,6 +36,7 @@ STAGE_MAY_IMPORT = {
     "errors": set(),
     "export": FOUNDATION | {"quantization"},
     "gguf_header": {"errors", "shards"},
+    "hub": FOUNDATION | {"allocation", "validation", "runtime"},
     "importance": FOUNDATION | {"quantization", "calibration"},
     "llama_cpp_library": set(),
     "locks": set(),

@@ -9,6 +9,7 @@ from mode_gguf.calibration import distributed
 from mode_gguf.errors import ModeGgufError
 from mode_gguf_cli.commands import (
     calibrate,
+    card,
     compare,
     convert,
     doctor,
@@ -17,6 +18,7 @@ from mode_gguf_cli.commands import (
     inspect,
     merge,
     plan,
+    publish,
     report,
     round,
     run,
@@ -51,6 +53,8 @@ for module in (
     merge,
     validate,
     report,
+    card,
+    publish,
     inspect,
     compare,
     run,

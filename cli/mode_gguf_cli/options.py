@@ -130,7 +130,24 @@ class ProjectorType(StrEnum):
 
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of the Hugging Face checkpoint.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of the Hugging Face checkpoint, or its name on the hub: ORG/NAME or ORG/NAME@REVISION.",
+        show_default=False,
+    ),
+]
+Finished = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="Work folder of a finished conversion.", show_default="the current folder"),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORG/NAME",
+        help="The original model on the hub, where it was converted from a folder that does not say.",
+        show_default=False,
+    ),
 ]
 Out = Annotated[
     Path | None,

@@ -64,6 +64,9 @@ class Provenance(Record):
     tool_version: str
     model: str
     model_fingerprint: str
+    repository: str | None = None
+    """On the hub, `owner/name`, and its commit; None for a folder that does not say."""
+    revision: str | None = None
     imatrix: str | None = None
     """Fingerprint of the importance matrix; `imatrix_kind` says which of the folder's it is."""
     imatrix_kind: Literal["plain", "fisher"] = "plain"

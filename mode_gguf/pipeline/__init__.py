@@ -4,7 +4,7 @@ Each `run_` function reads what earlier stages left in the folder, writes its ow
 `convert` chains them. Stages that need torch import it when they run, so that planning and exporting start at once.
 """
 
-from mode_gguf.pipeline.conversion import convert, estimate, merge, open_model
+from mode_gguf.pipeline.conversion import convert, estimate, merge, open_model, outlined_model
 from mode_gguf.pipeline.exporting import (
     REFERENCE_TYPE,
     export_text,
@@ -31,6 +31,7 @@ from mode_gguf.pipeline.planning import (
     save_plan,
     with_unit_kl,
 )
+from mode_gguf.pipeline.publishing import publish, write_card
 from mode_gguf.pipeline.reporting import draw_validated, facts_about, run_report
 from mode_gguf.pipeline.rounding import run_rounding
 from mode_gguf.pipeline.session import working_in
@@ -53,8 +54,10 @@ __all__ = [
     "merge",
     "model_path",
     "open_model",
+    "outlined_model",
     "planning_problem",
     "projector_path",
+    "publish",
     "run_calibration",
     "run_export",
     "run_frontier",
@@ -71,4 +74,5 @@ __all__ = [
     "save_plan",
     "with_unit_kl",
     "working_in",
+    "write_card",
 ]

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mode_gguf.allocation.budget import Budget
@@ -13,6 +14,7 @@ from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
+from mode_gguf.hub.source import Download, checkpoint_folder, checkpoint_outline
 from mode_gguf.importance.choice import chosen_imatrix
 from mode_gguf.pipeline.exporting import (
     model_files,
@@ -58,9 +60,23 @@ from mode_gguf.workfolder import WorkFolder
 log = logging.getLogger(__name__)
 
 
-def open_model(model: Path, out: Path | None) -> tuple[Checkpoint, WorkFolder]:
-    """The checkpoint, and the work folder for it: `out`, or `<name>-mode-gguf` in the current folder."""
-    checkpoint = Checkpoint.open(model)
+def open_model(model: str | Path, out: Path | None, progress: Progress = silent) -> tuple[Checkpoint, WorkFolder]:
+    """The checkpoint, and the work folder for it: `out`, or `<name>-mode-gguf` in the current folder.
+
+    `model` is a folder, or the name of a model on the hub, which is downloaded; see `mode_gguf.hub.source`.
+    """
+    return _opened(checkpoint_folder(model, progress), out)
+
+
+@contextmanager
+def outlined_model(model: str | Path, out: Path | None) -> Iterator[tuple[Checkpoint, WorkFolder, Download | None]]:
+    """As `open_model`, for `estimate`: of a model on the hub no weights are downloaded, and what would be is told."""
+    with checkpoint_outline(model) as (path, download):
+        yield *_opened(path, out), download
+
+
+def _opened(path: Path, out: Path | None) -> tuple[Checkpoint, WorkFolder]:
+    checkpoint = Checkpoint.open(path)
     return checkpoint, WorkFolder(out or Path.cwd() / f"{checkpoint.name}-mode-gguf", checkpoint.name)
 
 

@@ -89,6 +89,12 @@ class StageLedger:
         names = {self._name(path): path for path in stage.outputs}
         return [path for name, path in names.items() if now[name] and left.get(name) not in (None, now[name])]
 
+    def left(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
+        """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished."""
+        entry = self._entry(stage)
+        outputs = {self._folder.path / name: str(found) for name, found in entry.get("outputs", {}).items()}
+        return entry.get("settings", {}), outputs
+
     def seconds(self, stage: str) -> float:
         """How long the stage took when it last ran."""
         return float(self._entry(stage).get("seconds", 0.0))

@@ -360,6 +360,8 @@ def _provenance(
         tool_version=__version__,
         model=checkpoint.name,
         model_fingerprint=checkpoint.fingerprint,
+        repository=checkpoint.repository,
+        revision=checkpoint.revision,
         imatrix=file_fingerprint(imatrix) if imatrix.exists() else None,
         imatrix_kind=kind,
         sensitivity_method=method,

@@ -42,6 +42,7 @@ def run_validation(
     `warnings` and `conversion`, how the candidate was made, become part of it. The report says which `bounds` are kept;
     `validation.bounds.require_kept` stops where one is not.
     """
+    report.unlink(missing_ok=True)  # where validation fails none must be left that speaks well of the file
     result = validate(
         candidate,
         reference,

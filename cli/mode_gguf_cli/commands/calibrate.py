@@ -29,7 +29,7 @@ def command(
     chosen = options.calibration_options(
         calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
     )
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     with pipeline.working_in(folder):
         statistics = pipeline.run_calibration(checkpoint, folder, chosen, progress())
     counts = asdict(statistics.samples)

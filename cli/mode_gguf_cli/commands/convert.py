@@ -9,6 +9,7 @@ from mode_gguf_cli import options
 from mode_gguf_cli.console import duration, emit_json, progress, say, show
 
 if TYPE_CHECKING:
+    from mode_gguf.hub.source import Download
     from mode_gguf.pipeline import Estimate
 
 
@@ -125,10 +126,11 @@ def command(
         llama_cpp=llama_cpp,
         restart=restart,
     )
-    checkpoint, folder = pipeline.open_model(model, out)
     if dry_run:
-        _show_estimate(pipeline.estimate(checkpoint, folder, chosen, measured=True), as_json=json)
+        with pipeline.outlined_model(model, out) as (checkpoint, folder, download):
+            _show_estimate(pipeline.estimate(checkpoint, folder, chosen, measured=True), download, as_json=json)
         return
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     result = pipeline.convert(checkpoint, folder, chosen, progress())
     if json:
         emit_json(
@@ -156,7 +158,7 @@ def _default_types(granularity: options.GranularityName) -> str:
     return options.DEFAULT_GROUP_TYPES if grouped else options.DEFAULT_EXPERT_TYPES
 
 
-def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
+def _show_estimate(estimate: "Estimate", download: "Download | None", *, as_json: bool) -> None:
     from mode_gguf.pipeline.room import disk_needs, gigabytes, memory_warning, shortages
 
     reach, room = estimate.reach, estimate.room
@@ -185,11 +187,14 @@ def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
                 "free_temporary_bytes": room.disk if room.temporary is None else room.temporary,
                 "free_memory_bytes": room.memory,
                 "problems": problems,
+                "download": asdict(download) if download else None,
             }
         )
         return
     experts = f"{100 * share:.1f} % in {estimate.layers} layers of {estimate.experts} experts"
     show(f"model      {estimate.model_name} ({estimate.family})")
+    if download:
+        show(f"download   {download}")
     show(f"weights    {estimate.n_weights:,}, {experts}")
     show(f"bpw        {bpw:.4g}; {reach.lowest_bpw:.3f} to {reach.highest_bpw:.3f} can be reached")
     for limit in reach.limits:

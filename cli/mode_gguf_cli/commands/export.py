@@ -41,7 +41,7 @@ def command(
     from mode_gguf.gguf_header import read_header
 
     shard_bytes = options.shard_bytes_of(shard_size)
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     loaded = Plan.load(plan or folder.plan)
     with pipeline.working_in(folder):
         text, mmproj = pipeline.run_export(

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import show, stdout
+from mode_gguf_cli.console import progress, show, stdout
 
 if TYPE_CHECKING:
     from mode_gguf.allocation.frontier import Frontier, FrontierPoint
@@ -37,7 +37,7 @@ def command(
     """
     from mode_gguf import pipeline
 
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     candidates = options.measured_types(folder, types, dense_types, floor or ())
     plot = png or folder.frontier_plot
     with pipeline.working_in(folder):

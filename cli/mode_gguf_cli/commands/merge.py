@@ -30,7 +30,7 @@ def command(
     from mode_gguf.allocation.plan import Plan
     from mode_gguf.gguf_header import read_header
 
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     before = Plan.load(folder.plan)
     chosen = pipeline.ConvertOptions(
         budget=before.budget or options.budget_of(None, None, None),

@@ -80,7 +80,7 @@ def command(
     from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
     from mode_gguf.quantization.types import quant_type
 
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     if uniform:
         everywhere = quant_type(uniform)
         check_available([everywhere])

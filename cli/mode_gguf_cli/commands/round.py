@@ -38,7 +38,7 @@ def command(
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
 
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     chosen = pipeline.CalibrationOptions(
         calibration,
         image_samples,

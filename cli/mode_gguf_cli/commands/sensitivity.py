@@ -36,7 +36,7 @@ def command(
     chosen = options.calibration_options(
         calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
     )
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     method = options.preset_of(preset, sensitivity).method
     candidates = options.candidate_types(types, dense_types)
     with pipeline.working_in(folder):

@@ -35,7 +35,7 @@ def command(
         seed=seed,
         hidden_bytes=options.memory_bytes_of(memory),
     )
-    checkpoint, folder = pipeline.open_model(model, out)
+    checkpoint, folder = pipeline.open_model(model, out, progress())
     table = SensitivityTable.load(folder.sensitivity)
     candidates = options.measured_types(folder, types, dense_types)
     with pipeline.working_in(folder):

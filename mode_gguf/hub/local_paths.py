@@ -1,0 +1,24 @@
+"""Where things lie on this machine is nobody's business: paths in what is published are cut down to their last part."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_PATH = re.compile(r"(?:(?<=[\s\"'=(>`;,\[])|^)/[^\s\"'<>`|,;()&\]]+", re.MULTILINE)
+
+
+def without_local_paths(text: str, places: Iterable[Path] = ()) -> str:
+    """`text` with absolute paths as their last part alone, and paths below `places` or the home folder below those.
+
+    A path counts as one if its first folder exists here, so that addresses, markup and base64 stay as they are.
+    """
+    known = {str(place) for path in (*places, Path.cwd(), Path.home()) for place in (path.absolute(), path.resolve())}
+    for place in sorted(known, key=len, reverse=True):
+        if place.count("/") > 1:  # `/root` or `/tmp` may be part of an address
+            text = text.replace(f"{place}/", "").replace(place, Path(place).name)
+    return _PATH.sub(_last_part, text)
+
+
+def _last_part(match: re.Match[str]) -> str:
+    path = Path(match[0])
+    return path.name if len(path.parts) > 2 and Path(*path.parts[:2]).exists() else match[0]

@@ -1,0 +1,266 @@
+"""A checkpoint on the hub: what of it is needed, and fetching that into the hub's cache; a dry run fetches little."""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path, PurePosixPath
+from threading import Event, Thread
+from typing import Any
+
+from mode_gguf.checkpoint import INDEX_FILE, SINGLE_FILE, read_json
+from mode_gguf.errors import InputError, MissingResourceError
+from mode_gguf.hub.client import hub_api, without_bars
+from mode_gguf.hub.errors import explained
+from mode_gguf.hub.names import HubModel, hub_model
+from mode_gguf.progress import Progress, silent
+
+log = logging.getLogger(__name__)
+
+_SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Configuration, tokenizer, chat template. No pickles, no code."""
+_CARDS = ("README", "LICENSE", "LICENCE", "NOTICE")
+_POLL_SECONDS = 0.5
+_CONNECTIONS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What of a model on the hub is needed; sizes in bytes, of all files and of those not in the cache yet."""
+
+    repository: str
+    revision: str
+    files: tuple[str, ...]
+    size_bytes: int
+    missing_bytes: int
+
+    def __str__(self) -> str:
+        there = self.size_bytes - self.missing_bytes
+        known = f", {there / 1e9:,.2f} GB of it here already" if there else ""
+        return (
+            f"{self.repository} at {self.revision}: {self.size_bytes / 1e9:,.2f} GB in {len(self.files)} files{known}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """Files of a repository at one commit, by name: their sizes."""
+
+    repository: str
+    revision: str
+    sizes: dict[str, int]
+
+    def download(self, names: Iterable[str]) -> Download:
+        from huggingface_hub import try_to_load_from_cache
+
+        wanted = tuple(name for name in names if name in self.sizes)
+        missing = [
+            name
+            for name in wanted
+            if not isinstance(try_to_load_from_cache(self.repository, name, revision=self.revision), str)
+        ]
+        return Download(
+            self.repository,
+            self.revision,
+            wanted,
+            sum(self.sizes[name] for name in wanted),
+            sum(self.sizes[name] for name in missing),
+        )
+
+
+def checkpoint_folder(model: str | Path, progress: Progress = silent) -> Path:
+    """The folder of a checkpoint: `model` itself, or where the hub's cache has what it names (`hub_model`).
+
+    What is there already is not fetched again, and a download that broke off goes on. Without a connection the cache
+    alone is used.
+
+    Raises:
+        InputError: no such model or revision on the hub, or one without safetensors weights.
+        MissingResourceError: the hub cannot be reached or gives no access, or there is too little room.
+    """
+    named = hub_model(model)
+    if named is None:
+        return Path(model)
+    with explained(f"{named} (no folder here, so looked for on the hub)"):
+        folder = _fetch_small(named)
+        listing = _list_files(HubModel(named.repository, folder.name))
+        if listing is None:
+            return folder
+        weights = listing.download(_weight_files(named, folder, listing))
+        _check_room(named, weights.missing_bytes)
+        log.info("%s", listing.download([*_small_files(listing.sizes), *weights.files]))
+        with _watched(folder.parents[1] / "blobs", weights.missing_bytes, progress):
+            return _fetch(listing, weights.files)
+
+
+@contextmanager
+def checkpoint_outline(model: str | Path) -> Iterator[tuple[Path, Download | None]]:
+    """A folder that a dry run can open as a checkpoint, and what a real run would download (None for a local folder).
+
+    Of a model on the hub only the small files and the headers of its weights are fetched, into a temporary folder where
+    the weights themselves are holes in files of the right size: their names, types and shapes are right, and values and
+    fingerprint are not. Raises like `checkpoint_folder`.
+    """
+    named = hub_model(model)
+    if named is None:
+        yield Path(model), None
+        return
+    with tempfile.TemporaryDirectory(prefix="mode-gguf-") as temporary:
+        with explained(f"{named} (no folder here, so looked for on the hub)"):
+            listing = _list_files(named)
+            if listing is None:
+                folder, download = _fetch_small(named), None
+            else:
+                folder, download = _outline(named, listing, Path(temporary))
+        yield folder, download
+
+
+def _outline(named: HubModel, listing: _Listing, temporary: Path) -> tuple[Path, Download]:
+    small = _small_files(listing.sizes)
+    # The place of a snapshot in the cache, from which a checkpoint knows its name and revision.
+    folder = temporary / f"models--{listing.repository.replace('/', '--')}" / "snapshots" / listing.revision
+    _fetch(listing, small, folder)
+    weights = _weight_files(named, folder, listing)
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        for _ in pool.map(lambda name: _write_holes(listing, name, folder / name), weights):
+            pass
+    return folder, listing.download([*small, *weights])
+
+
+def _write_holes(listing: _Listing, name: str, path: Path) -> None:
+    """The header of a safetensors file on the hub, and nothing where its data would be."""
+    found = hub_api().parse_safetensors_file_metadata(listing.repository, name, revision=listing.revision)
+    header: dict[str, dict[str, Any]] = {
+        tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for tensor, info in found.tensors.items()
+    }
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + max((info["data_offsets"][1] for info in header.values()), default=0))
+
+
+def _list_files(named: HubModel) -> _Listing | None:
+    """What the repository holds; None where the hub cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        info = hub_api().model_info(named.repository, revision=named.revision, files_metadata=True)
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception as error:  # of one of its HTTP clients
+        log.warning("%s: the hub cannot be reached (%s); looking in its cache", named, type(error).__name__)
+        return None
+    if info.sha is None:
+        raise InputError(f"{named}: the hub names no commit")
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    inside = {name: size for name, size in files.items() if ".." not in PurePosixPath(name).parts and name[0] != "/"}
+    return _Listing(named.repository, info.sha, inside)
+
+
+def _fetch_small(named: HubModel) -> Path:
+    """Fetch everything but the weights into the cache, or find it there if the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{ending}" for ending in _SMALL] + [f"{beginning}*" for beginning in _CARDS]
+    with without_bars():
+        return Path(
+            snapshot_download(
+                named.repository, revision=named.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
+
+
+def _fetch(listing: _Listing, names: Iterable[str], folder: Path | None = None) -> Path:
+    """Fetch files into `folder`, by default the cache; returns where they are."""
+    from huggingface_hub import snapshot_download
+
+    with without_bars():
+        return Path(
+            snapshot_download(
+                listing.repository,
+                revision=listing.revision,
+                allow_patterns=[escape(name) for name in names],
+                local_dir=folder,
+            )
+        )
+
+
+def _small_files(names: Iterable[str]) -> list[str]:
+    return [name for name in names if "/" not in name and (name.endswith(_SMALL) or name.startswith(_CARDS))]
+
+
+def _weight_files(named: HubModel, folder: Path, listing: _Listing) -> list[str]:
+    """The safetensors files of the model; others that a repository may have beside them are left out."""
+    if (folder / INDEX_FILE).is_file():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        listed = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        return [name for name in listing.sizes if name in listed]
+    if SINGLE_FILE in listing.sizes:
+        return [SINGLE_FILE]
+    pickled = [name for name in listing.sizes if name.endswith((".bin", ".pt", ".pth"))]
+    gguf = [name for name in listing.sizes if name.endswith(".gguf")]
+    found = "pickled weights, which can run code when opened" if pickled else "GGUF files" if gguf else "no weights"
+    raise InputError(f"{named}: {found} found, expected a checkpoint in safetensors; name the original model")
+
+
+def _check_room(named: HubModel, needed: int) -> None:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    free = _free_bytes(cache)
+    if needed > free:
+        raise MissingResourceError(
+            f"{named}: {needed / 1e9:,.1f} GB to download, {free / 1e9:,.1f} GB free in {cache}; free some space, or "
+            "set HF_HOME to a larger disk"
+        )
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(next(there for there in (folder, *folder.parents) if there.exists())).free
+
+
+@contextmanager
+def _watched(blobs: Path, total: int, progress: Progress) -> Iterator[None]:
+    """Tell progress from what has arrived on disk: one bar for all files, however they are fetched."""
+    if not total:
+        yield
+        return
+    before, told, done = _bytes_in(blobs), 0, Event()
+    with progress.step("downloading", total, "bytes") as advance:
+
+        def tell() -> None:
+            nonlocal told
+            arrived = max(told, min(total, _bytes_in(blobs) - before))
+            advance(arrived - told)
+            told = arrived
+
+        def watch() -> None:
+            while not done.wait(_POLL_SECONDS):
+                tell()
+
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+        advance(total - told)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes on disk; files that are being fetched may have their full size before they are."""
+    found = 0
+    for path in folder.glob("*"):
+        try:
+            found += 512 * path.stat().st_blocks
+        except FileNotFoundError:  # renamed meanwhile
+            continue
+    return found

@@ -1,0 +1,129 @@
+"""Uploading to the hub: large files first, then one commit that shows all of them at once."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mode_gguf.errors import UsageError, ValidationError
+from mode_gguf.hub.client import hub_api, without_bars
+from mode_gguf.hub.errors import explained
+from mode_gguf.hub.names import is_model_file, quant_tag
+from mode_gguf.progress import Advance, Progress, silent
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
+
+log = logging.getLogger(__name__)
+
+_MESSAGE = "Upload with mode-gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One file as it will be called on the hub: a file here, or what it will hold; `sha256` where it is known."""
+
+    name: str
+    content: Path | bytes
+    size_bytes: int
+    sha256: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        return isinstance(self.content, Path)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Where it is now, at which commit, and whether only its owner sees it."""
+
+    url: str
+    commit: str
+    private: bool
+
+
+def upload(repository: str, uploads: Sequence[Upload], private: bool | None, progress: Progress = silent) -> Published:
+    """Upload files into a repository, which is made if it is not there; files that it has besides stay.
+
+    What has arrived of an upload that broke off is not sent again. The repository changes in one commit, at the end.
+
+    Args:
+        private: whether the repository is; None leaves it as it is, and a new one is private.
+
+    Raises:
+        UsageError: the repository is there and is not `private`, or is and should not be.
+        InputError, MissingResourceError: see `hub.errors.explained`.
+        ValidationError: the hub has something else than what was sent.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    with explained(repository):
+        api = hub_api()
+        api.whoami()  # without a valid login nothing is begun
+        there = _repository(api, repository, private)
+        _remark_on_others(repository, there, uploads)
+        operations = [
+            CommitOperationAdd(one.name, one.content if isinstance(one.content, bytes) else str(one.content))
+            for one in uploads
+        ]
+        large = [(one, operation) for one, operation in zip(uploads, operations, strict=True) if one.is_file]
+        with _told(progress, sum(one.size_bytes for one, _ in large)) as advance:
+            for one, operation in large:
+                api.preupload_lfs_files(repository, [operation])
+                advance(one.size_bytes)
+        done = api.create_commit(repository, operations, commit_message=_MESSAGE)
+        _check_arrived(api, repository, done.oid, uploads)
+        return Published(f"{api.endpoint}/{repository}", done.oid, bool(there.private))
+
+
+@contextmanager
+def _told(progress: Progress, total: int) -> Iterator[Advance]:
+    """Counts off bytes by files; the client's own bars, which move within a file, do so where somebody watches."""
+    if progress is not silent and sys.stderr.isatty():
+        yield lambda n: None
+    else:
+        with without_bars(), progress.step("uploading", total, "bytes") as advance:
+            yield advance
+
+
+def _repository(api: "HfApi", repository: str, private: bool | None) -> "ModelInfo":
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        there = api.model_info(repository)
+    except RepositoryNotFoundError:
+        api.create_repo(repository, private=private is not False)
+        return api.model_info(repository)
+    if private is not None and there.private != private:
+        kinds = ("private", "public") if there.private else ("public", "private")
+        raise UsageError(
+            f"{repository}: is {kinds[0]} already, --{kinds[1]} was given; change it in its settings on the hub, or "
+            "name another repository"
+        )
+    return there
+
+
+def _remark_on_others(repository: str, there: "ModelInfo", uploads: Sequence[Upload]) -> None:
+    """Say what the new card will not speak of, and which files one tag will stand for."""
+    ours = {one.name for one in uploads}
+    tags = {quant_tag(name) for name in ours if is_model_file(name)}
+    for name in (file.rfilename for file in there.siblings or ()):
+        if is_model_file(name) and name not in ours:
+            same = "has the same tag, so that -hf may take either, and " if quant_tag(name) in tags else ""
+            log.warning("%s: %s is there already; it %swill not be on the new card", repository, name, same)
+
+
+def _check_arrived(api: "HfApi", repository: str, commit: str, uploads: Sequence[Upload]) -> None:
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = api.list_repo_tree(repository, revision=commit, recursive=True)
+    files = {file.path: file for file in tree if isinstance(file, RepoFile)}
+    for one in uploads:
+        found = files.get(one.name)
+        digest = found.lfs.sha256 if found and found.lfs else one.sha256
+        if found is None or found.size != one.size_bytes or (one.sha256 and digest != one.sha256):
+            raise ValidationError(f"{repository}: {one.name} is not there as it was sent; run the command again")

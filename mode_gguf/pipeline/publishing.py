@@ -1,0 +1,225 @@
+"""The stages after validation: the model card, and the upload of what belongs on the hub."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mode_gguf.allocation.plan import Plan
+from mode_gguf.artifacts import fingerprint, read_metadata, write_text
+from mode_gguf.errors import InputError, UsageError, ValidationError
+from mode_gguf.export.imatrix import read_imatrix_header
+from mode_gguf.gguf_header import read_header
+from mode_gguf.hub.card import model_card
+from mode_gguf.hub.local_paths import without_local_paths
+from mode_gguf.hub.names import repository_name
+from mode_gguf.hub.release import Release, ReleasedFile, Role, commands_of, sha256_of
+from mode_gguf.hub.upload import Published, Upload, upload
+from mode_gguf.pipeline.ledger import Stage, StageLedger, file_identity
+from mode_gguf.pipeline.session import working_in
+from mode_gguf.progress import Progress, silent
+from mode_gguf.validation.report import ValidationReport
+from mode_gguf.validation.structure import describe
+from mode_gguf.workfolder import WorkFolder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What is uploaded, README.md's text, and where it is; None where it was only shown."""
+
+    uploads: tuple[Upload, ...]
+    card: str
+    published: Published | None
+
+
+def write_card(
+    path: Path,
+    repository: str | None = None,
+    *,
+    base_model: str | None = None,
+    replace: bool = False,
+    progress: Progress = silent,
+) -> tuple[Path, str]:
+    """Write README.md into the work folder `path`; returns its path and text.
+
+    Args:
+        repository, base_model: see `hub.card.model_card`.
+        replace: whether a README.md that was edited, or that this did not write, is replaced.
+
+    Raises:
+        UsageError: a README.md is there that would have to be replaced.
+        InputError: `path` is no work folder with a finished export, or a file was changed since.
+    """
+    folder, plan = _opened(path)
+    named = repository_name(repository) if repository else None
+    base_model = repository_name(base_model) if base_model else None
+    readme = folder.readme
+    with working_in(folder):
+        if not replace and not _is_ours(folder):
+            raise UsageError(f"{readme}: was edited, or comes from elsewhere; give --replace, or move it away")
+        release, doubt = _release(folder, plan, progress)
+        if doubt:
+            log.warning("%s; the card says that nothing was measured", doubt)
+        card = model_card(release, named, base_model)
+        _save_card(folder, card, named, base_model)
+    return readme, card
+
+
+def publish(
+    path: Path,
+    repository: str,
+    *,
+    really: bool,
+    private: bool | None = None,
+    unvalidated: bool = False,
+    base_model: str | None = None,
+    progress: Progress = silent,
+) -> Publication:
+    """Upload what belongs on the hub of the work folder `path`: GGUF files, card, plan and report.
+
+    README.md is made for this repository, unless it was edited.
+
+    Args:
+        really: upload; without it nothing is written or sent.
+        private: see `hub.upload.upload`.
+        unvalidated: publish files that no report speaks of.
+
+    Raises:
+        UsageError: no name of a repository, or see `hub.upload.upload`.
+        InputError: `path` is no work folder with a finished export, or a file was changed since; the hub refuses.
+        ValidationError: the files were not validated, or failed.
+    """
+    named = repository_name(repository)
+    base_model = repository_name(base_model) if base_model else None
+    folder, plan = _opened(path)
+    with working_in(folder):
+        release, doubt = _release(folder, plan, progress)
+        if doubt and not unvalidated:
+            raise ValidationError(f"{doubt}; validate the file, or give --unvalidated to publish it all the same")
+        card = model_card(release, named, base_model) if _is_ours(folder) else _edited_card(folder, release)
+        uploads = _uploads(folder, release, card)
+        if not really:
+            return Publication(uploads, card, None)
+        if _is_ours(folder):
+            _save_card(folder, card, named, base_model)
+        return Publication(uploads, card, upload(named, uploads, private, progress))
+
+
+def _opened(path: Path) -> tuple[WorkFolder, Plan]:
+    plan_file = WorkFolder(path, "").plan
+    if not plan_file.is_file():
+        raise InputError(f"{path}: no work folder (it has no {plan_file.name}); name the one that `convert` filled")
+    plan = Plan.load(plan_file)
+    return WorkFolder(path, plan.made_from.model), plan
+
+
+def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Release, str | None]:
+    """What the folder releases, and why its report cannot be believed, if it cannot.
+
+    Raises:
+        InputError: no export has finished here, or what it wrote was changed since.
+    """
+    ledger = StageLedger(folder)
+    settings, model = ledger.left("export")
+    _, projector = ledger.left("projector")
+    if not model or not projector:
+        raise InputError(f"{folder.path}: no export has finished here; run `mode-gguf convert` or `mode-gguf export`")
+    for path, identity in {**model, **projector}.items():
+        if file_identity(path) != identity:
+            raise InputError(f"{path}: is gone, or is not what `export` wrote; export again")
+    if settings["plan"] != fingerprint(plan.model_dump(mode="json")):
+        raise InputError(f"{folder.plan}: was changed after `export` had followed it; export again")
+    imatrix = folder.imatrix_of(settings["imatrix"])
+    if file_identity(imatrix) != settings["imatrix file"]:
+        raise InputError(f"{imatrix}: is gone, or is not the one that the model was packed with; export again")
+    roles: dict[Path, Role] = {}
+    roles |= dict.fromkeys(model, "text model")
+    roles |= dict.fromkeys(projector, "projector")
+    roles |= dict.fromkeys([imatrix] if imatrix.exists() else [], "importance matrix")
+    about = describe(next(iter(model)))
+    bpw = {"text model": about["bpw"], "projector": read_header(next(iter(projector))).bpw, "importance matrix": None}
+    files = tuple(
+        ReleasedFile(path, role, path.stat().st_size, bpw[role], digest)
+        for (path, role), digest in zip(roles.items(), sha256_of(list(roles), progress), strict=True)
+    )
+    report, doubt = _report(folder, files)
+    release = Release(
+        files=files,
+        model=about,
+        plan=plan,
+        report=report,
+        calibration=read_metadata(folder.calibration) if folder.calibration.exists() else {},
+        datasets=read_imatrix_header(imatrix).datasets if imatrix.exists() else (),
+        commands=commands_of(folder.log, plan),
+    )
+    return release, doubt
+
+
+def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[ValidationReport | None, str | None]:
+    """The report on just these files; without one, why."""
+    path = folder.report
+    if not path.exists():
+        return None, f"{path}: not there; the model was never validated, or failed (see {folder.log.name})"
+    report = ValidationReport.load(path)
+    _, left = StageLedger(folder).left("validate")
+    if left and left.get(path) != file_identity(path):
+        return None, f"{path}: is not what `validate` wrote"
+    model = [file for file in files if file.role == "text model"]
+    sizes = {model[0].path.name: sum(file.size_bytes for file in model)}
+    sizes |= {file.path.name: file.size_bytes for file in files if file.role == "projector"}
+    for found in filter(None, (report.candidate, report.mmproj)):
+        if sizes.get(found.name) != found.size_bytes:
+            return None, f"{path}: speaks of another file, {found.name} of {found.size_bytes:,} bytes"
+    if not left and path.stat().st_mtime < model[0].path.stat().st_mtime:
+        return None, f"{path}: is older than {model[0].path.name}"
+    broken = [check for check in report.model_dump().get("checks", ()) if not check["kept"]]
+    if broken:
+        return None, f"{path}: validation failed, {broken[0]['option']} {broken[0]['limit']:g} is not kept"
+    return report, None
+
+
+def _is_ours(folder: WorkFolder) -> bool:
+    """Whether README.md may be written: it is not there, or just as it was written last."""
+    left = StageLedger(folder).left("card")[1].get(folder.readme)
+    return not folder.readme.exists() or left == file_identity(folder.readme)
+
+
+def _save_card(folder: WorkFolder, card: str, repository: str | None, base_model: str | None) -> None:
+    started = time.monotonic()
+    write_text(folder.readme, card)
+    settings = {"repository": repository, "base model": base_model}
+    StageLedger(folder).record(Stage("card", settings, (folder.readme,)), round(time.monotonic() - started, 3))
+
+
+def _edited_card(folder: WorkFolder, release: Release) -> str:
+    """A README.md that people changed; it must speak of the files that it comes with."""
+    try:
+        card = folder.readme.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder.readme}: cannot be read as UTF-8 ({error})") from error
+    for file in release.files:
+        if file.sha256 not in card:
+            raise InputError(
+                f"{folder.readme}: was edited, and its table of files does not have {file.path.name} as it is now "
+                f"(sha256 {file.sha256}); correct it, or make it again with `mode-gguf card --replace`"
+            )
+    return card
+
+
+def _uploads(folder: WorkFolder, release: Release, card: str) -> tuple[Upload, ...]:
+    """What belongs on the hub; texts without where things lie on this machine."""
+    documents = {folder.readme: card, folder.plan: folder.plan.read_text(encoding="utf-8")}
+    if release.report:
+        documents[folder.report] = folder.report.read_text(encoding="utf-8")
+        page = folder.page
+        if page.exists() and page.stat().st_mtime >= folder.report.stat().st_mtime:
+            documents[page] = page.read_text(encoding="utf-8")
+    texts = [_text(path.name, without_local_paths(text, [folder.path])) for path, text in documents.items()]
+    return (*(Upload(file.path.name, file.path, file.size_bytes, file.sha256) for file in release.files), *texts)
+
+
+def _text(name: str, text: str) -> Upload:
+    content = text.encode()
+    return Upload(name, content, len(content))
