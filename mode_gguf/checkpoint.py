@@ -7,10 +7,7 @@ expert touches that expert's bytes and nothing else. Pickled weights are never o
 import hashlib
 import json
 import math
-import os
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -121,12 +118,6 @@ class Checkpoint:
             raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from error
         return np.array(mapped if index is None else mapped[index], order="C", subok=False)
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Have the system read tensors into its cache, where it can be asked to; returns at once."""
-        stored = [self._stored(name) for name in names]
-        if stored and hasattr(os, "posix_fadvise"):
-            threading.Thread(target=_read_ahead, args=(stored,), daemon=True).start()
-
     def _stored(self, name: str) -> StoredTensor:
         try:
             return self.tensors[name]
@@ -134,13 +125,6 @@ class Checkpoint:
             raise InputError(
                 f"{self.path}: tensor {name} is missing from the checkpoint; download it again or check config.json"
             ) from None
-
-
-def _read_ahead(stored: Sequence[StoredTensor]) -> None:
-    for file, tensors in groupby(sorted(stored, key=lambda one: (str(one.file), one.offset)), lambda one: one.file):
-        with suppress(OSError), file.open("rb") as opened:
-            for tensor in tensors:
-                os.posix_fadvise(opened.fileno(), tensor.offset, tensor.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def read_json(path: Path) -> dict[str, Any]:

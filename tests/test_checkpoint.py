@@ -1,9 +1,7 @@
 import json
-import os
 import random
 import shutil
 import tempfile
-import threading
 import time
 import tracemalloc
 from contextlib import suppress
@@ -417,23 +415,3 @@ def write_bf16(path: Path, tensors: dict[str, np.ndarray]) -> None:
         place += array.nbytes
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for array in tensors.values()))
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read ahead")
-def test_tensors_are_read_ahead_where_they_are(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = Checkpoint.open(pico)
-    asked: list[tuple[str, int, int]] = []
-
-    def advise(descriptor: int, offset: int, size: int, advice: int) -> None:
-        assert advice == os.POSIX_FADV_WILLNEED
-        asked.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), offset, size))
-
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    names = [name for name in checkpoint.tensors if ".layers.1." in name]
-    checkpoint.prefetch(names)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(10)
-    stored = [checkpoint.tensors[name] for name in names]
-    assert sorted(asked) == sorted((str(one.file.resolve()), one.offset, one.nbytes) for one in stored)
-    checkpoint.prefetch([])

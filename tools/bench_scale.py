@@ -4,13 +4,11 @@
     python tools/bench_scale.py speed --out FOLDER --llama-cpp SOURCE --llama-quantize PROGRAM
     python tools/bench_scale.py calibrate --out FOLDER [--layers 2 4 8]
     python tools/bench_scale.py stages --out FOLDER [--layers 2 4 8]
-    python tools/bench_scale.py prefetch --out FOLDER [--layers 2]
 
 `export` and `calibrate` run the commands of those names in processes of their own and watch their memory: "anonymous"
 is what the process itself fills, "resident" has the mapped part of the checkpoint with it; peaks of samples taken every
 few milliseconds. Lines are fitted through them and drawn out to 48 and 94 layers (Qwen3-VL-30B-A3B, 235B-A22B's depth).
 `stages` runs every stage of a conversion and puts what `convert --dry-run` says beside what was measured.
-`prefetch` loads a layer that is not in the system's cache, after a pause in which it may or may not be read ahead.
 `calibrate` also runs the plain forward of the same samples by transformers, the whole model in memory.
 `speed` writes the same types with stock conversion plus llama-quantize, with the same importance matrix and threads.
 
@@ -40,7 +38,6 @@ from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.export.imatrix import write_imatrix
 from mode_gguf.quantization.packing import DEFAULT_PACKING, EXACT
@@ -274,32 +271,6 @@ def bench_calibrate(arguments: argparse.Namespace) -> object:
     return runs
 
 
-def bench_prefetch(arguments: argparse.Namespace) -> object:
-    """Seconds to load a decoder layer from the disk, and after the one before it was computed with."""
-    checkpoint = checkpoint_of(arguments.out, arguments.layers[0])
-    files = {stored.file for stored in checkpoint.tensors.values()}
-    streamed = open_streamed(checkpoint, "cpu")
-    runs: dict[str, list[float]] = {"cold": [], "read ahead": [], "cached": []}
-    for _ in range(arguments.rounds):
-        for way, seconds in runs.items():
-            streamed.load_layer(0, following=0)
-            if way != "cached":
-                for file in files:
-                    with file.open("rb") as opened:
-                        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if way == "read ahead":
-                streamed.load_layer(0)  # and computed with, which takes longer than this pause
-                time.sleep(arguments.pause)
-            started = time.perf_counter()
-            streamed.load_layer(1, following=1)
-            seconds.append(time.perf_counter() - started)
-            streamed.free_layer(0)
-            streamed.free_layer(1)
-    for way, seconds in runs.items():
-        print(f"{way:<12}{statistics.median(seconds):6.2f} s  ({', '.join(f'{one:.2f}' for one in seconds)})")
-    return runs
-
-
 def bench_stages(arguments: argparse.Namespace) -> object:
     """Time and memory of every stage, and what is said of them before."""
     table = Table(
@@ -351,7 +322,7 @@ def bench_stages(arguments: argparse.Namespace) -> object:
 def main() -> None:
     """Run one of the benchmarks, print it, and write it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=("export", "speed", "calibrate", "stages", "prefetch"))
+    parser.add_argument("bench", choices=("export", "speed", "calibrate", "stages"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -363,7 +334,6 @@ def main() -> None:
     parser.add_argument("--samples", default="demo/calibration")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--pause", type=float, default=5.0, help="seconds in which a layer may be read ahead")
     parser.add_argument("--plain-layers", type=int, default=2, help="run the plain forward up to so many layers")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -373,7 +343,6 @@ def main() -> None:
         "speed": bench_speed,
         "calibrate": bench_calibrate,
         "stages": bench_stages,
-        "prefetch": bench_prefetch,
     }
     runs = benches[arguments.bench](arguments)
     if arguments.json:

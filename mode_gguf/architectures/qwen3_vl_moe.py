@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 from gguf import Keys
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, VisionProjectorType
 
 from mode_gguf.architectures.config import section, setting
 from mode_gguf.architectures.family import Metadata, ModelFamily, TensorRule, View
-from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
+from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, transposed
 from mode_gguf.checkpoint import Checkpoint, Index, read_json
 from mode_gguf.errors import InputError
 
@@ -39,23 +38,23 @@ def fused_experts(checkpoint: Checkpoint, source: str, projection: Projection) -
     experts, hidden, width = expert_sizes(checkpoint)
     rows, n_in = (hidden, width) if projection == "down" else (2 * width, hidden)
     shape = checkpoint.shape(source)
-    transposed = shape == (experts, n_in, rows)
-    if not transposed and shape != (experts, rows, n_in):
+    swapped = shape == (experts, n_in, rows)
+    if not swapped and shape != (experts, rows, n_in):
         raise InputError(
             f"{checkpoint.path}: tensor {source} has shape {list(shape)}, expected {[experts, n_in, rows]} or "
             f"{[experts, rows, n_in]}; use the config.json published with these weights"
         )
     if rows == n_in:
-        transposed = not _saved_by_transformers_5(checkpoint, source)
+        swapped = not _saved_by_transformers_5(checkpoint, source)
     first = width if projection == "up" else 0
     last = rows if projection == "down" else first + width
 
     def read(expert: int, rows: slice = ALL_ROWS) -> Array:
         start, end, _ = rows.indices(last - first)
         chosen = slice(first + start, first + end)
-        index: Index = (expert, slice(None), chosen) if transposed else (expert, chosen)
+        index: Index = (expert, slice(None), chosen) if swapped else (expert, chosen)
         matrix = checkpoint.read(source, index)
-        return np.ascontiguousarray(matrix.T) if transposed else matrix
+        return transposed(matrix) if swapped else matrix
 
     return (experts, last - first, n_in), read
 

@@ -69,15 +69,10 @@ class StreamedModel:
     device: torch.device
     dtype: torch.dtype
 
-    def load_layer(self, index: int, following: int | None = None) -> None:
-        """Read decoder layer `index` from the checkpoint, and let the system read the `following` one ahead.
-
-        By default the next one follows.
-        """
+    def load_layer(self, index: int) -> None:
+        """Read decoder layer `index` from the checkpoint."""
         for name, parameter in list(self.layers[index].named_parameters()):
             self._set(f"{LAYERS}.{index}.{name}", self._weights(f"{LAYERS}.{index}.{name}", index, parameter.shape))
-        start = f"{LAYERS}.{index + 1 if following is None else following}."
-        self.checkpoint.prefetch(name for name in self.checkpoint.tensors if name.startswith(start))
 
     def free_layer(self, index: int) -> None:
         """Forget the weights of decoder layer `index`."""
@@ -86,8 +81,8 @@ class StreamedModel:
 
     @contextmanager
     def loaded_layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights, for as long as the context lasts; the one before it follows."""
-        self.load_layer(index, index - 1)
+        """Decoder layer `index` with its weights, for as long as the context lasts."""
+        self.load_layer(index)
         try:
             yield self.layers[index]
         finally:

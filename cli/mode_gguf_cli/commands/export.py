@@ -38,7 +38,6 @@ def command(
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
-    from mode_gguf.gguf_header import read_header
 
     shard_bytes = options.shard_bytes_of(shard_size)
     checkpoint, folder = pipeline.open_model(model, out, progress())
@@ -56,7 +55,7 @@ def command(
             threads=threads,
             progress=progress(),
         )
-    size = read_header(text).size_bytes
+    size = sum(file.stat().st_size for file in pipeline.model_files(checkpoint, folder, loaded, shard_bytes))
     if json:
         emit_json({"model": str(text), "mmproj": str(mmproj), "bpw": loaded.bpw, "size_bytes": size})
         return

@@ -28,7 +28,6 @@ def command(
     """
     from mode_gguf import pipeline
     from mode_gguf.allocation.plan import Plan
-    from mode_gguf.gguf_header import read_header
 
     checkpoint, folder = pipeline.open_model(model, out, progress())
     before = Plan.load(folder.plan)
@@ -45,7 +44,7 @@ def command(
     )
     text, mmproj = pipeline.merge(checkpoint, folder, chosen, progress())
     after = Plan.load(folder.plan)
-    size = read_header(text).size_bytes
+    size = sum(file.stat().st_size for file in pipeline.model_files(checkpoint, folder, after, chosen.shard_bytes))
     if json:
         emit_json(
             {
