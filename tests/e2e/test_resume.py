@@ -29,6 +29,8 @@ from mode_gguf.quantization.types import parse_types
 
 KILLS = 24
 IGNORED = {"mode-gguf.log", ".mode-gguf.lock", "report.html"}  # the page shows times
+OF_TIMES = ("seconds", "finished", "text_identity", "image_identity")
+"""Keys of JSON files; identities of reference.json hold the times of the files it was made from."""
 
 # Children are forked from a process that has imported everything and computed nothing.
 processes = multiprocessing.get_context("forkserver")
@@ -158,7 +160,7 @@ def contents(out: Path) -> dict[str, Any]:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_times(one) for key, one in value.items() if key not in ("seconds", "finished")}
+        return {key: without_times(one) for key, one in value.items() if key not in OF_TIMES}
     if isinstance(value, list):
         return [without_times(one) for one in value]
     return value
