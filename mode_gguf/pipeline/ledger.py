@@ -150,6 +150,7 @@ class StageLedger:
             "seconds": seconds,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command(),
+            "directory": str(Path.cwd()),
             "versions": versions(),
         }
         write_json(self._folder.stages, {**self._read(), stage.name: entry})

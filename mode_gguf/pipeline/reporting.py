@@ -88,8 +88,9 @@ def write_page(path: Path, facts: ConversionFacts, report: ValidationReport | No
 
 def validated_with(folder: WorkFolder) -> Path | None:
     """The held-out set that stages.json names; None for the built-in one, and where nothing was validated."""
-    source = StageLedger(folder).entries().get("validate", {}).get("settings", {}).get("held-out data", BUILT_IN)
-    return None if source == BUILT_IN else Path(str(source))
+    entry = StageLedger(folder).entries().get("validate", {})
+    source = str(entry.get("settings", {}).get("held-out data", BUILT_IN))
+    return None if source == BUILT_IN else Path(str(entry.get("directory", "")), source)
 
 
 def _pictures(report: ValidationReport | None, held_out: Path | None) -> dict[tuple[str, str], Path]:

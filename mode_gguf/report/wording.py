@@ -58,13 +58,13 @@ def percent(share: float | None, digits: int = 1) -> str:
     return NONE if share is None else f"{100 * share:.{digits}f} %"
 
 
-def nats(value: float | None) -> str:
-    """Three significant digits, written out unless there would be more than seven places."""
+def nats(value: float | None, digits: int = 3) -> str:
+    """`digits` significant ones, written out unless there would be more than seven places."""
     if value is None:
         return NONE
     if value == 0:
         return "0"
-    places = 2 - math.floor(math.log10(abs(value)))
+    places = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:.1e}" if places > 7 else f"{value:.{max(places, 0)}f}"
 
 

@@ -81,6 +81,19 @@ def test_drawing_again_changes_nothing(drawn: WorkFolder, copied: Copied) -> Non
     assert StageLedger(folder).is_current(Stage("validate", settings, (folder.report,))), "it would be validated again"
 
 
+def test_pictures_are_found_from_anywhere(drawn: WorkFolder, copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copied(drawn)
+    monkeypatch.chdir(folder.path)
+    StageLedger(folder).record(Stage("validate", {"held-out data": "held-out"}, (folder.report,)), 1.0)
+    monkeypatch.chdir("/")
+    assert folder.path.is_absolute()
+    assert run_report(folder.path).read_text().count("data:image/webp") == 4
+    (folder.path / "held-out" / "images" / "2.png").unlink()
+    page = page_of(folder)
+    assert page.text("answers").count("was not found; --samples names its folder") == 4
+    assert run_report(folder.path, drawn.path / "held-out").read_text().count("data:image/webp") == 4
+
+
 def test_a_report_that_somebody_edited_stays_edited(drawn: WorkFolder, copied: Copied) -> None:
     folder = copied(drawn)
     settings = json.loads(folder.stages.read_text())["validate"]["settings"]
