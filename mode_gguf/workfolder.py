@@ -30,6 +30,11 @@ def imatrix_file_name(name: str, kind: str = "plain") -> str:
     return f"imatrix-{name}.gguf" if kind == "plain" else f"imatrix-{kind}-{name}.gguf"
 
 
+def failure_beside(report: Path) -> Path:
+    """What says why there is no report: validation failed."""
+    return report.with_name(f"{report.stem}-failed.txt")
+
+
 @dataclass(frozen=True, slots=True)
 class WorkFolder:
     """Paths of everything a conversion of the model `name` writes under `path`."""

@@ -20,7 +20,7 @@ from mode_gguf.pipeline.session import working_in
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.structure import describe
-from mode_gguf.workfolder import WorkFolder
+from mode_gguf.workfolder import WorkFolder, failure_beside
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def publish(
     Raises:
         UsageError: no name of a repository, or see `hub.upload.upload`.
         InputError: `path` is no work folder with a finished export, or a file was changed since; the hub refuses.
-        ValidationError: the files were not validated, or failed.
+        ValidationError: the files were not validated, or failed, which `unvalidated` does not help.
     """
     named = repository_name(repository)
     base_model = repository_name(base_model) if base_model else None
@@ -120,6 +120,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
 
     Raises:
         InputError: no export has finished here, or what it wrote was changed since.
+        ValidationError: it failed.
     """
     ledger = StageLedger(folder)
     settings, model = ledger.left("export")
@@ -158,25 +159,32 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
 
 
 def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[ValidationReport | None, str | None]:
-    """The report on just these files; without one, why."""
-    path = folder.report
+    """The report on just these files; without one, why.
+
+    Raises:
+        ValidationError: they failed.
+    """
+    path, failure = folder.report, failure_beside(folder.report)
+    first = files[0].path
+    if failure.exists() and failure.stat().st_mtime >= first.stat().st_mtime:
+        said = without_local_paths(failure.read_text(encoding="utf-8").strip(), [folder.path])
+        raise ValidationError(f"{first}: validation failed ({said})")
     if not path.exists():
-        return None, f"{path}: not there; the model was never validated, or failed (see {folder.log.name})"
+        return None, f"{path}: not there; the model was never validated"
     report = ValidationReport.load(path)
     _, left = StageLedger(folder).left("validate")
     if left and left.get(path) != file_identity(path):
         return None, f"{path}: is not what `validate` wrote"
-    model = [file for file in files if file.role == "text model"]
-    sizes = {model[0].path.name: sum(file.size_bytes for file in model)}
+    sizes = {first.name: sum(file.size_bytes for file in files if file.role == "text model")}
     sizes |= {file.path.name: file.size_bytes for file in files if file.role == "projector"}
     for found in filter(None, (report.candidate, report.mmproj)):
         if sizes.get(found.name) != found.size_bytes:
             return None, f"{path}: speaks of another file, {found.name} of {found.size_bytes:,} bytes"
-    if not left and path.stat().st_mtime < model[0].path.stat().st_mtime:
-        return None, f"{path}: is older than {model[0].path.name}"
-    broken = [check for check in report.model_dump().get("checks", ()) if not check["kept"]]
+    if not left and path.stat().st_mtime < first.stat().st_mtime:
+        return None, f"{path}: is older than {first.name}"
+    broken = [check for check in report.checks if not check.kept]
     if broken:
-        return None, f"{path}: validation failed, {broken[0]['option']} {broken[0]['limit']:g} is not kept"
+        raise ValidationError(f"{path}: validation failed, {broken[0]['option']} {broken[0]['limit']:g} is not kept")
     return report, None
 
 

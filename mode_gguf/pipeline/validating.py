@@ -1,12 +1,15 @@
 """The stage that asks llama.cpp, and what there is here to ask."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
+from mode_gguf.artifacts import write_text
 from mode_gguf.conversion_facts import ConversionFacts
-from mode_gguf.errors import MissingResourceError
+from mode_gguf.errors import MissingResourceError, ValidationError
+from mode_gguf.pipeline.ledger import StageLedger
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.types import Packer, types_packed_by
@@ -19,6 +22,7 @@ from mode_gguf.validation.reference import Settings, Source
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.runtimes import find_llama_cpp
 from mode_gguf.validation.validate import NO_BOUNDS, validate
+from mode_gguf.workfolder import WorkFolder, failure_beside
 
 
 def run_validation(
@@ -42,22 +46,36 @@ def run_validation(
     `warnings` and `conversion`, how the candidate was made, become part of it. The report says which `bounds` are kept;
     `validation.bounds.require_kept` stops where one is not.
     """
-    report.unlink(missing_ok=True)  # where validation fails none must be left that speaks well of the file
-    result = validate(
-        candidate,
-        reference,
-        mmproj,
-        load_held_out(held_out) if held_out else None,
-        planned=plan.stored_types if plan else None,
-        tools=find_llama_cpp(llama_cpp),
-        settings=settings,
-        reference_folder=reference_folder,
-        bounds=bounds,
-        progress=progress,
-    )
+    with _failure_noted(report):
+        result = validate(
+            candidate,
+            reference,
+            mmproj,
+            load_held_out(held_out) if held_out else None,
+            planned=plan.stored_types if plan else None,
+            tools=find_llama_cpp(llama_cpp),
+            settings=settings,
+            reference_folder=reference_folder,
+            bounds=bounds,
+            progress=progress,
+        )
     result = result.model_copy(update={"warnings": (*result.warnings, *warnings), "conversion": conversion})
     result.save(report)
     return result
+
+
+@contextmanager
+def _failure_noted(report: Path) -> Iterator[None]:
+    """Leave no report of an earlier run where validation fails, but a note of what failed."""
+    failure = failure_beside(report)
+    StageLedger(WorkFolder(report.parent, "")).forget("validate")  # if `convert` put its report there
+    for before in (report, failure):
+        before.unlink(missing_ok=True)
+    try:
+        yield
+    except ValidationError as error:
+        write_text(failure, f"{error}\n")
+        raise
 
 
 def environment(llama_cpp: Path | None = None) -> dict[str, object]:

@@ -320,7 +320,7 @@ def test_what_was_not_validated_is_refused(logged_in: Hub, copy: WorkFolder, run
     assert "speaks of another file" in run(*publish, code=5)
     copy.report.unlink()
     line = run(*publish, code=5)
-    assert "was never validated, or failed" in line
+    assert "was never validated" in line
     assert "--unvalidated" in line
     assert logged_in.repositories == {}
     run(*publish, "--unvalidated")
@@ -329,11 +329,26 @@ def test_what_was_not_validated_is_refused(logged_in: Hub, copy: WorkFolder, run
     assert b"Not measured." in files["README.md"]
 
 
-def test_a_failed_validation_leaves_no_report(copy: WorkFolder, run: Run) -> None:
+def test_what_failed_validation_is_refused(logged_in: Hub, copy: WorkFolder, held_out: Path, run: Run) -> None:
     model = next(path for path in ggufs(copy.path) if is_model_file(path.name))
-    model.write_bytes(model.read_bytes()[:-64])
-    run("validate", model, "--report", copy.report, code=4)
+    tools = copy.path / "tools"
+    tools.mkdir()
+    (tools / "llama-mtmd-cli").write_text("#!/bin/sh\nexit 3\n")
+    (tools / "llama-mtmd-cli").chmod(0o755)
+    mmproj = next(copy.path.glob("mmproj-*"))
+    validate = ("validate", model, "--mmproj", mmproj, "--samples", held_out, "--report", copy.report)
+    assert "exit code 3" in run(*validate, "--llama-cpp", tools, code=5)
     assert not copy.report.exists()
+    for option in ((), ("--unvalidated",)):
+        line = run("publish", TARGET, copy.path, "--yes", *option, code=5)
+        assert "validation failed" in line
+        assert "exit code 3" in line
+    assert "validation failed" in run("card", copy.path, code=5)
+    assert logged_in.repositories == {}
+    run(*validate)
+    assert json.loads(copy.report.read_text())["reference"] is None
+    run("publish", TARGET, copy.path, "--yes")
+    assert b"was not compared" in logged_in.repositories[TARGET].files["README.md"]
 
 
 def test_the_paths_of_the_smoke_test_stay_here(logged_in: Hub, copy: WorkFolder, run: Run) -> None:
