@@ -26,7 +26,6 @@ class Node:
         sources: what it is computed from, weights left out.
         in_place: whether the operation may write over a source of the same shape.
         view_of: the tensor whose memory this one is.
-        strided: a view that is no reshape, so that nothing computed from it has the same layout.
         extra: bytes beside the values, for the operation's own use.
     """
 
@@ -35,7 +34,6 @@ class Node:
     sources: tuple["Node", ...] = ()
     in_place: bool = False
     view_of: "Node | None" = None
-    strided: bool = False
     extra: int = 0
     kept: bool = False
     readers: int = 0
@@ -46,11 +44,6 @@ class Node:
     def size(self) -> int:
         """Bytes in the buffer."""
         return _aligned(self.bytes_per_value * prod(self.shape) + self.extra)
-
-    def has_layout_of(self, other: "Node") -> bool:
-        """Whether one may be written over the other."""
-        same = self.shape == other.shape and self.bytes_per_value == other.bytes_per_value
-        return same and not self.strided and not other.strided
 
 
 @dataclass(slots=True)
@@ -80,10 +73,9 @@ class Graph:
         self.nodes.append(node)
         return node
 
-    def view(self, source: Node, *shape: int, strided: bool = False) -> Node:
+    def view(self, source: Node, *shape: int) -> Node:
         """The same memory in another shape."""
-        root = source.view_of or source
-        node = Node(shape, source.bytes_per_value, (source,), view_of=root, strided=strided or source.strided)
+        node = Node(shape, source.bytes_per_value, (source,), view_of=source.view_of or source)
         self.nodes.append(node)
         return node
 
@@ -123,12 +115,10 @@ def _place(node: Node, buffer: "_Buffer") -> None:
     if node.view_of or not prod(node.shape):
         return
     for parent in node.sources if node.in_place else ():
-        root = parent.view_of or parent
-        alone = root is parent or (root.views == 1 and root.readers == 0)
-        free = parent.readers == 1 and parent.views == 0 and alone and not root.kept
-        if root.offset is not None and free and node.has_layout_of(parent):
-            node.offset, root.offset = root.offset, None
-            buffer.give(node.offset + node.size, root.size - node.size)
+        # Never over a view, even where nothing else reads what it shows.
+        same = parent.shape == node.shape and parent.bytes_per_value == node.bytes_per_value
+        if same and parent.offset is not None and parent.readers == 1 and parent.views == 0 and not parent.kept:
+            node.offset, parent.offset = parent.offset, None
             return
     node.offset = buffer.take(node.size)
 

@@ -88,7 +88,7 @@ def text_graph(shape: TextShape, batch: Batch) -> Graph:
         mixed = _experts(graph, shape, _norm(graph, residual), batch.groups)
         current = graph.add(mixed.shape, mixed, residual, in_place=True)
         if layer < shape.deepstack:
-            features = graph.view(stacked, hidden, tokens, strided=True)
+            features = graph.view(stacked, hidden, tokens)
             current = graph.add(current.shape, current, features, in_place=True)
     graph.add((shape.vocabulary, batch.outputs), _norm(graph, current), kept=True)
     return graph
@@ -107,7 +107,7 @@ def _embeddings(graph: Graph, shape: TextShape, tokens: int) -> tuple[Node, Node
     if shape.deepstack:
         chosen, rows = (graph.add((width, tokens), source) for source in (chosen, rows))
     graph.write(graph.add((width, tokens), mixed), rows, slots)
-    return chosen, graph.view(chosen, shape.hidden, tokens, strided=shape.deepstack > 0)
+    return chosen, graph.view(chosen, shape.hidden, tokens)
 
 
 def _rotations(graph: Graph, shape: TextShape, batch: Batch) -> tuple[Node | None, Node | None]:
@@ -138,7 +138,7 @@ class _Attention:
         key = _rotated(graph, self._head_vectors(graph, normed, shape.kv_heads), self.k_rotation)
         for stored, cells in ((key, self.k_cells), (value, self.v_cells)):
             graph.store(graph.view(stored, shape.kv_heads * shape.head_dim, tokens), cells)
-        query = graph.view(query, shape.head_dim, tokens, shape.heads, strided=True)
+        query = graph.view(query, shape.head_dim, tokens, shape.heads)
         copies = 2 * F16 * self.batch.cells * shape.kv_heads * shape.head_dim if self.batch.copied else 0
         result = graph.add((shape.head_dim, shape.heads, tokens), query, self.mask, extra=copies)
         result = _rotated(graph, graph.view(result, shape.heads * shape.head_dim, tokens), self.v_rotation)
@@ -177,7 +177,7 @@ def _experts(graph: Graph, shape: TextShape, normed: Node, groups: int) -> Node:
     logits = graph.add((shape.experts, tokens), normed)
     probabilities = graph.add(logits.shape, logits, in_place=True)
     order = graph.add(logits.shape, probabilities)
-    chosen = graph.view(order, used, tokens, strided=True)
+    chosen = graph.view(order, used, tokens)
     weights = graph.add((1, used, tokens), graph.view(probabilities, 1, shape.experts, tokens), chosen)
     weights = graph.view(weights, used, tokens)
     total = graph.add((1, tokens), weights)
@@ -190,7 +190,7 @@ def _experts(graph: Graph, shape: TextShape, normed: Node, groups: int) -> Node:
     activated = graph.add(gate.shape, gate, up)
     down = _of_groups(graph, (hidden, used, tokens), activated, chosen, groups)
     weighted = graph.add(down.shape, down, weights, in_place=True)
-    parts = [graph.view(weighted, hidden, tokens, strided=True) for _ in range(used)]
+    parts = [graph.view(weighted, hidden, tokens) for _ in range(used)]
     mixed = parts[0]
     for part in parts[1:]:
         mixed = graph.add((hidden, tokens), mixed, part, in_place=True)
