@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.allocation.planner import settled_types
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
@@ -23,10 +22,11 @@ from mode_gguf.pipeline.exporting import (
     run_reference,
     run_text_export,
 )
+from mode_gguf.pipeline.fitting import ledger_of_reach, settle
 from mode_gguf.pipeline.ledger import RunningStage, Stage, StageLedger
 from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl, warnings_of_calibration
 from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
-from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan, save_tensor_types
+from mode_gguf.pipeline.planning import run_plan, run_refined_plan, save_tensor_types
 from mode_gguf.pipeline.rounding import forget_rounded, run_rounding, warnings_of_rounding
 from mode_gguf.pipeline.session import working_in
 from mode_gguf.pipeline.stages import (
@@ -63,21 +63,23 @@ def estimate(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
     """
     chosen_imatrix(options.imatrix, options.preset.method)
     tensors = text_tensors(checkpoint)
-    groups = len(options.types.expert) if options.granularity == "expert" else 1
-    overhead = overhead_bytes(checkpoint, options.budget, options.pre_tokenizer, groups)
-    _, reach = settled_types(tensors, options.types, options.budget, options.preset, overhead)
+    budget = options.budget
+    types, reach, overhead = settle(
+        checkpoint, budget, options.types, options.preset, options.pre_tokenizer, options.granularity
+    )
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     n_weights = sum(tensor.n_weights for tensor in tensors)
     return Estimate(
         model_name=checkpoint.name,
         family=find_family(checkpoint).hf_class,
         reach=reach,
-        model_bytes=reach.budget + overhead,
+        model_bytes=reach.budget + (overhead if budget.kind == "size" else 0),
         n_weights=n_weights,
         expert_weights=sum(tensor.n_weights for tensor in experts),
         layers=len({tensor.layer for tensor in experts}),
         experts=max(tensor.n_experts for tensor in experts),
         free_disk_bytes=shutil.disk_usage(_existing_parent(folder.path)).free,
+        memory=ledger_of_reach(checkpoint, budget, types, reach),
     )
 
 

@@ -9,6 +9,7 @@ from mode_gguf.allocation.budget import Budget, Reach
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes, Granularity
 from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.memory.ledger import MemoryLedger
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 
 if TYPE_CHECKING:
@@ -92,3 +93,5 @@ class Estimate:
     layers: int
     experts: int
     free_disk_bytes: int
+    memory: MemoryLedger | None = None
+    """Where a GPU's memory will go, if that is the budget."""

@@ -6,6 +6,7 @@ import typer
 
 from mode_gguf_cli import options
 from mode_gguf_cli.console import emit_json, progress, say, show
+from mode_gguf_cli.memory import memory_json, show_memory
 
 if TYPE_CHECKING:
     from mode_gguf.pipeline import Estimate
@@ -16,6 +17,12 @@ def command(
     bpw: options.Bpw = None,
     size: options.Size = None,
     expert_bpw: options.ExpertBpw = None,
+    fit: options.Fit = None,
+    ctx: options.Context = None,
+    parallel: options.Parallel = None,
+    kv_type: options.KvTypeOption = None,
+    image_tokens: options.ImageTokens = None,
+    reserve: options.Reserve = None,
     out: options.Out = None,
     calibration: options.Calibration = None,
     device: options.DeviceOption = options.Device.AUTO,
@@ -89,7 +96,12 @@ def command(
     from mode_gguf import pipeline
 
     chosen = pipeline.ConvertOptions(
-        budget=options.budget_of(bpw, size, expert_bpw),
+        budget=options.budget_of(
+            bpw,
+            size,
+            expert_bpw,
+            options.fit_of(fit, ctx, parallel, kv_type, image_tokens, reserve, mmproj_type),
+        ),
         calibration=options.calibration_options(
             calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed
         ),
@@ -173,6 +185,7 @@ def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
                 "limits": list(reach.limits),
                 "model_bytes": estimate.model_bytes,
                 "free_disk_bytes": estimate.free_disk_bytes,
+                "memory": memory_json(estimate.memory),
             }
         )
         return
@@ -183,4 +196,5 @@ def _show_estimate(estimate: "Estimate", *, as_json: bool) -> None:
     for limit in reach.limits:
         show(f"           {limit}")
     show(f"text file  {estimate.model_bytes / 1e6:,.1f} MB; {estimate.free_disk_bytes / 1e9:,.1f} GB are free")
+    show_memory(estimate.memory)
     show("nothing was written")
