@@ -1,7 +1,7 @@
 """The graphs that llama.cpp computes for Qwen3-VL-MoE: its text model, and its image encoder.
 
-Operation by operation as in llama.cpp's `qwen3vlmoe` and mtmd's `qwen3vl`, with flash attention; written from the graphs
-that build b11549 lists with GGML_SCHED_DEBUG=2. Shapes are ggml's, the fastest dimension first.
+Operation by operation as in llama.cpp's `qwen3vlmoe` and mtmd's `qwen3vl`, with flash attention; written from what
+build b11549 lists with GGML_SCHED_DEBUG=2. Shapes are ggml's, the fastest dimension first.
 """
 
 from collections.abc import Callable, Mapping

@@ -46,8 +46,8 @@ def settle(
         if budget.fit is None:
             raise
         smallest = replace(types, dense=FIXED_DENSE[-1:]) if preset.dense == "fixed" else types
-        least = _least_on_gpu(tensors, effective_types(smallest, budget))
-        raise InfeasibleBudgetError(_way_out(checkpoint, tensors, budget, budget.fit, least, groups)) from None
+        smallest = effective_types(smallest, budget)
+        raise InfeasibleBudgetError(_way_out(checkpoint, tensors, budget, budget.fit, smallest, groups)) from None
 
 
 def ledger_of_reach(checkpoint: Checkpoint, budget: Budget, types: CandidateTypes, reach: Reach) -> MemoryLedger | None:
@@ -113,22 +113,19 @@ def _has_output(tensors: Sequence[SourceTensor]) -> bool:
     return any(tensor.role is Role.OUTPUT for tensor in tensors)
 
 
-def _least_on_gpu(tensors: Sequence[SourceTensor], types: CandidateTypes) -> int:
-    smallest = sum(min(tensor_bytes(tensor, candidate) for candidate in types.of(tensor)) for tensor in tensors)
-    return smallest - in_system_memory(tensors, types)
-
-
 def _way_out(
     checkpoint: Checkpoint,
     tensors: Sequence[SourceTensor],
     budget: Budget,
     fit: FitSettings,
-    least: int,
+    types: CandidateTypes,
     groups: int,
 ) -> str:
     """What does fit: this context in more memory, or a smaller one in this."""
     claimed = _claimed(checkpoint, fit, groups)
-    bpw = 8 * least / sum(tensor.n_weights for tensor in tensors)
+    smallest = sum(min(tensor_bytes(tensor, candidate) for candidate in types.of(tensor)) for tensor in tensors)
+    least = smallest - in_system_memory(tensors, types)
+    bpw = 8 * smallest / sum(tensor.n_weights for tensor in tensors)
     left = max(0, int(budget.value) - claimed)
     message = (
         f"{budget} cannot be reached: everything else takes {claimed / 2**20:,.0f} MiB, which leaves "
