@@ -76,7 +76,7 @@ def _ledger(
 ) -> MemoryLedger | None:
     if budget.fit is None:
         return None
-    others = needs(_shape(checkpoint, budget.fit), budget.fit, groups)
+    others = needs(model_shape(checkpoint, budget.fit), budget.fit, groups)
     text = MemoryLine(name="text model", bytes=on_gpu, what=f"{bpw:.3f} bits per weight")
     lines = [*(line for line in others if line.on_gpu), text, *(line for line in others if not line.on_gpu)]
     if embedding:
@@ -94,10 +94,11 @@ def _overhead(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None,
 
 
 def _claimed(checkpoint: Checkpoint, fit: FitSettings, groups: int) -> int:
-    return sum(line.bytes for line in needs(_shape(checkpoint, fit), fit, groups) if line.on_gpu)
+    return sum(line.bytes for line in needs(model_shape(checkpoint, fit), fit, groups) if line.on_gpu)
 
 
-def _shape(checkpoint: Checkpoint, fit: FitSettings) -> ModelShape:
+def model_shape(checkpoint: Checkpoint, fit: FitSettings) -> ModelShape:
+    """What memory depends on, tensors' types aside."""
     family, tensors = find_family(checkpoint), text_tensors(checkpoint)
     return ModelShape.of(
         family.gguf_arch,
@@ -140,7 +141,7 @@ def _way_out(
 
 def _largest_context(checkpoint: Checkpoint, budget: Budget, fit: FitSettings, least: int, groups: int) -> int | None:
     """Below the one asked for, with the smallest types."""
-    shape = _shape(checkpoint, fit)
+    shape = model_shape(checkpoint, fit)
 
     def fits(steps: int) -> bool:
         smaller = fit.model_copy(update={"context": steps * _STEP * fit.parallel})
