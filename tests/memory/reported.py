@@ -1,5 +1,6 @@
 """What llama.cpp itself says that it allocates: the lines of its log, in MiB."""
 
+import ctypes
 import logging
 import os
 import re
@@ -42,9 +43,9 @@ def sizes(lines: list[str], text: str) -> list[float]:
 
 
 @contextmanager
-def loaded(path: Path, *, weights: bool = True) -> Iterator[int]:
-    """A text model in the embedded llama.cpp; without weights only what it would take is known."""
-    lib = c_api.library()
+def loaded(path: Path, *, weights: bool = True, lib: ctypes.CDLL | None = None) -> Iterator[int]:
+    """A text model in llama.cpp, by default the embedded one; without weights only what it would take is known."""
+    lib = lib or c_api.library()
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.use_extra_bufts = False
@@ -59,9 +60,9 @@ def loaded(path: Path, *, weights: bool = True) -> Iterator[int]:
         lib.llama_model_free(model)
 
 
-def context_sizes(model: int, fit: FitSettings) -> tuple[float, float, float]:
+def context_sizes(model: int, fit: FitSettings, lib: ctypes.CDLL | None = None) -> tuple[float, float, float]:
     """MiB of KV cache, compute buffer and output buffer, in a context made as llama-server makes it."""
-    lib = c_api.library()
+    lib = lib or c_api.library()
     params = lib.llama_context_default_params()
     params.n_ctx = fit.context
     params.n_ubatch = fit.batch
