@@ -27,7 +27,7 @@ FOUNDATION = {
     "shards",
 }
 STAGE_MAY_IMPORT = {
-    "allocation": FOUNDATION | {"quantization"},
+    "allocation": FOUNDATION | {"memory", "quantization"},
     "architectures": FOUNDATION,
     "artifacts": FOUNDATION,
     "calibration": FOUNDATION,
@@ -40,6 +40,7 @@ STAGE_MAY_IMPORT = {
     "importance": FOUNDATION | {"quantization", "calibration"},
     "llama_cpp_library": set(),
     "locks": set(),
+    "memory": {"artifacts", "errors", "quantization"},
     "pictures": {"errors"},
     "progress": set(),
     "quantization": FOUNDATION | {"llama_cpp_library"},

@@ -43,6 +43,14 @@ class MetricName(StrEnum):
     BLOCK_MSE = "block-mse"
 
 
+class KvTypeName(StrEnum):
+    """Types of the KV cache; see `mode_gguf.memory.settings`."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+
+
 class CombinationName(StrEnum):
     """What an expert's cost is made of; see `mode_gguf.allocation.costs`."""
 
@@ -169,6 +177,62 @@ ExpertBpw = Annotated[
     typer.Option(
         help="Budget: bits per weight of the routed experts; everything else takes the largest of --dense-types.",
         show_default=False,
+    ),
+]
+_FIT = "A GPU's memory as the budget"
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Budget: the memory of the GPU that the model is going to run on, such as 24GiB; the text model gets what "
+        "KV cache, projector, compute buffers and the reserve leave of it.",
+        show_default=False,
+        rich_help_panel=_FIT,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx",
+        help="With --fit: tokens of context, of all parallel sequences together (llama-server's -c).",
+        min=1,
+        max=1 << 24,
+        show_default=False,
+        rich_help_panel=_FIT,
+    ),
+]
+Parallel = Annotated[
+    int | None,
+    typer.Option(
+        help="With --fit: sequences answered at the same time, which share the context; default: 1.",
+        min=1,
+        max=256,
+        show_default=False,
+        rich_help_panel=_FIT,
+    ),
+]
+KvTypeOption = Annotated[
+    KvTypeName | None,
+    typer.Option(
+        "--kv-type", help="With --fit: type of the KV cache; default: f16.", show_default=False, rich_help_panel=_FIT
+    ),
+]
+ImageTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="With --fit: tokens of the largest picture; default: llama.cpp's limit.",
+        min=1,
+        show_default=False,
+        rich_help_panel=_FIT,
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="With --fit: memory left to the driver, its libraries and the screen; default: 1GiB.",
+        show_default=False,
+        rich_help_panel=_FIT,
     ),
 ]
 Calibration = Annotated[
@@ -448,8 +512,8 @@ def _floor(text: str) -> "tuple[Role, QuantType]":
     return Role(role), quant_type(name)
 
 
-def budget_of(bpw: float | None, size: str | None, expert_bpw: float | None) -> "Budget":
-    """The budget from the three ways of giving one.
+def budget_of(bpw: float | None, size: str | None, expert_bpw: float | None, fit: "Budget | None" = None) -> "Budget":
+    """The budget from the four ways of giving one; the last is what `fit_of` makes.
 
     Raises:
         UsageError: more than one, or a value that is none.
@@ -457,19 +521,63 @@ def budget_of(bpw: float | None, size: str | None, expert_bpw: float | None) -> 
     from mode_gguf.allocation.budget import Budget, parse_size
     from mode_gguf.errors import UsageError
 
-    given = [
-        f"--{name}" for name, value in (("bpw", bpw), ("size", size), ("expert-bpw", expert_bpw)) if value is not None
-    ]
+    ways = (("bpw", bpw), ("size", size), ("expert-bpw", expert_bpw), ("fit", fit))
+    given = [f"--{name}" for name, value in ways if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} are different budgets: give one of them")
     for option, value in (("--bpw", bpw), ("--expert-bpw", expert_bpw)):
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"{option} {value:g} is no number of bits: give a positive one, such as 3.0")
+    if fit is not None:
+        return fit
     if size is not None:
         return Budget(kind="size", value=parse_size(size))
     if expert_bpw is not None:
         return Budget(kind="expert-bpw", value=expert_bpw)
     return Budget(kind="bpw", value=DEFAULT_BPW if bpw is None else bpw)
+
+
+def fit_of(
+    fit: str | None,
+    context: int | None,
+    parallel: int | None,
+    kv_type: KvTypeName | None,
+    image_tokens: int | None,
+    reserve: str | None,
+    projector_type: ProjectorType,
+) -> "Budget | None":
+    """The budget that a GPU's memory is, if it is given.
+
+    Raises:
+        UsageError: no size, no context with it, or an option that means nothing without it.
+    """
+    from mode_gguf.allocation.budget import Budget, parse_size
+    from mode_gguf.errors import UsageError
+    from mode_gguf.memory.settings import RESERVE, FitSettings
+
+    if fit is None:
+        others = {
+            "--ctx": context,
+            "--parallel": parallel,
+            "--kv-type": kv_type,
+            "--image-tokens": image_tokens,
+            "--reserve": reserve,
+        }
+        for option, value in others.items():
+            if value is not None:
+                raise UsageError(f"{option} goes with --fit, the memory of the GPU, such as --fit 24GiB")
+        return None
+    if context is None:
+        raise UsageError(f"--fit {fit} needs to know how long the context is: give --ctx, such as --ctx 32768")
+    settings = FitSettings(
+        context=context,
+        parallel=parallel or 1,
+        kv_type=kv_type.value if kv_type else "f16",
+        image_tokens=image_tokens,
+        reserve=RESERVE if reserve is None else parse_size(reserve, "--reserve"),
+        projector_type=projector_type.value,
+    )
+    return Budget(kind="fit", value=parse_size(fit, "--fit"), fit=settings)
 
 
 def shard_bytes_of(shard_size: str | None) -> int | None:

@@ -10,6 +10,7 @@ from mode_gguf.allocation.units import FALLBACK, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import Record
 from mode_gguf.errors import InfeasibleBudgetError, UsageError
+from mode_gguf.memory.settings import FitSettings
 
 _SIZE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -22,14 +23,21 @@ class Budget(Record):
     """How large the text model may be.
 
     `bpw`: bits per weight of the whole text model; `size`: bytes of its file; `expert-bpw`: bits per weight of the
-    routed experts alone, everything else taking the largest of its candidate types.
+    routed experts alone, everything else taking the largest of its candidate types; `fit`: bytes of the GPU that it is
+    going to be run on, as `fit` says.
     """
 
-    kind: Literal["bpw", "size", "expert-bpw"] = "bpw"
+    kind: Literal["bpw", "size", "expert-bpw", "fit"] = "bpw"
     value: Annotated[float, Field(gt=0)]
+    fit: FitSettings | None = None
 
     def __str__(self) -> str:
-        return f"--{self.kind} {self.value:g}" if self.kind != "size" else f"--size {self.value / 2**20:.2f}MiB"
+        match self.kind:
+            case "size":
+                return f"--size {self.value / 2**20:.2f}MiB"
+            case "fit":
+                return f"--fit {self.value / 2**20:.2f}MiB {self.fit}"
+        return f"--{self.kind} {self.value:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +89,28 @@ def budget_bytes(tensors: Sequence[SourceTensor], types: CandidateTypes, budget:
 
     Args:
         types: as `effective_types` gives them.
-        overhead: bytes of the file that hold no weights; a `size` budget pays for them.
+        overhead: what else has to be paid for: by a `size` budget, the file's metadata; by a `fit` budget, everything
+            else on the GPU.
     """
     match budget.kind:
         case "bpw":
             return int(budget.value * sum(tensor.n_weights for tensor in tensors) / 8)
         case "size":
             return int(budget.value) - overhead
+        case "fit":
+            left = int(budget.value) - overhead + in_system_memory(tensors, types)
+            return min(left, sum(max(_sizes(t, types)) for t in tensors))
         case "expert-bpw":
             experts = sum(tensor.n_weights for tensor in tensors if tensor.role is Role.EXPERT)
             others = (tensor_bytes(t, types.of(t)[-1]) for t in tensors if t.role is not Role.EXPERT)
             return int(budget.value * experts / 8) + sum(others)
+
+
+def in_system_memory(tensors: Sequence[SourceTensor], types: CandidateTypes) -> int:
+    """What the token embedding takes at least: llama.cpp keeps it there, unless it is the output head, too."""
+    if all(tensor.role is not Role.OUTPUT for tensor in tensors):
+        return 0
+    return sum(min(_sizes(tensor, types)) for tensor in tensors if tensor.role is Role.EMBEDDING)
 
 
 def check_reachable(tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, overhead: int = 0) -> Reach:
@@ -101,7 +120,7 @@ def check_reachable(tensors: Sequence[SourceTensor], types: CandidateTypes, budg
         InfeasibleBudgetError: it does not; the message gives the range and what limits it.
     """
     types = effective_types(types, budget)
-    sizes = [[tensor_bytes(tensor, candidate) for candidate in types.of(tensor)] for tensor in tensors]
+    sizes = [_sizes(tensor, types) for tensor in tensors]
     n_weights = sum(tensor.n_weights for tensor in tensors)
     reach = Reach(
         lowest=sum(map(min, sizes)),
@@ -119,8 +138,12 @@ def check_reachable(tensors: Sequence[SourceTensor], types: CandidateTypes, budg
     return reach
 
 
+def _sizes(tensor: SourceTensor, types: CandidateTypes) -> list[int]:
+    return [tensor_bytes(tensor, candidate) for candidate in types.of(tensor)]
+
+
 def _range(reach: Reach, budget: Budget, overhead: int) -> str:
-    if budget.kind == "size":
+    if budget.kind in ("size", "fit"):
         return f"{(reach.lowest + overhead) / 2**20:.2f} to {(reach.highest + overhead) / 2**20:.2f} MiB"
     return f"{reach.lowest_bpw:.3f} to {reach.highest_bpw:.3f} bits per weight"
 

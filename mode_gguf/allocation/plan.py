@@ -9,6 +9,7 @@ from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
+from mode_gguf.memory.ledger import MemoryLedger
 from mode_gguf.quantization.expert_groups import layer_groups, stored_types
 from mode_gguf.quantization.packing import EXACT, Packing, Rounding
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
@@ -84,6 +85,8 @@ class Plan(Record):
     """The preset with all its parts, as options may have changed them; None for a plan that weighs nothing."""
     budget: Budget | None = None
     """What it was chosen for; None for a plan that was not."""
+    memory: MemoryLedger | None = None
+    """Where the GPU's memory goes, of a plan that was made to fit into it."""
     bpw: float
     experts_bpw: float
     size_bytes: int

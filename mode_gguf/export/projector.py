@@ -1,5 +1,6 @@
 """The projector file: vision tower and merger, for llama.cpp's --mmproj."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,16 @@ def write_projector(
 
     outgoing = [_outgoing(checkpoint, tensor, _stored_type(tensor, file_quant_type)) for tensor in tensors]
     write_gguf(path, ARCHITECTURE, add_keys, outgoing, description="writing projector", progress=progress)
+
+
+def projector_bytes(checkpoint: Checkpoint, quant_type: str = "F16") -> int:
+    """Bytes of the projector's tensors; the arguments are those of `write_projector`."""
+    tensors = projector_tensors(checkpoint)
+    stored = (_stored_type(tensor, QUANT_TYPES[quant_type.upper()]) for tensor in tensors)
+    return sum(
+        math.prod(tensor.shape[:-1]) * kind.row_bytes(tensor.row_width)
+        for tensor, kind in zip(tensors, stored, strict=True)
+    )
 
 
 def _stored_type(tensor: SourceTensor, file_quant_type: QuantType) -> QuantType:

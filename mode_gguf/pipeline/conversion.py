@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.allocation.planner import settled_types
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
@@ -26,6 +25,7 @@ from mode_gguf.pipeline.exporting import (
     run_text_export,
 )
 from mode_gguf.pipeline.facts import conversion_facts
+from mode_gguf.pipeline.fitting import ledger_of_reach, settle
 from mode_gguf.pipeline.ledger import RunningStage, Stage, StageLedger
 from mode_gguf.pipeline.machine import look_at_machine
 from mode_gguf.pipeline.measuring import (
@@ -37,7 +37,7 @@ from mode_gguf.pipeline.measuring import (
 )
 from mode_gguf.pipeline.needs import Sizes, StageNeeds, Work, stage_needs
 from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
-from mode_gguf.pipeline.planning import overhead_bytes, run_plan, run_refined_plan, save_tensor_types
+from mode_gguf.pipeline.planning import run_plan, run_refined_plan, save_tensor_types
 from mode_gguf.pipeline.reporting import draw_converted
 from mode_gguf.pipeline.room import look_at_room, memory_warning, shortages
 from mode_gguf.pipeline.rounding import forget_rounded, run_rounding, warnings_of_rounding
@@ -95,22 +95,25 @@ def estimate(
     """
     chosen_imatrix(options.imatrix, options.preset.method)
     tensors = text_tensors(checkpoint)
-    groups = len(options.types.expert) if options.granularity == "expert" else 1
-    overhead = overhead_bytes(checkpoint, options.budget, options.pre_tokenizer, groups)
-    _, reach = settled_types(tensors, options.types, options.budget, options.preset, overhead)
+    budget = options.budget
+    types, reach, overhead = settle(
+        checkpoint, budget, options.types, options.preset, options.pre_tokenizer, options.granularity
+    )
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     n_weights = sum(tensor.n_weights for tensor in tensors)
+    model_bytes = reach.budget + (overhead if budget.kind == "size" else 0)
     return Estimate(
         model_name=checkpoint.name,
         family=find_family(checkpoint).hf_class,
         reach=reach,
-        model_bytes=reach.budget + overhead,
+        model_bytes=model_bytes,
         n_weights=n_weights,
         expert_weights=sum(tensor.n_weights for tensor in experts),
         layers=len({tensor.layer for tensor in experts}),
         experts=max(tensor.n_experts for tensor in experts),
-        stages=tuple(_needs(checkpoint, options, reach.budget + overhead, measured=measured)),
+        stages=tuple(_needs(checkpoint, options, model_bytes, measured=measured)),
         room=look_at_room(folder),
+        memory=ledger_of_reach(checkpoint, budget, types, reach),
     )
 
 

@@ -10,6 +10,7 @@ from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes, Granularity
 from mode_gguf.calibration.limits import HIDDEN_BYTES
 from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.memory.ledger import MemoryLedger
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 
 if TYPE_CHECKING:
@@ -99,3 +100,5 @@ class Estimate:
     experts: int
     stages: "tuple[StageNeeds, ...]"
     room: "Room"
+    memory: MemoryLedger | None = None
+    """Where a GPU's memory will go, if that is the budget."""

@@ -12,7 +12,7 @@ from mode_gguf.allocation.costs import ExpertUse, Measurements, expert_frequency
 from mode_gguf.allocation.frontier import Frontier, frontier
 from mode_gguf.allocation.granularity import GranularityReport, GranularityRow
 from mode_gguf.allocation.plan import Plan, Provenance, RefinementTrial
-from mode_gguf.allocation.planner import Problem, expert_plan, optimal_plan, plan_of, settled_types, uniform_plan
+from mode_gguf.allocation.planner import Problem, expert_plan, optimal_plan, plan_of, uniform_plan
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, Granularity
 from mode_gguf.architectures import text_tensors
@@ -20,8 +20,8 @@ from mode_gguf.artifacts import file_fingerprint, write_text
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import UsageError
 from mode_gguf.export.tensor_types import tensor_types_text
-from mode_gguf.export.text_model import metadata_bytes
 from mode_gguf.importance.choice import ImatrixKind
+from mode_gguf.pipeline.fitting import settle, with_ledger
 from mode_gguf.pipeline.ledger import StageLedger
 from mode_gguf.pipeline.measuring import kl_measurement, measured_tables
 from mode_gguf.pipeline.options import DEFAULT_MEASURED_SAMPLES, CalibrationOptions
@@ -82,7 +82,7 @@ def run_plan(
     plan = optimal_plan(problem, made_from, budget, packing)
     if granularity == "expert":
         plan = _better(expert_plan(problem, made_from, budget, packing), plan)
-    saved = save_plan(folder, plan.model_copy(update={"rounding": rounding}))
+    saved = save_plan(folder, with_ledger(checkpoint, plan.model_copy(update={"rounding": rounding})))
     stage.finish()
     return saved
 
@@ -102,8 +102,7 @@ def planning_problem(
     Raises like `run_plan`.
     """
     tensors = text_tensors(checkpoint)
-    overhead = overhead_bytes(checkpoint, budget, pre_tokenizer, len(types.expert) if granularity == "expert" else 1)
-    settled_types(tensors, types, budget, preset, overhead)
+    _, _, overhead = settle(checkpoint, budget, types, preset, pre_tokenizer, granularity)
     measured, preset, table = _measurements(checkpoint, folder, preset)
     if rounding == "feedback":
         arrays = with_gain(measured.arrays, tensors, measured.expert_types, measured.dense_types)
@@ -164,7 +163,7 @@ def run_refined_plan(
     ]
     best = replace(first, choices=refined.choices)
     plan = plan_of(problem, units, best, made_from, budget, packing, history)
-    saved = save_plan(folder, plan.model_copy(update={"rounding": rounding}))
+    saved = save_plan(folder, with_ledger(checkpoint, plan.model_copy(update={"rounding": rounding})))
     stage.finish()
     return saved
 
@@ -312,11 +311,6 @@ def _better(by_expert: Plan, by_tensor: Plan) -> Plan:
         return by_expert
     log.warning("at this size a type per tensor costs no more than a type per expert, so that is planned")
     return by_tensor
-
-
-def overhead_bytes(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None, groups: int = 1) -> int:
-    """Bytes of the file that a budget of its size must leave for metadata; not asked for by other budgets."""
-    return metadata_bytes(checkpoint, pre_tokenizer, groups) if budget.kind == "size" else 0
 
 
 def _measurements(

@@ -184,7 +184,7 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
         return None, f"{path}: is older than {first.name}"
     broken = [check for check in report.checks if not check.kept]
     if broken:
-        raise ValidationError(f"{path}: validation failed, {broken[0]['option']} {broken[0]['limit']:g} is not kept")
+        raise ValidationError(f"{path}: validation failed, {broken[0].option} {broken[0].limit:g} is not kept")
     return report, None
 
 

@@ -82,7 +82,8 @@ def plan_stage(
     settings = {
         **_basis(checkpoint),
         "measured": {path.name: file_identity(path) for path in measured},
-        "budget": f"{budget.kind} {budget.value:g}",
+        "budget": f"{budget.kind} {budget.value:.15g}",
+        **({"fit": budget.fit.model_dump()} if budget.fit else {}),
         "preset": asdict(preset),
         "types": [quant_type.name for quant_type in types.expert],
         "dense types": [quant_type.name for quant_type in types.dense],

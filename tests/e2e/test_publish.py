@@ -71,7 +71,7 @@ def ggufs(folder: Path) -> list[Path]:
 def expected_names(folder: Path) -> set[str]:
     imatrix = {path.name for path in folder.glob("imatrix-*.gguf")}
     models = {path.name for path in ggufs(folder)} - imatrix
-    return {*models, f"imatrix-{folder_name(folder)}.gguf", "README.md", "plan.json", "report.json"}
+    return {*models, f"imatrix-{folder_name(folder)}.gguf", "README.md", "plan.json", "report.json", "report.html"}
 
 
 def folder_name(folder: Path) -> str:
@@ -325,7 +325,7 @@ def test_what_was_not_validated_is_refused(logged_in: Hub, copy: WorkFolder, run
     assert logged_in.repositories == {}
     run(*publish, "--unvalidated")
     files = logged_in.repositories[TARGET].files
-    assert set(files) == expected_names(copy.path) - {"report.json"}
+    assert set(files) == expected_names(copy.path) - {"report.json", "report.html"}
     assert b"Not measured." in files["README.md"]
 
 

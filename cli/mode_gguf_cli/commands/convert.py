@@ -7,6 +7,7 @@ import typer
 
 from mode_gguf_cli import options
 from mode_gguf_cli.console import duration, emit_json, progress, say, show
+from mode_gguf_cli.memory import memory_json, show_memory
 
 if TYPE_CHECKING:
     from mode_gguf.hub.source import Download
@@ -18,6 +19,12 @@ def command(
     bpw: options.Bpw = None,
     size: options.Size = None,
     expert_bpw: options.ExpertBpw = None,
+    fit: options.Fit = None,
+    ctx: options.Context = None,
+    parallel: options.Parallel = None,
+    kv_type: options.KvTypeOption = None,
+    image_tokens: options.ImageTokens = None,
+    reserve: options.Reserve = None,
     out: options.Out = None,
     calibration: options.Calibration = None,
     device: options.DeviceOption = options.Device.AUTO,
@@ -92,7 +99,12 @@ def command(
     from mode_gguf import pipeline
 
     chosen = pipeline.ConvertOptions(
-        budget=options.budget_of(bpw, size, expert_bpw),
+        budget=options.budget_of(
+            bpw,
+            size,
+            expert_bpw,
+            options.fit_of(fit, ctx, parallel, kv_type, image_tokens, reserve, mmproj_type),
+        ),
         calibration=options.calibration_options(
             calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
         ),
@@ -188,6 +200,7 @@ def _show_estimate(estimate: "Estimate", download: "Download | None", *, as_json
                 "free_memory_bytes": room.memory,
                 "problems": problems,
                 "download": asdict(download) if download else None,
+                "memory": memory_json(estimate.memory),
             }
         )
         return
@@ -200,6 +213,7 @@ def _show_estimate(estimate: "Estimate", download: "Download | None", *, as_json
     for limit in reach.limits:
         show(f"           {limit}")
     show(f"text file  {estimate.model_bytes / 1e6:,.1f} MB")
+    show_memory(estimate.memory)
     show("")
     rows = [("stage", "about", "memory", "GPU memory", "written")]
     for stage in estimate.stages:

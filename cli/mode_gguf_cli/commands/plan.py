@@ -8,6 +8,7 @@ import typer
 
 from mode_gguf_cli import options
 from mode_gguf_cli.console import emit_json, progress, show
+from mode_gguf_cli.memory import memory_json, show_memory
 
 if TYPE_CHECKING:
     from mode_gguf.allocation.granularity import GranularityReport
@@ -26,6 +27,12 @@ def command(
     bpw: options.Bpw = None,
     size: options.Size = None,
     expert_bpw: options.ExpertBpw = None,
+    fit: options.Fit = None,
+    ctx: options.Context = None,
+    parallel: options.Parallel = None,
+    kv_type: options.KvTypeOption = None,
+    image_tokens: options.ImageTokens = None,
+    reserve: options.Reserve = None,
     out: options.Out = None,
     preset: options.PresetOption = options.PresetName.MODE,
     sensitivity: options.MetricOption = None,
@@ -64,6 +71,9 @@ def command(
     ] = None,
     rounding: options.RoundingOption = options.RoundingName.NEAREST,
     pre_tokenizer: options.PreTokenizer = None,
+    mmproj_type: Annotated[
+        options.ProjectorType, typer.Option(help="With --fit: type that the projector will have.")
+    ] = options.ProjectorType.F16,
     seed: options.Seed = 0,
     memory: options.Memory = options.DEFAULT_MEMORY,
     json: options.Json = False,
@@ -113,7 +123,12 @@ def command(
             seed,
             unit_kl,
         )
-        budget = options.budget_of(bpw, size, expert_bpw)
+        budget = options.budget_of(
+            bpw,
+            size,
+            expert_bpw,
+            options.fit_of(fit, ctx, parallel, kv_type, image_tokens, reserve, mmproj_type),
+        )
         samples = pipeline.CalibrationOptions(
             calibration,
             image_samples,
@@ -177,6 +192,7 @@ def command(
                 "size_bytes": made.size_bytes,
                 "predicted_cost": made.solver.objective if made.solver else None,
                 "gap": made.solver.gap if made.solver else None,
+                "memory": memory_json(made.memory),
                 "refinement": [trial.model_dump() for trial in made.refinement or ()],
             }
         )
@@ -187,6 +203,7 @@ def command(
     else:
         show("              experts of a layer differ in type: the file will need mode-gguf's build of llama.cpp")
     show(f"bpw           {made.bpw:.4f} (experts {made.experts_bpw:.4f})")
+    show_memory(made.memory)
     if made.solver:
         show(f"cost          {made.solver.objective:.6g}, proven to {made.solver.gap:.1e}")
     if made.expert_granularity:

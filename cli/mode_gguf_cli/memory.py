@@ -1,0 +1,33 @@
+"""Where a GPU's memory goes, as a table and as JSON."""
+
+from typing import TYPE_CHECKING, Any
+
+from mode_gguf_cli.console import show
+
+if TYPE_CHECKING:
+    from mode_gguf.memory.ledger import MemoryLedger
+
+
+def show_memory(ledger: "MemoryLedger | None") -> None:
+    """A line each for what takes the memory, and what is left free; nothing where memory is not the budget."""
+    if ledger is None:
+        return
+    show(f"memory     {_mib(ledger.memory)} MiB of the GPU, {ledger.settings}")
+    for line in ledger.lines:
+        if line.on_gpu:
+            show(f"           {_mib(line.bytes)}  {line.name}: {line.what}")
+    show(f"           {_mib(ledger.memory - ledger.used)}  free")
+    for line in ledger.lines:
+        if not line.on_gpu:
+            show(f"           ({_mib(line.bytes).strip()} MiB  {line.name}: {line.what})")
+
+
+def memory_json(ledger: "MemoryLedger | None") -> dict[str, Any] | None:
+    """As plan.json has it, with the sums."""
+    if ledger is None:
+        return None
+    return {**ledger.model_dump(mode="json"), "used": ledger.used, "free": ledger.memory - ledger.used}
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:10,.1f}"

@@ -1,0 +1,102 @@
+"""A GPU's memory as the budget: the text model gets what is left, and it is said where the rest went."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mode_gguf.allocation.plan import Plan
+
+Run = Callable[..., str]
+
+SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
+FIT = ("--ctx", "2048", "--kv-type", "q8_0", "--reserve", "64MiB")
+CONVERT = ("--no-validate", "--rounding", "nearest", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fit") / "work"
+
+
+def dry(run: Run, pico: Path, *options: str) -> dict[str, Any]:
+    estimate: dict[str, Any] = json.loads(run("convert", pico, "--dry-run", "--json", *options))
+    return estimate
+
+
+def beside(run: Run, pico: Path) -> int:
+    """Bytes of everything but the text model."""
+    memory = dry(run, pico, "--fit", "1GiB", *FIT)["memory"]
+    others = (line for line in memory["lines"] if line["on_gpu"] and line["name"] != "text model")
+    return sum(int(line["bytes"]) for line in others)
+
+
+def test_convert_uses_the_memory(pico: Path, out: Path, run: Run) -> None:
+    memory = beside(run, pico) + 3 * 2**20
+    arguments = ("convert", pico, "--fit", str(memory), *FIT, "--out", out, *CONVERT, "--json")
+    result = json.loads(run(*arguments))
+    plan = Plan.load(out / "plan.json")
+    assert plan.memory is not None
+    assert plan.memory.memory == memory
+    text = next(line for line in plan.memory.lines if line.name == "text model")
+    (embedding,) = (tensor.size_bytes for tensor in plan.tensors if tensor.name == "token_embd.weight")
+    assert text.bytes == plan.size_bytes - embedding
+    assert 0.99 * memory < plan.memory.used <= memory
+    assert sum(tensor["size_bytes"] for tensor in json.loads((out / "plan.json").read_text())["tensors"]) < (
+        Path(result["model"]).stat().st_size
+    )
+    assert set(json.loads(run(*arguments))["seconds"].values()) == {0.0}
+
+
+def test_another_way_of_running_it_is_another_plan(pico: Path, out: Path, run: Run) -> None:
+    memory = str(beside(run, pico) + 3 * 2**20)
+    arguments = ("convert", pico, "--out", out, *CONVERT, "--json", "--fit", memory)
+    run(*arguments, *FIT)
+    seconds = json.loads(run(*arguments, *FIT, "--image-tokens", "900"))["seconds"]
+    assert seconds["plan"] > 0
+    assert seconds["calibrate"] == seconds["sensitivity"] == 0
+    one_more = str(int(memory) + 1)
+    assert json.loads(run(*arguments[:-1], one_more, *FIT, "--image-tokens", "900"))["seconds"]["plan"] > 0
+
+
+def test_plan_shows_the_ledger(pico: Path, out: Path, run: Run) -> None:
+    memory = str(beside(run, pico) + 3 * 2**20)
+    shown = run("plan", pico, "--out", out, "--fit", memory, *FIT)
+    for name in ("KV cache: 2048 cells x 3 layers, q8_0", "text compute buffer", "image encoder", "reserve", "free"):
+        assert name in shown
+    document = json.loads(run("plan", pico, "--out", out, "--fit", memory, *FIT, "--json"))
+    assert document["memory"]["used"] + document["memory"]["free"] == int(memory)
+    assert document["memory"]["settings"]["context"] == 2048
+
+
+def test_more_than_enough_takes_the_largest_types(pico: Path, run: Run) -> None:
+    estimate = dry(run, pico, "--fit", "1GiB", *FIT)
+    assert estimate["bpw"] == estimate["reachable_bpw"][1]
+    assert estimate["memory"]["free"] > 2**29
+
+
+def test_what_does_not_fit_says_what_does(pico: Path, run: Run) -> None:
+    least = beside(run, pico) + 2**20
+    error = run("convert", pico, "--dry-run", "--fit", str(least), *FIT, code=3)
+    needed, context = error.split("needs --fit ")[1].split("MiB")[0], error.rpartition("--ctx ")[2].strip()
+    assert dry(run, pico, "--fit", f"{needed}MiB", *FIT)["bpw"] > 0
+    assert dry(run, pico, "--fit", str(least), *FIT[2:], "--ctx", context)["bpw"] > 0
+    run("convert", pico, "--dry-run", "--fit", str(least), *FIT[2:], "--ctx", str(int(context) + 256), code=3)
+    assert "the largest is" not in run("convert", pico, "--dry-run", "--fit", "60MiB", *FIT, code=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--fit", "24GiB"), "give --ctx"),
+        (("--ctx", "4096"), "--ctx goes with --fit"),
+        (("--kv-type", "q8_0"), "--kv-type goes with --fit"),
+        (("--fit", "24GiB", "--ctx", "4096", "--bpw", "3"), "--bpw and --fit are different budgets"),
+        (("--fit", "24potatoes", "--ctx", "4096"), "--fit 24potatoes is not a size"),
+        (("--fit", "24GiB", "--ctx", "4096", "--reserve", "much"), "--reserve much is not a size"),
+    ],
+)
+def test_options_that_mean_nothing(pico: Path, run: Run, options: tuple[str, ...], error: str) -> None:
+    assert error in run("convert", pico, "--dry-run", *options, code=2)
