@@ -21,6 +21,7 @@ from mode_gguf.pipeline.options import (
     ConvertResult,
     Estimate,
 )
+from mode_gguf.pipeline.pair import Pair, find_pair
 from mode_gguf.pipeline.planning import (
     make_uniform_plan,
     planning_problem,
@@ -42,10 +43,12 @@ __all__ = [
     "ConvertOptions",
     "ConvertResult",
     "Estimate",
+    "Pair",
     "convert",
     "environment",
     "estimate",
     "export_text",
+    "find_pair",
     "make_uniform_plan",
     "merge",
     "model_path",
