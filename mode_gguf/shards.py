@@ -72,3 +72,9 @@ def earlier_shards(path: Path) -> list[Path]:
         if (match := _NAME.fullmatch(file.name)) and match["stem"] == path.stem
     ]
     return [file for _, file in sorted(found)]
+
+
+def is_later_shard(path: Path) -> bool:
+    """Whether the name says that this is a shard, and not the first, which users open."""
+    match = _NAME.fullmatch(path.name)
+    return match is not None and int(match["number"]) > 1

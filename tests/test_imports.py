@@ -48,7 +48,7 @@ STAGE_MAY_IMPORT = {
     "rounding": FOUNDATION | {"quantization", "calibration", "importance"},
     "runtime": {"artifacts", "errors", "llama_cpp_library", "progress", "quantization"},
     "shards": {"errors"},
-    "validation": FOUNDATION | {"llama_cpp_library", "quantization", "runtime"},
+    "validation": FOUNDATION | {"llama_cpp_library", "memory", "quantization", "runtime"},
     "workfolder": FOUNDATION,
 }
 HEAVY_ONLY_IN = {

@@ -22,6 +22,7 @@ from mode_gguf.pipeline.options import (
     ConvertResult,
     Estimate,
 )
+from mode_gguf.pipeline.pair import Pair, find_pair
 from mode_gguf.pipeline.planning import (
     make_uniform_plan,
     planning_problem,
@@ -45,12 +46,14 @@ __all__ = [
     "ConvertOptions",
     "ConvertResult",
     "Estimate",
+    "Pair",
     "convert",
     "draw_validated",
     "environment",
     "estimate",
     "export_text",
     "facts_about",
+    "find_pair",
     "make_uniform_plan",
     "merge",
     "model_files",

@@ -1,17 +1,25 @@
-"""mode-gguf run: a GGUF file in the llama.cpp that can load it."""
+"""mode-gguf run: a finished model in the llama.cpp that can load it."""
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mode_gguf_cli import options
-from mode_gguf_cli.console import say
+from mode_gguf_cli.console import say, show
+
+if TYPE_CHECKING:
+    from mode_gguf.pipeline import Pair
+
+_QUESTION = "What is in this picture?"
 
 
 class Tool(StrEnum):
@@ -24,25 +32,109 @@ class Tool(StrEnum):
 
 
 def command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Text GGUF.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|MODEL", help="Work folder with a finished model, or a text GGUF.", show_default=False
+        ),
+    ],
     extra: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- EXTRA...", help="What else the program is given, as it is.", show_default=False),
     ] = None,
-    mmproj: Annotated[Path | None, typer.Option(help="The model's projector, for pictures.")] = None,
+    mmproj: Annotated[
+        Path | None, typer.Option(help="The model's projector, for pictures; default: the folder's.")
+    ] = None,
     tool: Annotated[Tool, typer.Option(help="The program to start.")] = Tool.SERVER,
     llama_cpp: options.LlamaCpp = None,
+    host: Annotated[str, typer.Option(help="Address that llama-server listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port; 0 for any that is free.", min=0, max=65535)] = 8080,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            help="Its context in tokens; default: what the model was fitted for, else 16384 at most.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what llama-server says.")] = False,
 ) -> None:
-    """Start a llama.cpp program with MODEL, in the place of this one.
+    """Talk to a finished model: start llama-server on it and its projector, and say how to ask it about a picture.
 
-    Files with one type per expert need the build that `mode-gguf runtime build` makes; others run in your llama.cpp.
+    A model made with --fit is served as it was planned: context, parallel sequences, KV cache. The llama.cpp is the one
+    that --llama-cpp names, else MODE_GGUF_LLAMA_CPP, the PATH, our own build (files with one type per expert need it,
+    see `mode-gguf runtime build`), else the embedded one. Ctrl-C ends it. Any other --tool takes the place of this
+    command.
     """
+    from mode_gguf import pipeline
     from mode_gguf.validation.launch import command_line
 
-    line = command_line(model, tool.value, mmproj, extra or (), llama_cpp)
+    pair = pipeline.find_pair(model) if model.is_dir() else pipeline.Pair(model, None)
+    for remark in pair.remarks:
+        say(remark.replace("[", r"\["))
+    if tool is Tool.SERVER:
+        _serve(pair, mmproj or pair.mmproj, extra or (), llama_cpp, host, port, ctx, verbose=verbose)
+        return
+    with_pictures = pair.mmproj if tool is Tool.MTMD_CLI else None
+    line = command_line(pair.model, tool.value, mmproj or with_pictures, extra or (), llama_cpp)
     say(shlex.join(line).replace("[", r"\["))
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "nt":  # its exec returns to the shell at once and leaves the program without a console
         raise typer.Exit(subprocess.run(line, check=False).returncode)
     os.execv(line[0], line)
+
+
+def _serve(
+    pair: "Pair",
+    mmproj: Path | None,
+    extra: Sequence[str],
+    llama_cpp: Path | None,
+    host: str,
+    port: int,
+    ctx: int | None,
+    *,
+    verbose: bool,
+) -> None:
+    from mode_gguf.validation.serving import running, server_command, serving_of
+
+    serving = serving_of(pair.model, mmproj, pair.fit, host=host, port=port, context=ctx, extra=extra)
+    line, program = server_command(serving, extra, llama_cpp)
+    say(f"loading {pair.model.name} ({program}) ...".replace("[", r"\["))
+    try:
+        with _interrupted_by_all(), running(line, serving, _echo if verbose else lambda said: None) as server:
+            pictures = f"pictures through {mmproj.name}" if mmproj else "no pictures"
+            show(f"{serving.url}  {pair.model.name}, {pictures}, {serving.context} tokens of context; Ctrl-C ends it")
+            show(f"ask it  {_example(serving.url, with_picture=mmproj is not None)}")
+            sys.stdout.flush()
+            server.wait()
+    except KeyboardInterrupt:
+        say("stopped")
+
+
+@contextmanager
+def _interrupted_by_all() -> Iterator[None]:
+    """Whatever asks this process to end interrupts it, so that the server is stopped, too."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _echo(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _example(url: str, *, with_picture: bool) -> str:
+    """A command that asks the server; the picture's file is read by the shell."""
+    post = f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d"
+    if not with_picture:
+        return f"""{post} '{{"messages": [{{"role": "user", "content": "Who are you?"}}]}}'"""
+    before = (
+        '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,'
+    )
+    after = f'"}}}}, {{"type": "text", "text": "{_QUESTION}"}}]}}]}}'
+    return f"(printf %s '{before}'; base64 < picture.png | tr -d '\\n'; printf %s '{after}') | {post} @-"
