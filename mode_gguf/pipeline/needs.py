@@ -32,15 +32,19 @@ EXPORT_BYTES = 1 << 29
 VALIDATION_BYTES = 3 << 29
 """llama.cpp's caches and buffers; the files themselves are mapped."""
 
+_HEAP_VALUES, _MOST_HEAP = 10, 4 << 30
+"""What the C library keeps of what forwards free: hidden states per token, as measured; and no more than so much."""
+
 _CHARACTERS_PER_TOKEN = 3.0
 _TEMPLATE_TOKENS = 24
 _PACKED_PER_SECOND = 1.5e8
 """Weights that a core packs to nearest, reading them included."""
 _FED_BACK_PER_SECOND = 1.7e6
 """Weights that a core rounds with feedback."""
-_CALIBRATE, _SENSITIVITY, _ROUND, _VALIDATE = 2.0, 20.0, 3.0, 4.0
+_CALIBRATE, _SENSITIVITY, _ROUND, _VALIDATE = 1.3, 20.0, 1.5, 4.0
 """Time of a stage's passes over the samples, in large products of as many operations as one forward takes: small
-products of single experts are slower, and sensitivity computes gradients and what every candidate changes."""
+products of single experts are slower, and sensitivity computes gradients and what every candidate changes. The first
+was measured (docs/EXPERIMENTS.md, "Scale"), the others are counted."""
 _HELD_OUT_TOKENS = 4000
 """About as many as the built-in held-out set has, and two models."""
 
@@ -193,7 +197,7 @@ def stage_needs(
     held = (min(waiting, kept), min(of_all_layers, kept))
 
     def measuring(stage: str, samples: int, at_layer: int, **disk: int) -> StageNeeds:
-        here = PROCESS_BYTES + pixels + samples
+        here = PROCESS_BYTES + pixels + samples + min(_HEAP_VALUES * 4 * sizes.hidden * work.tokens, _MOST_HEAP)
         if gpu:
             return StageNeeds(stage, here + CUDA_BYTES, model + at_layer + min(waiting, model), **disk)
         return StageNeeds(stage, here + model + at_layer, **disk)
