@@ -176,7 +176,7 @@ class Server:
     """A server that was started; `running` makes it."""
 
     def __init__(self, process: "subprocess.Popen[str]", serving: Serving, on_line: Callable[[str], None]) -> None:
-        self._process, self._serving, self._on_line = process, serving, on_line
+        self.process, self._serving, self._on_line = process, serving, on_line
         self._said: deque[str] = deque(maxlen=_SAID)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -184,7 +184,7 @@ class Server:
     def wait_until_ready(self) -> None:
         """Return when /health is ok; raises as `running` does."""
         opener = build_opener(ProxyHandler({}))
-        while self._process.poll() is None:
+        while self.process.poll() is None:
             with suppress(URLError, OSError), opener.open(f"{self._serving.url}/health", timeout=5) as answer:
                 if answer.status == 200:
                     return
@@ -193,31 +193,31 @@ class Server:
 
     def wait(self) -> None:
         """Return never; raises InputError with its last words when the server ends by itself."""
-        self._process.wait()
+        self.process.wait()
         raise self._ended()
 
     def stop(self) -> None:
         """Ask it to end, and make it end if it does not."""
-        if self._process.poll() is None:
-            self._process.terminate()
+        if self.process.poll() is None:
+            self.process.terminate()
             try:
-                self._process.wait(_STOP_SECONDS)
+                self.process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                self.process.kill()
+                self.process.wait()
         self._reader.join(_STOP_SECONDS)
-        if self._process.stdout:
-            self._process.stdout.close()
+        if self.process.stdout:
+            self.process.stdout.close()
 
     def _read(self) -> None:
-        for line in self._process.stdout or ():
+        for line in self.process.stdout or ():
             if line.strip():
                 self._said.append(line.strip())
                 self._on_line(line.rstrip("\n"))
 
     def _ended(self) -> InputError:
         self._reader.join(_STOP_SECONDS)
-        code = self._process.returncode
+        code = self.process.returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return InputError(f"{self._serving.model}: its server {how}: {_last_words(list(self._said))}")
 
