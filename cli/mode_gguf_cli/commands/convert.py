@@ -157,6 +157,7 @@ def command(
     show(f"mmproj   {result.mmproj}")
     if result.report:
         show(f"report   {result.report}")
+    say(f"talk to it with: mode-gguf run {folder.path}".replace("[", r"\["))
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
     if reused:
         say(f"reused from the last run in this folder: {', '.join(reused)}")
