@@ -5,15 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from mode_gguf.memory.ledger import text_batch
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.tensors import Role
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.export.text_model import write_text_model
+from mode_gguf.memory.ledger import kv_bytes, text_batch
 from mode_gguf.memory.qwen3_vl_moe import TextShape, text_graph
 from mode_gguf.memory.settings import FitSettings
+from mode_gguf.pipeline.fitting import model_shape
+from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.runtime.drawn_model import Shape, drawn_groups, write_drawn_model
 from mode_gguf.validation import c_api
 from tests.memory.reported import MIB, context_sizes, loaded
 
 pytestmark = pytest.mark.runtime
 
+DEMO = Path(__file__).parents[2] / "demo" / "Demo-VL-MoE"
 TYPES = ("Q2_K", "Q3_K", "Q4_K")
 
 
@@ -42,4 +49,21 @@ def test_groups(shape: Shape, groups: int, tmp_path: Path, monkeypatch: pytest.M
     with loaded(path, lib=lib) as model:
         _, compute, _ = context_sizes(model, fit, lib)
     computed = text_graph(text, text_batch(text, fit, groups, gpu=False)).buffer_bytes() / MIB
+    assert compute - 0.006 <= computed <= 1.03 * compute
+
+
+def test_stock_build_takes_no_more(tmp_path: Path) -> None:
+    """The release that we build on, on the demo checkpoint; the package `xllamacpp` carries a newer one."""
+    checkpoint = Checkpoint.open(DEMO)
+    types = {
+        tensor.name: QUANT_TYPES["F32" if tensor.role is Role.KEEP else "BF16"] for tensor in text_tensors(checkpoint)
+    }
+    write_text_model(tmp_path / "demo.gguf", checkpoint, types)
+    fit = FitSettings(context=4096)
+    text = model_shape(checkpoint, fit).text
+    lib = c_api.runtime_library(Path(os.environ["MODE_GGUF_STOCK_BUILD"]))
+    with loaded(tmp_path / "demo.gguf", lib=lib) as model:
+        cache, compute, _ = context_sizes(model, fit, lib)
+    assert abs(kv_bytes(text, fit) / MIB - cache) < 0.006
+    computed = text_graph(text, text_batch(text, fit, gpu=False)).buffer_bytes() / MIB
     assert compute - 0.006 <= computed <= 1.03 * compute

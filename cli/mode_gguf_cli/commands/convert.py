@@ -160,6 +160,7 @@ def command(
     show(f"model    {result.model}  ({result.bpw:.3f} bpw, {result.size_bytes / 1e6:,.1f} MB)")
     show(f"mmproj   {result.mmproj}")
     show(f"report   {result.page}")
+    say(f"talk to it with: mode-gguf run {folder.path}".replace("[", r"\["))
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
     if reused:
         say(f"reused from the last run in this folder: {', '.join(reused)}")
