@@ -83,8 +83,8 @@ class GgufHeader:
 
     @property
     def bpw(self) -> float:
-        """All bits of all tensors over all weights."""
-        return 8 * sum(tensor.size_bytes for tensor in self.tensors.values()) / self.n_weights
+        """All bits of all tensors over all weights; 0 where there are none."""
+        return 8 * sum(tensor.size_bytes for tensor in self.tensors.values()) / max(1, self.n_weights)
 
 
 def read_header(path: Path) -> GgufHeader:

@@ -21,6 +21,12 @@ ROUNDING = 1e-5
 """Matrix products over other numbers of tokens differ by as much in float32."""
 
 
+def assert_close(actual: np.ndarray, desired: np.ndarray, name: str) -> None:
+    """Equal up to a share of each value and of the largest one: sums of opposite signs leave what rounding makes."""
+    atol = ROUNDING * float(np.nanmax(np.abs(desired)))
+    np.testing.assert_allclose(actual, desired, rtol=ROUNDING, atol=atol, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def calls(
     checkpoint: Checkpoint, samples: list[Sample], statistics: CalibrationStatistics, importance: Importance
@@ -58,7 +64,7 @@ def test_statistics_are_those_of_one_process(calls: dict[str, Any], together: di
     assert shared.datasets == alone.datasets
     assert list(shared.arrays) == list(alone.arrays)
     for name, array in alone.arrays.items():
-        np.testing.assert_allclose(shared.arrays[name], array, rtol=ROUNDING, err_msg=name)
+        assert_close(shared.arrays[name], array, name)
         assert shared.arrays[name].dtype == array.dtype
 
 
@@ -69,25 +75,25 @@ def test_sensitivity_is_that_of_one_process(calls: dict[str, Any], together: dic
     assert shared.table.estimated == alone.table.estimated
     assert set(shared.table.arrays) == set(alone.table.arrays)
     for name, array in alone.table.arrays.items():
-        np.testing.assert_allclose(shared.table.arrays[name], array, rtol=ROUNDING, err_msg=name)
+        assert_close(shared.table.arrays[name], array, name)
     for name, (in_sum2, counts) in alone.imatrix.items():
-        np.testing.assert_allclose(shared.imatrix[name][0], in_sum2, rtol=ROUNDING, err_msg=name)
+        assert_close(shared.imatrix[name][0], in_sum2, name)
         np.testing.assert_array_equal(shared.imatrix[name][1], counts)
     assert (shared.token_weights is None) == (alone.token_weights is None) == (method != "fisher")
     if alone.token_weights is not None:
         assert shared.token_weights.tokens == alone.token_weights.tokens
         assert set(shared.token_weights.weights) == set(alone.token_weights.weights)
         for name, weights in alone.token_weights.weights.items():
-            np.testing.assert_allclose(shared.token_weights.weights[name], weights, rtol=ROUNDING, err_msg=name)
+            assert_close(shared.token_weights.weights[name], weights, name)
 
 
 def test_candidates_are_packed_with_the_importance_of_all_samples(
     calls: dict[str, Any], together: dict[str, Any]
 ) -> None:
-    """Importances that differ in their last bits round a few weights otherwise; a matrix has some hundreds here."""
+    """Importances that differ in their last bits round a few weights otherwise, of some hundreds that a matrix has here."""
     alone, shared = calls["packed by fisher"]().table.arrays, together["packed by fisher"].table.arrays
     for name, array in alone.items():
-        np.testing.assert_allclose(shared[name], array, rtol=5e-2, err_msg=name)
+        assert np.nansum(np.abs(shared[name] - array)) <= 0.01 * np.nansum(np.abs(array)), name
 
 
 def test_more_processes_than_samples_are_refused(together: dict[str, Any]) -> None:
