@@ -90,7 +90,7 @@ def test_sensitivity_is_that_of_one_process(calls: dict[str, Any], together: dic
 def test_candidates_are_packed_with_the_importance_of_all_samples(
     calls: dict[str, Any], together: dict[str, Any]
 ) -> None:
-    """Importances that differ in their last bits round a few weights otherwise, of some hundreds that a matrix has here."""
+    """Importances that differ in their last bits round a few of the hundreds of weights here otherwise."""
     alone, shared = calls["packed by fisher"]().table.arrays, together["packed by fisher"].table.arrays
     for name, array in alone.items():
         assert np.nansum(np.abs(shared[name] - array)) <= 0.01 * np.nansum(np.abs(array)), name
