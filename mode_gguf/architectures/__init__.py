@@ -15,6 +15,7 @@ __all__ = [
     "MetadataValue",
     "ModelFamily",
     "find_family",
+    "left_out",
     "projector_tensors",
     "text_tensors",
 ]
@@ -47,6 +48,12 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
         f"{checkpoint.path}: model class {classes} is not supported; "
         f"supported are {', '.join(family.hf_class for family in FAMILIES)}"
     )
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Tensors that its family leaves out of both files on purpose, such as blocks for multi-token prediction."""
+    ignored = find_family(checkpoint).ignored
+    return [name for name in checkpoint.tensors if name.startswith(ignored)]
 
 
 def text_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:

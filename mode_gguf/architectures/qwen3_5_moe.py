@@ -107,7 +107,8 @@ def decay(checkpoint: Checkpoint, source: str) -> View:
     view = reordered_rows(checkpoint, source, partial(value_heads, head_dim=1))
 
     def read(_: int, rows: slice = ALL_ROWS) -> Array:
-        return -np.exp(as_float32(view.read(0, rows)), dtype=np.float64).astype(np.float32)
+        rounded: Array = -np.exp(as_float32(view.read(0, rows)).astype(np.float64)).astype(np.float32)
+        return rounded
 
     return View(view.shape, read, view.order)
 
