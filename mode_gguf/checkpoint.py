@@ -20,7 +20,7 @@ from mode_gguf.errors import InputError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-Index = int | slice | tuple[int | slice, ...]
+Index = int | slice | np.ndarray | tuple[int | slice, ...]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _MAX_HEADER_BYTES = 2**25

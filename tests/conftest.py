@@ -9,6 +9,7 @@ import pytest
 
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
+from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +48,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
         yield hub
         _http.close_session()
+
+
+@pytest.fixture(scope="session")
+def pico_qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Qwen3.5-MoE checkpoint in the public layout, with an `mtp.*` tensor; read only."""
+    return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-qwen3-5-moe", mtp=True)
+
+
+@pytest.fixture(scope="session")
+def pico_qwen3_5_resaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in tensors of their own per expert, as transformers 5 saves them; read only."""
+    return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-resaved", layout="resaved")

@@ -83,13 +83,25 @@ def write_pico_qwen3vlmoe(
         tied: the output head is the token embedding, and is not stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(folder)
-    _write_json(folder / "config.json", _config(layout, dtype, layers, experts, experts_used, expert_width, tied))
-    _write_json(
+    write_tokenizer(folder)
+    write_json(folder / "config.json", _config(layout, dtype, layers, experts, experts_used, expert_width, tied))
+    write_surroundings(folder)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: tensor.to(getattr(torch, dtype)).contiguous()
+        for name, tensor in _weights(generator, layout, layers, experts, expert_width, tied)
+    }
+    write_weights(folder, weights, shards)
+    return folder
+
+
+def write_surroundings(folder: Path) -> None:
+    """Generation settings, image preprocessor, and a README with front matter."""
+    write_json(
         folder / "generation_config.json",
-        {"eos_token_id": [_token_id("<|im_end|>"), _token_id("<|endoftext|>")]},
+        {"eos_token_id": [token_id("<|im_end|>"), token_id("<|endoftext|>")]},
     )
-    _write_json(
+    write_json(
         folder / "preprocessor_config.json",
         {
             "image_processor_type": "Qwen2VLImageProcessorFast",
@@ -105,13 +117,25 @@ def write_pico_qwen3vlmoe(
     (folder / "README.md").write_text(
         "---\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n# Pico\nRandom weights.\n"
     )
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        name: tensor.to(getattr(torch, dtype)).contiguous()
-        for name, tensor in _weights(generator, layout, layers, experts, expert_width, tied)
+
+
+def vision_config(model_type: str, **settings: Any) -> dict[str, Any]:
+    """Of Qwen's vision tower."""
+    return {
+        "model_type": model_type,
+        "depth": VISION_BLOCKS,
+        "hidden_size": VISION_HIDDEN,
+        "intermediate_size": VISION_WIDTH,
+        "num_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "in_channels": 3,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": MERGE,
+        "num_position_embeddings": POSITIONS,
+        "out_hidden_size": HIDDEN,
+        **settings,
     }
-    _write_weights(folder, weights, shards)
-    return folder
 
 
 def _config(
@@ -130,10 +154,10 @@ def _config(
         "model_type": "qwen3_vl_moe",
         "transformers_version": "4.57.0" if old_style else "5.23.0",
         "tie_word_embeddings": tied,
-        "image_token_id": _token_id("<|image_pad|>"),
-        "video_token_id": _token_id("<|video_pad|>"),
-        "vision_start_token_id": _token_id("<|vision_start|>"),
-        "vision_end_token_id": _token_id("<|vision_end|>"),
+        "image_token_id": token_id("<|image_pad|>"),
+        "video_token_id": token_id("<|video_pad|>"),
+        "vision_start_token_id": token_id("<|vision_start|>"),
+        "vision_end_token_id": token_id("<|vision_end|>"),
         "text_config": {
             "model_type": "qwen3_vl_moe_text",
             "dtype": dtype,
@@ -155,47 +179,35 @@ def _config(
             "norm_topk_prob": True,
             "num_experts" if old_style else "num_local_experts": experts,
             "num_experts_per_tok": experts_used,
-            "bos_token_id": _token_id("<|endoftext|>"),
-            "eos_token_id": _token_id("<|im_end|>"),
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
             "tie_word_embeddings": tied,
             **rope,
         },
-        "vision_config": {
-            "model_type": "qwen3_vl_moe",
-            "depth": VISION_BLOCKS,
-            "hidden_size": VISION_HIDDEN,
-            "intermediate_size": VISION_WIDTH,
-            "num_heads": 2,
-            "hidden_act": "gelu_pytorch_tanh",
-            "in_channels": 3,
-            "patch_size": PATCH,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": MERGE,
-            "num_position_embeddings": POSITIONS,
-            "out_hidden_size": HIDDEN,
-            "deepstack_visual_indexes": list(DEEPSTACK_LAYERS),
-        },
+        "vision_config": vision_config("qwen3_vl_moe", deepstack_visual_indexes=list(DEEPSTACK_LAYERS)),
     }
+
+
+class Draw:
+    """Random weights of a kind."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def matrix(self, *shape: int, gain: float = 1.0) -> torch.Tensor:
+        """Rows of norm near `gain`; the last dimension is the input."""
+        return torch.randn(*shape, generator=self.generator) * (gain / math.sqrt(shape[-1]))
+
+    def gains(self, n: int) -> torch.Tensor:
+        """Channels of clearly different size, so that an importance matrix has something to say."""
+        return torch.exp(0.4 * torch.randn(n, generator=self.generator))
 
 
 def _weights(
     generator: torch.Generator, layout: Layout, layers: int, experts: int, expert_width: int, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    def matrix(*shape: int, gain: float = 1.0) -> torch.Tensor:
-        """Rows of norm near `gain`; the last dimension is the input."""
-        return torch.randn(*shape, generator=generator) * (gain / math.sqrt(shape[-1]))
-
-    def gains(n: int) -> torch.Tensor:
-        """Channels of clearly different size, so that an importance matrix has something to say."""
-        return torch.exp(0.4 * torch.randn(n, generator=generator))
-
-    def linear(name: str, rows: int, n_in: int) -> Iterator[tuple[str, torch.Tensor]]:
-        yield f"{name}.weight", matrix(rows, n_in)
-        yield f"{name}.bias", 0.05 * torch.randn(rows, generator=generator)
-
-    def layer_norm(name: str, n: int) -> Iterator[tuple[str, torch.Tensor]]:
-        yield f"{name}.weight", gains(n)
-        yield f"{name}.bias", 0.05 * torch.randn(n, generator=generator)
+    draw = Draw(generator)
+    matrix, gains = draw.matrix, draw.gains
 
     yield "model.language_model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
     for layer in range(layers):
@@ -217,6 +229,21 @@ def _weights(
     yield "model.language_model.norm.weight", gains(HIDDEN)
     if not tied:
         yield "lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
+    yield from vision_weights(generator, taps=len(DEEPSTACK_LAYERS))
+
+
+def vision_weights(generator: torch.Generator, *, taps: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of Qwen's vision tower, with so many DeepStack mergers."""
+    draw = Draw(generator)
+    matrix, gains = draw.matrix, draw.gains
+
+    def linear(name: str, rows: int, n_in: int) -> Iterator[tuple[str, torch.Tensor]]:
+        yield f"{name}.weight", matrix(rows, n_in)
+        yield f"{name}.bias", 0.05 * torch.randn(rows, generator=generator)
+
+    def layer_norm(name: str, n: int) -> Iterator[tuple[str, torch.Tensor]]:
+        yield f"{name}.weight", gains(n)
+        yield f"{name}.bias", 0.05 * torch.randn(n, generator=generator)
 
     n_patch = 3 * 2 * PATCH * PATCH
     yield (
@@ -237,14 +264,14 @@ def _weights(
     yield from layer_norm("model.visual.merger.norm", VISION_HIDDEN)
     yield from linear("model.visual.merger.linear_fc1", n_merged, n_merged)
     yield from linear("model.visual.merger.linear_fc2", HIDDEN, n_merged)
-    for index in range(len(DEEPSTACK_LAYERS)):
+    for index in range(taps):
         prefix = f"model.visual.deepstack_merger_list.{index}"
         yield from layer_norm(f"{prefix}.norm", n_merged)
         yield from linear(f"{prefix}.linear_fc1", n_merged, n_merged)
         yield from linear(f"{prefix}.linear_fc2", HIDDEN, n_merged)
 
 
-def _write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
+def write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
     if shards == 1:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         return
@@ -255,11 +282,11 @@ def _write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) 
     for file in sorted(set(files.values())):
         save_file({name: weights[name] for name in names if files[name] == file}, folder / file, {"format": "pt"})
     total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
 
 
-def _token_id(token: str) -> int:
-    """Special tokens follow the trained vocabulary, as in Qwen's files; the rest up to VOCAB is padding."""
+def token_id(token: str) -> int:
+    """Its id: special tokens follow the trained vocabulary, as in Qwen's files; the rest up to VOCAB is padding."""
     return _trained_size() + SPECIAL_TOKENS.index(token)
 
 
@@ -267,12 +294,13 @@ def _trained_size() -> int:
     return 400
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, split: str = QWEN2_SPLIT, tokenizer_class: str = "Qwen2Tokenizer") -> None:
+    """A byte-level BPE with Qwen's special tokens, its configuration and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -290,12 +318,12 @@ def _write_tokenizer(folder: Path) -> None:
     assert tokenizer.token_to_id(SPECIAL_TOKENS[0]) == _trained_size()
     tokenizer.save(str(folder / "tokenizer.json"))
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    _write_json(folder / "vocab.json", model["vocab"])
+    write_json(folder / "vocab.json", model["vocab"])
     (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
-            "tokenizer_class": "Qwen2Tokenizer",
+            "tokenizer_class": tokenizer_class,
             "add_bos_token": False,
             "add_prefix_space": False,
             "bos_token": None,
@@ -305,7 +333,7 @@ def _write_tokenizer(folder: Path) -> None:
             "clean_up_tokenization_spaces": False,
             "model_max_length": 4096,
             "added_tokens_decoder": {
-                str(_token_id(token)): {
+                str(token_id(token)): {
                     "content": token,
                     "special": True,
                     "normalized": False,
@@ -320,5 +348,5 @@ def _write_tokenizer(folder: Path) -> None:
     )
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

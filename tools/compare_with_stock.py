@@ -4,6 +4,7 @@
 
 FOLDER is a source tree of llama.cpp. Both write the text model and the projector in full precision; tensors must be
 equal bit for bit, and every differing key must be listed in `EXPECTED` with a reason. Exit code 1 otherwise.
+Values that are computed, not copied, may differ in their last bit (`COMPUTED`).
 
 The stock converter reads fused experts in the layout of the public checkpoints only: of a folder that transformers 5
 saved again, it writes experts of the wrong shape without a word. Give it the published one.
@@ -19,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGUFReader, ReaderTensor
 from rich.console import Console
 from rich.table import Table
 
-from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.export.projector import write_projector
@@ -38,6 +40,9 @@ EXPECTED = {
     "general.base_model.0.repo_url": "as above",
     "GGUF.kv_count": "counts the keys below",
 }
+
+COMPUTED = {"ssm_a": "minus exp; stock's float32 exp is off by one in the last place now and then"}
+"""Ends of tensor names."""
 
 _RUN_CONVERTER = """
 import runpy, sys
@@ -84,7 +89,15 @@ def compare(ours: Path, stock: Path) -> Iterator[Difference]:
         if _layout(ours_) != _layout(stock_):
             yield Difference(name, _layout(ours_), _layout(stock_))
         elif ours_ is not None and stock_ is not None and ours_.data.tobytes() != stock_.data.tobytes():
-            yield Difference(name, "other values", "")
+            yield _other_values(name, ours_.data, stock_.data)
+
+
+def _other_values(name: str, ours: np.ndarray, stock: np.ndarray) -> Difference:
+    if ours.dtype == np.float32:
+        off = int(np.abs(ours.view(np.int32).astype(np.int64) - stock.view(np.int32)).max())
+        reason = COMPUTED.get(name.rpartition(".")[2], "") if off == 1 else ""
+        return Difference(name, "other values", f"at most {off} in the last place", reason)
+    return Difference(name, "other values", "")
 
 
 def convert_with_stock(source: Path, checkpoint: Path, out: Path, pre_tokenizer: str, *options: str) -> None:
@@ -111,7 +124,8 @@ def main() -> int:
         write_text_model(folder / "text.gguf", checkpoint, types, pre_tokenizer=options.pre_tokenizer)
         write_projector(folder / "projector.gguf", checkpoint, "F32")
         stock = (options.llama_cpp.resolve(), options.checkpoint.resolve())
-        convert_with_stock(*stock, folder / "stock-text.gguf", options.pre_tokenizer)
+        left_out = ("--no-mtp",) if "mtp." in find_family(checkpoint).ignored else ()  # stock insists on the block
+        convert_with_stock(*stock, folder / "stock-text.gguf", options.pre_tokenizer, *left_out)
         convert_with_stock(*stock, folder / "stock-projector.gguf", options.pre_tokenizer, "--mmproj")
         table = Table("file", "key or tensor", "ours", "stock", "reason", title=str(options.checkpoint))
         differences = [

@@ -3,7 +3,7 @@
 A family is one module of data; to add one, write it and list it in `FAMILIES`.
 """
 
-from mode_gguf.architectures import qwen3_vl_moe
+from mode_gguf.architectures import qwen3_5_moe, qwen3_vl_moe
 from mode_gguf.architectures.family import Metadata, MetadataValue, ModelFamily, check_all_used, source_tensors
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.checkpoint import Checkpoint
@@ -15,11 +15,12 @@ __all__ = [
     "MetadataValue",
     "ModelFamily",
     "find_family",
+    "left_out",
     "projector_tensors",
     "text_tensors",
 ]
 
-FAMILIES: tuple[ModelFamily, ...] = (qwen3_vl_moe.FAMILY,)
+FAMILIES: tuple[ModelFamily, ...] = (qwen3_vl_moe.FAMILY, qwen3_5_moe.FAMILY)
 
 _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -47,6 +48,12 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
         f"{checkpoint.path}: model class {classes} is not supported; "
         f"supported are {', '.join(family.hf_class for family in FAMILIES)}"
     )
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Tensors that its family leaves out of both files on purpose, such as blocks for multi-token prediction."""
+    ignored = find_family(checkpoint).ignored
+    return [name for name in checkpoint.tensors if name.startswith(ignored)]
 
 
 def text_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:

@@ -45,3 +45,20 @@ def setting(checkpoint: Checkpoint, where: Mapping[str, Any], expected: type[T],
         f"{checkpoint.path / 'config.json'}: {name} is {value!r}, expected {expected.__name__}; "
         "use the configuration published with the model"
     )
+
+
+def check_settings(checkpoint: Checkpoint, gguf_arch: str, settings: Mapping[str, tuple[Any, Any, str]]) -> None:
+    """Refuse settings that llama.cpp's `gguf_arch` has no place for.
+
+    Args:
+        settings: by name, the value found, the only one that will do, and why ("always gates with silu").
+
+    Raises:
+        InputError: naming the first setting with another value.
+    """
+    for name, (found, wanted, reason) in settings.items():
+        if found != wanted:
+            raise InputError(
+                f"{checkpoint.path / 'config.json'}: {name} is {found!r}, expected {wanted!r}: llama.cpp's "
+                f"{gguf_arch} {reason}; the file would not compute what the checkpoint does"
+            )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from string import Formatter
 from typing import TypeAlias
 
-from mode_gguf.architectures.tensors import ALL_ROWS, Reader, Role, SourceTensor
+from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Reader, Role, SourceTensor
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
@@ -14,8 +14,21 @@ MetadataValue: TypeAlias = str | bool | int | float | list[str] | list[bool] | l
 
 Metadata: TypeAlias = Mapping[str, MetadataValue]
 
-View: TypeAlias = tuple[tuple[int, ...], Reader]
-"""Shape of a GGUF tensor in NumPy order, and the function that reads it (see `SourceTensor.read`)."""
+Values: TypeAlias = Mapping[str, int]
+"""What fills the placeholders of a rule once."""
+
+Ranges: TypeAlias = Mapping[str, Sequence[Values]]
+"""All that fills them, by placeholder."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A GGUF tensor's shape in NumPy order, and what reads it; `read` and `order` as in `SourceTensor`."""
+
+    shape: tuple[int, ...]
+    read: Reader
+    order: Order | None = None
+
 
 Transform: TypeAlias = Callable[[Checkpoint, str], View]
 """From the checkpoint tensor of that name to a GGUF tensor; reads nothing but headers until its `read` is called."""
@@ -23,7 +36,27 @@ Transform: TypeAlias = Callable[[Checkpoint, str], View]
 
 def as_stored(checkpoint: Checkpoint, source: str) -> View:
     """The tensor as it is."""
-    return checkpoint.shape(source), lambda _, rows=ALL_ROWS: checkpoint.read(source, rows)
+    return View(checkpoint.shape(source), lambda _, rows=ALL_ROWS: checkpoint.read(source, rows))
+
+
+def stacked(checkpoint: Checkpoint, sources: Sequence[str]) -> View:
+    """Experts that are stored one by one, (rows, n_in) each, as (E, rows, n_in).
+
+    Raises:
+        InputError: they differ in shape.
+    """
+    shape = checkpoint.shape(sources[0])
+    for source in sources:
+        if len(shape) != 2 or checkpoint.shape(source) != shape:
+            raise InputError(
+                f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.shape(source))}, and {sources[0]} "
+                f"{list(shape)}; expected experts of one layer to be matrices of one shape"
+            )
+
+    def read(expert: int, rows: slice = ALL_ROWS) -> Array:
+        return checkpoint.read(sources[expert], rows)
+
+    return View((len(sources), *shape), read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +70,8 @@ class TensorRule:
         transform: how the one becomes the other.
         projection: of experts.
         activation: statistics of its input; None when it has none.
+        each: checkpoint name of expert `{expert}`'s matrix, where experts may also be stored one by one.
+        only: key of the ranges that it is confined to, such as the layers of one kind.
     """
 
     source: str
@@ -45,6 +80,8 @@ class TensorRule:
     transform: Transform = as_stored
     projection: str | None = None
     activation: str | None = None
+    each: str | None = None
+    only: str | None = None
 
     @property
     def placeholder(self) -> str | None:
@@ -71,10 +108,11 @@ class ModelFamily:
         projector_type: clip.projector_type.
         text_rules: tensors of the text model, in file order.
         projector_rules: tensors of the projector, in file order.
-        ignored: checkpoint tensors that have no place in GGUF on purpose.
+        ignored: beginnings of names of checkpoint tensors that are left out on purpose.
         image_token_key: config.json's key of the token that stands for a piece of an image.
         check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
-        ranges: for each placeholder, the values that fill it, one mapping per repetition.
+        ranges: for each placeholder, the values that fill it, one mapping per repetition; also the subsets that rules
+            are confined to, and `expert`.
         text_metadata: keys of the text model beyond general.* and tokenizer.*.
         projector_metadata: clip.* keys.
         tied_output: checkpoint name of the output head that a checkpoint with tied embeddings lacks.
@@ -85,10 +123,10 @@ class ModelFamily:
     projector_type: str
     text_rules: tuple[TensorRule, ...]
     projector_rules: tuple[TensorRule, ...]
-    ignored: frozenset[str]
+    ignored: tuple[str, ...]
     image_token_key: str
     check: Callable[[Checkpoint], None]
-    ranges: Callable[[Checkpoint], Mapping[str, Sequence[Mapping[str, int]]]]
+    ranges: Callable[[Checkpoint], Ranges]
     text_metadata: Callable[[Checkpoint], Metadata]
     projector_metadata: Callable[[Checkpoint], Metadata]
     tied_output: str
@@ -103,18 +141,22 @@ def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint:
         InputError: a tensor is missing, or has a shape its transform cannot read.
     """
     tied = is_tied(checkpoint)
+    ranges = family.ranges(checkpoint)
     tensors = []
-    for rule, values in _repeated(rules, family.ranges(checkpoint)):
+    for rule, values in _repeated(rules, ranges):
         if tied and rule.source == family.tied_output:
             continue
-        shape, read = rule.transform(checkpoint, rule.source)
+        sources = _sources(rule, values, ranges, checkpoint)
+        one = sources == (rule.source,)
+        view = rule.transform(checkpoint, rule.source) if one else stacked(checkpoint, sources)
         tensors.append(
             SourceTensor(
                 name=rule.name,
-                shape=shape,
+                shape=view.shape,
                 role=rule.role,
-                sources=(rule.source,),
-                read=read,
+                sources=sources,
+                read=view.read,
+                order=view.order,
                 activation=rule.activation,
                 layer=values.get("layer"),
                 projection=rule.projection,
@@ -136,25 +178,38 @@ def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
     """
     ranges = family.ranges(checkpoint)
     rules = (*family.text_rules, *family.projector_rules)
-    known = {rule.source for rule, _ in _repeated(rules, ranges)} | family.ignored
+    known = {
+        source for rule, values in _repeated(rules, ranges) for source in _sources(rule, values, ranges, checkpoint)
+    }
     for name in checkpoint.tensors:
-        if name not in known:
+        if name not in known and not name.startswith(family.ignored):
             raise InputError(
                 f"{checkpoint.path}: tensor {name} {list(checkpoint.shape(name))} has no place in a "
                 f"{family.gguf_arch} GGUF file; expected the original {family.hf_class} weights"
             )
 
 
-def _repeated(
-    rules: Sequence[TensorRule], ranges: Mapping[str, Sequence[Mapping[str, int]]]
-) -> list[tuple[TensorRule, Mapping[str, int]]]:
-    filled: list[tuple[TensorRule, Mapping[str, int]]] = []
+def _sources(rule: TensorRule, values: Values, ranges: Ranges, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Checkpoint tensors of a filled rule: one, or one per expert where that is how they are stored."""
+    if rule.each is not None and rule.source not in checkpoint.tensors:
+        each = tuple(rule.each.format_map({**values, **expert}) for expert in ranges["expert"])
+        if each and each[0] in checkpoint.tensors:
+            return each
+    return (rule.source,)
+
+
+def _repeated(rules: Sequence[TensorRule], ranges: Ranges) -> list[tuple[TensorRule, Values]]:
+    filled: list[tuple[TensorRule, Values]] = []
     start = 0
     for end in range(1, len(rules) + 1):
         if end < len(rules) and rules[end].placeholder == rules[start].placeholder:
             continue
         placeholder = rules[start].placeholder
         for values in ranges[placeholder] if placeholder else ({},):
-            filled += [(rule.filled(values), values) for rule in rules[start:end]]
+            filled += [
+                (rule.filled(values), values)
+                for rule in rules[start:end]
+                if rule.only is None or values in ranges[rule.only]
+            ]
         start = end
     return filled

@@ -1,6 +1,6 @@
 """What a model family says about one GGUF tensor: where it comes from, how it is read, what may happen to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
@@ -41,6 +41,17 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """How a GGUF matrix is ordered, seen from the torch module's: its row i is the module's row `rows[i]`.
+
+    None for rows or columns that are where the module has them.
+    """
+
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SourceTensor:
     """One tensor of the GGUF file, still in the checkpoint.
 
@@ -54,6 +65,7 @@ class SourceTensor:
         projection: `gate`, `up` or `down` for experts, None otherwise.
         read: read(e) gives expert e's (rows, n_in) matrix, read(0) the whole of any other tensor, and with a slice a
             part of them; lazy.
+        order: of a dense tensor, where it is not the torch module's; `read` is in this order.
     """
 
     name: str
@@ -64,6 +76,7 @@ class SourceTensor:
     activation: str | None = None
     layer: int | None = None
     projection: str | None = None
+    order: Order | None = field(default=None, compare=False)
 
     @property
     def n_weights(self) -> int:
@@ -88,7 +101,7 @@ def as_float32(array: Array) -> np.ndarray:
     return array.astype(np.float32, copy=False)
 
 
-def transposed(matrix: Array) -> Array:
+def transposed_copy(matrix: Array) -> Array:
     """A C-contiguous copy of `matrix.T`.
 
     Strip by strip, which keeps to few cache lines at a time: up to eight times as fast as `np.ascontiguousarray` where

@@ -28,7 +28,7 @@ class Observer:
     def observe(self, passed: Pass, layer: int) -> None:
         """Add one sample's pass through one decoder layer (the last one's includes the output head)."""
         for activation, call in passed.linears.items():
-            self._add_squares(activation, passed.modality, call.input[0], groups=1)
+            self._add_squares(activation, passed.modality, call.input, groups=1)
         if passed.experts is not None:
             self._add_experts(passed.experts, passed.modality, layer)
 

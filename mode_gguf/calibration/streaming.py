@@ -1,6 +1,6 @@
 """The transformers model of a checkpoint with at most one decoder layer's weights in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
-from mode_gguf.architectures.tensors import Array, Role, SourceTensor
+from mode_gguf.architectures.tensors import Array, Order, Role, SourceTensor
 from mode_gguf.calibration.distributed import local_rank
 from mode_gguf.calibration.watch import ATTENTION, EXPERTS
 from mode_gguf.checkpoint import Checkpoint
@@ -25,6 +25,27 @@ LAYERS = f"{TEXT_MODEL}.layers"
 
 FINAL_NORM = f"{TEXT_MODEL}.norm"
 """What a supported family's last layer and its output head have between them."""
+
+
+class Reordered(nn.Module):
+    """A linear layer whose weight is in the order of its GGUF tensor, in the place of one in the checkpoint's.
+
+    Whatever looks at `linear` (statistics, gradients, packed weights) then sees columns and rows as they are stored.
+    """
+
+    def __init__(self, linear: nn.Module, order: Order, device: torch.device) -> None:
+        super().__init__()
+        self.linear = linear
+        # No buffers: they are neither stored nor initialised.
+        self._columns = None if order.columns is None else torch.from_numpy(order.columns).to(device)
+        self._rows = None if order.rows is None else torch.from_numpy(np.argsort(order.rows)).to(device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the linear layer in the checkpoint's order computes."""
+        if self._columns is not None:
+            x = x[..., self._columns]
+        output: torch.Tensor = self.linear(x)
+        return output if self._rows is None else output[..., self._rows]
 
 
 def choose_device(device: str) -> torch.device:
@@ -60,6 +81,7 @@ class StreamedModel:
         tensors: the text tensors of the checkpoint.
         device: where weights and activations lie.
         dtype: of weights and activations.
+        reordered: tensors of the matrices in `Reordered`, by the names of those parameters.
     """
 
     checkpoint: Checkpoint
@@ -68,6 +90,7 @@ class StreamedModel:
     tensors: Sequence[SourceTensor]
     device: torch.device
     dtype: torch.dtype
+    reordered: Mapping[str, SourceTensor]
 
     def load_layer(self, index: int) -> None:
         """Read decoder layer `index` from the checkpoint."""
@@ -97,12 +120,16 @@ class StreamedModel:
         return next(module for module in self.layers[index].modules() if is_experts(module))
 
     def watched_linears(self) -> dict[str, nn.Module]:
-        """Modules of all dense matrices and the output head, by the activation their input is recorded under."""
-        return {
-            tensor.activation: self.model.get_submodule(tensor.sources[0].removesuffix(".weight"))
+        """Modules of all dense matrices and the output head, by the activation their input is recorded under.
+
+        Inputs, weights and outputs of each are in the order of its GGUF tensor.
+        """
+        modules = {
+            tensor.activation: self.model.get_submodule(_module_of(tensor))
             for tensor in self.tensors
             if tensor.role in (Role.DENSE, Role.OUTPUT) and tensor.activation is not None
         }
+        return {name: one.linear if isinstance(one, Reordered) else one for name, one in modules.items()}
 
     def to_device(self, array: Array) -> torch.Tensor:
         """Checkpoint weights as a tensor of the model's device and dtype."""
@@ -121,6 +148,8 @@ class StreamedModel:
     def _weights(self, name: str, layer: int | None, shape: torch.Size) -> torch.Tensor:
         if layer is not None and ".experts." in name:
             weights = self._experts(name.rpartition(".")[2], layer)
+        elif name in self.reordered:
+            weights = self.to_device(self.reordered[name].read(0))
         elif name not in self.checkpoint.tensors and name == "lm_head.weight":
             weights = self.model.get_input_embeddings().weight  # type: ignore[operator]
         else:
@@ -185,9 +214,20 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
         raise InputError(f"{checkpoint.path}: experts of this form are not supported by calibration")
     model.set_experts_implementation(EXPERTS)
     model.set_attn_implementation({"text_config": ATTENTION})
-    streamed = StreamedModel(checkpoint, model, model.get_submodule(LAYERS), tensors, chosen, dtype)
+    reordered = {}
+    for tensor in tensors:
+        if tensor.role is Role.DENSE and tensor.order is not None:
+            name = _module_of(tensor)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, Reordered(model.get_submodule(name), tensor.order, chosen))
+            reordered[f"{name}.linear.weight"] = tensor
+    streamed = StreamedModel(checkpoint, model, model.get_submodule(LAYERS), tensors, chosen, dtype, reordered)
     streamed.load_outside_layers()
     return streamed
+
+
+def _module_of(tensor: SourceTensor) -> str:
+    return tensor.sources[0].removesuffix(".weight")
 
 
 def is_experts(module: nn.Module) -> bool:

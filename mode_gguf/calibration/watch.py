@@ -32,7 +32,7 @@ MODALITIES = ("text", "key_vision", "redundant_vision")
 
 @dataclass(frozen=True, slots=True)
 class LinearCall:
-    """A linear layer's input (1, S, n_in) and output (1, S, rows), the very tensors the model goes on with."""
+    """A linear layer's input (S, n_in), and its output (..., rows), the very tensor the model goes on with."""
 
     input: Tensor
     output: Tensor
@@ -63,7 +63,8 @@ class Pass:
 
     inputs: ModelInputs
     modality: Tensor
-    """(S,) int64 modality of every token; until a layer has attended, every vision token counts as key."""
+    """(S,) int64 modality of every token, as the last layer with attention has chosen it: layers without (linear
+    attention has no weights to choose by) keep that choice. Until a layer has attended, every vision token is key."""
     linears: dict[str, LinearCall] = field(default_factory=dict)
     experts: ExpertsCall | None = None
 
@@ -101,7 +102,7 @@ def watching(model: nn.Module, linears: dict[str, nn.Module], watch: Watch) -> I
     def record(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if watch.current is not None:
-                watch.current.linears[name] = LinearCall(arguments[0], output)
+                watch.current.linears[name] = LinearCall(arguments[0].flatten(0, -2), output)
 
         return hook
 

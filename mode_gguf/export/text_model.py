@@ -1,5 +1,6 @@
 """The text model's file: every tensor packed in the type the plan gives it, expert by expert."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from gguf import GGUFWriter
 
-from mode_gguf.architectures import Metadata, find_family, text_tensors
+from mode_gguf.architectures import Metadata, find_family, left_out, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -23,6 +24,8 @@ from mode_gguf.quantization.packer import n_chunks, packed_chunks
 from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.shards import assign_to_shards, shard_paths
+
+log = logging.getLogger(__name__)
 
 ImportanceOf: TypeAlias = Callable[[str], np.ndarray | None]
 """Importance float32 (E, n) of a stored tensor, looked up when its turn comes: all of it would grow with the model."""
@@ -63,6 +66,8 @@ def write_text_model(
         MissingResourceError: not enough disk space, or no libggml for a type that it packs.
     """
     model_tensors = text_tensors(checkpoint)
+    if without := left_out(checkpoint):
+        log.info("%s and %d more tensors have no place in the file and are left out", without[0], len(without) - 1)
     layout, stored = _stored(model_tensors, types, experts or {})
     tensors = layout.tensors
     importance_of = partial(layout.rows_of, arrays=importance or {})

@@ -13,8 +13,12 @@ from mode_gguf.errors import InputError
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN35_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-_PRE_TOKENIZERS = {("NFC", QWEN2_SPLIT): "qwen2"}
+_PRE_TOKENIZERS = {("NFC", QWEN2_SPLIT): "qwen2", ("NFC", QWEN35_SPLIT): "qwen35"}
 """llama.cpp's name of a pre-tokenizer, by normaliser and split expression.
 
 llama.cpp's converter finds the name by hashing the ids of a fixed text, which knows each public vocabulary but no

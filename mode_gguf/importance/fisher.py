@@ -135,7 +135,7 @@ def _forward_all(
         trace = traces[number]
         trace.layers[layer].modality = trace.passed.modality
         if layer == len(streamed.layers) - 1:
-            head_input = trace.passed.linears[_HEAD].input[0].detach()
+            head_input = trace.passed.linears[_HEAD].input.detach()
             trace.head_input = head_input[trace.inputs.scored.to(head_input.device)]
         trace.passed.forget()
 
@@ -302,9 +302,7 @@ def _backward_layer(
     if experts is not None:
         gradients = torch.stack(collected.pop(_EXPERTS))
         routed = _Routed(experts.input.detach(), experts.index, experts.weight.detach(), group, gradients)
-    linears = {
-        name: (linear.input[0].detach(), torch.stack(collected[name])) for name, linear in passed.linears.items()
-    }
+    linears = {name: (linear.input.detach(), torch.stack(collected[name])) for name, linear in passed.linears.items()}
     return _BackwardCalls(linears, routed, group)
 
 

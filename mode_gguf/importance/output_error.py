@@ -84,7 +84,7 @@ def _output_error(
     def leave(passed: Pass, layer: int) -> None:
         seen.modality.append(passed.modality)
         for name, call in passed.linears.items():
-            seen.linears.setdefault(name, []).append(call.input[0])
+            seen.linears.setdefault(name, []).append(call.input)
         if passed.experts is not None:
             seen.experts.append((passed.experts.input, passed.experts.index, passed.experts.weight))
 

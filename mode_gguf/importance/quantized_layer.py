@@ -65,11 +65,12 @@ class QuantizedLayer:
 
         def add_to_linear(name: str) -> Any:
             def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                x, result = (one.view(len(rows), -1, one.shape[-1]) for one in (arguments[0], output))
                 for number, variant, mask in differing:
                     change = self._changes.of(variant, name)
                     if change is not None:
-                        added = linear(arguments[0][number, mask].float(), change)
-                        output[number, mask] += added.to(output.dtype)
+                        added = linear(x[number, mask].float(), change)
+                        result[number, mask] += added.to(output.dtype)
 
             return hook
 

@@ -119,7 +119,7 @@ class _Work:
                     call = passed.linears[str(tensor.activation)]
                     if tensor.name not in self._moments:
                         self._moments[tensor.name] = Moments(tensor.row_width, self._streamed.device)
-                    self._moments[tensor.name].add(call.input[0], self._weights(tensor.name, passed))
+                    self._moments[tensor.name].add(call.input, self._weights(tensor.name, passed))
         if layer_part(layer) in self._tensors and passed.experts is not None:
             self._routed.append((passed.experts, self._weights(experts_entry(layer), passed)))
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mode_gguf.architectures import find_family, projector_tensors, qwen3_vl_moe, text_tensors
+from mode_gguf.architectures import find_family, projector_tensors, qwen3_vl_moe, qwen_vision, text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -172,7 +172,7 @@ def test_projector_metadata_from_processor_config(pico: Path, tmp_path: Path) ->
     image = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": image}))
-    assert qwen3_vl_moe.projector_metadata(Checkpoint.open(folder)) == qwen3_vl_moe.projector_metadata(
+    assert qwen_vision.projector_metadata(Checkpoint.open(folder)) == qwen_vision.projector_metadata(
         Checkpoint.open(pico)
     )
 

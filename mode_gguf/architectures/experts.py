@@ -1,0 +1,88 @@
+"""Fused routed experts as transformers holds them, and rules that take them apart.
+
+H is the hidden size, I the width of an expert, E their number.
+"""
+
+from functools import partial
+from typing import Literal, Protocol
+
+from mode_gguf.architectures.config import section, setting
+from mode_gguf.architectures.family import TensorRule, View
+from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, transposed_copy
+from mode_gguf.checkpoint import Checkpoint, Index
+from mode_gguf.errors import InputError
+
+Projection = Literal["gate", "up", "down"]
+
+
+class FusedTransform(Protocol):
+    """A `Transform` of fused experts, once it is told which projection to take out of them."""
+
+    def __call__(self, checkpoint: Checkpoint, source: str, /, projection: Projection) -> View: ...
+
+
+def expert_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """E, H, I."""
+    text = section(checkpoint, "text_config")
+    return (
+        setting(checkpoint, text, int, "num_experts", "num_local_experts"),
+        setting(checkpoint, text, int, "hidden_size"),
+        setting(checkpoint, text, int, "moe_intermediate_size"),
+    )
+
+
+def fused_shape(checkpoint: Checkpoint, projection: Projection) -> tuple[int, int, int]:
+    """(E, 2I, H) of gate_up_proj, or (E, H, I) of down_proj: how transformers multiplies with them."""
+    experts, hidden, width = expert_sizes(checkpoint)
+    return (experts, hidden, width) if projection == "down" else (experts, 2 * width, hidden)
+
+
+def fused_experts(checkpoint: Checkpoint, source: str, projection: Projection, *, transposed: bool = False) -> View:
+    """One projection of the fused experts as (E, rows, n_in). Gate is the first half of 2I.
+
+    Args:
+        transposed: the checkpoint stores `x @ W`, (E, H, 2I) and (E, I, H).
+
+    Raises:
+        InputError: the shape is another.
+    """
+    experts, rows, n_in = fused_shape(checkpoint, projection)
+    expected = (experts, n_in, rows) if transposed else (experts, rows, n_in)
+    if checkpoint.shape(source) != expected:
+        raise InputError(
+            f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.shape(source))}, expected "
+            f"{list(expected)}; use the config.json published with these weights"
+        )
+    width = rows // 2
+    first = width if projection == "up" else 0
+    last = rows if projection == "down" else first + width
+
+    def read(expert: int, rows: slice = ALL_ROWS) -> Array:
+        start, end, _ = rows.indices(last - first)
+        chosen = slice(first + start, first + end)
+        index: Index = (expert, slice(None), chosen) if transposed else (expert, chosen)
+        matrix = checkpoint.read(source, index)
+        return transposed_copy(matrix) if transposed else matrix
+
+    return View((experts, last - first, n_in), read)
+
+
+def expert_rules(layer: str, transform: FusedTransform = fused_experts) -> tuple[TensorRule, ...]:
+    """Gate, up and down of the experts of `layer`, a checkpoint's name for a decoder layer."""
+
+    def rule(source: str, projection: Projection, activation: str) -> TensorRule:
+        return TensorRule(
+            source=f"{layer}.mlp.experts.{source}",
+            name=f"blk.{{layer}}.ffn_{projection}_exps.weight",
+            role=Role.EXPERT,
+            transform=partial(transform, projection=projection),
+            projection=projection,
+            activation=f"blk.{{layer}}.ffn_exps.{activation}",
+            each=f"{layer}.mlp.experts.{{expert}}.{projection}_proj.weight",
+        )
+
+    return (
+        rule("gate_up_proj", "gate", "input"),
+        rule("gate_up_proj", "up", "input"),
+        rule("down_proj", "down", "hidden"),
+    )

@@ -1,0 +1,27 @@
+"""A model with linear attention, shared experts and a block that is left out, the whole way."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mode_gguf.validation.llama_cpp import LlamaModel
+from tests.calibration.conftest import picture
+
+
+def test_convert_and_answer_about_a_picture(
+    pico_qwen3_5: Path, tmp_path: Path, run: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = ("--image-samples", "2", "--text-samples", "2", "--no-validate")
+    with caplog.at_level("INFO", "mode_gguf"):
+        result = json.loads(run("convert", pico_qwen3_5, "--bpw", "3.0", "--out", tmp_path, "--json", *samples))
+    assert "mtp.fc.weight and 0 more tensors have no place in the file" in caplog.text
+    assert 3.0 * 0.995 <= result["bpw"] <= 3.0
+    types = {tensor["name"]: tensor["type"] for tensor in json.loads((tmp_path / "plan.json").read_text())["tensors"]}
+    assert types["blk.0.ssm_a"] == types["blk.0.ffn_gate_inp_shexp.weight"] == "F32"
+    assert {"F32", "BF16"}.isdisjoint(types[f"blk.0.{name}.weight"] for name in ("attn_qkv", "ssm_out", "ffn_up_shexp"))
+    image: Image.Image = picture(0)
+    with LlamaModel(Path(result["model"]), Path(result["mmproj"]), context=1024, threads=1) as model:
+        assert model.generate(model.chat_template.question("What?", model.image_marker), image, max_tokens=4)
