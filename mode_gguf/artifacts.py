@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,16 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def existing_parent(path: Path) -> Path:
+    """`path` itself if it is there, or else the nearest folder above it that is."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Of the disk that `path` is on, or would be."""
+    return shutil.disk_usage(existing_parent(path)).free
 
 
 def remove_parts(folder: Path) -> None:
@@ -147,6 +158,18 @@ def read_arrays(
         return {name: file.get_tensor(name) for name in names}, metadata
 
 
+def read_sample_text(path: Path) -> str:
+    """A file of samples as text.
+
+    Raises:
+        InputError: it is larger than `MAX_SAMPLE_BYTES`.
+        OSError, UnicodeDecodeError: it cannot be read as UTF-8.
+    """
+    if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
+        raise InputError(f"{path}: {size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it")
+    return path.read_text(encoding="utf-8")
+
+
 def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """The objects of a JSON-lines file, each with `file:line` for messages about it; empty lines are passed over.
 
@@ -154,9 +177,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         InputError: the file cannot be read as UTF-8, or a line is not a JSON object.
     """
     try:
-        if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
-            raise InputError(f"{path}: {size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it")
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_sample_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
     for number, line in enumerate(lines, start=1):

@@ -458,6 +458,7 @@ HeldOut = Annotated[
 ]
 
 DEFAULT_MEMORY = "4GiB"
+DEFAULT_KEY_RATIO = 0.2
 DEFAULT_SIZE_POWER = 0.0
 DEFAULT_EXPERT_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"
 DEFAULT_GROUP_TYPES = "IQ2_XXS," + DEFAULT_EXPERT_TYPES
@@ -673,11 +674,12 @@ def calibration_options(
     source: str | None,
     image_samples: int,
     text_samples: int,
-    key_ratio: float,
-    key_tokens: KeyTokensName,
     device: Device,
     seed: int,
     memory: str,
+    *,
+    key_ratio: float = DEFAULT_KEY_RATIO,
+    key_tokens: KeyTokensName = KeyTokensName.TEXT_ATTENTION,
 ) -> "CalibrationOptions":
     """The pipeline's calibration options from the command line's."""
     from mode_gguf.pipeline import CalibrationOptions

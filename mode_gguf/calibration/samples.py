@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mode_gguf.artifacts import MAX_SAMPLE_BYTES
+from mode_gguf.artifacts import read_sample_text
 from mode_gguf.calibration.default_set import default_samples
 from mode_gguf.calibration.hub_dataset import read_hub_dataset
 from mode_gguf.calibration.sample import Message, Sample
@@ -90,9 +90,7 @@ def read_text(path: Path, dataset: str, text_tokens: int) -> Iterator[Sample]:
         InputError: the file is not UTF-8.
     """
     try:
-        if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
-            raise InputError(f"{path}: {size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it")
-        text = path.read_text(encoding="utf-8")
+        text = read_sample_text(path)
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     for number, piece in enumerate(cut(text, text_tokens * CHARACTERS_PER_TOKEN)):

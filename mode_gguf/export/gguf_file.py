@@ -1,7 +1,6 @@
 """Writing GGUF files of any size in constant memory, whole or not at all."""
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from gguf import GGUFWriter
 
 from mode_gguf.architectures import Metadata
 from mode_gguf.architectures.tensors import SourceTensor
-from mode_gguf.artifacts import replaced_atomically
+from mode_gguf.artifacts import free_bytes, replaced_atomically
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.progress import Advance, Progress, silent
@@ -202,8 +201,7 @@ def check_disk_space(path: Path, weight_bytes: int) -> None:
     Raises:
         MissingResourceError: the disk that will hold `path` has too little room for `weight_bytes` and metadata.
     """
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    needed, free = weight_bytes + _METADATA_BYTES, shutil.disk_usage(folder).free
+    needed, free = weight_bytes + _METADATA_BYTES, free_bytes(path.absolute().parent)
     if free < needed:
         raise MissingResourceError(
             f"{path}: {needed / 2**30:.2f} GiB needed on disk, {free / 2**30:.2f} GiB free; "

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from threading import Event, Thread
 from typing import Any
 
+from mode_gguf.artifacts import free_bytes
 from mode_gguf.checkpoint import INDEX_FILE, SINGLE_FILE, read_json
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.hub.client import hub_api, without_bars
@@ -214,16 +214,12 @@ def _check_room(named: HubModel, needed: int) -> None:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).absolute()
-    free = _free_bytes(cache)
+    free = free_bytes(cache)
     if needed > free:
         raise MissingResourceError(
             f"{named}: {needed / 1e9:,.1f} GB to download, {free / 1e9:,.1f} GB free in {cache}; free some space, or "
             "set HF_HOME to a larger disk"
         )
-
-
-def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(next(there for there in (folder, *folder.parents) if there.exists())).free
 
 
 @contextmanager

@@ -5,8 +5,10 @@ tensors of waiting samples up to `--memory`, and what the stage makes of the sam
 puts it beside what was measured. Times are those of an idle machine, right within a factor of two.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from mode_gguf.architectures import text_tensors
@@ -79,15 +81,15 @@ class Sizes:
     def of(cls, checkpoint: Checkpoint) -> "Sizes":
         """From the headers and the configuration of a checkpoint."""
         tensors = text_tensors(checkpoint)
-        layers = {tensor.layer for tensor in tensors if tensor.layer is not None}
-        by_layer = {
-            layer: sum(tensor.n_weights for tensor in tensors if tensor.layer == layer) for layer in sorted(layers)
-        }
-        largest = max(by_layer, key=lambda layer: by_layer[layer])
+        by_layer: Counter[int] = Counter()
+        for tensor in tensors:
+            if tensor.layer is not None:
+                by_layer[tensor.layer] += tensor.n_weights
+        ((largest, _),) = by_layer.most_common(1)
         dense = [tensor for tensor in tensors if tensor.layer == largest and tensor.role is Role.DENSE]
         experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
         embedding = next(tensor for tensor in tensors if tensor.role is Role.EMBEDDING)
-        every = sum(_count(stored.shape) for stored in checkpoint.tensors.values())
+        every = sum(prod(stored.shape) for stored in checkpoint.tensors.values())
         weights = sum(tensor.n_weights for tensor in tensors)
         used = setting(checkpoint, section(checkpoint, "text_config"), int, "num_experts_per_tok")
         vision = section(checkpoint, "vision_config")
@@ -96,7 +98,7 @@ class Sizes:
         return cls(
             stored_bytes=sum(stored.nbytes for stored in checkpoint.tensors.values()),
             weights=weights,
-            layers=len(layers),
+            layers=len(by_layer),
             outside=every - sum(by_layer.values()),
             layer=by_layer[largest],
             dense=sum(tensor.n_weights for tensor in dense),
@@ -247,10 +249,3 @@ def _seconds(sizes: Sizes, work: Work, options: ConvertOptions, cores: int, mach
         "projector": 2 * sizes.vision / machine.read_rate,
         "validate": 2 * read + _VALIDATE * 2 * sizes.active * _HELD_OUT_TOKENS / machine.flops,
     }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count

@@ -1,11 +1,11 @@
 """Whether what a conversion needs is there: disk space and memory."""
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mode_gguf.artifacts import existing_parent, free_bytes
 from mode_gguf.pipeline.machine import available_memory
 from mode_gguf.pipeline.needs import StageNeeds
 from mode_gguf.workfolder import WorkFolder
@@ -37,9 +37,9 @@ def look_at_room(folder: WorkFolder) -> Room:
     left = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file()) if folder.path.is_dir() else 0
     return Room(
         folder=place,
-        disk=shutil.disk_usage(place).free + left,
+        disk=free_bytes(place) + left,
         temporary_folder=temporary,
-        temporary=None if same else shutil.disk_usage(temporary).free,
+        temporary=None if same else free_bytes(temporary),
         memory=available_memory(),
     )
 
@@ -84,11 +84,6 @@ def memory_warning(stages: Sequence[StageNeeds], room: Room) -> str | None:
         f"`{largest.stage}` may take {largest.memory / 2**30:.1f} GiB of memory, {room.memory / 2**30:.1f} GiB are "
         "free; lower --memory, or use fewer samples"
     )
-
-
-def existing_parent(path: Path) -> Path:
-    """The folder itself, or the one that it would be made in."""
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def gigabytes(count: int) -> str:

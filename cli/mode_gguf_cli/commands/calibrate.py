@@ -13,7 +13,7 @@ def command(
     device: options.DeviceOption = options.Device.AUTO,
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
-    key_ratio: options.KeyRatio = 0.2,
+    key_ratio: options.KeyRatio = options.DEFAULT_KEY_RATIO,
     key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     memory: options.Memory = options.DEFAULT_MEMORY,
@@ -27,7 +27,14 @@ def command(
     from mode_gguf.calibration.coverage import calibration_warnings
 
     chosen = options.calibration_options(
-        calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
+        calibration,
+        image_samples,
+        text_samples,
+        device,
+        seed,
+        memory,
+        key_ratio=key_ratio,
+        key_tokens=key_tokens,
     )
     checkpoint, folder = pipeline.open_model(model, out, progress())
     with pipeline.working_in(folder):

@@ -74,7 +74,7 @@ def command(
     shard_size: options.ShardSize = None,
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
-    key_ratio: options.KeyRatio = 0.2,
+    key_ratio: options.KeyRatio = options.DEFAULT_KEY_RATIO,
     key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     memory: options.Memory = options.DEFAULT_MEMORY,
@@ -106,7 +106,14 @@ def command(
             options.fit_of(fit, ctx, parallel, kv_type, image_tokens, reserve, mmproj_type),
         ),
         calibration=options.calibration_options(
-            calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
+            calibration,
+            image_samples,
+            text_samples,
+            device,
+            seed,
+            memory,
+            key_ratio=key_ratio,
+            key_tokens=key_tokens,
         ),
         preset=options.preset_of(
             preset,

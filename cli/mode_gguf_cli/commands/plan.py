@@ -129,14 +129,7 @@ def command(
             expert_bpw,
             options.fit_of(fit, ctx, parallel, kv_type, image_tokens, reserve, mmproj_type),
         )
-        samples = pipeline.CalibrationOptions(
-            calibration,
-            image_samples,
-            text_samples,
-            device=device.value,
-            seed=seed,
-            hidden_bytes=options.memory_bytes_of(memory),
-        )
+        samples = options.calibration_options(calibration, image_samples, text_samples, device, seed, memory)
         if refine and granularity is not Compared.TENSOR:
             raise UsageError("--refine improves a type per tensor; leave it out with --granularity " + granularity)
         if granularity is Compared.COMPARE:

@@ -39,14 +39,7 @@ def command(
     from mode_gguf.allocation.plan import Plan
 
     checkpoint, folder = pipeline.open_model(model, out, progress())
-    chosen = pipeline.CalibrationOptions(
-        calibration,
-        image_samples,
-        text_samples,
-        device=device.value,
-        seed=seed,
-        hidden_bytes=options.memory_bytes_of(memory),
-    )
+    chosen = options.calibration_options(calibration, image_samples, text_samples, device, seed, memory)
     with pipeline.working_in(folder):
         report = pipeline.run_rounding(
             checkpoint,

@@ -19,7 +19,7 @@ def command(
     dense_types: options.DenseTypes = options.DEFAULT_DENSE_TYPES,
     image_samples: options.ImageSamples = 128,
     text_samples: options.TextSamples = 128,
-    key_ratio: options.KeyRatio = 0.2,
+    key_ratio: options.KeyRatio = options.DEFAULT_KEY_RATIO,
     key_tokens: options.KeyTokensOption = options.KeyTokensName.TEXT_ATTENTION,
     seed: options.Seed = 0,
     memory: options.Memory = options.DEFAULT_MEMORY,
@@ -34,7 +34,14 @@ def command(
     from mode_gguf.importance.choice import chosen_imatrix
 
     chosen = options.calibration_options(
-        calibration, image_samples, text_samples, key_ratio, key_tokens, device, seed, memory
+        calibration,
+        image_samples,
+        text_samples,
+        device,
+        seed,
+        memory,
+        key_ratio=key_ratio,
+        key_tokens=key_tokens,
     )
     checkpoint, folder = pipeline.open_model(model, out, progress())
     method = options.preset_of(preset, sensitivity).method

@@ -27,14 +27,7 @@ def command(
     from mode_gguf.importance.table import SensitivityTable
     from mode_gguf.importance.unit_table import compared
 
-    chosen = pipeline.CalibrationOptions(
-        calibration,
-        image_samples,
-        text_samples,
-        device=device.value,
-        seed=seed,
-        hidden_bytes=options.memory_bytes_of(memory),
-    )
+    chosen = options.calibration_options(calibration, image_samples, text_samples, device, seed, memory)
     checkpoint, folder = pipeline.open_model(model, out, progress())
     table = SensitivityTable.load(folder.sensitivity)
     candidates = options.measured_types(folder, types, dense_types)
