@@ -230,7 +230,11 @@ def _pack_into(
 
 
 _FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_EXPONENTS: dict[str, np.uint16 | np.uint32] = {"F32": np.uint32(0x7F80_0000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
+_EXPONENTS: dict[str, np.uint16 | np.uint32] = {
+    "F32": np.uint32(0x7F80_0000),
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+}
 """Bits that are all set in infinities and NaN, and in nothing else."""
 
 
