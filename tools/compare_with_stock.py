@@ -39,6 +39,7 @@ EXPECTED = {
     "general.base_model.0.organization": "as above",
     "general.base_model.0.repo_url": "as above",
     "GGUF.kv_count": "counts the keys below",
+    "clip.vision.spatial_merge_size": "stock leaves GLM's to mtmd's default, the same 2",
 }
 
 COMPUTED = {"ssm_a": "minus exp; stock's float32 exp is off by one in the last place now and then"}
@@ -124,7 +125,8 @@ def main() -> int:
         write_text_model(folder / "text.gguf", checkpoint, types, pre_tokenizer=options.pre_tokenizer)
         write_projector(folder / "projector.gguf", checkpoint, "F32")
         stock = (options.llama_cpp.resolve(), options.checkpoint.resolve())
-        left_out = ("--no-mtp",) if "mtp." in find_family(checkpoint).ignored else ()  # stock insists on the block
+        mtp = any("mtp" in name for name in find_family(checkpoint).ignored)
+        left_out = ("--no-mtp",) if mtp else ()  # stock insists on the block
         convert_with_stock(*stock, folder / "stock-text.gguf", options.pre_tokenizer, *left_out)
         convert_with_stock(*stock, folder / "stock-projector.gguf", options.pre_tokenizer, "--mmproj")
         table = Table("file", "key or tensor", "ours", "stock", "reason", title=str(options.checkpoint))
