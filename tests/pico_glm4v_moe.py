@@ -59,6 +59,7 @@ def write_pico_glm4v_moe(
     mtp: bool = False,
     tied: bool = False,
     biased: bool = True,
+    dense_layers: int = DENSE_LAYERS,
     **text: Any,
 ) -> Path:
     """Write a random checkpoint into `folder` (created) and return it.
@@ -70,6 +71,7 @@ def write_pico_glm4v_moe(
         mtp: with a block for multi-token prediction behind the last layer, three tensors of it.
         tied: the output head is the token embedding, and is not stored.
         biased: queries, keys and values have biases.
+        dense_layers: the first ones, without experts.
         text: further settings of `text_config`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +84,11 @@ def write_pico_glm4v_moe(
         chat_template=CHAT_TEMPLATE,
         normalised=False,
     )
-    write_json(folder / "config.json", _config(tied, biased, {**text, "num_nextn_predict_layers": int(mtp)}))
+    text = {"attention_bias": biased, "first_k_dense_replace": dense_layers, **text}
+    write_json(folder / "config.json", _config(tied, {**text, "num_nextn_predict_layers": int(mtp)}))
     _write_surroundings(folder)
     generator = torch.Generator().manual_seed(seed)
-    weights = dict(_weights(generator, layout, tied=tied, biased=biased))
+    weights = dict(_weights(generator, layout, tied, biased, dense_layers))
     if mtp:
         block = f"model.language_model.layers.{LAYERS}"
         weights[f"{block}.eh_proj.weight"] = Draw(generator).matrix(HIDDEN, 2 * HIDDEN)
@@ -124,7 +127,7 @@ def _write_surroundings(folder: Path) -> None:
     )
 
 
-def _config(tied: bool, biased: bool, text: dict[str, Any]) -> dict[str, Any]:
+def _config(tied: bool, text: dict[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["Glm4vMoeForConditionalGeneration"],
         "model_type": "glm4v_moe",
@@ -147,12 +150,10 @@ def _config(tied: bool, biased: bool, text: dict[str, Any]) -> dict[str, Any]:
             "num_key_value_heads": KV_HEADS,
             "head_dim": HEAD_DIM,
             "hidden_act": "silu",
-            "attention_bias": biased,
             "attention_dropout": 0.0,
             "use_qk_norm": False,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
-            "first_k_dense_replace": DENSE_LAYERS,
             "moe_intermediate_size": WIDTH,
             "n_routed_experts": EXPERTS,
             "n_shared_experts": 1,
@@ -189,7 +190,7 @@ def _config(tied: bool, biased: bool, text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights(
-    generator: torch.Generator, layout: Layout, *, tied: bool, biased: bool
+    generator: torch.Generator, layout: Layout, tied: bool, biased: bool, dense_layers: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     draw = Draw(generator)
     matrix, gains = draw.matrix, draw.gains
@@ -204,7 +205,7 @@ def _weights(
                 yield f"{prefix}.self_attn.{name}_proj.bias", bias
         yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * HEAD_DIM)
         yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
-        if layer < DENSE_LAYERS:
+        if layer < dense_layers:
             yield from _ffn(f"{prefix}.mlp", draw, DENSE_WIDTH)
             continue
         yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
