@@ -1,4 +1,4 @@
-"""The smallest honest GLM-4.5V checkpoint: a dense layer, three with experts, and a block for multi-token prediction."""
+"""The smallest honest GLM-4.5V checkpoint: a dense layer, three with experts, one for multi-token prediction."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +11,8 @@ from tests import pico
 from tests.pico import HIDDEN, VISION_BLOCKS, VISION_HIDDEN, VOCAB, Draw, write_json, write_tokenizer, write_weights
 
 GLM4_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -251,8 +252,9 @@ def _vision_weights(generator: torch.Generator) -> Iterator[tuple[str, torch.Ten
     yield f"{visual}.patch_embed.proj.weight", patch.view(VISION_HIDDEN, 3, 2, PATCH, PATCH)
     yield f"{visual}.patch_embed.proj.bias", bias(VISION_HIDDEN)
     positions = (IMAGE_SIZE // PATCH) ** 2
-    yield f"{visual}.embeddings.position_embedding.weight", 0.1 * torch.randn(
-        positions, VISION_HIDDEN, generator=generator
+    yield (
+        f"{visual}.embeddings.position_embedding.weight",
+        0.1 * torch.randn(positions, VISION_HIDDEN, generator=generator),
     )
     yield f"{visual}.post_conv_layernorm.weight", gains(VISION_HIDDEN)
     for block in range(VISION_BLOCKS):

@@ -20,7 +20,8 @@ QWEN35_SPLIT = (
 )
 
 GLM4_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 _PRE_TOKENIZERS = {("NFC", QWEN2_SPLIT): "qwen2", ("NFC", QWEN35_SPLIT): "qwen35", ("None", GLM4_SPLIT): "glm4"}

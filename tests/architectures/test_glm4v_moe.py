@@ -86,9 +86,7 @@ def test_kinds_of_layers_and_roles(pico_glm4v: Path) -> None:
         assert (f"blk.{layer}.ffn_gate_inp.weight" in tensors) == (layer >= DENSE_LAYERS)
 
 
-def test_block_for_multi_token_prediction_is_left_out(
-    pico_glm4v: Path, pico_glm4v_fused: Path, tmp_path: Path
-) -> None:
+def test_block_for_multi_token_prediction_is_left_out(pico_glm4v: Path, pico_glm4v_fused: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pico_glm4v)
     assert len(left_out(checkpoint)) == 3
     assert all(name.startswith(f"model.language_model.layers.{LAYERS}.") for name in left_out(checkpoint))
@@ -207,8 +205,11 @@ class TestRefusals:
             find_family(checkpoint)
 
     def test_dense_models(self, pico_glm4v: Path, tmp_path: Path) -> None:
-        config = {"architectures": ["Glm4vForConditionalGeneration"], "text_config": {"hidden_size": HIDDEN}}
-        with pytest.raises(InputError, match="Glm4vForConditionalGeneration.* is not a Mixture-of-Experts model"):
+        config: dict[str, Any] = {
+            "architectures": ["Glm4vForConditionalGeneration"],
+            "text_config": {"hidden_size": HIDDEN},
+        }
+        with pytest.raises(InputError, match=r"Glm4vForConditionalGeneration.* is not a Mixture-of-Experts model"):
             find_family(changed(pico_glm4v, tmp_path / "dense", **config))
 
     @pytest.mark.parametrize("layout", ["public", "fused"])
