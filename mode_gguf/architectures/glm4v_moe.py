@@ -4,9 +4,9 @@ The first layers have a dense FFN; all others have a shared expert beside the ro
 their own choose. Blocks for multi-token prediction, which some checkpoints have behind the last layer, are left out: a
 forward of the model gives no statistics of them, and without them the file says the same; llama.cpp cannot draft then.
 
-llama.cpp shows the model at most 4096 tokens of an image; transformers goes further. In F32 both say the same about an
-image but for ggml's convolutions, which take pixels and the features that the merger joins in F16: a KL near 1e-6 on
-random weights.
+llama.cpp shows the model at most 4096 tokens of an image, and pads one whose sides are no multiples of 28 with black;
+transformers goes further, and stretches it. Of others both say the same in F32, but for ggml's convolutions, which take
+pixels and the features that the merger joins in F16: a KL near 1e-6 on random weights.
 """
 
 from collections.abc import Mapping
