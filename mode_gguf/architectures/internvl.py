@@ -1,0 +1,523 @@
+"""InternVL3.5-30B-A3B: llama.cpp's `qwen3moe` with an `internvl` projector.
+
+In both layouts: the original one (`InternVLChatModel`, whose own code is never run) and transformers'
+(`InternVLForConditionalGeneration`, the repositories that end in -HF). Rules are written with transformers' names;
+`original_name` translates them. The text model's names are the same in both.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from gguf import Keys
+from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, VisionProjectorType
+
+from mode_gguf.architectures.config import check_settings, section, setting
+from mode_gguf.architectures.experts import Projection, expert_rules
+from mode_gguf.architectures.family import (
+    Metadata,
+    ModelFamily,
+    Ranges,
+    TensorRule,
+    Transform,
+    View,
+    as_stored,
+    is_tied,
+)
+from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
+from mode_gguf.checkpoint import Checkpoint, read_json
+from mode_gguf.errors import InputError
+
+GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3MOE]
+
+TEXT_CLASS, TEXT_TYPE = "Qwen3MoeForCausalLM", "qwen3_moe"
+"""What both layouts call the only text model that is supported."""
+
+IMAGE_TOKEN, IMAGE_BEGIN, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
+
+MIN_TILES, MAX_TILES = 1, 12
+"""llama.cpp's defaults, which are the original configuration's."""
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+_MODULES = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+"""Beginnings of transformers' parameter names, and of the names it stores them by."""
+
+_ORIGINAL = {
+    "vision_tower.embeddings.cls_token": "vision_model.embeddings.class_embedding",
+    "vision_tower.embeddings.position_embeddings": "vision_model.embeddings.position_embedding",
+    "vision_tower.embeddings.patch_embeddings.projection": "vision_model.embeddings.patch_embedding",
+    "vision_tower.encoder.layer.": "vision_model.encoder.layers.",
+    ".attention.q_proj": ".attn.qkv",
+    ".attention.k_proj": ".attn.qkv",
+    ".attention.v_proj": ".attn.qkv",
+    ".attention.projection_layer": ".attn.proj",
+    ".lambda_1": ".ls1",
+    ".lambda_2": ".ls2",
+    ".layernorm_before": ".norm1",
+    ".layernorm_after": ".norm2",
+    "multi_modal_projector.layer_norm": "mlp1.0",
+    "multi_modal_projector.linear_1": "mlp1.1",
+    "multi_modal_projector.linear_2": "mlp1.3",
+}
+"""Pieces of the names that transformers stores, and of the original ones."""
+
+
+def stored_name(parameter: str) -> str:
+    """The tensor of a parameter in transformers' layout."""
+    for module, stored in _MODULES.items():
+        if parameter.startswith(module):
+            return stored + parameter.removeprefix(module)
+    return parameter
+
+
+def original_name(name: str) -> str:
+    """The original name of what transformers stores as `name`."""
+    if name.startswith("language_model."):
+        return name
+    for piece, original in _ORIGINAL.items():
+        name = name.replace(piece, original)
+    return name
+
+
+def original_stored_name(parameter: str) -> str:
+    """The tensor of a parameter in the original layout; queries, keys and values share one."""
+    return original_name(stored_name(parameter))
+
+
+# --- transforms -------------------------------------------------------------------------------------------------------
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def third(checkpoint: Checkpoint, source: str, index: int) -> View:
+    """Queries, keys or values of the original's fused matrix or bias (3n, ...)."""
+    shape = checkpoint.shape(source)
+    if shape[0] % 3:
+        raise InputError(
+            f"{checkpoint.path}: tensor {source} has shape {list(shape)}, expected queries, keys and values of one "
+            "size; use the weights as they were published"
+        )
+    n = shape[0] // 3
+
+    def read(_: int, rows: slice = ALL_ROWS) -> Array:
+        start, end, _ = rows.indices(n)
+        return checkpoint.read(source, slice(index * n + start, index * n + end))
+
+    return View((n, *shape[1:]), read)
+
+
+def class_last(checkpoint: Checkpoint, source: str) -> View:
+    """Positions (1, n + 1, width), the class token's first, as (n + 1, width) with it last.
+
+    llama.cpp puts the class token behind the patches and adds row i to token i.
+    """
+    shape = checkpoint.shape(source)
+    expected = (1, 1 + _patches_per_side(checkpoint) ** 2, _vision_width(checkpoint))
+    if shape != expected:
+        raise InputError(
+            f"{checkpoint.path}: tensor {source} has shape {list(shape)}, expected {list(expected)} by the image and "
+            "patch sizes in config.json; llama.cpp does not interpolate positions"
+        )
+
+    def read(_: int, rows: slice = ALL_ROWS) -> Array:
+        return np.roll(checkpoint.read(source)[0], -1, axis=0)[rows]
+
+    return View(shape[1:], read)
+
+
+def flat(checkpoint: Checkpoint, source: str) -> View:
+    """A vector that is stored with dimensions of 1 before it."""
+    shape = checkpoint.shape(source)
+    return View((math.prod(shape),), lambda _, rows=ALL_ROWS: checkpoint.read(source).reshape(-1)[rows])
+
+
+def _never_fused(checkpoint: Checkpoint, source: str, projection: Projection) -> View:
+    """No checkpoint of this family has fused experts: raises, naming the tensor that is missing."""
+    return as_stored(checkpoint, source)
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+_LAYER = "language_model.model.layers.{layer}"
+_BLOCK = "vision_tower.encoder.layer.{block}"
+
+
+def _attention(source: str, name: str) -> TensorRule:
+    name = f"blk.{{layer}}.{name}.weight"
+    return TensorRule(f"{_LAYER}.self_attn.{source}.weight", name, Role.DENSE, activation=name)
+
+
+TEXT_RULES = (
+    TensorRule("language_model.model.embed_tokens.weight", "token_embd.weight", Role.EMBEDDING),
+    TensorRule(f"{_LAYER}.input_layernorm.weight", "blk.{layer}.attn_norm.weight", Role.KEEP),
+    _attention("q_proj", "attn_q"),
+    _attention("k_proj", "attn_k"),
+    _attention("v_proj", "attn_v"),
+    _attention("o_proj", "attn_output"),
+    TensorRule(f"{_LAYER}.self_attn.q_norm.weight", "blk.{layer}.attn_q_norm.weight", Role.KEEP),
+    TensorRule(f"{_LAYER}.self_attn.k_norm.weight", "blk.{layer}.attn_k_norm.weight", Role.KEEP),
+    TensorRule(f"{_LAYER}.post_attention_layernorm.weight", "blk.{layer}.ffn_norm.weight", Role.KEEP),
+    TensorRule(f"{_LAYER}.mlp.gate.weight", "blk.{layer}.ffn_gate_inp.weight", Role.KEEP),
+    *expert_rules(_LAYER, _never_fused),
+    TensorRule("language_model.model.norm.weight", "output_norm.weight", Role.KEEP),
+    TensorRule("language_model.lm_head.weight", "output.weight", Role.OUTPUT, activation="output.weight"),
+)
+
+
+def _projector_rules(named: Callable[[str], str], part: Callable[[int], Transform]) -> tuple[TensorRule, ...]:
+    """Tensors of the projector.
+
+    Args:
+        named: the layout's name of what transformers stores by another.
+        part: how queries (0), keys (1) and values (2) come out of their tensor.
+    """
+
+    def pair(source: str, name: str, role: Role, transform: Transform = as_stored) -> tuple[TensorRule, ...]:
+        """Weight and bias."""
+        return (
+            TensorRule(named(f"{source}.weight"), f"{name}.weight", role, transform),
+            TensorRule(named(f"{source}.bias"), f"{name}.bias", Role.KEEP, transform),
+        )
+
+    def scale(source: str, name: str) -> TensorRule:
+        return TensorRule(named(f"{_BLOCK}.{source}"), f"v.blk.{{block}}.{name}.weight", Role.KEEP)
+
+    return (
+        TensorRule(named("vision_tower.embeddings.cls_token"), "v.class_embd", Role.KEEP, flat),
+        *pair("vision_tower.embeddings.patch_embeddings.projection", "v.patch_embd", Role.DENSE),
+        TensorRule(
+            named("vision_tower.embeddings.position_embeddings"), "v.position_embd.weight", Role.KEEP, class_last
+        ),
+        *pair(f"{_BLOCK}.layernorm_before", "v.blk.{block}.ln1", Role.KEEP),
+        *(
+            rule
+            for index, projection in enumerate(_QKV)
+            for rule in pair(
+                f"{_BLOCK}.attention.{projection}", f"v.blk.{{block}}.attn_{projection[0]}", Role.DENSE, part(index)
+            )
+        ),
+        *pair(f"{_BLOCK}.attention.projection_layer", "v.blk.{block}.attn_out", Role.DENSE),
+        scale("lambda_1", "ls1"),
+        *pair(f"{_BLOCK}.layernorm_after", "v.blk.{block}.ln2", Role.KEEP),
+        *pair(f"{_BLOCK}.mlp.fc1", "v.blk.{block}.ffn_up", Role.DENSE),
+        *pair(f"{_BLOCK}.mlp.fc2", "v.blk.{block}.ffn_down", Role.DENSE),
+        scale("lambda_2", "ls2"),
+        *pair("multi_modal_projector.layer_norm", "mm.model.mlp.0", Role.KEEP),
+        *pair("multi_modal_projector.linear_1", "mm.model.mlp.1", Role.DENSE),
+        *pair("multi_modal_projector.linear_2", "mm.model.mlp.3", Role.DENSE),
+    )
+
+
+def ranges(checkpoint: Checkpoint) -> Ranges:
+    """Decoder layers, experts, vision blocks."""
+    text, vision = _text(checkpoint), section(checkpoint, "vision_config")
+    return {
+        "layer": [{"layer": i} for i in range(setting(checkpoint, text, int, "num_hidden_layers"))],
+        "expert": [{"expert": i} for i in range(_experts(checkpoint))],
+        "block": [{"block": i} for i in range(setting(checkpoint, vision, int, "num_hidden_layers"))],
+    }
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _text(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    return section(checkpoint, "llm_config" if "llm_config" in checkpoint.config else "text_config")
+
+
+def _experts(checkpoint: Checkpoint) -> int:
+    return setting(checkpoint, _text(checkpoint), int, "num_experts", "num_local_experts")
+
+
+def _rope(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Rotary settings: `rope_parameters` since transformers 5, beside the others and in `rope_scaling` before."""
+    text = _text(checkpoint)
+    return {**text, **(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+
+
+def _vision_width(checkpoint: Checkpoint) -> int:
+    return setting(checkpoint, section(checkpoint, "vision_config"), int, "hidden_size")
+
+
+def _square(checkpoint: Checkpoint, name: str) -> int:
+    """A size of the vision tower: a number, or twice the same."""
+    vision = section(checkpoint, "vision_config")
+    value = vision.get(name)
+    if not isinstance(value, list):
+        return setting(checkpoint, vision, int, name)
+    if len(value) != 2 or value[0] != value[1] or type(value[0]) is not int:
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: {name} of vision_config is {value!r}, expected a square; llama.cpp "
+            "takes no other"
+        )
+    return int(value[0])
+
+
+def _patches_per_side(checkpoint: Checkpoint) -> int:
+    return _square(checkpoint, "image_size") // _square(checkpoint, "patch_size")
+
+
+def _merge(checkpoint: Checkpoint) -> int:
+    """Patches per side that the pixel shuffle makes one token of."""
+    return int(1 / setting(checkpoint, checkpoint.config, float, "downsample_ratio"))
+
+
+def tokens_per_tile(checkpoint: Checkpoint) -> int:
+    """Image tokens of one tile; 256 of 448 x 448 pixels."""
+    return (_patches_per_side(checkpoint) // _merge(checkpoint)) ** 2
+
+
+def image_token(checkpoint: Checkpoint) -> int:
+    """The id of `<IMG_CONTEXT>`, which the original config.json does not name.
+
+    Raises:
+        InputError: the tokenizer has no such token.
+    """
+    if checkpoint.config.get("image_token_id") is not None:
+        return setting(checkpoint, checkpoint.config, int, "image_token_id")
+    return _added_token(checkpoint, IMAGE_TOKEN)
+
+
+def _added_token(checkpoint: Checkpoint, token: str) -> int:
+    path = checkpoint.path / "tokenizer_config.json"
+    added = read_json(path).get("added_tokens_decoder")
+    for number, entry in added.items() if isinstance(added, dict) else ():
+        if isinstance(entry, dict) and entry.get("content") == token and number.isdecimal():
+            return int(number)
+    raise InputError(f"{path}: no token {token}; use the tokenizer published with these weights")
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+
+
+def text_metadata(checkpoint: Checkpoint) -> Metadata:
+    """What llama.cpp's loader reads for `qwen3moe`."""
+    text = _text(checkpoint)
+    head_dim = setting(checkpoint, text, int, "head_dim")
+    keys: dict[str, Any] = {
+        Keys.LLM.BLOCK_COUNT: setting(checkpoint, text, int, "num_hidden_layers"),
+        Keys.LLM.CONTEXT_LENGTH: setting(checkpoint, text, int, "max_position_embeddings"),
+        Keys.LLM.EMBEDDING_LENGTH: setting(checkpoint, text, int, "hidden_size"),
+        Keys.LLM.FEED_FORWARD_LENGTH: setting(checkpoint, text, int, "intermediate_size"),
+        Keys.Attention.HEAD_COUNT: setting(checkpoint, text, int, "num_attention_heads"),
+        Keys.Attention.HEAD_COUNT_KV: setting(checkpoint, text, int, "num_key_value_heads"),
+        Keys.Attention.KEY_LENGTH: head_dim,
+        Keys.Attention.VALUE_LENGTH: head_dim,
+        Keys.Attention.LAYERNORM_RMS_EPS: setting(checkpoint, text, float, "rms_norm_eps"),
+        Keys.Rope.FREQ_BASE: setting(checkpoint, _rope(checkpoint), float, "rope_theta"),
+        Keys.LLM.EXPERT_COUNT: _experts(checkpoint),
+        Keys.LLM.EXPERT_USED_COUNT: setting(checkpoint, text, int, "num_experts_per_tok"),
+        Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: setting(checkpoint, text, int, "moe_intermediate_size"),
+    }
+    return {key.format(arch=GGUF_ARCH): value for key, value in keys.items()}
+
+
+def projector_metadata(checkpoint: Checkpoint) -> Metadata:
+    """What llama.cpp's mtmd reads for `internvl`."""
+    config, vision = checkpoint.config, section(checkpoint, "vision_config")
+    normalised = preprocessor(checkpoint)
+    tiles = {
+        Keys.ClipVision.PREPROC_MIN_TILES: "min_dynamic_patch",
+        Keys.ClipVision.PREPROC_MAX_TILES: "max_dynamic_patch",
+    }
+    return {
+        Keys.ClipVision.PROJECTION_DIM: setting(checkpoint, _text(checkpoint), int, "hidden_size"),
+        Keys.ClipVision.IMAGE_SIZE: _square(checkpoint, "image_size"),
+        Keys.ClipVision.PATCH_SIZE: _square(checkpoint, "patch_size"),
+        Keys.ClipVision.EMBEDDING_LENGTH: _vision_width(checkpoint),
+        Keys.ClipVision.FEED_FORWARD_LENGTH: setting(checkpoint, vision, int, "intermediate_size"),
+        Keys.ClipVision.BLOCK_COUNT: setting(checkpoint, vision, int, "num_hidden_layers"),
+        Keys.ClipVision.Attention.HEAD_COUNT: setting(checkpoint, vision, int, "num_attention_heads"),
+        Keys.ClipVision.Attention.LAYERNORM_EPS: setting(checkpoint, vision, float, "layer_norm_eps"),
+        Keys.ClipVision.IMAGE_MEAN: setting(checkpoint, normalised, list, "image_mean"),
+        Keys.ClipVision.IMAGE_STD: setting(checkpoint, normalised, list, "image_std"),
+        Keys.ClipVision.USE_GELU: True,
+        Keys.ClipVision.Projector.SCALE_FACTOR: _merge(checkpoint),
+        **{key: setting(checkpoint, config, int, name) for key, name in tiles.items() if config.get(name) is not None},
+    }
+
+
+# --- transformers' model ----------------------------------------------------------------------------------------------
+
+
+def model_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """transformers' configuration: where the original layout has another, made from it."""
+    config = checkpoint.config
+    if "llm_config" not in config:
+        return {**config, "tie_word_embeddings": is_tied(checkpoint)}
+    vision = section(checkpoint, "vision_config")
+    text = {key: value for key, value in _text(checkpoint).items() if key not in _NOT_TRANSFORMERS}
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "text_config": {**text, "model_type": TEXT_TYPE, "tie_word_embeddings": is_tied(checkpoint)},
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "hidden_size": _vision_width(checkpoint),
+            "intermediate_size": setting(checkpoint, vision, int, "intermediate_size"),
+            "num_hidden_layers": setting(checkpoint, vision, int, "num_hidden_layers"),
+            "num_attention_heads": setting(checkpoint, vision, int, "num_attention_heads"),
+            "hidden_act": "gelu",
+            "layer_norm_eps": setting(checkpoint, vision, float, "layer_norm_eps"),
+            "image_size": [_square(checkpoint, "image_size")] * 2,
+            "patch_size": [_square(checkpoint, "patch_size")] * 2,
+            "num_channels": 3,
+            "attention_bias": True,
+            "use_qk_norm": False,
+            "norm_type": "layer_norm",
+            "use_mean_pooling": True,  # without the tower's last norm, which the original does not have
+            "use_absolute_position_embeddings": True,
+        },
+        "image_token_id": image_token(checkpoint),
+        "image_seq_length": tokens_per_tile(checkpoint),
+        "downsample_ratio": setting(checkpoint, config, float, "downsample_ratio"),
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": is_tied(checkpoint),
+    }
+
+
+_NOT_TRANSFORMERS = {"auto_map", "rope_scaling", "_attn_implementation", "attn_implementation", "_name_or_path"}
+"""Keys of llm_config that say nothing about the model as transformers and llama.cpp run it (see `check`)."""
+
+
+def read_original(checkpoint: Checkpoint, parameter: str) -> Array:
+    """A parameter outside the decoder layers, from the original layout."""
+    name = original_stored_name(parameter)
+    for index, projection in enumerate(_QKV):
+        if f".attention.{projection}." in parameter:
+            return third(checkpoint, name, index).read(0)
+    return checkpoint.read(name)
+
+
+# --- what llama.cpp would run differently -----------------------------------------------------------------------------
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Refuse settings that llama.cpp's `qwen3moe` and `internvl` have no place for.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    config, text, vision = checkpoint.config, _text(checkpoint), section(checkpoint, "vision_config")
+    path = checkpoint.path / "config.json"
+    _check_text_model(checkpoint)
+    original = "llm_config" in config
+    rope = _rope(checkpoint)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    check_settings(
+        checkpoint,
+        GGUF_ARCH,
+        {
+            "norm_topk_prob": (text.get("norm_topk_prob", False), True, "always renormalises the weights of the top-k"),
+            "hidden_act": (text.get("hidden_act", "silu"), "silu", "always gates with silu"),
+            "attention_bias": (text.get("attention_bias", False), False, "has no attention biases"),
+            "mlp_only_layers": (text.get("mlp_only_layers") or [], [], "has experts in every layer"),
+            "decoder_sparse_step": (text.get("decoder_sparse_step", 1), 1, "has experts in every layer"),
+            "use_sliding_window": (text.get("use_sliding_window", False), False, "attends to everything before"),
+            # "dynamic" scales beyond max_position_embeddings only, where llama.cpp is told the context to end.
+            "rope_type": (
+                "default" if rope_type == "dynamic" else rope_type,
+                "default",
+                "export supports no other scaling",
+            ),
+        },
+    )
+    check_settings(checkpoint, PROJECTOR, _original_vision(config, vision) if original else _vision(config, vision))
+    ratio = setting(checkpoint, config, float, "downsample_ratio")
+    if not 0 < ratio <= 1 or 1 / ratio % 1 or _patches_per_side(checkpoint) % int(1 / ratio):
+        raise InputError(
+            f"{path}: downsample_ratio is {ratio!r}, expected one part of {_patches_per_side(checkpoint)} patches per "
+            "side; use the configuration published with the model"
+        )
+    fewest, most = tile_limits(checkpoint)
+    if not 1 <= fewest <= most:
+        raise InputError(
+            f"{path}: min_dynamic_patch is {fewest} and max_dynamic_patch {most}, expected 1 or more and no fewer; "
+            "llama.cpp can cut no picture otherwise"
+        )
+
+
+def _check_text_model(checkpoint: Checkpoint) -> None:
+    """Refuse InternVL with another language model, dense ones foremost."""
+    text = _text(checkpoint)
+    name = "llm_config" if "llm_config" in checkpoint.config else "text_config"
+    classes = text.get("architectures")
+    found = classes[0] if isinstance(classes, list) and classes else text.get("model_type")
+    if found in (TEXT_CLASS, TEXT_TYPE):
+        return
+    dense = not any(text.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    way_out = (
+        "it is not a Mixture-of-Experts model: use llama.cpp's own convert_hf_to_gguf.py and llama-quantize"
+        if dense
+        else "of InternVL, this is the only Mixture-of-Experts text model that is supported"
+    )
+    raise InputError(
+        f"{checkpoint.path / 'config.json'}: {name} is of {found!r}, expected {TEXT_CLASS!r}; {way_out}"
+    )
+
+
+PROJECTOR = VisionProjectorType.INTERNVL
+
+_LARGE_TOWER = "is supported with the tower of 300M parameters only, not with that of 6B"
+
+
+def _original_vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any, str]]:
+    """What `check_settings` takes, in the original layout."""
+    return {
+        "vision hidden_act": (vision.get("hidden_act"), "gelu", "is supported with this activation only"),
+        "norm_type": (vision.get("norm_type", "rms_norm"), "layer_norm", _LARGE_TOWER),
+        "qk_normalization": (vision.get("qk_normalization", True), False, _LARGE_TOWER),
+        "qkv_bias": (vision.get("qkv_bias", False), True, _LARGE_TOWER),
+        "ps_version": (config.get("ps_version", "v1"), "v2", "shuffles pixels in this order only"),
+        "select_layer": (config.get("select_layer", -1), -1, "takes the last layer of the vision tower"),
+        "dynamic_image_size": (config.get("dynamic_image_size", False), True, "always cuts large pictures into tiles"),
+        "use_thumbnail": (config.get("use_thumbnail", False), True, "always adds the whole picture to its tiles"),
+        "pad2square": (config.get("pad2square", False), False, "never pads the whole picture"),
+    }
+
+
+def _vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any, str]]:
+    """What `check_settings` takes, in transformers' layout, where what is absent has transformers' default."""
+    return {
+        "vision hidden_act": (vision.get("hidden_act", "gelu"), "gelu", "is supported with this activation only"),
+        "norm_type": (vision.get("norm_type", "layer_norm"), "layer_norm", _LARGE_TOWER),
+        "use_qk_norm": (vision.get("use_qk_norm", False), False, _LARGE_TOWER),
+        "vision attention_bias": (vision.get("attention_bias", False), True, _LARGE_TOWER),
+        "use_mean_pooling": (vision.get("use_mean_pooling", True), True, "has no norm after the vision tower"),
+        "use_mask_token": (vision.get("use_mask_token", False), False, "has no mask token"),
+        "use_absolute_position_embeddings": (
+            vision.get("use_absolute_position_embeddings", True),
+            True,
+            "always adds a table of positions",
+        ),
+        "vision_feature_layer": (
+            config.get("vision_feature_layer", -1),
+            -1,
+            "takes the last layer of the vision tower",
+        ),
+        "vision_feature_select_strategy": (
+            config.get("vision_feature_select_strategy", "default"),
+            "default",
+            "leaves the class token out",
+        ),
+        "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), "gelu", "always uses this activation"),
+    }
+
+
+def tile_limits(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Fewest and most tiles of a large picture, as llama.cpp is told or assumes."""
+    config = checkpoint.config
+    defaults = {"min_dynamic_patch": MIN_TILES, "max_dynamic_patch": MAX_TILES}
+    given = {name: config[name] if config.get(name) is not None else default for name, default in defaults.items()}
+    fewest, most = (setting(checkpoint, given, int, name) for name in defaults)
+    return fewest, most
