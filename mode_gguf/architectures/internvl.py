@@ -8,13 +8,13 @@ In both layouts: the original one (`InternVLChatModel`, whose own code is never 
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import Keys
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, VisionProjectorType
 
-from mode_gguf.architectures.config import check_settings, section, setting
+from mode_gguf.architectures.config import check_settings, preprocessor, section, setting
 from mode_gguf.architectures.experts import Projection, expert_rules
 from mode_gguf.architectures.family import (
     Metadata,
@@ -26,9 +26,13 @@ from mode_gguf.architectures.family import (
     as_stored,
     is_tied,
 )
+from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
 from mode_gguf.checkpoint import Checkpoint, read_json
 from mode_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3MOE]
 
@@ -115,7 +119,7 @@ def third(checkpoint: Checkpoint, source: str, index: int) -> View:
 
 
 def class_last(checkpoint: Checkpoint, source: str) -> View:
-    """Positions (1, n + 1, width), the class token's first, as (n + 1, width) with it last.
+    """Positions (1, n + 1, width) with the first, the class token's, moved to the end.
 
     llama.cpp puts the class token behind the patches and adds row i to token i.
     """
@@ -126,17 +130,7 @@ def class_last(checkpoint: Checkpoint, source: str) -> View:
             f"{checkpoint.path}: tensor {source} has shape {list(shape)}, expected {list(expected)} by the image and "
             "patch sizes in config.json; llama.cpp does not interpolate positions"
         )
-
-    def read(_: int, rows: slice = ALL_ROWS) -> Array:
-        return np.roll(checkpoint.read(source)[0], -1, axis=0)[rows]
-
-    return View(shape[1:], read)
-
-
-def flat(checkpoint: Checkpoint, source: str) -> View:
-    """A vector that is stored with dimensions of 1 before it."""
-    shape = checkpoint.shape(source)
-    return View((math.prod(shape),), lambda _, rows=ALL_ROWS: checkpoint.read(source).reshape(-1)[rows])
+    return View(shape, lambda _, rows=ALL_ROWS: np.roll(checkpoint.read(source, rows), -1, axis=1))
 
 
 def _never_fused(checkpoint: Checkpoint, source: str, projection: Projection) -> View:
@@ -191,7 +185,7 @@ def _projector_rules(named: Callable[[str], str], part: Callable[[int], Transfor
         return TensorRule(named(f"{_BLOCK}.{source}"), f"v.blk.{{block}}.{name}.weight", Role.KEEP)
 
     return (
-        TensorRule(named("vision_tower.embeddings.cls_token"), "v.class_embd", Role.KEEP, flat),
+        TensorRule(named("vision_tower.embeddings.cls_token"), "v.class_embd", Role.KEEP),
         *pair("vision_tower.embeddings.patch_embeddings.projection", "v.patch_embd", Role.DENSE),
         TensorRule(
             named("vision_tower.embeddings.position_embeddings"), "v.position_embd.weight", Role.KEEP, class_last
@@ -390,13 +384,39 @@ _NOT_TRANSFORMERS = {"auto_map", "rope_scaling", "_attn_implementation", "attn_i
 """Keys of llm_config that say nothing about the model as transformers and llama.cpp run it (see `check`)."""
 
 
-def read_original(checkpoint: Checkpoint, parameter: str) -> Array:
-    """A parameter outside the decoder layers, from the original layout."""
-    name = original_stored_name(parameter)
+def read_original(checkpoint: Checkpoint, parameter: str) -> Array | None:
+    """Queries, keys or values of the vision tower from the original's fused tensor; None for every other parameter."""
     for index, projection in enumerate(_QKV):
         if f".attention.{projection}." in parameter:
-            return third(checkpoint, name, index).read(0)
-    return checkpoint.read(name)
+            return third(checkpoint, original_stored_name(parameter), index).read(0)
+    return None
+
+
+def place_image(place: ImagePlace) -> PlacedImage:
+    """The picture as llama.cpp cuts it (`internvl_tiles`), and the tokens of its tiles between begin and end."""
+    from mode_gguf.architectures.internvl_tiles import tiles  # brings Pillow, which nothing else of a family needs
+
+    checkpoint = place.checkpoint
+    picture = _scaled_down(place.image, place.max_pixels)
+    cut = tiles(picture, _square(checkpoint, "image_size"), *tile_limits(checkpoint))
+    normalised = preprocessor(checkpoint)
+    mean, std = (np.array(setting(checkpoint, normalised, list, key), np.float32) for key in _NORMALISATION)
+    values = np.stack([(np.asarray(tile, np.float32) / 255 - mean) / std for tile in cut])
+    image_tokens = [place.image_token] * (len(cut) * tokens_per_tile(checkpoint))
+    begin, end = (_added_token(checkpoint, token) for token in (IMAGE_BEGIN, IMAGE_END))
+    pixels = np.ascontiguousarray(values.transpose(0, 3, 1, 2), np.float32)
+    return PlacedImage([begin, *image_tokens, end], {"pixel_values": pixels})
+
+
+_NORMALISATION = ("image_mean", "image_std")
+
+
+def _scaled_down(picture: "Image", max_pixels: int) -> "Image":
+    """`picture` with an area of no more than `max_pixels`."""
+    scale = math.sqrt(max_pixels / (picture.width * picture.height))
+    if scale >= 1:
+        return picture
+    return picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
 
 
 # --- what llama.cpp would run differently -----------------------------------------------------------------------------
@@ -521,3 +541,37 @@ def tile_limits(checkpoint: Checkpoint) -> tuple[int, int]:
     given = {name: config[name] if config.get(name) is not None else default for name, default in defaults.items()}
     fewest, most = (setting(checkpoint, given, int, name) for name in defaults)
     return fewest, most
+
+
+def _family(
+    hf_class: str, named: Callable[[str], str], part: Callable[[int], Transform], **differing: Any
+) -> ModelFamily:
+    return ModelFamily(
+        hf_class=hf_class,
+        gguf_arch=GGUF_ARCH,
+        projector_type=PROJECTOR,
+        text_rules=TEXT_RULES,
+        projector_rules=_projector_rules(named, part),
+        ignored=(),
+        check=check,
+        ranges=ranges,
+        text_metadata=text_metadata,
+        projector_metadata=projector_metadata,
+        tied_output="language_model.lm_head.weight",
+        place_image=place_image,
+        image_token=image_token,
+        token_types=None,
+        model_config=model_config,
+        **differing,
+    )
+
+
+ORIGINAL = _family(
+    "InternVLChatModel",
+    original_name,
+    lambda index: partial(third, index=index),
+    placeholder="<image>",
+    stored_name=original_stored_name,
+    read_parameter=read_original,
+)
+FAMILY = _family("InternVLForConditionalGeneration", str, lambda index: as_stored, stored_name=stored_name)
