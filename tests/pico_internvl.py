@@ -71,7 +71,7 @@ def _write_tokenizer(folder: Path, layout: Layout) -> None:
     config["added_tokens_decoder"] |= {str(mark_id(token)): {**first, "content": token} for token in MARKS}
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     config["chat_template"] = (
-        ORIGINAL_TEMPLATE if layout == "original" else CHAT_TEMPLATE.replace(image, "<IMG_CONTEXT>\\n")
+        ORIGINAL_TEMPLATE if layout == "original" else CHAT_TEMPLATE.replace(image, "<IMG_CONTEXT>\n")
     )
     write_json(folder / "tokenizer_config.json", config)
 

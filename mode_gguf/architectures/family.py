@@ -133,8 +133,10 @@ class ModelFamily:
         projector_metadata: clip.* keys.
         tied_output: checkpoint name of the output head that a checkpoint with tied embeddings lacks.
         place_image: an image as the model takes it.
+        needs_processor: whether that takes transformers' image processor.
         image_token: id of the token that stands for a piece of an image.
-        placeholder: what the chat template writes for an image; None for the image token.
+        placeholder: what the chat template writes for an image, or, where it knows only text, what is written into the
+            text; None for the image token.
         token_types: argument of the model's forward that is 1 at image tokens and 0 elsewhere; None if it takes none.
         tied: whether the output head is the token embedding.
         model_config: what transformers' configuration is made of.
@@ -155,6 +157,7 @@ class ModelFamily:
     projector_metadata: Callable[[Checkpoint], Metadata]
     tied_output: str
     place_image: Callable[[ImagePlace], PlacedImage]
+    needs_processor: bool = True
     image_token: Callable[[Checkpoint], int] = image_token_id
     placeholder: str | None = None
     token_types: str | None = "mm_token_type_ids"

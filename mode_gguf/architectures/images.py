@@ -20,7 +20,7 @@ class ImagePlace:
     Attributes:
         checkpoint: whose model is to see it.
         image: in RGB.
-        processor: transformers' image processor.
+        processor: transformers' image processor; None for a family that needs none.
         tokenizer: transformers' tokenizer.
         image_token: id of the token that stands for a piece of an image.
         max_pixels: area that it is scaled down to, where the model's own limit is not lower.

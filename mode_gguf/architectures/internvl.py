@@ -41,9 +41,6 @@ TEXT_CLASS, TEXT_TYPE = "Qwen3MoeForCausalLM", "qwen3_moe"
 
 IMAGE_TOKEN, IMAGE_BEGIN, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 
-MIN_TILES, MAX_TILES = 1, 12
-"""llama.cpp's defaults, which are the original configuration's."""
-
 # --- names ------------------------------------------------------------------------------------------------------------
 
 _MODULES = {
@@ -316,12 +313,9 @@ def text_metadata(checkpoint: Checkpoint) -> Metadata:
 
 def projector_metadata(checkpoint: Checkpoint) -> Metadata:
     """What llama.cpp's mtmd reads for `internvl`."""
-    config, vision = checkpoint.config, section(checkpoint, "vision_config")
+    vision = section(checkpoint, "vision_config")
     normalised = preprocessor(checkpoint)
-    tiles = {
-        Keys.ClipVision.PREPROC_MIN_TILES: "min_dynamic_patch",
-        Keys.ClipVision.PREPROC_MAX_TILES: "max_dynamic_patch",
-    }
+    fewest, most = tile_limits(checkpoint)
     return {
         Keys.ClipVision.PROJECTION_DIM: setting(checkpoint, _text(checkpoint), int, "hidden_size"),
         Keys.ClipVision.IMAGE_SIZE: _square(checkpoint, "image_size"),
@@ -335,7 +329,8 @@ def projector_metadata(checkpoint: Checkpoint) -> Metadata:
         Keys.ClipVision.IMAGE_STD: setting(checkpoint, normalised, list, "image_std"),
         Keys.ClipVision.USE_GELU: True,
         Keys.ClipVision.Projector.SCALE_FACTOR: _merge(checkpoint),
-        **{key: setting(checkpoint, config, int, name) for key, name in tiles.items() if config.get(name) is not None},
+        Keys.ClipVision.PREPROC_MIN_TILES: fewest,
+        Keys.ClipVision.PREPROC_MAX_TILES: most,
     }
 
 
@@ -535,12 +530,12 @@ def _vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Mapping[str
 
 
 def tile_limits(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Fewest and most tiles of a large picture, as llama.cpp is told or assumes."""
-    config = checkpoint.config
-    defaults = {"min_dynamic_patch": MIN_TILES, "max_dynamic_patch": MAX_TILES}
-    given = {name: config[name] if config.get(name) is not None else default for name, default in defaults.items()}
-    fewest, most = (setting(checkpoint, given, int, name) for name in defaults)
-    return fewest, most
+    """Fewest and most tiles of a large picture, as config.json says or transformers' image processor."""
+    given = {"min_patches": 1, "max_patches": 12, **preprocessor(checkpoint), **checkpoint.config}
+    return (
+        setting(checkpoint, given, int, "min_dynamic_patch", "min_patches"),
+        setting(checkpoint, given, int, "max_dynamic_patch", "max_patches"),
+    )
 
 
 def _family(
@@ -559,6 +554,7 @@ def _family(
         projector_metadata=projector_metadata,
         tied_output="language_model.lm_head.weight",
         place_image=place_image,
+        needs_processor=False,
         image_token=image_token,
         token_types=None,
         model_config=model_config,
