@@ -476,9 +476,7 @@ def _check_text_model(checkpoint: Checkpoint) -> None:
         if dense
         else "of InternVL, this is the only Mixture-of-Experts text model that is supported"
     )
-    raise InputError(
-        f"{checkpoint.path / 'config.json'}: {name} is of {found!r}, expected {TEXT_CLASS!r}; {way_out}"
-    )
+    raise InputError(f"{checkpoint.path / 'config.json'}: {name} is of {found!r}, expected {TEXT_CLASS!r}; {way_out}")
 
 
 PROJECTOR = VisionProjectorType.INTERNVL

@@ -1,8 +1,8 @@
 """How llama.cpp cuts a picture for an `internvl` projector.
 
 Not as the model's authors do: they choose the grid nearest in proportions and stretch the picture over it. llama.cpp
-chooses the grid that keeps most of the picture's pixels, and leaves black what is over. Files are made for llama.cpp, so
-calibration sees what it shows.
+chooses the grid that keeps most of the picture's pixels, and leaves black what is over. Files are made for llama.cpp,
+so calibration sees what it shows.
 """
 
 import math
@@ -53,9 +53,7 @@ def _padded(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     if picture.size == size:
         return picture
     scale = _scale(picture.size, size)
-    width, height = (
-        min(math.ceil(np.float32(n) * scale), limit) for n, limit in zip(picture.size, size, strict=True)
-    )
+    width, height = (min(math.ceil(np.float32(n) * scale), limit) for n, limit in zip(picture.size, size, strict=True))
     canvas = Image.new("RGB", size)
     canvas.paste(_resized(picture, (width, height)), ((size[0] - width) // 2, (size[1] - height) // 2))
     return canvas

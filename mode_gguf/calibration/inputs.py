@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace
 from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
+from mode_gguf.calibration.model_config import model_config
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -93,7 +94,9 @@ class InputBuilder:
         """
         family = find_family(checkpoint)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.path, config=model_config(checkpoint, family), trust_remote_code=False
+            )
             image_processor = (
                 AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
                 if family.needs_processor
