@@ -283,7 +283,7 @@ def _added_token(checkpoint: Checkpoint, token: str) -> int:
     for number, entry in added.items() if isinstance(added, dict) else ():
         if isinstance(entry, dict) and entry.get("content") == token and number.isdecimal():
             return int(number)
-    raise InputError(f"{path}: no token {token}; use the tokenizer published with these weights")
+    raise InputError(f"{path}: no added token {token}; use the tokenizer published with these weights")
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------------

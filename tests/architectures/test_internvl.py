@@ -270,5 +270,5 @@ class TestRefusals:
         config = json.loads(path.read_text())
         del config["added_tokens_decoder"][str(mark_id("<IMG_CONTEXT>"))]
         path.write_text(json.dumps(config))
-        with pytest.raises(InputError, match=r"tokenizer_config\.json: no token <IMG_CONTEXT>"):
+        with pytest.raises(InputError, match=r"tokenizer_config\.json: no added token <IMG_CONTEXT>"):
             internvl.image_token(checkpoint)
