@@ -1,8 +1,9 @@
 """How an image takes its place in a prompt: what the model is fed with, and which tokens stand for it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mode_gguf.architectures.config import setting
 from mode_gguf.architectures.tensors import Array
@@ -11,6 +12,16 @@ from mode_gguf.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+ImageSize: TypeAlias = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def scaled_size(size: ImageSize, max_pixels: int) -> ImageSize:
+    """`size` where its area is no larger than `max_pixels`, else what is scaled down to it."""
+    width, height = size
+    scale = math.sqrt(max_pixels / (width * height))
+    return size if scale >= 1 else (max(1, int(width * scale)), max(1, int(height * scale)))
 
 
 @dataclass(frozen=True, slots=True)

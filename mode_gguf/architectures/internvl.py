@@ -5,10 +5,9 @@ In both layouts: the original one (`InternVLChatModel`, whose own code is never 
 `original_name` translates them. The text model's names are the same in both.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gguf import Keys
@@ -26,13 +25,10 @@ from mode_gguf.architectures.family import (
     as_stored,
     is_tied,
 )
-from mode_gguf.architectures.images import ImagePlace, PlacedImage
+from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage, scaled_size
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
 from mode_gguf.checkpoint import Checkpoint, read_json
 from mode_gguf.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3MOE]
 
@@ -392,8 +388,12 @@ def place_image(place: ImagePlace) -> PlacedImage:
     from mode_gguf.architectures.internvl_tiles import tiles  # brings Pillow, which nothing else of a family needs
 
     checkpoint = place.checkpoint
-    picture = _scaled_down(place.image, place.max_pixels)
-    cut = tiles(picture, _square(checkpoint, "image_size"), *tile_limits(checkpoint))
+    size = scaled_size(place.image.size, place.max_pixels)
+    cut = tiles(
+        place.image if size == place.image.size else place.image.resize(size),
+        _square(checkpoint, "image_size"),
+        *tile_limits(checkpoint),
+    )
     normalised = preprocessor(checkpoint)
     mean, std = (np.array(setting(checkpoint, normalised, list, key), np.float32) for key in _NORMALISATION)
     values = np.stack([(np.asarray(tile, np.float32) / 255 - mean) / std for tile in cut])
@@ -406,12 +406,13 @@ def place_image(place: ImagePlace) -> PlacedImage:
 _NORMALISATION = ("image_mean", "image_std")
 
 
-def _scaled_down(picture: "Image", max_pixels: int) -> "Image":
-    """`picture` with an area of no more than `max_pixels`."""
-    scale = math.sqrt(max_pixels / (picture.width * picture.height))
-    if scale >= 1:
-        return picture
-    return picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
+def image_tokens(checkpoint: Checkpoint, size: ImageSize | None) -> int:
+    """Tokens of a picture's tiles; of the most that there can be where its size is not known."""
+    from mode_gguf.architectures.internvl_tiles import count
+
+    fewest, most = tile_limits(checkpoint)
+    n_tiles = most + 1 if size is None else count(size, _square(checkpoint, "image_size"), fewest, most)
+    return n_tiles * tokens_per_tile(checkpoint)
 
 
 # --- what llama.cpp would run differently -----------------------------------------------------------------------------
@@ -553,6 +554,7 @@ def _family(
         tied_output="language_model.lm_head.weight",
         place_image=place_image,
         needs_processor=False,
+        image_tokens=image_tokens,
         image_token=image_token,
         token_types=None,
         model_config=model_config,

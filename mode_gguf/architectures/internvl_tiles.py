@@ -28,6 +28,11 @@ def tiles(picture: Image.Image, side: int, fewest: int, most: int) -> list[Image
     return [*(canvas.crop(box) for box in boxes), whole]
 
 
+def count(size: tuple[int, int], side: int, fewest: int, most: int) -> int:
+    """How many `tiles` a picture of `size` has."""
+    return 1 if max(size) <= side else 1 + math.prod(grid(size, side, fewest, most))
+
+
 def grid(size: tuple[int, int], side: int, fewest: int, most: int) -> tuple[int, int]:
     """Columns and rows that keep most pixels of a picture of `size`, and of those that waste fewest."""
     best, kept, wasted = (1, 1), 0, math.inf

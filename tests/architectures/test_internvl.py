@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mode_gguf.architectures import find_family, internvl, projector_tensors, text_tensors
-from mode_gguf.architectures.images import ImagePlace
+from mode_gguf.architectures.images import ImagePlace, scaled_size
 from mode_gguf.architectures.tensors import SourceTensor, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -175,6 +175,8 @@ def test_a_picture_takes_its_place(pico_internvl: Path, size: tuple[int, int], m
     picture, token = Image.new("RGB", size, (255, 0, 128)), mark_id("<IMG_CONTEXT>")
     placed = internvl.place_image(ImagePlace(Checkpoint.open(pico_internvl), picture, None, None, token, max_pixels))
     assert placed.tokens == [mark_id("<img>"), *[token] * (4 * n_tiles), mark_id("</img>")]
+    assert internvl.image_tokens(Checkpoint.open(pico_internvl), scaled_size(size, max_pixels)) == 4 * n_tiles
+    assert internvl.image_tokens(Checkpoint.open(pico_internvl), None) == 4 * (MAX_TILES + 1)
     pixels = placed.arguments["pixel_values"]
     assert pixels.shape == (n_tiles, 3, SIDE, SIDE)
     assert pixels.dtype == np.float32
