@@ -120,6 +120,7 @@ def _text_config(tied: bool) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
+        "attn_implementation": "flash_attention_2",
         "max_position_embeddings": 4096,
         "max_window_layers": 3,
         "rms_norm_eps": 1e-6,

@@ -5,7 +5,7 @@ In both layouts: the original one (`InternVLChatModel`, whose own code is never 
 `original_name` translates them. The text model's names are the same in both.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -270,16 +270,27 @@ def image_token(checkpoint: Checkpoint) -> int:
     """
     if checkpoint.config.get("image_token_id") is not None:
         return setting(checkpoint, checkpoint.config, int, "image_token_id")
-    return _added_token(checkpoint, IMAGE_TOKEN)
+    for token, number in _added_tokens(checkpoint):
+        if token == IMAGE_TOKEN:
+            return number
+    raise InputError(
+        f"{checkpoint.path}: the tokenizer has no added token {IMAGE_TOKEN}; use the one published with these weights"
+    )
 
 
-def _added_token(checkpoint: Checkpoint, token: str) -> int:
-    path = checkpoint.path / "tokenizer_config.json"
-    added = read_json(path).get("added_tokens_decoder")
-    for number, entry in added.items() if isinstance(added, dict) else ():
-        if isinstance(entry, dict) and entry.get("content") == token and number.isdecimal():
-            return int(number)
-    raise InputError(f"{path}: no added token {token}; use the tokenizer published with these weights")
+def _added_tokens(checkpoint: Checkpoint) -> Iterator[tuple[str, int]]:
+    """From tokenizer.json, which slow tokenizers lack, and tokenizer_config.json, where transformers 5 has none."""
+    paths = (checkpoint.path / "tokenizer.json", checkpoint.path / "tokenizer_config.json")
+    tokenizer, config = (read_json(path) if path.exists() else {} for path in paths)
+    try:
+        for token in tokenizer.get("added_tokens", ()):
+            yield str(token["content"]), int(token["id"])
+        for number, token in config.get("added_tokens_decoder", {}).items():
+            yield str(token["content"]), int(number)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{checkpoint.path}: added tokens cannot be read ({error!r}); download the tokenizer again"
+        ) from error
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------------
@@ -398,7 +409,7 @@ def place_image(place: ImagePlace) -> PlacedImage:
     mean, std = (np.array(setting(checkpoint, normalised, list, key), np.float32) for key in _NORMALISATION)
     values = np.stack([(np.asarray(tile, np.float32) / 255 - mean) / std for tile in cut])
     image_tokens = [place.image_token] * (len(cut) * tokens_per_tile(checkpoint))
-    begin, end = (_added_token(checkpoint, token) for token in (IMAGE_BEGIN, IMAGE_END))
+    begin, end = place.tokenizer.convert_tokens_to_ids([IMAGE_BEGIN, IMAGE_END])
     pixels = np.ascontiguousarray(values.transpose(0, 3, 1, 2), np.float32)
     return PlacedImage([begin, *image_tokens, end], {"pixel_values": pixels})
 

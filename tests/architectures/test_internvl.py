@@ -171,12 +171,17 @@ def test_tied_embeddings_have_no_output_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "max_pixels", "n_tiles"), [((56, 40), 10**6, 1), ((120, 60), 10**6, 7), ((120, 60), 1000, 1)]
 )
-def test_a_picture_takes_its_place(pico_internvl: Path, size: tuple[int, int], max_pixels: int, n_tiles: int) -> None:
+def test_a_picture_takes_its_place(
+    pico_internvl: Path, pico_internvl_hf: Path, size: tuple[int, int], max_pixels: int, n_tiles: int
+) -> None:
     picture, token = Image.new("RGB", size, (255, 0, 128)), mark_id("<IMG_CONTEXT>")
-    placed = internvl.place_image(ImagePlace(Checkpoint.open(pico_internvl), picture, None, None, token, max_pixels))
+    from transformers import AutoTokenizer
+
+    checkpoint, tokenizer = Checkpoint.open(pico_internvl), AutoTokenizer.from_pretrained(pico_internvl_hf)
+    placed = internvl.place_image(ImagePlace(checkpoint, picture, None, tokenizer, token, max_pixels))
     assert placed.tokens == [mark_id("<img>"), *[token] * (4 * n_tiles), mark_id("</img>")]
-    assert internvl.image_tokens(Checkpoint.open(pico_internvl), scaled_size(size, max_pixels)) == 4 * n_tiles
-    assert internvl.image_tokens(Checkpoint.open(pico_internvl), None) == 4 * (MAX_TILES + 1)
+    assert internvl.image_tokens(checkpoint, scaled_size(size, max_pixels)) == 4 * n_tiles
+    assert internvl.image_tokens(checkpoint, None) == 4 * (MAX_TILES + 1)
     pixels = placed.arguments["pixel_values"]
     assert pixels.shape == (n_tiles, 3, SIDE, SIDE)
     assert pixels.dtype == np.float32
@@ -267,10 +272,13 @@ class TestRefusals:
             text_tensors(changed(pico_internvl, tmp_path / "more", "llm_config", num_experts=5))
 
     def test_a_tokenizer_without_image_tokens(self, pico_internvl: Path, tmp_path: Path) -> None:
+        """Which may be named in either file, or in both."""
         checkpoint = changed(pico_internvl, tmp_path / "other")
-        path = checkpoint.path / "tokenizer_config.json"
-        config = json.loads(path.read_text())
-        del config["added_tokens_decoder"][str(mark_id("<IMG_CONTEXT>"))]
-        path.write_text(json.dumps(config))
-        with pytest.raises(InputError, match=r"tokenizer_config\.json: no added token <IMG_CONTEXT>"):
+        for name, key in (("tokenizer_config.json", "added_tokens_decoder"), ("tokenizer.json", "added_tokens")):
+            assert internvl.image_token(checkpoint) == mark_id("<IMG_CONTEXT>")
+            path = checkpoint.path / name
+            content = json.loads(path.read_text())
+            del content[key]
+            path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"the tokenizer has no added token <IMG_CONTEXT>"):
             internvl.image_token(checkpoint)
