@@ -1,4 +1,4 @@
-"""InternVL3.5-30B-A3B: llama.cpp's `qwen3moe` with an `internvl` projector.
+"""InternVL3.5-30B-A3B and 241B-A28B: llama.cpp's `qwen3moe` with an `internvl` projector.
 
 In both layouts: the original one (`InternVLChatModel`, whose own code is never run) and transformers'
 (`InternVLForConditionalGeneration`, the repositories that end in -HF). Rules are written with transformers' names;
@@ -35,6 +35,10 @@ GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3MOE]
 TEXT_CLASS, TEXT_TYPE = "Qwen3MoeForCausalLM", "qwen3_moe"
 """What both layouts call the only text model that is supported."""
 
+LAYER_NORM, RMS_NORM = "layer_norm", "rms_norm"
+RMS_WIDTH, RMS_BLOCKS = 3200, 45
+"""The vision tower that llama.cpp knows by its size to have RMS norms."""
+
 IMAGE_TOKEN, IMAGE_BEGIN, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -55,6 +59,8 @@ _ORIGINAL = {
     ".attention.q_proj": ".attn.qkv",
     ".attention.k_proj": ".attn.qkv",
     ".attention.v_proj": ".attn.qkv",
+    ".attention.q_norm": ".attn.q_norm",
+    ".attention.k_norm": ".attn.k_norm",
     ".attention.projection_layer": ".attn.proj",
     ".lambda_1": ".ls1",
     ".lambda_2": ".ls2",
@@ -137,6 +143,10 @@ _LAYER = "language_model.model.layers.{layer}"
 _BLOCK = "vision_tower.encoder.layer.{block}"
 
 
+_WITH_NORM_BIAS, _WITH_QKV_BIAS, _WITH_QK_NORM = "norm bias", "qkv bias", "qk norm"
+"""Ranges of vision blocks: all of the 300M tower or none for the first two, the reverse for the third."""
+
+
 def _attention(source: str, name: str) -> TensorRule:
     name = f"blk.{{layer}}.{name}.weight"
     return TensorRule(f"{_LAYER}.self_attn.{source}.weight", name, Role.DENSE, activation=name)
@@ -167,11 +177,13 @@ def _projector_rules(named: Callable[[str], str], part: Callable[[int], Transfor
         part: how queries (0), keys (1) and values (2) come out of their tensor.
     """
 
-    def pair(source: str, name: str, role: Role, transform: Transform = as_stored) -> tuple[TensorRule, ...]:
-        """Weight and bias."""
+    def pair(
+        source: str, name: str, role: Role, transform: Transform = as_stored, bias: str | None = None
+    ) -> tuple[TensorRule, ...]:
+        """Weight and bias; `bias` is the range of the blocks that have one."""
         return (
             TensorRule(named(f"{source}.weight"), f"{name}.weight", role, transform),
-            TensorRule(named(f"{source}.bias"), f"{name}.bias", Role.KEEP, transform),
+            TensorRule(named(f"{source}.bias"), f"{name}.bias", Role.KEEP, transform, only=bias),
         )
 
     def scale(source: str, name: str) -> TensorRule:
@@ -183,17 +195,30 @@ def _projector_rules(named: Callable[[str], str], part: Callable[[int], Transfor
         TensorRule(
             named("vision_tower.embeddings.position_embeddings"), "v.position_embd.weight", Role.KEEP, class_last
         ),
-        *pair(f"{_BLOCK}.layernorm_before", "v.blk.{block}.ln1", Role.KEEP),
+        *pair(f"{_BLOCK}.layernorm_before", "v.blk.{block}.ln1", Role.KEEP, bias=_WITH_NORM_BIAS),
         *(
             rule
             for index, projection in enumerate(_QKV)
             for rule in pair(
-                f"{_BLOCK}.attention.{projection}", f"v.blk.{{block}}.attn_{projection[0]}", Role.DENSE, part(index)
+                f"{_BLOCK}.attention.{projection}",
+                f"v.blk.{{block}}.attn_{projection[0]}",
+                Role.DENSE,
+                part(index),
+                _WITH_QKV_BIAS,
             )
+        ),
+        *(
+            TensorRule(
+                named(f"{_BLOCK}.attention.{norm}.weight"),
+                f"v.blk.{{block}}.attn_{norm}.weight",
+                Role.KEEP,
+                only=_WITH_QK_NORM,
+            )
+            for norm in ("q_norm", "k_norm")
         ),
         *pair(f"{_BLOCK}.attention.projection_layer", "v.blk.{block}.attn_out", Role.DENSE),
         scale("lambda_1", "ls1"),
-        *pair(f"{_BLOCK}.layernorm_after", "v.blk.{block}.ln2", Role.KEEP),
+        *pair(f"{_BLOCK}.layernorm_after", "v.blk.{block}.ln2", Role.KEEP, bias=_WITH_NORM_BIAS),
         *pair(f"{_BLOCK}.mlp.fc1", "v.blk.{block}.ffn_up", Role.DENSE),
         *pair(f"{_BLOCK}.mlp.fc2", "v.blk.{block}.ffn_down", Role.DENSE),
         scale("lambda_2", "ls2"),
@@ -205,11 +230,15 @@ def _projector_rules(named: Callable[[str], str], part: Callable[[int], Transfor
 
 def ranges(checkpoint: Checkpoint) -> Ranges:
     """Decoder layers, experts, vision blocks."""
-    text, vision = _text(checkpoint), section(checkpoint, "vision_config")
+    blocks = [{"block": i} for i in range(_vision_blocks(checkpoint))]
+    tower = _tower(checkpoint)
     return {
-        "layer": [{"layer": i} for i in range(setting(checkpoint, text, int, "num_hidden_layers"))],
+        "layer": [{"layer": i} for i in range(setting(checkpoint, _text(checkpoint), int, "num_hidden_layers"))],
         "expert": [{"expert": i} for i in range(_experts(checkpoint))],
-        "block": [{"block": i} for i in range(setting(checkpoint, vision, int, "num_hidden_layers"))],
+        "block": blocks,
+        _WITH_NORM_BIAS: blocks if tower["norm_type"] == LAYER_NORM else [],
+        _WITH_QKV_BIAS: blocks if tower["attention_bias"] else [],
+        _WITH_QK_NORM: blocks if tower["use_qk_norm"] else [],
     }
 
 
@@ -232,6 +261,30 @@ def _rope(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 def _vision_width(checkpoint: Checkpoint) -> int:
     return setting(checkpoint, section(checkpoint, "vision_config"), int, "hidden_size")
+
+
+def _vision_blocks(checkpoint: Checkpoint) -> int:
+    return setting(checkpoint, section(checkpoint, "vision_config"), int, "num_hidden_layers")
+
+
+def _tower(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells the vision towers of 300M and 6B apart, by transformers' names.
+
+    What is absent has the layout's default.
+    """
+    vision = section(checkpoint, "vision_config")
+    if "llm_config" not in checkpoint.config:
+        return {"norm_type": LAYER_NORM, "attention_bias": False, "use_qk_norm": False, **_only(vision, _TOWER)}
+    original = {"norm_type": RMS_NORM, "qkv_bias": False, "qk_normalization": True, **_only(vision, _ORIGINAL_TOWER)}
+    return dict(zip(_TOWER, (original[name] for name in _ORIGINAL_TOWER), strict=True))
+
+
+_TOWER = ("norm_type", "attention_bias", "use_qk_norm")
+_ORIGINAL_TOWER = ("norm_type", "qkv_bias", "qk_normalization")
+
+
+def _only(settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def _square(checkpoint: Checkpoint, name: str) -> int:
@@ -329,7 +382,7 @@ def projector_metadata(checkpoint: Checkpoint) -> Metadata:
         Keys.ClipVision.PATCH_SIZE: _square(checkpoint, "patch_size"),
         Keys.ClipVision.EMBEDDING_LENGTH: _vision_width(checkpoint),
         Keys.ClipVision.FEED_FORWARD_LENGTH: setting(checkpoint, vision, int, "intermediate_size"),
-        Keys.ClipVision.BLOCK_COUNT: setting(checkpoint, vision, int, "num_hidden_layers"),
+        Keys.ClipVision.BLOCK_COUNT: _vision_blocks(checkpoint),
         Keys.ClipVision.Attention.HEAD_COUNT: setting(checkpoint, vision, int, "num_attention_heads"),
         Keys.ClipVision.Attention.LAYERNORM_EPS: setting(checkpoint, vision, float, "layer_norm_eps"),
         Keys.ClipVision.IMAGE_MEAN: setting(checkpoint, normalised, list, "image_mean"),
@@ -359,16 +412,14 @@ def model_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
             "model_type": "internvl_vision",
             "hidden_size": _vision_width(checkpoint),
             "intermediate_size": setting(checkpoint, vision, int, "intermediate_size"),
-            "num_hidden_layers": setting(checkpoint, vision, int, "num_hidden_layers"),
+            "num_hidden_layers": _vision_blocks(checkpoint),
             "num_attention_heads": setting(checkpoint, vision, int, "num_attention_heads"),
             "hidden_act": "gelu",
             "layer_norm_eps": setting(checkpoint, vision, float, "layer_norm_eps"),
             "image_size": [_square(checkpoint, "image_size")] * 2,
             "patch_size": [_square(checkpoint, "patch_size")] * 2,
             "num_channels": 3,
-            "attention_bias": True,
-            "use_qk_norm": False,
-            "norm_type": "layer_norm",
+            **_tower(checkpoint),
             "use_mean_pooling": True,  # without the tower's last norm, which the original does not have
             "use_absolute_position_embeddings": True,
         },
@@ -435,10 +486,9 @@ def check(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: naming the setting.
     """
-    config, text, vision = checkpoint.config, _text(checkpoint), section(checkpoint, "vision_config")
+    config, text = checkpoint.config, _text(checkpoint)
     path = checkpoint.path / "config.json"
     _check_text_model(checkpoint)
-    original = "llm_config" in config
     rope = _rope(checkpoint)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     check_settings(
@@ -459,7 +509,7 @@ def check(checkpoint: Checkpoint) -> None:
             ),
         },
     )
-    check_settings(checkpoint, PROJECTOR, _original_vision(config, vision) if original else _vision(config, vision))
+    check_settings(checkpoint, PROJECTOR, _vision_settings(checkpoint))
     ratio = setting(checkpoint, config, float, "downsample_ratio")
     if not 0 < ratio <= 1 or 1 / ratio % 1 or _patches_per_side(checkpoint) % int(1 / ratio):
         raise InputError(
@@ -493,31 +543,36 @@ def _check_text_model(checkpoint: Checkpoint) -> None:
 
 PROJECTOR = VisionProjectorType.INTERNVL
 
-_LARGE_TOWER = "is supported with the tower of 300M parameters only, not with that of 6B"
 
-
-def _original_vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any, str]]:
-    """What `check_settings` takes, in the original layout."""
-    return {
-        "vision hidden_act": (vision.get("hidden_act"), "gelu", "is supported with this activation only"),
-        "norm_type": (vision.get("norm_type", "rms_norm"), "layer_norm", _LARGE_TOWER),
-        "qk_normalization": (vision.get("qk_normalization", True), False, _LARGE_TOWER),
-        "qkv_bias": (vision.get("qkv_bias", False), True, _LARGE_TOWER),
-        "ps_version": (config.get("ps_version", "v1"), "v2", "shuffles pixels in this order only"),
-        "select_layer": (config.get("select_layer", -1), -1, "takes the last layer of the vision tower"),
-        "dynamic_image_size": (config.get("dynamic_image_size", False), True, "always cuts large pictures into tiles"),
-        "use_thumbnail": (config.get("use_thumbnail", False), True, "always adds the whole picture to its tiles"),
-        "pad2square": (config.get("pad2square", False), False, "never pads the whole picture"),
-    }
-
-
-def _vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any, str]]:
-    """What `check_settings` takes, in transformers' layout, where what is absent has transformers' default."""
-    return {
+def _vision_settings(checkpoint: Checkpoint) -> Mapping[str, tuple[Any, Any, str]]:
+    """What `check_settings` takes, by transformers' names where both layouts have a setting."""
+    config, vision = checkpoint.config, section(checkpoint, "vision_config")
+    large = (_vision_width(checkpoint), _vision_blocks(checkpoint)) == (RMS_WIDTH, RMS_BLOCKS)
+    tower = _tower(checkpoint)
+    common = {
         "vision hidden_act": (vision.get("hidden_act", "gelu"), "gelu", "is supported with this activation only"),
-        "norm_type": (vision.get("norm_type", "layer_norm"), "layer_norm", _LARGE_TOWER),
-        "use_qk_norm": (vision.get("use_qk_norm", False), False, _LARGE_TOWER),
-        "vision attention_bias": (vision.get("attention_bias", False), True, _LARGE_TOWER),
+        "norm_type": (
+            tower["norm_type"],
+            RMS_NORM if large else LAYER_NORM,
+            f"chooses by size: RMS norms at a width of {RMS_WIDTH} and {RMS_BLOCKS} blocks, layer norms elsewhere",
+        ),
+        "qk_normalization" if "llm_config" in config else "use_qk_norm": (
+            tower["use_qk_norm"] and not large,
+            False,
+            "has RMS norms of queries and keys in the tower of 6B only",
+        ),
+    }
+    if "llm_config" in config:
+        return {
+            **common,
+            "ps_version": (config.get("ps_version", "v1"), "v2", "shuffles pixels in this order only"),
+            "select_layer": (config.get("select_layer", -1), -1, _LAST_LAYER),
+            "dynamic_image_size": (config.get("dynamic_image_size", False), True, "always cuts large pictures"),
+            "use_thumbnail": (config.get("use_thumbnail", False), True, "always adds the whole picture to its tiles"),
+            "pad2square": (config.get("pad2square", False), False, "never pads the whole picture"),
+        }
+    return {
+        **common,
         "use_mean_pooling": (vision.get("use_mean_pooling", True), True, "has no norm after the vision tower"),
         "use_mask_token": (vision.get("use_mask_token", False), False, "has no mask token"),
         "use_absolute_position_embeddings": (
@@ -525,11 +580,7 @@ def _vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Mapping[str
             True,
             "always adds a table of positions",
         ),
-        "vision_feature_layer": (
-            config.get("vision_feature_layer", -1),
-            -1,
-            "takes the last layer of the vision tower",
-        ),
+        "vision_feature_layer": (config.get("vision_feature_layer", -1), -1, _LAST_LAYER),
         "vision_feature_select_strategy": (
             config.get("vision_feature_select_strategy", "default"),
             "default",
@@ -537,6 +588,9 @@ def _vision(config: Mapping[str, Any], vision: Mapping[str, Any]) -> Mapping[str
         ),
         "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), "gelu", "always uses this activation"),
     }
+
+
+_LAST_LAYER = "takes the last layer of the vision tower"
 
 
 def tile_limits(checkpoint: Checkpoint) -> tuple[int, int]:

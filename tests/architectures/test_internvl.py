@@ -202,7 +202,6 @@ class TestRefusals:
             ("llm_config", "decoder_sparse_step", 2),
             ("llm_config", "use_sliding_window", True),
             ("vision_config", "qk_normalization", True),
-            ("vision_config", "qkv_bias", False),
             ("vision_config", "norm_type", "rms_norm"),
             ("vision_config", "image_size", [448, 224]),
             (None, "ps_version", "v1"),
@@ -231,7 +230,6 @@ class TestRefusals:
         [
             ("text_config", "norm_topk_prob", False),
             ("vision_config", "use_qk_norm", True),
-            ("vision_config", "attention_bias", False),
             ("vision_config", "norm_type", "rms_norm"),
             ("vision_config", "use_mean_pooling", False),
             ("vision_config", "use_mask_token", True),
@@ -266,6 +264,10 @@ class TestRefusals:
     def test_positions_for_other_pictures(self, pico_internvl: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"position_embedding has shape \[1, 17, 64\], expected \[1, 65, 64\]"):
             projector_tensors(changed(pico_internvl, tmp_path / "other", "vision_config", image_size=112))
+
+    def test_biases_that_the_configuration_does_not_know(self, pico_internvl: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"layers\.0\.attn\.qkv\.bias \[192\] has no place"):
+            projector_tensors(changed(pico_internvl, tmp_path / "other", "vision_config", qkv_bias=False))
 
     def test_a_missing_expert(self, pico_internvl: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"experts\.4\.gate_proj\.weight is missing"):
