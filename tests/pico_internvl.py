@@ -41,20 +41,26 @@ def mark_id(token: str) -> int:
     return token_id(SPECIAL_TOKENS[-1]) + 1 + MARKS.index(token)
 
 
-def write_pico_internvl(folder: Path, *, seed: int = 0, layout: Layout = "original", tied: bool = False) -> Path:
+def write_pico_internvl(
+    folder: Path, *, seed: int = 0, layout: Layout = "original", tied: bool = False, large: bool = False
+) -> Path:
     """Write a random checkpoint into `folder` (created) and return it; both layouts of one seed are one model.
 
     Args:
         seed: of the weights.
         tied: the output head is the token embedding, and is not stored.
+        large: the vision tower is of the form, not the size, of that of 6B: RMS norms, of queries and keys as well, and
+            fewer biases. llama.cpp knows that form by its size only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, layout)
     write_json(folder / "generation_config.json", {"eos_token_id": token_id("<|im_end|>")})
     (folder / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n# Pico\n")
     write_json(folder / "preprocessor_config.json", _preprocessor(layout))
-    write_json(folder / "config.json", _original_config(tied) if layout == "original" else _config(tied))
+    write_json(folder / "config.json", _original_config(tied, large) if layout == "original" else _config(tied, large))
     weights = dict(_weights(torch.Generator().manual_seed(seed), tied))
+    if large:
+        weights = _large(weights)
     if layout == "original":
         weights = _original(weights)
     write_weights(folder, {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}, shards=2)
@@ -151,7 +157,6 @@ def _vision_config(image_size: Any, patch_size: Any, **settings: Any) -> dict[st
         "num_hidden_layers": BLOCKS,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
-        "norm_type": "layer_norm",
         "num_channels": 3,
         "image_size": image_size,
         "patch_size": patch_size,
@@ -159,7 +164,7 @@ def _vision_config(image_size: Any, patch_size: Any, **settings: Any) -> dict[st
     }
 
 
-def _original_config(tied: bool) -> dict[str, Any]:
+def _original_config(tied: bool, large: bool) -> dict[str, Any]:
     return {
         "architectures": ["InternVLChatModel"],
         "auto_map": {
@@ -188,14 +193,15 @@ def _original_config(tied: bool) -> dict[str, Any]:
             model_type="intern_vit_6b",
             num_experts=8,
             moe_intermediate_size=768,
-            qk_normalization=False,
-            qkv_bias=True,
+            qk_normalization=large,
+            qkv_bias=not large,
+            norm_type="rms_norm" if large else "layer_norm",
             use_moe=False,
         ),
     }
 
 
-def _config(tied: bool) -> dict[str, Any]:
+def _config(tied: bool, large: bool) -> dict[str, Any]:
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
@@ -212,8 +218,9 @@ def _config(tied: bool) -> dict[str, Any]:
             [SIDE, SIDE],
             [PATCH, PATCH],
             model_type="internvl_vision",
-            attention_bias=True,
-            use_qk_norm=False,
+            attention_bias=not large,
+            use_qk_norm=large,
+            norm_type="rms_norm" if large else "layer_norm",
             use_absolute_position_embeddings=True,
             use_mask_token=False,
             use_mean_pooling=True,
@@ -280,6 +287,18 @@ def _weights(generator: torch.Generator, tied: bool) -> Iterator[tuple[str, torc
     yield from linear("multi_modal_projector.linear_2", HIDDEN, HIDDEN)
 
 
+def _large(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors without those that the tower of 6B does not have, and norms of queries and keys."""
+    generator = torch.Generator().manual_seed(1)
+    without = tuple(f".{name}.bias" for name in ("q_proj", "k_proj", "v_proj", "layernorm_before", "layernorm_after"))
+    kept = {name: tensor for name, tensor in weights.items() if not name.endswith(without)}
+    for block in range(BLOCKS):
+        for norm in ("q_norm", "k_norm"):
+            name = f"vision_tower.encoder.layer.{block}.attention.{norm}.weight"
+            kept[name] = Draw(generator).gains(VISION_HIDDEN)
+    return kept
+
+
 def _original(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors by the names of the model's authors, queries, keys and values in one."""
     renamed = {}
@@ -302,6 +321,8 @@ _ORIGINAL_PIECES = (
     ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
     ("encoder.layer.", "encoder.layers."),
     ("attention.q_proj", "attn.qkv"),
+    ("attention.q_norm", "attn.q_norm"),
+    ("attention.k_norm", "attn.k_norm"),
     ("attention.projection_layer", "attn.proj"),
     ("lambda_1", "ls1"),
     ("lambda_2", "ls2"),

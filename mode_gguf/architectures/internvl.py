@@ -461,6 +461,10 @@ def place_image(place: ImagePlace) -> PlacedImage:
     values = np.stack([(np.asarray(tile, np.float32) / 255 - mean) / std for tile in cut])
     image_tokens = [place.image_token] * (len(cut) * tokens_per_tile(checkpoint))
     begin, end = place.tokenizer.convert_tokens_to_ids([IMAGE_BEGIN, IMAGE_END])
+    if begin is None or end is None:
+        raise InputError(
+            f"{checkpoint.path}: the tokenizer lacks {IMAGE_BEGIN} or {IMAGE_END}; use the one published with these weights"
+        )
     pixels = np.ascontiguousarray(values.transpose(0, 3, 1, 2), np.float32)
     return PlacedImage([begin, *image_tokens, end], {"pixel_values": pixels})
 

@@ -1,12 +1,13 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import InternVLConfig
 
 from mode_gguf.architectures import find_family, internvl, projector_tensors, text_tensors
 from mode_gguf.architectures.images import ImagePlace, scaled_size
@@ -16,7 +17,18 @@ from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed
 from tests.pico import HEAD_DIM, HIDDEN, VOCAB
-from tests.pico_internvl import BLOCKS, EXPERTS, LAYERS, MAX_TILES, PATCH, SIDE, WIDTH, mark_id, write_pico_internvl
+from tests.pico_internvl import (
+    BLOCKS,
+    EXPERTS,
+    LAYERS,
+    MAX_TILES,
+    PATCH,
+    SIDE,
+    VISION_HIDDEN,
+    WIDTH,
+    mark_id,
+    write_pico_internvl,
+)
 
 LAYOUTS = pytest.mark.parametrize("layout", ["pico_internvl", "pico_internvl_hf"])
 
@@ -144,9 +156,38 @@ def test_metadata(layout: str, request: pytest.FixtureRequest) -> None:
     assert read_vocabulary(checkpoint.path, VOCAB).pre_tokenizer == "qwen2"
 
 
-def test_both_layouts_make_one_configuration(pico_internvl: Path, pico_internvl_hf: Path) -> None:
-    from transformers import InternVLConfig
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+def test_the_larger_vision_tower(
+    layout: Literal["original", "transformers"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every parameter of transformers' model is in the checkpoint, and all of them in the file."""
+    from transformers import InternVLForConditionalGeneration
 
+    monkeypatch.setattr(internvl, "RMS_WIDTH", VISION_HIDDEN)
+    monkeypatch.setattr(internvl, "RMS_BLOCKS", BLOCKS)
+    checkpoint = Checkpoint.open(write_pico_internvl(tmp_path, layout=layout, large=True))
+    family = find_family(checkpoint)
+    tensors = {tensor.name: tensor for tensor in projector_tensors(checkpoint)}
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(InternVLConfig.from_dict(dict(family.model_config(checkpoint))))
+    read = {
+        name: family.read_parameter(checkpoint, name)
+        for name, _ in model.named_parameters()
+        if name.startswith(("model.vision_tower", "model.multi_modal_projector"))
+    }
+    assert len(read) == len(tensors)
+    for name, special in read.items():
+        values = checkpoint.read(family.stored_name(name)) if special is None else special
+        assert values.shape == model.get_parameter(name).shape
+    source = "model.vision_tower.encoder.layer.3.attention"
+    for norm in ("q_norm", "k_norm"):
+        assert tensors[f"v.blk.3.attn_{norm}.weight"].sources == (family.stored_name(f"{source}.{norm}.weight"),)
+    assert "v.blk.0.ln1.bias" not in tensors
+    assert "v.blk.0.attn_q.bias" not in tensors
+    assert "v.blk.0.attn_out.bias" in tensors
+
+
+def test_both_layouts_make_one_configuration(pico_internvl: Path, pico_internvl_hf: Path) -> None:
     ours, theirs = (
         InternVLConfig.from_dict(dict(internvl.model_config(Checkpoint.open(folder)))).to_dict()
         for folder in (pico_internvl, pico_internvl_hf)
@@ -284,3 +325,17 @@ class TestRefusals:
             path.write_text(json.dumps(content))
         with pytest.raises(InputError, match=r"the tokenizer has no added token <IMG_CONTEXT>"):
             internvl.image_token(checkpoint)
+
+    def test_a_tokenizer_without_marks(self, pico: Path, pico_internvl: Path) -> None:
+        from transformers import AutoTokenizer
+
+        place = ImagePlace(
+            Checkpoint.open(pico_internvl),
+            Image.new("RGB", (56, 56)),
+            None,
+            AutoTokenizer.from_pretrained(pico),
+            mark_id("<IMG_CONTEXT>"),
+            10**6,
+        )
+        with pytest.raises(InputError, match=r"the tokenizer lacks <img> or </img>"):
+            internvl.place_image(place)

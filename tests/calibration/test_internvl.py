@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mode_gguf.architectures import internvl
 from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.calibration.inputs import InputBuilder
 from mode_gguf.calibration.sample import Sample
@@ -15,7 +16,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.test_streaming import build, streamed_logits
-from tests.pico_internvl import EXPERTS, LAYERS, TOP_K, mark_id
+from tests.pico_internvl import BLOCKS, EXPERTS, LAYERS, TOP_K, VISION_HIDDEN, mark_id, write_pico_internvl
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,23 @@ def test_streamed_forward_equals_the_plain_one(
     for number, one in enumerate(inputs):
         with torch.no_grad():
             expected = plain(**one.model_arguments(CPU, torch.float32)).logits
+        torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-5)
+
+
+def test_streamed_forward_with_the_larger_vision_tower(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its authors' layout, against transformers' own loading of the other one."""
+    monkeypatch.setattr(internvl, "RMS_WIDTH", VISION_HIDDEN)
+    monkeypatch.setattr(internvl, "RMS_BLOCKS", BLOCKS)
+    folder = write_pico_internvl(tmp_path / "original", large=True)
+    stored = write_pico_internvl(tmp_path / "transformers", layout="transformers", large=True)
+    model: Any = AutoModelForImageTextToText.from_pretrained(stored, dtype=torch.float32).eval()
+    inputs = build(folder, samples[2:4])
+    logits = streamed_logits(open_streamed(Checkpoint.open(folder), "cpu"), inputs)
+    for number, one in enumerate(inputs):
+        with torch.no_grad():
+            expected = model(**one.model_arguments(CPU, torch.float32)).logits
         torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-5)
 
 
