@@ -463,7 +463,8 @@ def place_image(place: ImagePlace) -> PlacedImage:
     begin, end = place.tokenizer.convert_tokens_to_ids([IMAGE_BEGIN, IMAGE_END])
     if begin is None or end is None:
         raise InputError(
-            f"{checkpoint.path}: the tokenizer lacks {IMAGE_BEGIN} or {IMAGE_END}; use the one published with these weights"
+            f"{checkpoint.path}: the tokenizer lacks {IMAGE_BEGIN} or {IMAGE_END}; use the one published with these "
+            "weights"
         )
     pixels = np.ascontiguousarray(values.transpose(0, 3, 1, 2), np.float32)
     return PlacedImage([begin, *image_tokens, end], {"pixel_values": pixels})
