@@ -9,6 +9,7 @@ import pytest
 
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
+from tests.pico_internvl import write_pico_internvl
 from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
 
@@ -60,3 +61,15 @@ def pico_qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_qwen3_5_resaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in tensors of their own per expert, as transformers 5 saves them; read only."""
     return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-resaved", layout="resaved")
+
+
+@pytest.fixture(scope="session")
+def pico_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico InternVL3.5-MoE checkpoint in its authors' layout; read only."""
+    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl")
+
+
+@pytest.fixture(scope="session")
+def pico_internvl_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in transformers' layout, which transformers itself can open; read only."""
+    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl-hf", layout="transformers")
