@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from mode_gguf.architectures import text_tensors
-from mode_gguf.architectures.config import section, setting
+from gguf import Keys
+
+from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.limits import LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.checkpoint import Checkpoint
@@ -37,6 +38,8 @@ VALIDATION_BYTES = 3 << 29
 _HEAP_VALUES, _MOST_HEAP = 10, 4 << 30
 """What the C library keeps of what forwards free: hidden states per token, as measured; and no more than so much."""
 
+_MERGED_PATCHES = (Keys.ClipVision.SPATIAL_MERGE_SIZE, Keys.ClipVision.Projector.SCALE_FACTOR)
+"""Where a projector says how many patches a side a token stands for."""
 _CHARACTERS_PER_TOKEN = 3.0
 _TEMPLATE_TOKENS = 24
 _PACKED_PER_SECOND = 1.5e8
@@ -91,9 +94,12 @@ class Sizes:
         embedding = next(tensor for tensor in tensors if tensor.role is Role.EMBEDDING)
         every = sum(prod(stored.shape) for stored in checkpoint.tensors.values())
         weights = sum(tensor.n_weights for tensor in tensors)
-        used = setting(checkpoint, section(checkpoint, "text_config"), int, "num_experts_per_tok")
-        vision = section(checkpoint, "vision_config")
-        side = int(vision.get("patch_size", 16)) * int(vision.get("spatial_merge_size", 2))
+        family = find_family(checkpoint)
+        used_key = Keys.LLM.EXPERT_USED_COUNT.format(arch=family.gguf_arch)
+        used = cast(int, family.text_metadata(checkpoint)[used_key])
+        vision = family.projector_metadata(checkpoint)
+        merged = next((vision[key] for key in _MERGED_PATCHES if key in vision), 1)
+        side = cast(int, vision[Keys.ClipVision.PATCH_SIZE]) * cast(int, merged)
         idle = sum(tensor.n_weights * (1 - used / tensor.n_experts) for tensor in experts)
         return cls(
             stored_bytes=sum(stored.nbytes for stored in checkpoint.tensors.values()),
