@@ -9,6 +9,7 @@ import pytest
 
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
+from tests.pico_mistral4 import write_pico_mistral4
 from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
 
@@ -60,3 +61,15 @@ def pico_qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_qwen3_5_resaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in tensors of their own per expert, as transformers 5 saves them; read only."""
     return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-resaved", layout="resaved")
+
+
+@pytest.fixture(scope="session")
+def pico_mistral4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Mistral Small 4 checkpoint, named as transformers saves it; read only."""
+    return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4")
+
+
+@pytest.fixture(scope="session")
+def pico_mistral4_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights under the names of transformers' parameters; read only."""
+    return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4-module", layout="module")
