@@ -54,7 +54,7 @@ Layout = Literal["module", "public"]
 
 
 def write_pico_mistral4(
-    folder: Path, *, seed: int = 0, layout: Layout = "public", projector_bias: bool = False
+    folder: Path, *, seed: int = 0, layout: Layout = "public", projector_bias: bool = False, fp8: bool = False
 ) -> Path:
     """Write a random checkpoint into `folder` (created) and return it.
 
@@ -62,10 +62,19 @@ def write_pico_mistral4(
         seed: of the weights.
         layout: "module" names tensors as transformers names parameters, "public" as it saves them.
         projector_bias: the projector's two matrices have biases.
+        fp8: linear layers and experts of the text model are stored in FP8, with scales of weights and of activations.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_tekken(folder)
-    write_json(folder / "config.json", _config(projector_bias=projector_bias))
+    config = _config(projector_bias=projector_bias)
+    if fp8:
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "activation_scheme": "static",
+            "weight_block_size": None,
+            "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        }
+    write_json(folder / "config.json", config)
     write_json(
         folder / "processor_config.json",
         {
@@ -84,9 +93,24 @@ def write_pico_mistral4(
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Pico\nRandom weights.\n")
     weights = {}
     for name, tensor in _weights(torch.Generator().manual_seed(seed), projector_bias=projector_bias):
-        weights[_public(name) if layout == "public" else name] = tensor.bfloat16().contiguous()
+        stored = _public(name) if layout == "public" else name
+        weights[stored] = tensor.bfloat16().contiguous()
+        if fp8 and "_proj" in name and "language_model" in name:
+            weights |= _in_fp8(stored, tensor)
     write_weights(folder, weights, shards=2)
     return folder
+
+
+def _in_fp8(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A matrix with a scale, or experts with one each, and what activations are scaled with."""
+    scale = tensor.abs().amax(dim=(-2, -1), keepdim=tensor.ndim == 3) / 448
+    experts = {f"{name}_activation_scale": torch.ones(len(tensor))}
+    linear = {f"{name.removesuffix('weight')}activation_scale": torch.ones(())}
+    return {
+        name: (tensor / scale).to(torch.float8_e4m3fn),
+        f"{name}_scale_inv": scale,
+        **(experts if tensor.ndim == 3 else linear),
+    }
 
 
 def token_id(token: str) -> int:
