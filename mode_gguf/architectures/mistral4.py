@@ -147,7 +147,12 @@ def text_metadata(checkpoint: Checkpoint) -> Metadata:
 
 
 def _rope(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    return setting(checkpoint, section(checkpoint, "text_config"), dict, "rope_parameters", "rope_scaling")
+    """Of transformers 5, or as 4 had it, with the base beside it."""
+    text = section(checkpoint, "text_config")
+    return {
+        "rope_theta": text.get("rope_theta"),
+        **setting(checkpoint, text, dict, "rope_parameters", "rope_scaling"),
+    }
 
 
 # --- what llama.cpp would run differently -----------------------------------------------------------------------------

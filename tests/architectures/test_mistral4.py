@@ -156,6 +156,20 @@ def test_text_metadata(pico_mistral4: Path, tmp_path: Path) -> None:
     assert other["mistral4.expert_weights_scale"] == 2.5
 
 
+def test_rope_as_transformers_4_wrote_it(pico_mistral4: Path, tmp_path: Path) -> None:
+    rope = json.loads((pico_mistral4 / "config.json").read_text())["text_config"]["rope_parameters"]
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    old = changed(
+        pico_mistral4,
+        tmp_path / "old",
+        "text_config",
+        rope_parameters=None,
+        rope_theta=theta,
+        rope_scaling={**rope, "type": kind},
+    )
+    assert find_family(old).text_metadata(old) == mistral4.text_metadata(Checkpoint.open(pico_mistral4))
+
+
 def test_projector_metadata(pico_mistral4: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pico_mistral4)
     found = find_family(checkpoint).projector_metadata(checkpoint)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
@@ -13,11 +14,11 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.calibration.inputs import InputBuilder
 from mode_gguf.calibration.sample import Message, Sample
-from mode_gguf.calibration.streaming import open_streamed
+from mode_gguf.calibration.streaming import as_tensor, open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.conftest import picture
 from tests.calibration.test_streaming import build, streamed_logits
-from tests.pico_mistral4 import EXPERTS, LAYERS, MERGE, PATCH, TOP_K, token_id
+from tests.pico_mistral4 import EXPERTS, LAYERS, MERGE, PATCH, TOP_K, token_id, write_pico_mistral4
 
 CPU = torch.device("cpu")
 SIDE = PATCH * MERGE
@@ -39,6 +40,21 @@ def test_streamed_forward_equals_the_plain_one(
         with torch.no_grad():
             expected = plain(**one.model_arguments(CPU, torch.float32)).logits
         torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-4)
+
+
+def test_fp8_streams_as_the_weights_it_stands_for(tmp_path: Path, samples: list[Sample]) -> None:
+    folder = write_pico_mistral4(tmp_path / "fp8", fp8=True)
+    checkpoint = Checkpoint.open(folder)
+    decoded = write_pico_mistral4(tmp_path / "decoded")
+    (decoded / "model.safetensors.index.json").unlink()
+    weights = {name: as_tensor(checkpoint.read(name)) for name in checkpoint.tensors}
+    save_file(weights, decoded / "model.safetensors", {"format": "pt"})
+    plain = AutoModelForImageTextToText.from_pretrained(decoded, dtype=torch.float32).eval()
+    (one,) = inputs = build(folder, samples[2:3])
+    (logits,) = streamed_logits(open_streamed(checkpoint, "cpu"), inputs).values()
+    with torch.no_grad():
+        expected = plain(**one.model_arguments(CPU, torch.float32)).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
