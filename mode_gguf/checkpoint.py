@@ -40,16 +40,20 @@ _SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: `dtype` is safetensors' name (F32, F16, BF16, F8_E4M3), `offset` counts from the start.
+    """Where a tensor lies.
 
-    Of one in FP8, `scales` are its scales, each for `blocks` indices of every dimension.
+    Attributes:
+        shape: of the weights.
+        dtype: safetensors' name of what is stored.
+        offset: counts from the file's start.
+        scale: of weights in FP8, where their scales lie; each is for `blocks` indices of every dimension.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     offset: int
-    scales: "StoredTensor | None" = None
+    scale: "StoredTensor | None" = None
     blocks: tuple[int, ...] = ()
 
     @property
@@ -126,13 +130,14 @@ class Checkpoint:
             InputError: no such tensor, or the file has become shorter since the checkpoint was opened.
         """
         stored = self._stored(name)
-        mapped = _mapped(stored, name)
-        array = np.array(mapped if index is None else mapped[index], order="C", subok=False)
-        if stored.scales is None:
-            return array
-        scales = _as_float32(np.array(_mapped(stored.scales, name)))
-        parts = () if index is None else index if isinstance(index, tuple) else (index,)
-        return fp8.decoded(array, scales, stored.blocks, stored.shape, parts)
+        try:
+            read = _copy(stored, index)
+            if stored.scale is None:
+                return read
+            parts = () if index is None else index if isinstance(index, tuple) else (index,)
+            return fp8.decoded(read, _float32(_copy(stored.scale, None)), stored.blocks, stored.shape, parts)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from error
 
     def _stored(self, name: str) -> StoredTensor:
         try:
@@ -143,14 +148,12 @@ class Checkpoint:
             ) from None
 
 
-def _mapped(stored: StoredTensor, name: str) -> np.ndarray:
-    try:
-        return np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.shape)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from error
+def _copy(stored: StoredTensor, index: Index | None) -> np.ndarray:
+    mapped = np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.shape)
+    return np.array(mapped if index is None else mapped[index], order="C", subok=False)
 
 
-def _as_float32(scales: np.ndarray) -> np.ndarray:
+def _float32(scales: np.ndarray) -> np.ndarray:
     if scales.dtype == np.uint16:
         return (scales.astype(np.uint32) << 16).view(np.float32)
     return scales.astype(np.float32)
@@ -177,7 +180,7 @@ def _with_scales(folder: Path, stored: Mapping[str, StoredTensor], block: Any) -
                 f"{folder}: tensor {name} {list(tensor.shape)} has type {fp8.DTYPE}, and {name}{fp8.SCALE} {found}; "
                 "expected its scales: use the BF16 original, or download both again"
             )
-        tensors[name] = replace(tensor, scales=scales, blocks=blocks)
+        tensors[name] = replace(tensor, scale=scales, blocks=blocks)
     return tensors
 
 
