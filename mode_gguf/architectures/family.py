@@ -105,6 +105,11 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.config.get("tie_word_embeddings", False))
 
 
+def any_checkpoint(checkpoint: Checkpoint) -> bool:
+    """Of families that have their class for themselves, and of the last that shares it."""
+    return True
+
+
 def same_name(parameter: str) -> str:
     """Of checkpoints that name tensors as transformers names parameters."""
     return parameter
@@ -126,6 +131,7 @@ class ModelFamily:
         text_rules: tensors of the text model, in file order.
         projector_rules: tensors of the projector, in file order.
         ignored: beginnings of names of checkpoint tensors that are left out on purpose.
+        matches: whether a checkpoint of the class is one of this family's, where several families share it.
         check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
         ranges: for each placeholder, the values that fill it, one mapping per repetition; also the subsets that rules
             are confined to, and `expert`.
@@ -164,6 +170,7 @@ class ModelFamily:
     place_image: Callable[[ImagePlace], PlacedImage]
     needs_processor: bool = True
     image_tokens: Callable[[Checkpoint, ImageSize | None], int] | None = None
+    matches: Callable[[Checkpoint], bool] = any_checkpoint
     image_token: Callable[[Checkpoint], int] = image_token_id
     placeholder: str | None = None
     token_types: str | None = "mm_token_type_ids"

@@ -18,11 +18,21 @@ QWEN35_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_PRE_TOKENIZERS = {("NFC", QWEN2_SPLIT): "qwen2", ("NFC", QWEN35_SPLIT): "qwen35"}
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_PRE_TOKENIZERS = {
+    ("NFC", QWEN2_SPLIT): "qwen2",
+    ("NFC", QWEN35_SPLIT): "qwen35",
+    ("None", TEKKEN_SPLIT): "tekken",
+}
 """llama.cpp's name of a pre-tokenizer, by normaliser and split expression.
 
 llama.cpp's converter finds the name by hashing the ids of a fixed text, which knows each public vocabulary but no
-retrained one; what the name stands for is these two.
+retrained one; what the name stands for is these.
 """
 
 

@@ -209,7 +209,7 @@ class _Measurement:
     def _run_layer(self, index: int) -> None:
         """Base and variants through the loaded layer, after all full-precision forwards."""
         streamed = self.streamed
-        changes = self._changes([tensor for tensor in streamed.tensors if tensor.layer == index])
+        changes = self._changes([t for t in streamed.tensors if t.layer == index and t.is_measured])
         layer = QuantizedLayer(streamed, index, changes)
         touched = [changes.touch(variant) for variant in self.variants]
         for number, sample in enumerate(self.samples):
