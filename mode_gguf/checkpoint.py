@@ -8,13 +8,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from mode_gguf import fp8
 from mode_gguf.errors import InputError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,7 +23,12 @@ SINGLE_FILE = "model.safetensors"
 
 Index = int | slice | np.ndarray | tuple[int | slice, ...]
 
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    fp8.DTYPE: np.dtype("u1"),
+}
 _MAX_HEADER_BYTES = 2**25
 """The format allows 100 MB; 100,000 tensors in one file take 15 MB, and as Python objects twenty times as much."""
 _MAX_JSON_BYTES = 2**26
@@ -34,12 +40,21 @@ _SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: `dtype` is safetensors' name (F32, F16, BF16), `offset` counts from the file's start."""
+    """Where a tensor lies.
+
+    Attributes:
+        shape: of the weights.
+        dtype: safetensors' name of what is stored.
+        offset: counts from the file's start.
+        scale: of weights in FP8, where their scales lie; each is for `blocks` indices of every dimension.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    scale: "StoredTensor | None" = None
+    blocks: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +70,7 @@ class Checkpoint:
         name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache.
         repository: `owner/name` when the folder is a snapshot in the hub's cache, else None.
         revision: the snapshot's commit, else None.
-        config: config.json.
+        config: config.json; without `quantization_config` where weights in FP8 are decoded.
         tensors: what is stored where, by checkpoint name, in the order of the index.
         fingerprint: digest of the configuration, the tensor index, and some bytes of every tensor, so that two
             finetunes of one model differ; independent of path and file times.
@@ -79,14 +94,17 @@ class Checkpoint:
         """
         _check_folder(folder)
         config = read_json(folder / "config.json")
-        if "quantization_config" in config:
-            method = config["quantization_config"]
-            method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        quantization = config.pop("quantization_config", {})
+        if not isinstance(quantization, dict):
+            quantization = {"quant_method": quantization}
+        method = quantization.get("quant_method", "unknown") if quantization else None
+        stored = _index(folder) if method in (None, fp8.METHOD) else {}
+        if method is not None and all(tensor.dtype != fp8.DTYPE for tensor in stored.values()):
             raise InputError(
                 f"{folder}: the checkpoint is already quantized ({method}); expected full-precision weights "
-                "(BF16, F16 or F32), so point to the original model"
+                "(BF16, F16 or F32, or FP8 with scales), so point to the original model"
             )
-        tensors = _index(folder)
+        tensors = _with_scales(folder, stored, quantization.get("weight_block_size"))
         repository, revision = _cached_snapshot(folder) or (None, None)
         return cls(
             path=folder,
@@ -95,7 +113,7 @@ class Checkpoint:
             revision=revision,
             config=config,
             tensors=tensors,
-            fingerprint=_fingerprint(config, tensors),
+            fingerprint=_fingerprint(config, stored),
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -106,17 +124,20 @@ class Checkpoint:
         """A copy of `tensor[index]` (all of it for None); only those bytes are read.
 
         Returns:
-            float32, float16, or for bfloat16 its raw bits in uint16, C-contiguous.
+            float32, float16, or for bfloat16 its raw bits in uint16, C-contiguous; float32 for FP8.
 
         Raises:
             InputError: no such tensor, or the file has become shorter since the checkpoint was opened.
         """
         stored = self._stored(name)
         try:
-            mapped = np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.shape)
+            read = _copy(stored, index)
+            if stored.scale is None:
+                return read
+            parts = () if index is None else index if isinstance(index, tuple) else (index,)
+            return fp8.decoded(read, _float32(_copy(stored.scale, None)), stored.blocks, stored.shape, parts)
         except (OSError, ValueError) as error:
             raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from error
-        return np.array(mapped if index is None else mapped[index], order="C", subok=False)
 
     def _stored(self, name: str) -> StoredTensor:
         try:
@@ -125,6 +146,42 @@ class Checkpoint:
             raise InputError(
                 f"{self.path}: tensor {name} is missing from the checkpoint; download it again or check config.json"
             ) from None
+
+
+def _copy(stored: StoredTensor, index: Index | None) -> np.ndarray:
+    mapped = np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.shape)
+    return np.array(mapped if index is None else mapped[index], order="C", subok=False)
+
+
+def _float32(scales: np.ndarray) -> np.ndarray:
+    if scales.dtype == np.uint16:
+        return (scales.astype(np.uint32) << 16).view(np.float32)
+    return scales.astype(np.float32)
+
+
+def _with_scales(folder: Path, stored: Mapping[str, StoredTensor], block: Any) -> dict[str, StoredTensor]:
+    """Tensors in FP8 with their scales; scales are no tensors of the model."""
+    if all(tensor.dtype != fp8.DTYPE for tensor in stored.values()):
+        return dict(stored)
+    if block is not None and not (_are_sizes(block) and len(block) == 2 and all(block)):
+        raise InputError(f"{folder}: weight_block_size is {block!r}, expected two sizes; download config.json again")
+    tensors = {}
+    for name, tensor in stored.items():
+        if name.endswith((fp8.SCALE, fp8.ACTIVATION_SCALE)):
+            continue
+        if tensor.dtype != fp8.DTYPE:
+            tensors[name] = tensor
+            continue
+        scales = stored.get(f"{name}{fp8.SCALE}")
+        blocks = None if scales is None else fp8.scaling_blocks(tensor.shape, scales.shape, block)
+        if scales is None or scales.dtype == fp8.DTYPE or blocks is None:
+            found = "is missing" if scales is None else f"is {scales.dtype} {list(scales.shape)}"
+            raise InputError(
+                f"{folder}: tensor {name} {list(tensor.shape)} has type {fp8.DTYPE}, and {name}{fp8.SCALE} {found}; "
+                "expected its scales: use the BF16 original, or download both again"
+            )
+        tensors[name] = replace(tensor, scale=scales, blocks=blocks)
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,6 +205,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _check_folder(folder: Path) -> None:
     if folder.is_dir():
+        as_hugging_face = [folder / name for name in ("config.json", INDEX_FILE, SINGLE_FILE)]
+        if any(folder.glob("consolidated*.safetensors")) and not all(
+            any(path.exists() for path in paths) for paths in (as_hugging_face[:1], as_hugging_face[1:])
+        ):
+            raise InputError(
+                f"{folder}: weights in Mistral's own layout (consolidated.safetensors, params.json) found, expected "
+                f"Hugging Face's (config.json and model.safetensors); download those files of the same repository"
+            )
         return
     if not folder.exists():
         raise InputError(f"{folder}: no such folder; expected a Hugging Face checkpoint folder on disk")
@@ -261,7 +326,7 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets)):
         raise broken
     if dtype not in _DTYPES:
-        hint = " (an fp8 checkpoint: use the BF16 original)" if dtype.startswith("F8") else ""
+        hint = " (use the BF16 original)" if dtype.startswith("F8") else ""
         raise InputError(f"{path}: tensor {name:.200} has type {dtype:.200}{hint}; supported are {', '.join(_DTYPES)}")
     if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         raise broken

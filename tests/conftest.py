@@ -10,6 +10,8 @@ import pytest
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
 from tests.pico_glm4v_moe import write_pico_glm4v_moe
+from tests.pico_internvl import write_pico_internvl
+from tests.pico_mistral4 import write_pico_mistral4
 from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
 
@@ -73,3 +75,27 @@ def pico_glm4v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_glm4v_fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights with fused experts, as transformers 5 holds them, without that block; read only."""
     return write_pico_glm4v_moe(tmp_path_factory.mktemp("pico") / "pico-glm-fused", layout="fused")
+
+
+@pytest.fixture(scope="session")
+def pico_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico InternVL3.5-MoE checkpoint in its authors' layout; read only."""
+    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl")
+
+
+@pytest.fixture(scope="session")
+def pico_internvl_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in transformers' layout, which transformers itself can open; read only."""
+    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl-hf", layout="transformers")
+
+
+@pytest.fixture(scope="session")
+def pico_mistral4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Mistral Small 4 checkpoint, named as transformers saves it; read only."""
+    return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4")
+
+
+@pytest.fixture(scope="session")
+def pico_mistral4_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights under the names of transformers' parameters; read only."""
+    return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4-module", layout="module")

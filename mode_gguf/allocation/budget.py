@@ -150,15 +150,22 @@ def _range(reach: Reach, budget: Budget, overhead: int) -> str:
 
 def _limits(tensors: Sequence[SourceTensor], types: CandidateTypes, weights: int) -> list[str]:
     kept = sum(tensor.n_weights for tensor in tensors if tensor.role is Role.KEEP)
-    dense = sum(tensor.n_weights for tensor in tensors if tensor.role not in (Role.KEEP, Role.EXPERT))
+    absorbed = [tensor for tensor in tensors if tensor.role is Role.ABSORBED]
+    in_absorbed = sum(tensor.n_weights for tensor in absorbed)
+    experts = sum(tensor.n_weights for tensor in tensors if tensor.role is Role.EXPERT)
+    dense = weights - kept - in_absorbed - experts
     limits = [
-        f"experts hold {100 * (weights - kept - dense) / weights:.1f} % of the weights, as {_names(types.expert)}",
+        f"experts hold {100 * experts / weights:.1f} % of the weights, as {_names(types.expert)}",
         f"attention, embedding and output {100 * dense / weights:.1f} %, as {_names(types.dense)}",
         f"routers and norms {100 * kept / weights:.2f} %, as F32",
+        *(
+            f"absorbed matrices of latent attention {100 * in_absorbed / weights:.2f} %, as {name}"
+            for name in sorted({types.of(tensor)[0].name for tensor in absorbed})
+        ),
         *(f"{role} not below {floor.name}" for role, floor in types.floors.items()),
     ]
-    for role, offered in ((Role.EXPERT, types.expert), (None, types.dense)):
-        matching = [t for t in tensors if (t.role is role if role else t.role not in (Role.KEEP, Role.EXPERT))]
+    for is_expert, offered in ((True, types.expert), (False, types.dense)):
+        matching = [t for t in tensors if t.is_measured and (t.role is Role.EXPERT) == is_expert]
         for width in sorted({t.row_width for t in matching}):
             misfits = [quant_type.name for quant_type in offered if not quant_type.fits(width)]
             if misfits:

@@ -88,7 +88,10 @@ def tensor_units(
             continue
         offered = types.of(tensor)
         axis = measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types
-        costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name)
+        if tensor.is_measured:
+            costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name)
+        else:
+            costs = [0.0]
         candidates = tuple(
             Candidate(offer, tensor_bytes(tensor, offer), cost) for offer, cost in zip(offered, costs, strict=True)
         )
@@ -142,7 +145,7 @@ def cost_of_types(
     """
     total = 0.0
     for layer in dict.fromkeys(tensor.layer for tensor in tensors):
-        members = [tensor for tensor in tensors if tensor.layer == layer and tensor.role is not Role.KEEP]
+        members = [tensor for tensor in tensors if tensor.layer == layer and tensor.is_measured]
         by_expert = {t.name: chosen[t.name] for t in members if t.role is Role.EXPERT and len(chosen[t.name]) > 1}
         total += sum(
             _cost_at(_tensor_costs(tensor, measured, model), chosen[tensor.name], tensor, measured)

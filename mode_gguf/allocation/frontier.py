@@ -7,9 +7,9 @@ import numpy as np
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.costs import CostModel, Measurements, tensor_units
-from mode_gguf.allocation.planner import FIXED_DENSE, Problem, settled_types, uniform_dense
+from mode_gguf.allocation.planner import FIXED_DENSE, Problem, settled_types, uniform_dense, uniform_type
 from mode_gguf.allocation.presets import Preset
-from mode_gguf.allocation.units import CandidateTypes, fitting_types, tensor_bytes
+from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import Record
 from mode_gguf.errors import InfeasibleBudgetError
@@ -124,13 +124,7 @@ def _uniform_types(types: CandidateTypes, measured: Measurements, preset: Preset
 
 def _uniform(tensors: Sequence[SourceTensor], quant_type: QuantType) -> dict[str, QuantType]:
     """Types of all tensors with a choice, as in `planner.uniform_plan`."""
-    return {
-        tensor.name: fitting_types(tensor, (quant_type if tensor.role is Role.EXPERT else uniform_dense(quant_type),))[
-            0
-        ]
-        for tensor in tensors
-        if tensor.role is not Role.KEEP
-    }
+    return {tensor.name: uniform_type(tensor, quant_type) for tensor in tensors if tensor.role is not Role.KEEP}
 
 
 @dataclass(frozen=True, slots=True)

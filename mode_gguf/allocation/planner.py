@@ -17,7 +17,14 @@ from mode_gguf.allocation.plan import (
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.reachable import greatest_size
 from mode_gguf.allocation.solver import SizeRange, Solution, solve, solve_layers
-from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, fitting_types, tensor_bytes
+from mode_gguf.allocation.units import (
+    AllocationUnit,
+    Candidate,
+    CandidateTypes,
+    absorbed_type,
+    fitting_types,
+    tensor_bytes,
+)
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
 from mode_gguf.quantization.expert_groups import map_bytes, stored_tensors
@@ -254,15 +261,26 @@ def uniform_dense(quant_type: QuantType) -> QuantType:
     return max(quant_type, DENSE_FLOOR, key=lambda candidate: candidate.bits_per_weight)
 
 
+def uniform_type(tensor: SourceTensor, quant_type: QuantType) -> QuantType:
+    """Experts in `quant_type`; attention, embedding and output in it too, but not below Q4_K; what is absorbed in its
+    own type, and where all is in a float type, in that."""
+    match tensor.role:
+        case Role.KEEP:
+            return QUANT_TYPES["F32"]
+        case Role.ABSORBED:
+            return quant_type if quant_type.block_size == 1 else absorbed_type(tensor)
+        case Role.EXPERT:
+            return fitting_types(tensor, (quant_type,))[0]
+    return fitting_types(tensor, (uniform_dense(quant_type),))[0]
+
+
 def uniform_plan(
     tensors: Sequence[SourceTensor], made_from: Provenance, quant_type: QuantType, packing: Packing = EXACT
 ) -> Plan:
-    """Every expert in `quant_type`; attention, embedding and output in it too, but not below Q4_K."""
-    dense = uniform_dense(quant_type)
+    """Every tensor in `uniform_type`."""
     planned = []
     for tensor in tensors:
-        wanted = {Role.KEEP: QUANT_TYPES["F32"], Role.EXPERT: quant_type}.get(tensor.role, dense)
-        fitting = fitting_types(tensor, (wanted,))[0]
+        fitting = uniform_type(tensor, quant_type)
         planned.append(
             PlannedTensor(
                 name=tensor.name,

@@ -12,6 +12,10 @@ from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 Granularity: TypeAlias = Literal["tensor", "expert"]
 """What shares a type: all experts of a layer's projection, as stock llama.cpp loads it, or an expert's projections."""
 
+ABSORBED_TYPES = (QUANT_TYPES["Q8_0"], QUANT_TYPES["BF16"])
+"""Matrices of latent attention that cannot be measured take the first whose blocks fit. llama.cpp's own quantizer gives
+them the type of everything else, which they are too small to be worth the risk of: well below 1 % of the weights."""
+
 FALLBACK = QUANT_TYPES["Q8_0"]
 """Takes over where no candidate can store a tensor: 32 weights is the smallest block there is."""
 
@@ -63,6 +67,11 @@ def fitting_types(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tupl
     return tuple(sorted(fitting, key=lambda quant_type: quant_type.bits_per_weight))
 
 
+def absorbed_type(tensor: SourceTensor) -> QuantType:
+    """What a matrix that cannot be measured is stored as."""
+    return next(quant_type for quant_type in ABSORBED_TYPES if quant_type.fits(tensor.row_width))
+
+
 @dataclass(frozen=True, slots=True)
 class CandidateTypes:
     """Types offered to the routed experts, and to attention, embedding and output ("dense").
@@ -76,10 +85,12 @@ class CandidateTypes:
     floors: Mapping[Role, QuantType] = field(default_factory=dict)
 
     def of(self, tensor: SourceTensor) -> tuple[QuantType, ...]:
-        """What `tensor` may be stored as; F32 alone for routers, norms and biases."""
+        """What `tensor` may be stored as; F32 alone for routers, norms and biases, one type for what is absorbed."""
         if tensor.role is Role.KEEP:
             return (QUANT_TYPES["F32"],)
         offered = self.expert if tensor.role is Role.EXPERT else self.dense
+        if tensor.role is Role.ABSORBED:
+            offered = (absorbed_type(tensor),)
         if floor := self.floors.get(tensor.role):
             least = floor.bits_per_weight
             offered = tuple(candidate for candidate in offered if candidate.bits_per_weight >= least) or (floor,)

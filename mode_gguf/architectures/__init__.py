@@ -3,7 +3,7 @@
 A family is one module of data; to add one, write it and list it in `FAMILIES`.
 """
 
-from mode_gguf.architectures import glm4v_moe, qwen3_5_moe, qwen3_vl_moe
+from mode_gguf.architectures import glm4v_moe, internvl, mistral4, qwen3_5_moe, qwen3_vl_moe
 from mode_gguf.architectures.family import (
     Metadata,
     MetadataValue,
@@ -28,7 +28,15 @@ __all__ = [
     "text_tensors",
 ]
 
-FAMILIES: tuple[ModelFamily, ...] = (qwen3_vl_moe.FAMILY, qwen3_5_moe.FAMILY, glm4v_moe.FAMILY)
+FAMILIES: tuple[ModelFamily, ...] = (
+    qwen3_vl_moe.FAMILY,
+    qwen3_5_moe.FAMILY,
+    glm4v_moe.FAMILY,
+    internvl.ORIGINAL,
+    internvl.FAMILY,
+    mistral4.PUBLIC,
+    mistral4.FAMILY,
+)
 
 _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -42,7 +50,7 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
     config = checkpoint.config
     classes = config.get("architectures")
     for family in FAMILIES:
-        if isinstance(classes, list) and family.hf_class in classes:
+        if isinstance(classes, list) and family.hf_class in classes and family.matches(checkpoint):
             family.check(checkpoint)
             return family
     text = config.get("text_config")
@@ -54,7 +62,7 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
         )
     raise InputError(
         f"{checkpoint.path}: model class {classes} is not supported; "
-        f"supported are {', '.join(family.hf_class for family in FAMILIES)}"
+        f"supported are {', '.join(dict.fromkeys(family.hf_class for family in FAMILIES))}"
     )
 
 

@@ -18,7 +18,7 @@ from gguf import ExpertGatingFuncType, Keys
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, VisionProjectorType
 
 from mode_gguf.architectures import qwen_vision
-from mode_gguf.architectures.config import check_settings, section, setting
+from mode_gguf.architectures.config import check_settings, preprocessor, section, setting
 from mode_gguf.architectures.experts import expert_rules, expert_sizes
 from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, TensorRule, is_tied
 from mode_gguf.architectures.tensors import Role
@@ -178,7 +178,7 @@ def text_metadata(checkpoint: Checkpoint) -> Metadata:
 def projector_metadata(checkpoint: Checkpoint) -> Metadata:
     """What llama.cpp's mtmd reads for `glm4v`."""
     vision = section(checkpoint, "vision_config")
-    preprocessor = qwen_vision.preprocessor(checkpoint)
+    prepared = preprocessor(checkpoint)
     return {
         Keys.ClipVision.PROJECTION_DIM: setting(checkpoint, section(checkpoint, "text_config"), int, "hidden_size"),
         Keys.ClipVision.IMAGE_SIZE: setting(checkpoint, vision, int, "image_size"),
@@ -188,8 +188,8 @@ def projector_metadata(checkpoint: Checkpoint) -> Metadata:
         Keys.ClipVision.BLOCK_COUNT: setting(checkpoint, vision, int, "depth"),
         Keys.ClipVision.Attention.HEAD_COUNT: setting(checkpoint, vision, int, "num_heads"),
         Keys.ClipVision.Attention.LAYERNORM_EPS: setting(checkpoint, vision, float, "rms_norm_eps"),
-        Keys.ClipVision.IMAGE_MEAN: setting(checkpoint, preprocessor, list, "image_mean"),
-        Keys.ClipVision.IMAGE_STD: setting(checkpoint, preprocessor, list, "image_std"),
+        Keys.ClipVision.IMAGE_MEAN: setting(checkpoint, prepared, list, "image_mean"),
+        Keys.ClipVision.IMAGE_STD: setting(checkpoint, prepared, list, "image_std"),
         Keys.ClipVision.SPATIAL_MERGE_SIZE: MERGE,
         Keys.ClipVision.USE_SILU: True,
     }

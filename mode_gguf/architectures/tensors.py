@@ -34,10 +34,16 @@ class Role(StrEnum):
     """The token embedding, (vocabulary, n)."""
     OUTPUT = "output"
     """The output head, (vocabulary, n_in)."""
+    ABSORBED = "absorbed"
+    """Parts of a matrix of latent attention that llama.cpp applies head by head, (heads, rows, n_in), to something that
+    the checkpoint's own model never computes: neither measured nor planned (`architectures.mla`)."""
     KEEP = "keep"
     """Routers, norms, biases: always stored as F32."""
     INDEX = "index"
     """Where a layer's experts are stored: integers, and no weights of the model (`quantization.expert_groups`)."""
+
+
+_MEASURED = frozenset({Role.EXPERT, Role.DENSE, Role.EMBEDDING, Role.OUTPUT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,11 @@ class SourceTensor:
     @property
     def row_width(self) -> int:
         return self.shape[-1]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether candidate types are compared for it."""
+        return self.role in _MEASURED
 
     @property
     def n_experts(self) -> int:

@@ -209,7 +209,7 @@ class _Measurement:
     def _run_layer(self, index: int) -> None:
         """Base and variants through the loaded layer, after all full-precision forwards."""
         streamed = self.streamed
-        changes = self._changes([tensor for tensor in streamed.tensors if tensor.layer == index])
+        changes = self._changes([t for t in streamed.tensors if t.layer == index and t.is_measured])
         layer = QuantizedLayer(streamed, index, changes)
         touched = [changes.touch(variant) for variant in self.variants]
         for number, sample in enumerate(self.samples):
@@ -287,7 +287,7 @@ class _Measurement:
 
 
 def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:
-    with torch.no_grad():  # the thread's own
+    with torch.no_grad():  # every forward has its own
         streamed.model(**inputs.model_arguments(streamed.device, streamed.dtype), logits_to_keep=1)
 
 

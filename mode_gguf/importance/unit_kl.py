@@ -150,7 +150,7 @@ def _finished(partial: Path | None, key: str) -> dict[str, np.ndarray]:
 
 def _passes(tensors: Sequence[SourceTensor]) -> list[list[SourceTensor]]:
     """Units by layer, those outside the layers first: what is measured together, and kept together."""
-    units = [tensor for tensor in tensors if tensor.role is not Role.KEEP]
+    units = [tensor for tensor in tensors if tensor.is_measured]
     layers = sorted({-1 if tensor.layer is None else tensor.layer for tensor in units})
     return [[t for t in units if (-1 if t.layer is None else t.layer) == layer] for layer in layers]
 

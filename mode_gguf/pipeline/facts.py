@@ -18,6 +18,7 @@ from mode_gguf.allocation.plan import Plan, PlannedTensor
 from mode_gguf.allocation.planner import uniform_plan
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes
+from mode_gguf.architectures.mla import ABSORBED_PARTS
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor
 from mode_gguf.artifacts import read_metadata
 from mode_gguf.conversion_facts import (
@@ -127,11 +128,13 @@ def planned_tensors(plan: Plan, table: "SensitivityTable | None") -> list[Source
             role = Role.EXPERT
         elif tensor.type == KEPT_TYPE:
             role = Role.KEEP
+        elif part in ABSORBED_PARTS:
+            role = Role.ABSORBED
         else:
             role = {"token_embd": Role.EMBEDDING, "output": Role.OUTPUT}.get(part, Role.DENSE)
         width = _row_width(tensor, n_experts, table, arrays.get(f"{tensor.name}.unit"))
         shape = (n_experts, tensor.n_weights // n_experts // width, width)
-        activation = None if role in (Role.EMBEDDING, Role.KEEP) else tensor.name
+        activation = None if role in (Role.EMBEDDING, Role.ABSORBED, Role.KEEP) else tensor.name
         tensors.append(SourceTensor(tensor.name, shape, role, (), _unread, activation, layer))
     return tensors
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mode_gguf.allocation.budget import Budget
-from mode_gguf.allocation.costs import ExpertUse, Measurements
+from mode_gguf.allocation.costs import CostModel, ExpertUse, Measurements, cost_of_types
 from mode_gguf.allocation.plan import Plan, Provenance
 from mode_gguf.allocation.planner import UNDERSHOOT, Problem, expert_plan, optimal_plan, uniform_plan
 from mode_gguf.allocation.presets import PRESETS, Preset
@@ -98,6 +98,37 @@ def test_policies() -> None:
     for t in tensors:
         allowed = {Role.KEEP: {"F32"}, Role.EXPERT: set(EXPERT_TYPES)}.get(t.role, set(DENSE_TYPES))
         assert plan.types[t.name].name in allowed
+
+
+@pytest.mark.parametrize(("width", "stored"), [(128, "Q8_0"), (24, "BF16")])
+def test_absorbed_matrices_have_one_type_and_need_no_measurement(width: int, stored: str) -> None:
+    plain = model()
+    absorbed = [tensor(f"blk.{layer}.attn_k_b.weight", (2, 512, width), Role.ABSORBED, layer) for layer in range(2)]
+    tensors = [*plain, *absorbed]
+    measured = measurements(plain)
+    plan = plan_for(tensors, measured, bpw=3.6)
+    assert plan.bpw <= 3.6
+    assert plan.bpw == pytest.approx(
+        8 * sum(tensor_bytes(t, plan.types[t.name]) for t in tensors) / sum(t.n_weights for t in tensors)
+    )
+    problem = Problem.of(tensors, measured, budget=Budget(value=3.6), types=TYPES, preset=PRESETS["mode"])
+    plans = [plan, uniform_plan(tensors, MADE_FROM, QUANT_TYPES["Q2_K"])]
+    plans.append(expert_plan(problem, MADE_FROM, Budget(value=3.6)))
+    for one in plans:
+        assert {one.types[t.name].name for t in absorbed} == {stored}
+        cost = cost_of_types(tensors, {name: (found,) for name, found in plan.types.items()}, measured, CostModel())
+        assert cost == pytest.approx(
+            cost_of_types(plain, {name: (found,) for name, found in plan.types.items()}, measured, CostModel())
+        )
+    full = uniform_plan(tensors, MADE_FROM, QUANT_TYPES["BF16"])
+    assert {full.types[t.name].name for t in absorbed} == {"BF16"}
+    with pytest.raises(InfeasibleBudgetError, match=rf"absorbed matrices of latent attention .* %, as {stored}"):
+        plan_for(tensors, measured, bpw=1.0)
+
+
+def test_a_floor_raises_what_is_absorbed() -> None:
+    absorbed = tensor("blk.0.attn_v_b.weight", (2, 128, 512), Role.ABSORBED, 0)
+    assert replace(TYPES, floors={Role.ABSORBED: QUANT_TYPES["F16"]}).of(absorbed) == (QUANT_TYPES["F16"],)
 
 
 def test_what_is_sensitive_gets_the_bits() -> None:
