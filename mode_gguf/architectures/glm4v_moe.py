@@ -231,7 +231,8 @@ def check(checkpoint: Checkpoint) -> None:
         InputError: naming the setting.
     """
     text, rope, vision = _text(checkpoint), _rope(checkpoint), section(checkpoint, "vision_config")
-    vision_rope = {"rope_theta": VISION_THETA, "rope_type": "axial", **(vision.get("rope_parameters") or {})}
+    found_rope = setting(checkpoint, {"rope_parameters": vision.get("rope_parameters") or {}}, dict, "rope_parameters")
+    vision_rope = {"rope_theta": VISION_THETA, "rope_type": "axial", **found_rope}
     hidden = setting(checkpoint, text, int, "hidden_size")
     check_settings(
         checkpoint,
@@ -267,14 +268,14 @@ def check(checkpoint: Checkpoint) -> None:
     sections = setting(checkpoint, rope, list, "mrope_section")
     for refused, name, expected in (
         (
-            text.get("use_qk_norm", False) is not False,
+            bool(text.get("use_qk_norm", False)),
             "use_qk_norm",
             "False: transformers' model has no norm of queries and keys, so calibration would run another model",
         ),
         (
             text.get("norm_topk_prob", True) is not True,
             "norm_topk_prob",
-            "True, as in every published model: nothing else has been tried",
+            "True: no model without has been tried",
         ),
         (not 0 <= n_dense < layers, "first_k_dense_replace", f"fewer than the {layers} layers"),
         (
@@ -283,7 +284,9 @@ def check(checkpoint: Checkpoint) -> None:
             f"1, or a divisor of {experts} experts of which topk_group, {used}, are fewer: llama.cpp stops at others",
         ),
         (
-            len(sections) > 3 or 2 * sum(sections) != _rotated(checkpoint),
+            len(sections) > 3
+            or not all(isinstance(pairs, int) for pairs in sections)
+            or 2 * sum(sections) != _rotated(checkpoint),
             "mrope_section",
             f"up to three sections with {_rotated(checkpoint) // 2} pairs in all, as many as are rotated",
         ),
