@@ -9,6 +9,7 @@ from mode_gguf_kernels.refine import Search, as_half, error_weights, limited, lo
 from mode_gguf_kernels.refine_min import start_with_min
 from mode_gguf_kernels.search import TOGETHER, F, bounded_level, make_qkx_quants, nearest_int, weigh_by_size
 from mode_gguf_kernels.simd import (
+    Floats,
     Ints,
     Tile,
     absolute,
@@ -83,7 +84,7 @@ def refine_min_block(x: Tile, w: Tile, k: int, highest: int, weighted: bool, sea
     nmax, zero = F(highest), splat(F(0))
     error_weights(x, w, first, BLOCK_SIZE, weighted, search.half_powers)
     scale, below = start_with_min(x, w, first, BLOCK_SIZE, highest, search.encoders)
-    d, m = as_half(scale), as_half(negative(below))
+    d, m = as_half(scale), negative(as_half(below))
     best, best_d, best_m = splat(F(np.inf)), d, m
     for _ in range(search.rounds):
         inverse = reciprocal(d)
@@ -106,7 +107,7 @@ def refine_min_block(x: Tile, w: Tile, k: int, highest: int, weighted: bool, sea
         determinant = sum_w * sum_l2 - sum_l * sum_l
         usable = determinant > sum_w * sum_l2 * F(1e-5)
         d = as_half(select(usable, (sum_w * sum_xl - sum_x * sum_l) / determinant, d))
-        m = as_half(select(usable, (sum_l2 * sum_x - sum_l * sum_xl) / determinant, m))
+        m = _signed_half(select(usable, (sum_l2 * sum_x - sum_l * sum_xl) / determinant, m))
     inverse = reciprocal(best_d)
     offset = negative(best_m) * inverse
     sum_xx, sum_xq = zero, zero
@@ -119,8 +120,16 @@ def refine_min_block(x: Tile, w: Tile, k: int, highest: int, weighted: bool, sea
         sum_xq = fused(weighted_value, fused(best_d, chosen, best_m), sum_xq)
     if search.unbiased:
         gain = lost_gain(sum_xx, sum_xq)
-        best_d, best_m = as_half(best_d * gain), as_half(best_m * gain)
+        fits = (absolute(best_d * gain) < F(65504)) & (absolute(best_m * gain) < F(65504))
+        gain = select(fits, gain, splat(F(1)))
+        best_d, best_m = as_half(best_d * gain), _signed_half(best_m * gain)
     return half_bits(best_d) | (half_bits(best_m) << 16)
+
+
+@device
+def _signed_half(value: Floats) -> Floats:
+    """What is read back after storing as float16; of what is too large, the largest of its sign."""
+    return select(value < F(0), negative(as_half(negative(value))), as_half(value))
 
 
 @device

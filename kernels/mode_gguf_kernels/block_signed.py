@@ -28,7 +28,10 @@ from mode_gguf_kernels.simd import (
 def encode_signed_block(
     x: Tile, w: Tile, scratch: Tile, variances: Tile, k: int, highest: int, weighted: bool, level: Tile
 ) -> Ints:
-    """Levels of a lane's block k as ggml chooses them; returns the float16 bits of d. With `weighted`, w is overwritten."""
+    """Levels of a lane's block k as ggml chooses them; returns the float16 bits of d.
+
+    With `weighted`, w is overwritten.
+    """
     first = BLOCK_SIZE * k
     if weighted:
         weigh_by_size(x, w, first, BLOCK_SIZE, load(variances, k))
@@ -48,9 +51,7 @@ def encode_signed_block(
 
 
 @device
-def refine_signed_block(
-    x: Tile, w: Tile, k: int, highest: int, weighted: bool, search: Search, level: Tile
-) -> Ints:
+def refine_signed_block(x: Tile, w: Tile, k: int, highest: int, weighted: bool, search: Search, level: Tile) -> Ints:
     """Levels of less error; returns the float16 bits of d. w is overwritten."""
     first, last = BLOCK_SIZE * k, BLOCK_SIZE * (k + 1)
     low, high, zero = F(-highest), F(highest - 1), splat(F(0))

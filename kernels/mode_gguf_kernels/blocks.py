@@ -1,5 +1,4 @@
-"""Whole matrices in blocks of 32 weights, each with a scale of its own: the loops that Q4_0, Q4_1, Q5_0, Q5_1 and IQ4_NL
-share.
+"""Whole matrices in blocks of 32 weights, each with a scale of its own: the loops of Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL.
 
 A tile works on `TOGETHER` blocks per lane, side by side: item 32 k + i is weight i of a lane's block k.
 """

@@ -1,8 +1,10 @@
-"""IQ4_NL: weight = d * VALUES[level], levels of 4 bits, one d per 32 weights; values are denser near zero.
+"""IQ4_NL: weight = d * VALUES[level], levels of 4 bits, one d per 32 weights; values (see `levels`) are not even.
 
 A block of 32 weights, `block_iq4_nl` of ggml, is laid out as in `q4_0`. The search is ggml's `quantize_row_iq4_nl_impl`
 (MIT licence, The ggml authors), which weighs errors with x^2 where there is no importance.
 """
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -10,6 +12,7 @@ from mode_gguf_kernels.bits import after_half, clear, pack_bits, unpack_bits, wi
 from mode_gguf_kernels.blocks import BLOCK_SIZE, pack_blocks, part, unpack_blocks
 from mode_gguf_kernels.compilation import device, kernel
 from mode_gguf_kernels.halves import half_bits, half_value
+from mode_gguf_kernels.levels import IQ4_NL_VALUES as VALUES
 from mode_gguf_kernels.refine import Search, as_half, error_weights, lost_gain, reciprocal
 from mode_gguf_kernels.search import GROUP_MAX_EPS, TOGETHER, F, signed_extreme, sum_of_squares, weigh_by_size
 from mode_gguf_kernels.simd import Floats, Ints, Tile, fused, load, negative, select, splat, store
@@ -17,9 +20,6 @@ from mode_gguf_kernels.tiles import int_tile, staging_words
 
 BLOCK_BYTES = 2 + 32 // 2
 _PAYLOAD = 4  # 32-bit words after d
-
-VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""ggml's `kvalues_iq4nl`."""
 
 
 def _border(low: int, high: int) -> np.float32:
@@ -48,7 +48,7 @@ def _from_ordered(number: int) -> np.float32:
 
 
 _VALUES = tuple(F(value) for value in VALUES)
-_BORDERS = tuple(_border(low, high) for low, high in zip(VALUES, VALUES[1:], strict=False))
+_BORDERS = tuple(_border(low, high) for low, high in pairwise(VALUES))
 
 SEARCHES: dict[str, Search] = {
     "fast": Search(7, 0, 0, 2),
@@ -92,7 +92,7 @@ def _sums(x: Tile, w: Tile, first: int, inverse: Floats) -> tuple[Floats, Floats
 
 @device
 def _scale(x: Tile, w: Tile, first: int, tries: int, step: np.float32) -> Floats:
-    """ggml's scale: the best of the least squares fits to the levels of 1 + (2 tries + 1) encoders; 0 for no weights."""
+    """ggml's scale: the best of the least squares fits to the levels of 2 + 2 tries encoders; 0 for no weights."""
     magnitude, extreme = signed_extreme(x, first, BLOCK_SIZE)
     zero = splat(F(0))
     d = negative(extreme) / F(VALUES[0])

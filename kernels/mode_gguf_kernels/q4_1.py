@@ -25,8 +25,8 @@ _LEVELS = 1  # first 32-bit word of the field
 
 SEARCHES: dict[str, Search] = {
     "fast": Search(7, 0, 0, 2),
-    "default": Search(15, 0, 0, 4),
-    "max": Search(41, 0, 0, 10),
+    "default": Search(13, 0, 0, 4),
+    "max": Search(13, 0, 0, 10),
 }
 
 
