@@ -114,14 +114,14 @@ def expert_units(
         projections = [tensor for tensor in experts if tensor.layer == layer]
         offered = _together(projections, types)
         axis = [QUANT_TYPES[asked] for asked in measured.expert_types]
-        costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model) if len(offered) > 1 else None
+        costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
         sizes = [
             sum(tensor_bytes(tensor, types.stored_as(tensor, offer)) // tensor.n_experts for tensor in projections)
             for offer in offered
         ]
         for expert in range(projections[0].n_experts):
             name = f"blk.{layer}.expert.{expert}"
-            own = [0.0] if costs is None else _offered(costs[expert], axis, [*offered.values()], name)
+            own = _offered(costs[expert], axis, [*offered.values()], name)
             candidates = tuple(
                 Candidate(offer, size, cost) for offer, size, cost in zip(offered, sizes, own, strict=True)
             )
@@ -275,8 +275,8 @@ def _array(measured: Measurements, name: str) -> np.ndarray:
 
 
 def _offered(costs: np.ndarray, axis: Sequence[QuantType], offered: Sequence[QuantType], name: str) -> list[float]:
-    """Costs of the offered types; where there is no choice the cost does not matter and need not be known."""
-    if len(offered) == 1:
+    """Costs of the offered types; where there is no choice the cost decides nothing and need not be known."""
+    if len(offered) == 1 and not (offered[0] in axis and np.isfinite(costs[axis.index(offered[0])])):
         return [0.0]
     missing = [offer.name for offer in offered if offer not in axis]
     if missing:
