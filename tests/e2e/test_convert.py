@@ -17,7 +17,6 @@ from mode_gguf.quantization.packing import EXACT
 from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.structure import check_structure
 from mode_gguf.workfolder import WorkFolder
-from tests.pico import write_pico_qwen3vlmoe
 from tests.report.pages import Page
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
