@@ -2,8 +2,8 @@
 
     python -m tools.compare_small_blocks
 
-Weights are heavy-tailed (Student's t of 5 degrees of freedom), inputs correlated as real ones are (a few directions and a
-little of everything). The error is that of the outputs relative to their power, rounded to nearest and with feedback.
+Weights are heavy-tailed (Student's t of 5 degrees of freedom), inputs correlated as real ones are (a few directions and
+a little of everything). The error is that of the outputs relative to their power, rounded to nearest and with feedback.
 """
 
 import numpy as np
