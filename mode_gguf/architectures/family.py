@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from string import Formatter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from mode_gguf.architectures.images import ImagePlace, PlacedImage, image_token_id
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Reader, Role, SourceTensor
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -98,6 +100,21 @@ class TensorRule:
         )
 
 
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the output head is the token embedding (transformers reads the outermost setting, default False)."""
+    return bool(checkpoint.config.get("tie_word_embeddings", False))
+
+
+def same_name(parameter: str) -> str:
+    """Of checkpoints that name tensors as transformers names parameters."""
+    return parameter
+
+
+def no_parameter(checkpoint: Checkpoint, parameter: str) -> Array | None:
+    """Of checkpoints that store every parameter as one tensor."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
     """Everything that differs between model families.
@@ -109,13 +126,24 @@ class ModelFamily:
         text_rules: tensors of the text model, in file order.
         projector_rules: tensors of the projector, in file order.
         ignored: beginnings of names of checkpoint tensors that are left out on purpose.
-        image_token_key: config.json's key of the token that stands for a piece of an image.
         check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
         ranges: for each placeholder, the values that fill it, one mapping per repetition; also the subsets that rules
             are confined to, and `expert`.
         text_metadata: keys of the text model beyond general.* and tokenizer.*.
         projector_metadata: clip.* keys.
         tied_output: checkpoint name of the output head that a checkpoint with tied embeddings lacks.
+        place_image: an image as the model takes it.
+        image_token: id of the token that stands for a piece of an image.
+        placeholder: what the chat template writes for an image; None for the image token.
+        token_types: argument of the model's forward that is 1 at image tokens and 0 elsewhere; None if it takes none.
+        tied: whether the output head is the token embedding.
+        model_config: what transformers' configuration is made of.
+        stored_name: from the name of a transformers parameter to the checkpoint tensor's.
+        read_parameter: reads a parameter outside the decoder layers that is not one tensor as it is, by its name in
+            transformers; None for those that are.
+        mtp_rules: tensors of a file that drafts by multi-token prediction, without placeholders; None where there is
+            no such file.
+        mtp_metadata: its keys beyond general.* and tokenizer.*.
     """
 
     hf_class: str
@@ -124,12 +152,21 @@ class ModelFamily:
     text_rules: tuple[TensorRule, ...]
     projector_rules: tuple[TensorRule, ...]
     ignored: tuple[str, ...]
-    image_token_key: str
     check: Callable[[Checkpoint], None]
     ranges: Callable[[Checkpoint], Ranges]
     text_metadata: Callable[[Checkpoint], Metadata]
     projector_metadata: Callable[[Checkpoint], Metadata]
     tied_output: str
+    place_image: Callable[[ImagePlace], PlacedImage]
+    image_token: Callable[[Checkpoint], int] = image_token_id
+    placeholder: str | None = None
+    token_types: str | None = "mm_token_type_ids"
+    tied: Callable[[Checkpoint], bool] = is_tied
+    model_config: Callable[[Checkpoint], Mapping[str, Any]] = attrgetter("config")
+    stored_name: Callable[[str], str] = same_name
+    read_parameter: Callable[[Checkpoint, str], Array | None] = no_parameter
+    mtp_rules: Callable[[Checkpoint], tuple[TensorRule, ...]] | None = None
+    mtp_metadata: Callable[[Checkpoint], Metadata] | None = None
 
 
 def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint: Checkpoint) -> list[SourceTensor]:
@@ -140,7 +177,7 @@ def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint:
     Raises:
         InputError: a tensor is missing, or has a shape its transform cannot read.
     """
-    tied = is_tied(checkpoint)
+    tied = family.tied(checkpoint)
     ranges = family.ranges(checkpoint)
     tensors = []
     for rule, values in _repeated(rules, ranges):
@@ -163,11 +200,6 @@ def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint:
             )
         )
     return tensors
-
-
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head is the token embedding (transformers reads the outermost setting, default False)."""
-    return bool(checkpoint.config.get("tie_word_embeddings", False))
 
 
 def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:

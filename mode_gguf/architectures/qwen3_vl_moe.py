@@ -170,10 +170,10 @@ FAMILY = ModelFamily(
     text_rules=TEXT_RULES,
     projector_rules=qwen_vision.PROJECTOR_RULES,
     ignored=(),
-    image_token_key="image_token_id",
     check=check,
     ranges=ranges,
     text_metadata=text_metadata,
     projector_metadata=qwen_vision.projector_metadata,
     tied_output="lm_head.weight",
+    place_image=qwen_vision.place_image,
 )

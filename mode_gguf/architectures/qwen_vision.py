@@ -8,6 +8,7 @@ from gguf import Keys
 
 from mode_gguf.architectures.config import section, setting
 from mode_gguf.architectures.family import Metadata, TensorRule, Values, View
+from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tensors import ALL_ROWS, Role
 from mode_gguf.checkpoint import Checkpoint, read_json
 from mode_gguf.errors import InputError
@@ -107,6 +108,19 @@ def projector_metadata(checkpoint: Checkpoint) -> Metadata:
         Keys.ClipVision.IS_DEEPSTACK_LAYERS: [block in taps for block in range(depth)],
         Keys.ClipVision.USE_GELU: True,
     }
+
+
+def place_image(place: ImagePlace) -> PlacedImage:
+    """The image in patches, and a token for every `merge_size` x `merge_size` of them."""
+    size = dict(place.processor.size)
+    longest = min(size["longest_edge"], place.max_pixels)  # despite their names, both are areas in pixels
+    size |= {"longest_edge": longest, "shortest_edge": min(size["shortest_edge"], longest)}
+    processed = place.processor(images=[place.image], size=size, return_tensors="np")
+    grid = processed["image_grid_thw"]
+    n_tokens = int(grid.prod()) // place.processor.merge_size**2
+    return PlacedImage(
+        [place.image_token] * n_tokens, {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}
+    )
 
 
 def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -1,15 +1,16 @@
 """From a sample to what the model is fed: token ids, pixels, and what every token is."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from mode_gguf.architectures import find_family
+from mode_gguf.architectures import ModelFamily, find_family
+from mode_gguf.architectures.images import ImagePlace
 from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.checkpoint import Checkpoint
@@ -30,8 +31,8 @@ class ModelInputs:
         is_query: (S,) bool, text tokens after the image that belong to a message, not to the template.
         scored: (n,) int64, positions whose next-token distribution counts: every one that has a next token in a
             sample without image, those that predict the answer's tokens in one with an image.
-        pixel_values: (patches, values) float32, or None.
-        image_grid_thw: (1, 3) int64 patches per axis, or None.
+        image: what the model's forward takes of the image, by argument; `pixel_values` in float32. Empty without one.
+        token_types: argument that takes `is_vision`, None for models that do not ask.
     """
 
     origin: str
@@ -39,12 +40,12 @@ class ModelInputs:
     is_vision: Tensor
     is_query: Tensor
     scored: Tensor
-    pixel_values: Tensor | None = None
-    image_grid_thw: Tensor | None = None
+    image: Mapping[str, Tensor] = field(default_factory=dict)
+    token_types: str | None = None
 
     @property
     def has_image(self) -> bool:
-        return self.pixel_values is not None
+        return bool(self.image)
 
     @property
     def answer(self) -> int:
@@ -54,10 +55,10 @@ class ModelInputs:
     def model_arguments(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments of the model's forward, as a batch of one."""
         arguments: dict[str, Any] = {"input_ids": self.input_ids[None].to(device), "use_cache": False}
-        if self.pixel_values is not None and self.image_grid_thw is not None:
-            arguments["pixel_values"] = self.pixel_values.to(device, dtype)
-            arguments["image_grid_thw"] = self.image_grid_thw.to(device)
-            arguments["mm_token_type_ids"] = self.is_vision[None].int().to(device)
+        for name, value in self.image.items():
+            arguments[name] = value.to(device, dtype if value.is_floating_point() else None)
+        if self.has_image and self.token_types is not None:
+            arguments[self.token_types] = self.is_vision[None].int().to(device)
         return arguments
 
 
@@ -65,9 +66,11 @@ class ModelInputs:
 class InputBuilder:
     """A checkpoint's tokenizer and image processor; make one with `InputBuilder.open`."""
 
+    checkpoint: Checkpoint
+    family: ModelFamily
     tokenizer: Any
     image_processor: Any
-    image_token_id: int
+    image_token: int
     max_tokens: int
     max_image_pixels: int
 
@@ -88,6 +91,7 @@ class InputBuilder:
         Raises:
             InputError: the checkpoint lacks either, or has no image token.
         """
+        family = find_family(checkpoint)
         try:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
             image_processor = AutoImageProcessor.from_pretrained(
@@ -96,11 +100,8 @@ class InputBuilder:
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{checkpoint.path}: tokenizer or image processor cannot be read ({reason})") from error
-        key = find_family(checkpoint).image_token_key
-        if key not in checkpoint.config:
-            raise InputError(f"{checkpoint.path}: config.json names no {key}; not a vision-language model")
-        image_token_id = int(checkpoint.config[key])
-        return cls(tokenizer, image_processor, image_token_id, max_tokens, max_image_pixels)
+        image_token = family.image_token(checkpoint)
+        return cls(checkpoint, family, tokenizer, image_processor, image_token, max_tokens, max_image_pixels)
 
     def build(self, sample: Sample) -> ModelInputs:
         """The inputs of `sample`.
@@ -127,20 +128,28 @@ class InputBuilder:
         return ModelInputs(sample.origin, ids, nothing, nothing, torch.arange(len(ids) - 1))
 
     def _image_inputs(self, sample: Sample, ids: Tensor, owner: Tensor) -> ModelInputs:
-        placeholder = torch.nonzero(ids == self.image_token_id)[:, 0]
+        placeholder = torch.nonzero(ids == self.image_token)[:, 0]
         if len(placeholder) != 1:
             raise InputError(
                 f"{sample.origin}: the chat template placed {len(placeholder)} images where one was expected"
             )
         place = int(placeholder[0])
-        pixels, grid = self._pixels(sample.open_image())
-        n_vision = int(grid.prod()) // self.image_processor.merge_size**2
-        end = min(len(ids), place + 1 + self.max_tokens)
-        repeats = torch.ones(end, dtype=torch.int64)
-        repeats[place] = n_vision
-        ids, owner = ids[:end].repeat_interleave(repeats), owner[:end].repeat_interleave(repeats)
-        is_vision = ids == self.image_token_id
-        after_image = torch.arange(len(ids)) >= place + n_vision
+        placed = self.family.place_image(
+            ImagePlace(
+                self.checkpoint,
+                sample.open_image(),
+                self.image_processor,
+                self.tokenizer,
+                self.image_token,
+                self.max_image_pixels,
+            )
+        )
+        tokens = torch.tensor(placed.tokens, dtype=torch.int64)
+        rest = slice(place + 1, place + 1 + self.max_tokens)
+        ids = torch.cat([ids[:place], tokens, ids[rest]])
+        owner = torch.cat([owner[:place], torch.full_like(tokens, _TEMPLATE), owner[rest]])
+        is_vision = ids == self.image_token
+        after_image = torch.arange(len(ids)) >= place + len(tokens)
         is_query = after_image & (owner != _TEMPLATE)
         answered = after_image & (owner == _ANSWER)
         if answered.any():
@@ -152,14 +161,8 @@ class InputBuilder:
             is_query = after_image
         if not is_query.any():
             raise InputError(f"{sample.origin}: no text follows the image within {self.max_tokens} tokens")
-        return ModelInputs(sample.origin, ids, is_vision, is_query, scored, pixels, grid)
-
-    def _pixels(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        size = dict(self.image_processor.size)
-        longest = min(size["longest_edge"], self.max_image_pixels)  # despite their names, both are areas in pixels
-        size |= {"longest_edge": longest, "shortest_edge": min(size["shortest_edge"], longest)}
-        processed = self.image_processor(images=[image], size=size, return_tensors="pt")
-        return processed["pixel_values"], processed["image_grid_thw"]
+        image = {name: torch.from_numpy(values) for name, values in placed.arguments.items()}
+        return ModelInputs(sample.origin, ids, is_vision, is_query, scored, image, self.family.token_types)
 
     def _render(self, sample: Sample) -> tuple[str, list[tuple[int, int, int]]]:
         """The chat as one string, and (start, end, owner) of every message's text in it."""
@@ -176,6 +179,8 @@ class InputBuilder:
             rest: str = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
         except (ValueError, TemplateError) as error:
             raise InputError(f"{sample.origin}: the chat template failed ({error})") from error
+        if sample.has_image and self.family.placeholder is not None:
+            rest = rest.replace(self.family.placeholder, self.tokenizer.convert_ids_to_tokens(self.image_token))
         rendered = ""
         spans = []
         for message, mark in zip(sample.messages, marks, strict=True):

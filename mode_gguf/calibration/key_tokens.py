@@ -198,7 +198,7 @@ def _attention_rows(attention: LayerAttention, rows: Tensor) -> Iterator[tuple[T
 def _draw_seed(seed: int, layer: int, inputs: ModelInputs) -> int:
     """The same for the same sample, layer and seed, wherever the sample lies and in whichever order it comes."""
     digest = zlib.crc32(f"{seed} {layer}".encode())
-    for content in (inputs.input_ids, inputs.pixel_values):
+    for content in (inputs.input_ids, inputs.image.get("pixel_values")):
         if content is not None:
             digest = zlib.crc32(content.numpy().tobytes(), digest)
     return digest

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures import ModelFamily, find_family, text_tensors
+from mode_gguf.architectures.config import setting
 from mode_gguf.architectures.tensors import Array, Order, Role, SourceTensor
 from mode_gguf.calibration.distributed import local_rank
 from mode_gguf.calibration.watch import ATTENTION, EXPERTS
@@ -18,7 +19,7 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
 
 TEXT_MODEL = "model.language_model"
-"""Where every supported family keeps its text model, in the module tree and in the checkpoint."""
+"""Where transformers keeps the text model of every supported family."""
 
 LAYERS = f"{TEXT_MODEL}.layers"
 """Its decoder layers."""
@@ -81,15 +82,18 @@ class StreamedModel:
         tensors: the text tensors of the checkpoint.
         device: where weights and activations lie.
         dtype: of weights and activations.
+        linears: names of the modules of dense matrices and of the output head, by their tensors' names.
         reordered: tensors of the matrices in `Reordered`, by the names of those parameters.
     """
 
     checkpoint: Checkpoint
+    family: ModelFamily
     model: nn.Module
     layers: Sequence[nn.Module]
     tensors: Sequence[SourceTensor]
     device: torch.device
     dtype: torch.dtype
+    linears: Mapping[str, str]
     reordered: Mapping[str, SourceTensor]
 
     def load_layer(self, index: int) -> None:
@@ -111,6 +115,20 @@ class StreamedModel:
         finally:
             self.free_layer(index)
 
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """The output head records what it reads and computes nothing, for as long as the context lasts.
+
+        For forwards whose predictions nobody looks at: over a vocabulary of 150,000 the head takes as long as several
+        decoder layers, and its output more memory than anything else of a sample.
+        """
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head.forward = lambda hidden: hidden[..., :0]
+        try:
+            yield
+        finally:
+            del head.forward
+
     def layer_tensors(self, index: int, role: Role) -> list[SourceTensor]:
         """The tensors of one role in layer `index`."""
         return [tensor for tensor in self.tensors if tensor.layer == index and tensor.role is role]
@@ -125,9 +143,9 @@ class StreamedModel:
         Inputs, weights and outputs of each are in the order of its GGUF tensor.
         """
         modules = {
-            tensor.activation: self.model.get_submodule(_module_of(tensor))
+            tensor.activation: self.model.get_submodule(self.linears[tensor.name])
             for tensor in self.tensors
-            if tensor.role in (Role.DENSE, Role.OUTPUT) and tensor.activation is not None
+            if tensor.name in self.linears and tensor.activation is not None
         }
         return {name: one.linear if isinstance(one, Reordered) else one for name, one in modules.items()}
 
@@ -142,21 +160,26 @@ class StreamedModel:
                 self._set(name, self._weights(name, None, parameter.shape))
         self.model.tie_weights()  # type: ignore[operator]
         for name, buffer in self.model.named_buffers():
-            if name in self.checkpoint.tensors:
-                self._set_buffer(name, as_tensor(self.checkpoint.read(name)).to(self.device, buffer.dtype))
+            stored = self.family.stored_name(name)
+            if stored in self.checkpoint.tensors:
+                self._set_buffer(name, as_tensor(self.checkpoint.read(stored)).to(self.device, buffer.dtype))
 
     def _weights(self, name: str, layer: int | None, shape: torch.Size) -> torch.Tensor:
+        stored = self.family.stored_name(name)
+        special = self.family.read_parameter(self.checkpoint, name) if layer is None else None
         if layer is not None and ".experts." in name:
             weights = self._experts(name.rpartition(".")[2], layer)
         elif name in self.reordered:
             weights = self.to_device(self.reordered[name].read(0))
-        elif name not in self.checkpoint.tensors and name == "lm_head.weight":
+        elif special is not None:
+            weights = self.to_device(special)
+        elif stored not in self.checkpoint.tensors and name == "lm_head.weight":
             weights = self.model.get_input_embeddings().weight  # type: ignore[operator]
         else:
-            weights = self.to_device(self.checkpoint.read(name))
+            weights = self.to_device(self.checkpoint.read(stored))
         if weights.shape != shape:
             raise InputError(
-                f"{self.checkpoint.path}: tensor {name} has shape {tuple(weights.shape)}, its configuration says "
+                f"{self.checkpoint.path}: tensor {stored} has shape {tuple(weights.shape)}, its configuration says "
                 f"{tuple(shape)}"
             )
         return weights
@@ -196,10 +219,14 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
         InputError: the family is not supported, or a tensor is missing or has another shape than configured.
         UsageError, MissingResourceError: see `choose_device`.
     """
-    tensors = text_tensors(checkpoint)
+    family, tensors = find_family(checkpoint), text_tensors(checkpoint)
     chosen = choose_device(device)
     dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
-    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    settings = family.model_config(checkpoint)
+    model_type = setting(checkpoint, settings, str, "model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(f"{checkpoint.path / 'config.json'}: transformers has no model_type {model_type!r}")
+    config = CONFIG_MAPPING[model_type].from_dict(dict(settings))
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.eval()
@@ -214,20 +241,28 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
         raise InputError(f"{checkpoint.path}: experts of this form are not supported by calibration")
     model.set_experts_implementation(EXPERTS)
     model.set_attn_implementation({"text_config": ATTENTION})
+    linears = _linears(model, family, tensors)
     reordered = {}
     for tensor in tensors:
         if tensor.role is Role.DENSE and tensor.order is not None:
-            name = _module_of(tensor)
+            name = linears[tensor.name]
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, Reordered(model.get_submodule(name), tensor.order, chosen))
             reordered[f"{name}.linear.weight"] = tensor
-    streamed = StreamedModel(checkpoint, model, model.get_submodule(LAYERS), tensors, chosen, dtype, reordered)
+    layers = model.get_submodule(LAYERS)
+    streamed = StreamedModel(checkpoint, family, model, layers, tensors, chosen, dtype, linears, reordered)
     streamed.load_outside_layers()
     return streamed
 
 
-def _module_of(tensor: SourceTensor) -> str:
-    return tensor.sources[0].removesuffix(".weight")
+def _linears(model: nn.Module, family: ModelFamily, tensors: Sequence[SourceTensor]) -> dict[str, str]:
+    """Names of the modules that hold the weights of dense matrices and of the output head, by tensor name."""
+    parameters = {family.stored_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        tensor.name: parameters[tensor.sources[0]].removesuffix(".weight")
+        for tensor in tensors
+        if tensor.role in (Role.DENSE, Role.OUTPUT)
+    }
 
 
 def is_experts(module: nn.Module) -> bool:

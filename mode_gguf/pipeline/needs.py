@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from mode_gguf.architectures import text_tensors
-from mode_gguf.architectures.config import section, setting
+from gguf import Keys
+
+from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.limits import LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.checkpoint import Checkpoint
@@ -37,6 +38,8 @@ VALIDATION_BYTES = 3 << 29
 _HEAP_VALUES, _MOST_HEAP = 10, 4 << 30
 """What the C library keeps of what forwards free: hidden states per token, as measured; and no more than so much."""
 
+_MERGED_PATCHES = (Keys.ClipVision.SPATIAL_MERGE_SIZE, Keys.ClipVision.Projector.SCALE_FACTOR)
+"""Where a projector says how many patches a side a token stands for."""
 _CHARACTERS_PER_TOKEN = 3.0
 _TEMPLATE_TOKENS = 24
 _PACKED_PER_SECOND = 1.5e8
@@ -91,9 +94,12 @@ class Sizes:
         embedding = next(tensor for tensor in tensors if tensor.role is Role.EMBEDDING)
         every = sum(prod(stored.shape) for stored in checkpoint.tensors.values())
         weights = sum(tensor.n_weights for tensor in tensors)
-        used = setting(checkpoint, section(checkpoint, "text_config"), int, "num_experts_per_tok")
-        vision = section(checkpoint, "vision_config")
-        side = int(vision.get("patch_size", 16)) * int(vision.get("spatial_merge_size", 2))
+        family = find_family(checkpoint)
+        used_key = Keys.LLM.EXPERT_USED_COUNT.format(arch=family.gguf_arch)
+        used = cast(int, family.text_metadata(checkpoint)[used_key])
+        vision = family.projector_metadata(checkpoint)
+        merged = next((vision[key] for key in _MERGED_PATCHES if key in vision), 1)
+        side = cast(int, vision[Keys.ClipVision.PATCH_SIZE]) * cast(int, merged)
         idle = sum(tensor.n_weights * (1 - used / tensor.n_experts) for tensor in experts)
         return cls(
             stored_bytes=sum(stored.nbytes for stored in checkpoint.tensors.values()),
@@ -188,14 +194,15 @@ def stage_needs(
     waiting = value * sizes.hidden * (2 * work.tokens + 8 * work.vision_tokens)
     of_all_layers = value * sizes.hidden * (work.tokens * sizes.layers + 8 * work.vision_tokens)
     pixels = 4 * 6 * sizes.pixels_per_token * work.vision_tokens
-    step = value * work.longest * (2 * sizes.vocabulary + sizes.used * 3 * (sizes.width + sizes.hidden))
+    step = value * work.longest * sizes.used * 3 * (sizes.width + sizes.hidden)
+    logits = 2 * value * work.longest * sizes.vocabulary
     sums = 8 * 3 * sizes.layers * sizes.experts * (sizes.hidden + sizes.width)
     imatrix = 4 * sizes.layers * sizes.experts * (2 * sizes.hidden + sizes.width)
     routed = 2 * value * work.tokens * sizes.hidden
     gradients = 4 * LABEL_DRAWS * work.tokens * sizes.hidden
     n_dense_types = len(options.types.dense)
     of_head = 3 * 4 * sizes.vocabulary * sizes.hidden
-    of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * step
+    of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * (step + logits)
     held = (min(waiting, kept), min(of_all_layers, kept))
 
     def measuring(stage: str, samples: int, at_layer: int, **disk: int) -> StageNeeds:
@@ -239,12 +246,13 @@ def stage_needs(
 def _seconds(sizes: Sizes, work: Work, options: ConvertOptions, cores: int, machine: Machine) -> dict[str, float]:
     """Time of every stage, by name."""
     forward = 2 * (sizes.active * work.tokens + 4 * sizes.vision * work.vision_tokens) / machine.flops
+    head = 2 * sizes.vocabulary * sizes.hidden * work.tokens / machine.flops
     read = sizes.stored_bytes / machine.read_rate
     packed = sizes.weights / (_PACKED_PER_SECOND * cores)
     return {
-        "calibrate": _CALIBRATE * forward + read,
+        "calibrate": _CALIBRATE * (forward - head) + read,
         "sensitivity": _SENSITIVITY * forward + 2 * read + len(options.types.expert) * packed,
-        "round": _ROUND * forward + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
+        "round": _ROUND * (forward - head) + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
         "export": packed + read,
         "projector": 2 * sizes.vision / machine.read_rate,
         "validate": 2 * read + _VALIDATE * 2 * sizes.active * _HELD_OUT_TOKENS / machine.flops,

@@ -40,8 +40,7 @@ def test_image_sample_scores_its_answer_and_asks_with_its_messages(builder: Inpu
     inputs = builder.build(chat("What colour is it?", "It is red."))
     assert predicted(builder, inputs) == "It is red."
     assert builder.tokenizer.decode(inputs.input_ids[inputs.is_query]) == "What colour is it?It is red."
-    assert inputs.image_grid_thw is not None
-    assert int(inputs.is_vision.sum()) == int(inputs.image_grid_thw.prod()) // 4 == 8 * 6 // 4
+    assert int(inputs.is_vision.sum()) == int(inputs.image["image_grid_thw"].prod()) // 4 == 8 * 6 // 4
     arguments = inputs.model_arguments(torch.device("cpu"), torch.float32)
     assert torch.equal(arguments["mm_token_type_ids"][0].bool(), inputs.is_vision)
 

@@ -32,7 +32,8 @@ LENGTH, FIRST, N_VISION = 14, 2, 8
 CAUSAL = torch.ones(LENGTH, LENGTH).tril().bool()
 IS_VISION = (torch.arange(LENGTH) >= FIRST) & (torch.arange(LENGTH) < FIRST + N_VISION)
 IS_QUERY = torch.arange(LENGTH) > FIRST + N_VISION
-INPUTS = ModelInputs("test", torch.arange(LENGTH), IS_VISION, IS_QUERY, torch.arange(LENGTH - 1), torch.ones(4, 3))
+IMAGE = {"pixel_values": torch.ones(4, 3)}
+INPUTS = ModelInputs("test", torch.arange(LENGTH), IS_VISION, IS_QUERY, torch.arange(LENGTH - 1), IMAGE)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_random_tokens_differ_by_layer_sample_and_seed_and_come_again(attention:
 
     assert drawn() == drawn() == drawn(inputs=replace(INPUTS, origin="elsewhere"))
     other_text = replace(INPUTS, input_ids=INPUTS.input_ids + 1)
-    other_image = replace(INPUTS, pixel_values=torch.zeros(4, 3))
+    other_image = replace(INPUTS, image={"pixel_values": torch.zeros(4, 3)})
     for vary in (
         [drawn(seed=seed) for seed in range(9)],
         [drawn(layer=layer) for layer in range(9)],

@@ -1,0 +1,54 @@
+"""How an image takes its place in a prompt: what the model is fed with, and which tokens stand for it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mode_gguf.architectures.config import setting
+from mode_gguf.architectures.tensors import Array
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlace:
+    """An image that is to take its place in a prompt, and what its checkpoint prepares it with.
+
+    Attributes:
+        checkpoint: whose model is to see it.
+        image: in RGB.
+        processor: transformers' image processor.
+        tokenizer: transformers' tokenizer.
+        image_token: id of the token that stands for a piece of an image.
+        max_pixels: area that it is scaled down to, where the model's own limit is not lower.
+    """
+
+    checkpoint: Checkpoint
+    image: "Image"
+    processor: Any
+    tokenizer: Any
+    image_token: int
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedImage:
+    """An image as the model is fed with it.
+
+    Attributes:
+        tokens: ids in the place of the template's placeholder: image tokens, and marks that the template has not set.
+        arguments: of the model's forward, by name; `pixel_values` and what tells their layout.
+    """
+
+    tokens: Sequence[int]
+    arguments: Mapping[str, Array]
+
+
+def image_token_id(checkpoint: Checkpoint) -> int:
+    """`image_token_id` of config.json."""
+    if "image_token_id" not in checkpoint.config:
+        raise InputError(f"{checkpoint.path}: config.json names no image_token_id; not a vision-language model")
+    return setting(checkpoint, checkpoint.config, int, "image_token_id")
