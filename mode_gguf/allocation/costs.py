@@ -89,11 +89,11 @@ def tensor_units(
             continue
         offered = types.of(tensor)
         axis = _stored(tensor, measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types)
-        costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name)
+        is_expert = tensor.role is Role.EXPERT
+        costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name, always=is_expert)
         candidates = tuple(
             Candidate(offer, tensor_bytes(tensor, offer), cost) for offer, cost in zip(offered, costs, strict=True)
         )
-        is_expert = tensor.role is Role.EXPERT
         units.append(
             AllocationUnit(tensor.name, (tensor.name,), tensor.n_weights, candidates, tensor.layer, is_expert=is_expert)
         )
@@ -121,7 +121,7 @@ def expert_units(
         ]
         for expert in range(projections[0].n_experts):
             name = f"blk.{layer}.expert.{expert}"
-            own = _offered(costs[expert], axis, [*offered.values()], name)
+            own = _offered(costs[expert], axis, [*offered.values()], name, always=True)
             candidates = tuple(
                 Candidate(offer, size, cost) for offer, size, cost in zip(offered, sizes, own, strict=True)
             )
@@ -274,10 +274,18 @@ def _array(measured: Measurements, name: str) -> np.ndarray:
     return measured.arrays[name]
 
 
-def _offered(costs: np.ndarray, axis: Sequence[QuantType], offered: Sequence[QuantType], name: str) -> list[float]:
-    """Costs of the offered types; where there is no choice the cost decides nothing and need not be known."""
-    if len(offered) == 1 and not (offered[0] in axis and np.isfinite(costs[axis.index(offered[0])])):
-        return [0.0]
+def _offered(
+    costs: np.ndarray, axis: Sequence[QuantType], offered: Sequence[QuantType], name: str, *, always: bool
+) -> list[float]:
+    """Costs of the offered types; where there is no choice the cost decides nothing and need not be known.
+
+    `always`: where it is known it counts all the same, so that plans by tensor and by expert, which have no choice
+    about different things, can be compared.
+    """
+    if len(offered) == 1:
+        known = always and offered[0] in axis and np.isfinite(costs[axis.index(offered[0])])
+        if not known:
+            return [0.0]
     missing = [offer.name for offer in offered if offer not in axis]
     if missing:
         raise InputError(
