@@ -65,6 +65,7 @@ def test_convert_chooses_stand_ins_and_llama_cpp_answers(narrow: Path, out: Path
     assert not facts.missing
     assert facts.plan is not None
     assert facts.prediction is not None
+    assert facts.prediction.this is not None
     assert sum(facts.prediction.this) > 0
     assert {name for one in facts.plan.types if one.part == "ffn_down_exps" for name in one.types} <= STAND_INS
 
@@ -87,6 +88,7 @@ def test_an_expert_takes_types_that_go_together(narrow: Path, out: Path, run: Ru
     check_structure(Path(result["model"]), plan.stored_types)
     prediction = conversion_facts(work_folder(out)).prediction
     assert prediction is not None
+    assert prediction.this is not None
     assert plan.solver is not None
     assert sum(prediction.this) == pytest.approx(plan.solver.objective, rel=0.05)
     assert json.loads(run("report", out, "--json"))["page"] == str(out / "report.html")
