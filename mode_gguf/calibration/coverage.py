@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mode_gguf.calibration.watch import KEY_VISION, MODALITIES, TEXT
+from mode_gguf.calibration.kinds import KEY_VISION, MODALITIES, TEXT
 
 if TYPE_CHECKING:  # the statistics write these warnings into their file
     from mode_gguf.calibration.statistics import CalibrationStatistics

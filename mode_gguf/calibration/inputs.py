@@ -11,13 +11,13 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace
+from mode_gguf.calibration.kinds import ANSWERS
 from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
-ANSWERS = ("text", "image")
-"""Kinds of scored positions, in the order of every array: of samples without, and with, an image."""
+__all__ = ["ANSWERS", "InputBuilder", "ModelInputs"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ import numpy as np
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.calibration.coverage import LayerCoverage, calibration_warnings
-from mode_gguf.calibration.key_tokens import KeyTokens
-from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.calibration.kinds import MODALITIES, KeyTokens
 from mode_gguf.errors import InputError
 
 EXPERTS_INPUT = "blk.{layer}.ffn_exps.input"

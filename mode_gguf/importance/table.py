@@ -9,8 +9,7 @@ import numpy as np
 
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
-from mode_gguf.calibration.inputs import ANSWERS
-from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.calibration.kinds import ANSWERS, MODALITIES
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.quantization.packing import EXACT, Packing
 

@@ -354,7 +354,7 @@ def _unit(unit: AllocationUnit, plan: Plan) -> Unit:
 
 def _calibration_facts(statistics: "CalibrationStatistics") -> CalibrationFacts:
     from mode_gguf.calibration.coverage import MIN_TOKENS_PER_EXPERT, calibration_warnings, experts_hardly_seen
-    from mode_gguf.calibration.watch import MODALITIES
+    from mode_gguf.calibration.kinds import MODALITIES
 
     layers = statistics.moe_layers
     counts = [statistics.counts(layer) for layer in layers]

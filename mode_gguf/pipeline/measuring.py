@@ -20,7 +20,7 @@ from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
-    from mode_gguf.calibration.key_tokens import KeyTokens
+    from mode_gguf.calibration.kinds import KeyTokens
     from mode_gguf.calibration.sample import Sample
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.imatrix import Imatrix
@@ -218,7 +218,7 @@ def _write_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStati
 
 
 def _key_tokens(options: CalibrationOptions) -> "KeyTokens":
-    from mode_gguf.calibration.key_tokens import KeyTokens
+    from mode_gguf.calibration.kinds import KeyTokens
 
     return KeyTokens(options.key_tokens, options.key_ratio, options.seed)
 
