@@ -15,6 +15,9 @@ Granularity: TypeAlias = Literal["tensor", "expert"]
 FALLBACK = QUANT_TYPES["Q8_0"]
 """Takes over where no candidate can store a tensor: 32 weights is the smallest block there is."""
 
+UNMEASURED = QUANT_TYPES["Q6_K"]
+"""Of dense matrices that calibration says nothing about: nearly what full precision is, and there are few."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -76,9 +79,11 @@ class CandidateTypes:
     floors: Mapping[Role, QuantType] = field(default_factory=dict)
 
     def of(self, tensor: SourceTensor) -> tuple[QuantType, ...]:
-        """What `tensor` may be stored as; F32 alone for routers, norms and biases."""
+        """What `tensor` may be stored as: F32 alone for routers, norms and biases, `UNMEASURED` for what it is."""
         if tensor.role is Role.KEEP:
             return (QUANT_TYPES["F32"],)
+        if tensor.role in (Role.DENSE, Role.OUTPUT) and tensor.activation is None:
+            return fitting_types(tensor, (UNMEASURED,))
         offered = self.expert if tensor.role is Role.EXPERT else self.dense
         if floor := self.floors.get(tensor.role):
             least = floor.bits_per_weight

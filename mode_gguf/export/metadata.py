@@ -5,13 +5,15 @@ from pathlib import Path
 
 import gguf
 import yaml  # type: ignore[import-untyped]  # what gguf reads model cards with
-from gguf import GGUFWriter, LlamaFileType
+from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from mode_gguf.architectures import Metadata
+from mode_gguf.architectures.base_gguf import copied_keys
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix import read_imatrix_header
+from mode_gguf.gguf_header import GgufHeader
 from mode_gguf.quantization.types import QuantType, type_of_most_weights
 
 QUANTIZED_BY = "mode-gguf"
@@ -83,6 +85,14 @@ def add_general_keys(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequen
     about.base_models = [_base_model(checkpoint)]
     writer.add_type(kind)
     about.set_gguf_meta_model(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_base_keys(writer: GGUFWriter, base: GgufHeader) -> None:
+    """All keys of a base GGUF, but for those that say how its own weights are stored."""
+    for key, value, kinds in copied_keys(base):
+        writer.add_key_value(key, value, *map(GGUFValueType, kinds))
+    writer.add_quantized_by(QUANTIZED_BY)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

@@ -92,6 +92,10 @@ def _title(release: Release, base: str | None) -> Iterator[str]:
 def _method(release: Release) -> str:
     if release.plan.budget is None or not release.calibration:
         return ""
+    if release.calibration.get("imatrix"):
+        return ": mixed precision after an importance matrix, which does not tell text from pictures"
+    if not release.calibration.get("sees", True):
+        return f": mixed precision after {_PAPER}, from what text needs of every expert"
     return f": mixed precision after {_PAPER}, from what text and pictures need of every expert"
 
 
@@ -208,6 +212,12 @@ def _calibration(release: Release) -> Iterator[str]:
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in samples.items())
     names = ", ".join(f"`{name}`" for name in release.datasets)
     yield f"{names}{f': {counts}' if counts else ''}."
+    if imatrix := release.calibration.get("imatrix"):
+        yield ""
+        yield (
+            f"These are the samples of the importance matrix `{imatrix}`, counted as if they were text: it does not "
+            "tell text from images, so that types were chosen without knowing what pictures need of every expert."
+        )
     if key := release.calibration.get("key_tokens"):
         yield ""
         yield (

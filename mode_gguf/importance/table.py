@@ -13,7 +13,7 @@ from mode_gguf.calibration.kinds import ANSWERS, MODALITIES
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.quantization.packing import EXACT, Packing
 
-Method: TypeAlias = Literal["fisher", "expert-mse", "block-mse"]
+Method: TypeAlias = Literal["fisher", "expert-mse", "block-mse", "imatrix-error"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
@@ -24,7 +24,8 @@ class SensitivityTable:
     Attributes:
         model: name of the model.
         fingerprint: of its checkpoint.
-        method: `fisher` (KL in nats per scored position), `expert-mse` or `block-mse` (mean squared errors).
+        method: `fisher` (KL in nats per scored position), `expert-mse` or `block-mse` (mean squared errors), or
+            `imatrix-error` (shares of outputs' energy, of all tokens alike).
         expert_types: names along the last axis of expert tensors' arrays.
         dense_types: names along the last axis of all other arrays.
         arrays: `{tensor}.unit`, `{tensor}.expert`, `blk.L.ffn_exps.expert`, and the `.weight_error` of all three.

@@ -35,7 +35,14 @@ log = logging.getLogger(__name__)
 def run_calibration(
     checkpoint: Checkpoint, folder: WorkFolder, options: CalibrationOptions, progress: Progress = silent
 ) -> "CalibrationStatistics":
-    """Write calibration.safetensors and the importance matrix."""
+    """Write calibration.safetensors and the importance matrix, measured or from another importance matrix."""
+    if options.from_imatrix is not None:
+        from mode_gguf.pipeline.from_imatrix import take_statistics
+
+        stage = StageLedger(folder).begin(calibrate_stage(checkpoint, folder, options))
+        taken = take_statistics(checkpoint, folder, options.from_imatrix)
+        stage.finish()
+        return taken
     from mode_gguf.calibration.calibrate import calibrate
     from mode_gguf.calibration.coverage import calibration_warnings
     from mode_gguf.calibration.distributed import everywhere
@@ -80,6 +87,14 @@ def run_sensitivity(
         InputError: `calibrate` has not run in this folder, or ran for another model.
         UsageError: `method` makes no importance matrix of the kind asked for.
     """
+    if method == "imatrix-error":
+        from mode_gguf.pipeline.from_imatrix import measure_imatrix_error
+
+        kind = chosen_imatrix(imatrix, method)
+        stage = StageLedger(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, kind, packing))
+        measure_imatrix_error(checkpoint, folder, types, packing, progress=progress)
+        stage.finish()
+        return
     from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.sensitivity import measure_sensitivity

@@ -125,7 +125,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
     ledger = StageLedger(folder)
     settings, model = ledger.left("export")
     _, projector = ledger.left("projector")
-    if not model or not projector:
+    if not model or not (projector or settings.get("projector") == "none"):
         raise InputError(f"{folder.path}: no export has finished here; run `mode-gguf convert` or `mode-gguf export`")
     for path, identity in {**model, **projector}.items():
         if file_identity(path) != identity:
