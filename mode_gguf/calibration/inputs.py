@@ -92,15 +92,18 @@ class InputBuilder:
             InputError: the checkpoint lacks either, or has no image token.
         """
         family = find_family(checkpoint)
+        image_processor, image_token = None, -1
         try:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
-            image_processor = AutoImageProcessor.from_pretrained(
-                checkpoint.path, backend="pil", trust_remote_code=False
-            )
+            if family.projector_type:
+                image_processor = AutoImageProcessor.from_pretrained(
+                    checkpoint.path, backend="pil", trust_remote_code=False
+                )
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{checkpoint.path}: tokenizer or image processor cannot be read ({reason})") from error
-        image_token = family.image_token(checkpoint)
+        if family.projector_type:
+            image_token = family.image_token(checkpoint)
         return cls(checkpoint, family, tokenizer, image_processor, image_token, max_tokens, max_image_pixels)
 
     def build(self, sample: Sample) -> ModelInputs:
@@ -118,6 +121,8 @@ class InputBuilder:
         ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
         if not sample.has_image:
             return self._text_inputs(sample, ids[: self.max_tokens])
+        if self.image_processor is None:
+            raise InputError(f"{sample.origin}: has an image, and {self.checkpoint.path} is a text-only model")
         owner = torch.tensor([_owner(start, end, spans) for start, end in encoded["offset_mapping"]])
         return self._image_inputs(sample, ids, owner)
 
