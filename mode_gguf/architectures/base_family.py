@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
 from gguf import Keys
 
 from mode_gguf.architectures import base_match
@@ -15,7 +16,8 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
 _IMAGE_TOKENS: Final = ("image_token_id", "image_token_index")
-_TOKEN_COUNTS: Final = ("image_seq_length", "mm_tokens_per_image")
+_NO_IMAGE: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What a processor gives beside the image."""
 
 
 def checkpoint_with_base(checkpoint: Checkpoint | None, base: BaseGguf, *, compared: bool = True) -> Checkpoint:
@@ -94,27 +96,38 @@ def image_token(checkpoint: Checkpoint) -> int:
 
 
 def place_image(place: ImagePlace) -> PlacedImage:
-    """The image as its processor prepares it, and as many tokens as a grid of patches or the configuration says.
+    """The image as the checkpoint's processor puts it into a prompt, marks of rows and ends included.
+
+    Where there is only an image processor (one for video may be missing), a grid of patches says how many tokens.
 
     Raises:
-        InputError: neither says how many tokens stand for the image.
+        InputError: nothing says how many tokens stand for the image.
     """
+    if hasattr(place.processor, "image_processor"):
+        return _placed_by_processor(place)
     processor, options = place.processor, {}
     size = dict(processor.size) if isinstance(getattr(processor, "size", None), Mapping) else {}
     if "longest_edge" in size and "shortest_edge" in size and size["longest_edge"] > 1 << 14:  # areas, not lengths
         longest = min(size["longest_edge"], place.max_pixels)
         options = {"size": size | {"longest_edge": longest, "shortest_edge": min(size["shortest_edge"], longest)}}
     processed = processor(images=[place.image], return_tensors="np", **options)
-    if "image_grid_thw" in processed:
-        count = int(processed["image_grid_thw"].prod()) // int(processor.merge_size) ** 2
-    else:
-        settings = {**vars(processor), **place.checkpoint.config}
-        counts = [settings[key] for key in _TOKEN_COUNTS if isinstance(settings.get(key), int)]
-        if not counts:
-            raise InputError(
-                f"{place.checkpoint.path}: its image processor does not say how many tokens an image takes; calibrate "
-                "on text alone with --image-samples 0, or give llama-imatrix's file with --calibration-from"
-            )
-        count = int(counts[0])
+    if "image_grid_thw" not in processed:
+        raise InputError(
+            f"{place.checkpoint.path}: its image processor does not say how many tokens an image takes, and its whole "
+            "processor cannot be loaded; calibrate on text alone with --image-samples 0, or give llama-imatrix's file "
+            "with --calibration-from"
+        )
+    count = int(processed["image_grid_thw"].prod()) // int(processor.merge_size) ** 2
     arrays = {name: values for name, values in processed.items() if hasattr(values, "dtype")}
     return PlacedImage([place.image_token] * count, arrays)
+
+
+def _placed_by_processor(place: ImagePlace) -> PlacedImage:
+    image = place.image
+    if image.width * image.height > place.max_pixels:
+        shrink = (place.max_pixels / (image.width * image.height)) ** 0.5
+        image = image.resize((max(1, int(image.width * shrink)), max(1, int(image.height * shrink))))
+    token = place.tokenizer.convert_ids_to_tokens(place.image_token)
+    processed = place.processor(text=[token], images=[image], add_special_tokens=False, return_tensors="np")
+    arrays = {name: np.asarray(values) for name, values in processed.items() if name not in _NO_IMAGE}
+    return PlacedImage([int(number) for number in processed["input_ids"][0]], arrays)

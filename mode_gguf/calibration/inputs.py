@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace
@@ -96,9 +96,7 @@ class InputBuilder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
             if family.projector_type:
-                image_processor = AutoImageProcessor.from_pretrained(
-                    checkpoint.path, backend="pil", trust_remote_code=False
-                )
+                image_processor = _image_processor(checkpoint)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{checkpoint.path}: tokenizer or image processor cannot be read ({reason})") from error
@@ -196,6 +194,16 @@ class InputBuilder:
             rendered += before + message.text
             spans.append((start, len(rendered), _ANSWER if message.role == "assistant" else _PROMPT))
         return rendered + rest, spans
+
+
+def _image_processor(checkpoint: Checkpoint) -> Any:
+    """What prepares images; of a model without a family its whole processor, which knows the marks around them."""
+    if checkpoint.base is not None:
+        try:
+            return AutoProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
+        except (OSError, ValueError, ImportError, TypeError, AttributeError):
+            pass  # a part of it, such as one for video, cannot be used here
+    return AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
 
 
 _TEMPLATE, _PROMPT, _ANSWER = range(3)
