@@ -5,13 +5,13 @@ llama.cpp have, though nobody has published one.
 """
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Idefics3Config, MixtralConfig, OlmoeConfig
+from transformers.utils.logging import disable_progress_bar
 
 from tests.pico import CHAT_TEMPLATE, HIDDEN, VOCAB, token_id, write_json, write_tokenizer
 
@@ -81,7 +81,7 @@ def write_pico_idefics3_mixtral(folder: Path, seed: int = 0) -> Path:
 
 
 def _save(folder: Path, auto: Any, config: Any, seed: int) -> None:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()
     torch.manual_seed(seed)
     model = auto.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
