@@ -17,6 +17,8 @@ from tests.pico import CHAT_TEMPLATE, HIDDEN, VOCAB, token_id, write_json, write
 
 LAYERS, EXPERTS, TOP_K, WIDTH = 3, 4, 2, 512
 IMAGE_TOKENS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+BEFORE_IMAGE = "\n\n"
+"""A token that llama.cpp looks up to put before a picture."""
 TILE, PATCH, SCALE = 128, 16, 2
 
 _TEXT: dict[str, Any] = {
@@ -99,11 +101,14 @@ def _add_image_tokens(folder: Path) -> None:
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in IMAGE_TOKENS])
+    tokenizer.add_tokens([AddedToken(BEFORE_IMAGE, normalized=False)])
     tokenizer.save(str(path))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     pattern = next(iter(settings["added_tokens_decoder"].values()))
     for token in IMAGE_TOKENS:
         settings["added_tokens_decoder"][str(tokenizer.token_to_id(token))] = {**pattern, "content": token}
+    number = str(tokenizer.token_to_id(BEFORE_IMAGE))
+    settings["added_tokens_decoder"][number] = {**pattern, "content": BEFORE_IMAGE, "special": False}
     vision = "<|vision_start|><|image_pad|><|vision_end|>"
     settings["chat_template"] = CHAT_TEMPLATE.replace(vision, IMAGE_TOKENS[0])
     write_json(folder / "tokenizer_config.json", settings)
