@@ -18,6 +18,7 @@ __all__ = [
     "checkpoint_with_base",
     "find_family",
     "left_out",
+    "mtp_tensors",
     "projector_tensors",
     "text_tensors",
 ]
@@ -72,6 +73,28 @@ def text_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
     family = find_family(checkpoint)
     check_all_used(family, checkpoint)
     return source_tensors(family, family.text_rules, checkpoint)
+
+
+def mtp_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
+    """Tensors of the file that drafts by multi-token prediction; raises like `text_tensors`, and where there is none.
+
+    Raises:
+        InputError: the checkpoint has no such block, or llama.cpp cannot draft with that of its family.
+    """
+    family = find_family(checkpoint)
+    if family.mtp_rules is None:
+        raise InputError(f"{checkpoint.path}: multi-token prediction of {family.hf_class} is not supported")
+    block = left_out(checkpoint)
+    if not block:
+        raise InputError(
+            f"{checkpoint.path}: no tensor's name begins with {' or '.join(family.ignored)}; these weights were "
+            "published without a block for multi-token prediction"
+        )
+    tensors = source_tensors(family, family.mtp_rules(checkpoint), checkpoint)
+    unknown = sorted(set(block) - {source for tensor in tensors for source in tensor.sources})
+    if unknown:
+        raise InputError(f"{checkpoint.path}: tensor {unknown[0]} has no place in a file for multi-token prediction")
+    return tensors
 
 
 def projector_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:

@@ -141,6 +141,9 @@ class ModelFamily:
         stored_name: from the name of a transformers parameter to the checkpoint tensor's.
         read_parameter: reads a parameter outside the decoder layers that is not one tensor as it is, by its name in
             transformers; None for those that are.
+        mtp_rules: tensors of a file that drafts by multi-token prediction, without placeholders; None where there is
+            no such file.
+        mtp_metadata: its keys beyond general.* and tokenizer.*.
     """
 
     hf_class: str
@@ -162,6 +165,8 @@ class ModelFamily:
     model_config: Callable[[Checkpoint], Mapping[str, Any]] = attrgetter("config")
     stored_name: Callable[[str], str] = same_name
     read_parameter: Callable[[Checkpoint, str], Array | None] = no_parameter
+    mtp_rules: Callable[[Checkpoint], tuple[TensorRule, ...]] | None = None
+    mtp_metadata: Callable[[Checkpoint], Metadata] | None = None
 
 
 def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint: Checkpoint) -> list[SourceTensor]:

@@ -124,6 +124,20 @@ class StreamedModel:
         finally:
             self.free_layer(index)
 
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """The output head records what it reads and computes nothing, for as long as the context lasts.
+
+        For forwards whose predictions nobody looks at: over a vocabulary of 150,000 the head takes as long as several
+        decoder layers, and its output more memory than anything else of a sample.
+        """
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head.forward = lambda hidden: hidden[..., :0]
+        try:
+            yield
+        finally:
+            del head.forward
+
     def layer_tensors(self, index: int, role: Role) -> list[SourceTensor]:
         """The tensors of one role in layer `index`."""
         return [tensor for tensor in self.tensors if tensor.layer == index and tensor.role is role]

@@ -197,14 +197,15 @@ def stage_needs(
     waiting = value * sizes.hidden * (2 * work.tokens + 8 * work.vision_tokens)
     of_all_layers = value * sizes.hidden * (work.tokens * sizes.layers + 8 * work.vision_tokens)
     pixels = 4 * 6 * sizes.pixels_per_token * work.vision_tokens
-    step = value * work.longest * (2 * sizes.vocabulary + sizes.used * 3 * (sizes.width + sizes.hidden))
+    step = value * work.longest * sizes.used * 3 * (sizes.width + sizes.hidden)
+    logits = 2 * value * work.longest * sizes.vocabulary
     sums = 8 * 3 * sizes.layers * sizes.experts * (sizes.hidden + sizes.width)
     imatrix = 4 * sizes.layers * sizes.experts * (2 * sizes.hidden + sizes.width)
     routed = 2 * value * work.tokens * sizes.hidden
     gradients = 4 * LABEL_DRAWS * work.tokens * sizes.hidden
     n_dense_types = len(options.types.dense)
     of_head = 3 * 4 * sizes.vocabulary * sizes.hidden
-    of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * step
+    of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * (step + logits)
     held = (min(waiting, kept), min(of_all_layers, kept))
 
     def measuring(stage: str, samples: int, at_layer: int, **disk: int) -> StageNeeds:
@@ -255,12 +256,13 @@ def stage_needs(
 def _seconds(sizes: Sizes, work: Work, options: ConvertOptions, cores: int, machine: Machine) -> dict[str, float]:
     """Time of every stage, by name."""
     forward = 2 * (sizes.active * work.tokens + 4 * sizes.vision * work.vision_tokens) / machine.flops
+    head = 2 * sizes.vocabulary * sizes.hidden * work.tokens / machine.flops
     read = sizes.stored_bytes / machine.read_rate
     packed = sizes.weights / (_PACKED_PER_SECOND * cores)
     return {
-        "calibrate": _CALIBRATE * forward + read,
+        "calibrate": _CALIBRATE * (forward - head) + read,
         "sensitivity": _SENSITIVITY * forward + 2 * read + len(options.types.expert) * packed,
-        "round": _ROUND * forward + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
+        "round": _ROUND * (forward - head) + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
         "export": packed + read,
         "projector": 2 * sizes.vision / machine.read_rate,
         "validate": 2 * read + _VALIDATE * 2 * sizes.active * _HELD_OUT_TOKENS / machine.flops,
