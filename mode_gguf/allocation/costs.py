@@ -88,7 +88,9 @@ def tensor_units(
             continue
         offered = types.of(tensor)
         axis = measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types
-        costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name)
+        # Where there is no choice, nothing need have been measured.
+        known = _tensor_costs(tensor, measured, model) if len(offered) > 1 else np.zeros(0)
+        costs = _offered(known, axis, offered, tensor.name)
         candidates = tuple(
             Candidate(offer, tensor_bytes(tensor, offer), cost) for offer, cost in zip(offered, costs, strict=True)
         )
@@ -142,7 +144,7 @@ def cost_of_types(
     """
     total = 0.0
     for layer in dict.fromkeys(tensor.layer for tensor in tensors):
-        members = [tensor for tensor in tensors if tensor.layer == layer and tensor.role is not Role.KEEP]
+        members = [tensor for tensor in tensors if tensor.layer == layer and is_measured(tensor)]
         by_expert = {t.name: chosen[t.name] for t in members if t.role is Role.EXPERT and len(chosen[t.name]) > 1}
         total += sum(
             _cost_at(_tensor_costs(tensor, measured, model), chosen[tensor.name], tensor, measured)
@@ -157,6 +159,12 @@ def cost_of_types(
             for name, tensor in zip(names, experts, strict=False):
                 total += _cost_at(_combined(name, layer, measured, model), chosen[tensor.name], tensor, measured)
     return total
+
+
+def is_measured(tensor: SourceTensor) -> bool:
+    """Whether its cost is known: not of what stays F32, nor of matrices that calibration says nothing about."""
+    unseen = tensor.role in (Role.DENSE, Role.OUTPUT) and tensor.activation is None
+    return tensor.role is not Role.KEEP and not unseen
 
 
 def _cost_at(costs: np.ndarray, types: Sequence[QuantType], tensor: SourceTensor, measured: Measurements) -> float:

@@ -164,7 +164,7 @@ def copied_keys(header: GgufHeader) -> list[tuple[str, Any, tuple[int, ...]]]:
     return [
         (key, value, header.kinds[key])
         for key, value in header.metadata.items()
-        if key not in _NOT_COPIED and not key.startswith("quantize.") and value != []
+        if key not in _NOT_COPIED and not key.startswith(("quantize.", "general.base_model.")) and value != []
     ]
 
 

@@ -88,10 +88,16 @@ def add_general_keys(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequen
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def add_base_keys(writer: GGUFWriter, base: GgufHeader) -> None:
-    """All keys of a base GGUF, but for those that say how its own weights are stored."""
+def add_base_keys(writer: GGUFWriter, checkpoint: Checkpoint, base: GgufHeader) -> None:
+    """All keys of a base GGUF, but for those that say how its own weights are stored, and what it was made from."""
     for key, value, kinds in copied_keys(base):
         writer.add_key_value(key, value, *map(GGUFValueType, kinds))
+    about = _base_model(checkpoint)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, about["name"])
+    if "repo_url" in about:
+        writer.add_base_model_organization(0, about["organization"])
+        writer.add_base_model_repo_url(0, about["repo_url"])
     writer.add_quantized_by(QUANTIZED_BY)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

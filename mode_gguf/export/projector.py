@@ -44,7 +44,7 @@ def write_projector(
     def add_keys(writer: GGUFWriter) -> None:
         if checkpoint.base is not None and checkpoint.base.projector is not None:
             writer.add_file_type(file_type(file_quant_type))
-            add_base_keys(writer, checkpoint.base.projector)
+            add_base_keys(writer, checkpoint, checkpoint.base.projector)
             return
         add_general_keys(writer, checkpoint, tensors, kind="mmproj")
         writer.add_file_type(file_type(file_quant_type))

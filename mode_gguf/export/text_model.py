@@ -163,7 +163,7 @@ def _add_keys(
     if layout.members:
         writer.add_uint32(expert_groups.VERSION_KEY, expert_groups.VERSION)
     if checkpoint.base is not None:
-        add_base_keys(writer, checkpoint.base.text)
+        add_base_keys(writer, checkpoint, checkpoint.base.text)
     else:
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
         add_general_keys(writer, checkpoint, tensors, kind="model")

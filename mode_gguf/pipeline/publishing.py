@@ -140,7 +140,8 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
     roles |= dict.fromkeys(projector, "projector")
     roles |= dict.fromkeys([imatrix] if imatrix.exists() else [], "importance matrix")
     about = describe(next(iter(model)))
-    bpw = {"text model": about["bpw"], "projector": read_header(next(iter(projector))).bpw, "importance matrix": None}
+    projector_bpw = read_header(next(iter(projector))).bpw if projector else None
+    bpw = {"text model": about["bpw"], "projector": projector_bpw, "importance matrix": None}
     files = tuple(
         ReleasedFile(path, role, path.stat().st_size, bpw[role], digest)
         for (path, role), digest in zip(roles.items(), sha256_of(list(roles), progress), strict=True)

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
-from mode_gguf.gguf_header import read_header
+from mode_gguf.gguf_header import GgufHeader, TensorInfo, read_header
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.base_gguf import open_base, permuted_rows, write_family_base, write_olmoe_base
 from tests.pico import write_pico_qwen3vlmoe
@@ -194,9 +195,7 @@ def test_missing_experts_are_named(olmoe: Checkpoint, folder: Path, monkeypatch:
             open_base(path)
 
 
-def with_only(path: Path, tensors: dict[str, object]) -> object:
-    from dataclasses import replace
-
+def with_only(path: Path, tensors: dict[str, TensorInfo]) -> GgufHeader:
     return replace(read_header(path), tensors=tensors)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from mode_gguf.architectures import checkpoint_with_base
@@ -59,9 +60,9 @@ def watched(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Ten
     streamed = open_streamed(checkpoint, "cpu")
     inputs = [InputBuilder.open(checkpoint).build(sample(TEXT))]
     observer = Observer(streamed.tensors, streamed.device)
-    logits = []
+    read: list[torch.Tensor] = []
     head = streamed.model.get_submodule("lm_head")
-    hook = head.register_forward_hook(lambda module, arguments, output: logits.append(output[0]))
+    hook = head.register_forward_hook(lambda module, arguments, output: read.append(arguments[0][0]))
     run_watched(
         streamed,
         inputs,
@@ -71,7 +72,7 @@ def watched(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Ten
         description="test",
     )
     hook.remove()
-    return observer.arrays, logits[0]
+    return observer.arrays, linear(read[0], streamed.model.get_parameter("lm_head.weight"))
 
 
 def test_rows_in_another_order_change_no_statistics(olmoe: Path) -> None:
