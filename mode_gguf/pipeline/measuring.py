@@ -1,7 +1,8 @@
 """The stages that run the model: calibrate, sensitivity, unit-kl. torch is imported when they run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,15 +50,16 @@ def run_calibration(
     from mode_gguf.importance.imatrix import balanced_imatrix
 
     stage = StageLedger(folder).begin(calibrate_stage(checkpoint, folder, options))
-    statistics = everywhere(
-        calibrate,
-        checkpoint,
-        calibration_samples(options),
-        device=options.device,
-        key_tokens=_key_tokens(options),
-        hidden_bytes=options.hidden_bytes,
-        progress=progress,
-    )
+    with _of_any_form(checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
+        statistics = everywhere(
+            calibrate,
+            checkpoint,
+            calibration_samples(options),
+            device=options.device,
+            key_tokens=_key_tokens(options),
+            hidden_bytes=options.hidden_bytes,
+            progress=progress,
+        )
     statistics.save(folder.calibration)
     for warning in calibration_warnings(statistics):
         log.warning("%s", warning)
@@ -108,27 +110,44 @@ def run_sensitivity(
         )
     imatrix = chosen_imatrix(imatrix, method)
     stage = StageLedger(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, imatrix, packing))
-    measured = everywhere(
-        measure_sensitivity,
-        checkpoint,
-        calibration_samples(options),
-        dict(read_imatrix(folder.imatrix)),
-        statistics=statistics,
-        method=method,
-        imatrix=imatrix,
-        packing=packing,
-        expert_types=types.expert,
-        dense_types=types.dense,
-        device=options.device,
-        seed=options.seed,
-        hidden_bytes=options.hidden_bytes,
-        progress=progress,
-    )
+    with _of_any_form(checkpoint, "plan by errors weighed with calibration's importance: --sensitivity imatrix-error"):
+        measured = everywhere(
+            measure_sensitivity,
+            checkpoint,
+            calibration_samples(options),
+            dict(read_imatrix(folder.imatrix)),
+            statistics=statistics,
+            method=method,
+            imatrix=imatrix,
+            packing=packing,
+            expert_types=types.expert,
+            dense_types=types.dense,
+            device=options.device,
+            seed=options.seed,
+            hidden_bytes=options.hidden_bytes,
+            progress=progress,
+        )
     measured.table.save(folder.sensitivity)
     if measured.token_weights is not None:
         _write_imatrix(folder.imatrix_of("fisher"), measured.imatrix, statistics)
         measured.token_weights.save(folder.token_weights)
     stage.finish()
+
+
+@contextmanager
+def _of_any_form(checkpoint: Checkpoint, way_out: str) -> Iterator[None]:
+    """A model without a family may be of a form that nobody has seen: then an error of its code is one of input.
+
+    Raises:
+        InputError: with a way out.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if checkpoint.base is None:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason}); {way_out}") from error
 
 
 def run_unit_kl(

@@ -20,7 +20,9 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.importance.imatrix import balanced_imatrix, importance_of
 from mode_gguf.importance.sensitivity import measure_sensitivity
+from mode_gguf.pipeline import CalibrationOptions, run_calibration
 from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.workfolder import WorkFolder
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
 from tests.pico_base import LAYERS, TOP_K, write_pico_olmoe
 
@@ -129,6 +131,18 @@ def test_a_family_behind_the_door_gives_what_its_tables_give(pico: Path, tmp_pat
     assert through.samples.vision_tokens > 0
     for name, array in direct.arrays.items():
         np.testing.assert_array_equal(through.arrays[name], array, err_msg=name)
+
+
+def test_a_form_that_was_never_seen_is_named(olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise TypeError("forward() got an unexpected keyword argument 'use_cache'\nand more")
+
+    monkeypatch.setattr("mode_gguf.calibration.calibrate.calibrate", broken)
+    options = CalibrationOptions(image_samples=0, text_samples=1)
+    with pytest.raises(InputError, match=r"unexpected keyword argument 'use_cache'\); give llama-imatrix's file"):
+        run_calibration(based(olmoe), WorkFolder(tmp_path, "m"), options)
+    with pytest.raises(TypeError):
+        run_calibration(Checkpoint.open(olmoe), WorkFolder(tmp_path, "m"), options)
 
 
 def test_text_only_models_take_no_image(olmoe: Path) -> None:
