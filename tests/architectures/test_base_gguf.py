@@ -86,6 +86,22 @@ def test_a_file_made_from_a_base_is_the_base_again(family: tuple[Checkpoint, Pat
             assert one.data.tobytes() == other.data.tobytes()
 
 
+def test_shards_are_one_base(family: tuple[Checkpoint, Path, Path], tmp_path: Path) -> None:
+    checkpoint, text, projector = family
+    types = {t.name: QUANT_TYPES["BF16"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
+    write_text_model(tmp_path / "pico-BF16.gguf", checkpoint, types, shard_bytes=3_000_000)
+    first, *others = sorted(tmp_path.glob("*.gguf"))
+    assert len(others) > 2
+    split, whole = open_base(first, projector), open_base(text, projector)
+    assert (split.name, len(split.files)) == ("pico", len(others) + 2)
+    assert [tensor.name for tensor in split.tensors] == [tensor.name for tensor in whole.tensors]
+    based = checkpoint_with_base(checkpoint, split)
+    np.testing.assert_array_equal(text_tensors(based)[-1].read(0), whole.tensors[-1].read(0))
+    types = {t.name: QUANT_TYPES["Q8_0"] for t in text_tensors(based) if t.role is not Role.KEEP}
+    write_text_model(tmp_path / "out.gguf", based, types)
+    assert not any(key.startswith("split.") for key in read_header(tmp_path / "out.gguf").metadata)
+
+
 def test_keys_keep_their_types(olmoe: Checkpoint, folder: Path, tmp_path: Path) -> None:
     base = open_base(write_olmoe_base(olmoe.path, folder / "typed-BF16.gguf"))
     assert base.name == "typed"

@@ -128,6 +128,7 @@ def test_a_familys_checkpoint_needs_no_base(pico: Path, tmp_path: Path, run: Run
         (["--calibration", "somewhere"], "two sources of statistics"),
         (["--pre-tokenizer", "qwen2"], "the base GGUF has its tokenizer"),
         (["--granularity", "expert"], "leave it out with --base-gguf"),
+        (["--fit", "8GiB", "--ctx", "4096"], "give --size or --bpw with --base-gguf"),
     ],
 )
 def test_what_cannot_be_had_is_refused(
