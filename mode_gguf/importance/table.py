@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.quantization.packing import EXACT, Packing
 
 Method: TypeAlias = Literal["fisher", "expert-mse", "block-mse", "imatrix-error"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = ("fisher", "expert-mse", "block-mse")
+"""Those that run the model."""
 
 
 @dataclass(frozen=True, slots=True)
