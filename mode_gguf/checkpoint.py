@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from mode_gguf import fp8
 from mode_gguf.errors import InputError
+
+if TYPE_CHECKING:
+    from mode_gguf.architectures.base_gguf import BaseGguf
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -74,6 +77,8 @@ class Checkpoint:
         tensors: what is stored where, by checkpoint name, in the order of the index.
         fingerprint: digest of the configuration, the tensor index, and some bytes of every tensor, so that two
             finetunes of one model differ; independent of path and file times.
+        base: GGUF files that names, metadata and tensors are taken from, of a model without a family; the checkpoint
+            is then what the model is run from, and may be missing (no configuration and no tensors).
     """
 
     path: Path
@@ -83,6 +88,12 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     fingerprint: str
+    base: "BaseGguf | None" = None
+
+    @property
+    def files(self) -> set[Path]:
+        """Where weights are."""
+        return {stored.file for stored in self.tensors.values()} or set(self.base.files if self.base else ())
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":

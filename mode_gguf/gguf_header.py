@@ -7,7 +7,7 @@ file does not hold, and a head has limits that no model comes near.
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -65,11 +65,15 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Metadata and tensors of one GGUF file; of all its shards when it is split."""
+    """Metadata and tensors of one GGUF file; of all its shards when it is split.
+
+    `kinds` has the number of GGUF's type of every value, followed by that of its elements for an array.
+    """
 
     files: tuple[Path, ...]
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    kinds: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -93,17 +97,17 @@ def read_header(path: Path) -> GgufHeader:
     Raises:
         InputError: missing, not GGUF, truncated, or damaged; the message names the file and what was found.
     """
-    metadata, tensors = _read_file(path)
+    metadata, tensors, kinds = _read_file(path)
     count = metadata.get(COUNT_KEY, 1)
     if not isinstance(count, int) or not 0 < count <= MAX_SHARDS:
         raise InputError(f"{path}: damaged GGUF header: {COUNT_KEY} is {count!r}")
     if count == 1:
-        return GgufHeader((path,), metadata, tensors)
+        return GgufHeader((path,), metadata, tensors, kinds)
     files = paths_beside(path, count)
     if files is None:
         raise InputError(f"{path}: one of {count} shards; give the first one, named ...-00001-of-{count:05d}.gguf")
     for number, shard in enumerate(files[1:], start=1):
-        keys, others = _read_file(shard)
+        keys, others, _ = _read_file(shard)
         if (keys.get(NUMBER_KEY), keys.get(COUNT_KEY)) != (number, count) or not tensors.keys().isdisjoint(others):
             raise InputError(f"{shard}: does not go with {path.name}; export or download the shards again")
         tensors |= others
@@ -112,10 +116,10 @@ def read_header(path: Path) -> GgufHeader:
         raise InputError(
             f"{path}: its {count} shards hold {len(tensors)} tensors, expected {expected}; export them again"
         )
-    return GgufHeader(tuple(files), metadata, tensors)
+    return GgufHeader(tuple(files), metadata, tensors, kinds)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, tuple[int, ...]]]:
     try:
         with path.open("rb") as file:
             return _Reader(path, file, path.stat().st_size).read()
@@ -129,7 +133,7 @@ class _Reader:
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
 
-    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, tuple[int, ...]]]:
         magic = self.file.read(4)
         if magic != MAGIC:
             raise InputError(f"{self.path}: not a GGUF file (it starts with {magic!r} instead of {MAGIC!r})")
@@ -138,11 +142,12 @@ class _Reader:
             raise InputError(f"{self.path}: GGUF version {version} found, {VERSIONS} can be read")
         n_tensors, n_keys = self._count("tensors", MAX_TENSORS), self._count("keys", MAX_KEYS)
         metadata: dict[str, Any] = {}
+        kinds: dict[str, tuple[int, ...]] = {}
         for _ in range(n_keys):
             key = self._string()
             if key in metadata:
                 raise self._damaged(f"key {key} twice")
-            metadata[key] = self._value(self._number(_U32))
+            kinds[key], metadata[key] = self._value(self._number(_U32))
         infos = [self._tensor_info() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -160,7 +165,7 @@ class _Reader:
                     f"{self.size}; download or export it again"
                 )
             tensors[name] = TensorInfo(name, shape, quant_type.name, start + offset, n_bytes, self.path)
-        return metadata, tensors
+        return metadata, tensors, kinds
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._string()
@@ -177,17 +182,17 @@ class _Reader:
             raise InputError(f"{self.path}: tensor {name} has type number {number}, which is not known here") from None
         return name, shape, quant_type, self._number(_U64)
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int) -> tuple[tuple[int, ...], Any]:
         if kind == _STRING:
-            return self._string()
+            return (kind,), self._string()
         if kind != _ARRAY:
-            return self._number(self._scalar(kind))
+            return (kind,), self._number(self._scalar(kind))
         element = self._number(_U32)
         count = self._count("elements", MAX_ELEMENTS)
         if element == _STRING:
-            return [self._string() for _ in range(count)]
+            return (kind, element), [self._string() for _ in range(count)]
         layout = self._scalar(element)
-        return [value for (value,) in layout.iter_unpack(self._bytes(count * layout.size))]
+        return (kind, element), [value for (value,) in layout.iter_unpack(self._bytes(count * layout.size))]
 
     def _scalar(self, kind: int) -> struct.Struct:
         if kind not in _SCALARS:

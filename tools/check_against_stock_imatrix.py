@@ -1,6 +1,6 @@
 """Compare calibration's counts and sums of squares with llama-imatrix's on the same text tokens.
 
-    python tools/check_against_stock_imatrix.py CHECKPOINT --llama-cpp FOLDER
+    python tools/check_against_stock_imatrix.py CHECKPOINT --llama-cpp FOLDER [--base-gguf FILE [--base-mmproj FILE]]
 
 FOLDER holds llama-imatrix. The checkpoint is exported in F32, llama-imatrix reads a text with it, and our observers
 see the same tokens in transformers. Counts of every expert must be identical and sums agree to 1e-3 of their norm; exit
@@ -21,7 +21,8 @@ from gguf import GGUFReader
 from rich.console import Console
 from rich.table import Table
 
-from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures import checkpoint_with_base, text_tensors
+from mode_gguf.architectures.base_gguf import open_base
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.calibrate import run_watched
 from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
@@ -43,9 +44,13 @@ def main() -> int:
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder that holds llama-imatrix")
     parser.add_argument("--context", type=int, default=512, help="tokens per chunk")
     parser.add_argument("--chunks", type=int, default=2)
+    parser.add_argument("--base-gguf", type=Path, help="of a checkpoint without a family")
+    parser.add_argument("--base-mmproj", type=Path, help="its projector")
     parser.add_argument("--flips", type=int, default=0, help="routed tokens per layer that may differ")
     arguments = parser.parse_args()
     checkpoint = Checkpoint.open(arguments.checkpoint)
+    if arguments.base_gguf:
+        checkpoint = checkpoint_with_base(checkpoint, open_base(arguments.base_gguf, arguments.base_mmproj))
     text = "\n\n".join(sample.text for sample in load_samples(max_image_samples=0) if sample.text is not None)
     with tempfile.TemporaryDirectory() as folder:
         stock = stock_imatrix(checkpoint, text, arguments, Path(folder))

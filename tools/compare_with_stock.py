@@ -133,11 +133,14 @@ def _other_values(name: str, ours: np.ndarray, stock: np.ndarray) -> Difference:
     return Difference(name, "other values", "")
 
 
-def convert_with_stock(source: Path, checkpoint: Path, out: Path, pre_tokenizer: str, *options: str) -> None:
+def convert_with_stock(
+    source: Path, checkpoint: Path, out: Path, pre_tokenizer: str, *options: str, outtype: str = "f32"
+) -> None:
     """Run the stock converter in a process of its own, with its own gguf package."""
     command = [sys.executable, "-c", _RUN_CONVERTER, pre_tokenizer, str(source / "convert_hf_to_gguf.py")]
-    command += [str(checkpoint), "--outtype", "f32", "--outfile", str(out), *options]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(source / "gguf-py")])}
+    command += [str(checkpoint), "--outtype", outtype, "--outfile", str(out), *options]
+    path = [str(source), str(source / "gguf-py"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         raise SystemExit(f"the stock converter fails:\n{run.stderr[-3000:]}")

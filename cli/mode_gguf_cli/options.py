@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the library is imported when a command runs, so that --help
     from mode_gguf.allocation.presets import Preset
     from mode_gguf.allocation.units import CandidateTypes
     from mode_gguf.architectures.tensors import Role
-    from mode_gguf.pipeline import CalibrationOptions
+    from mode_gguf.pipeline import Base, CalibrationOptions
     from mode_gguf.quantization.packing import Packing
     from mode_gguf.quantization.types import QuantType
     from mode_gguf.workfolder import WorkFolder
@@ -41,6 +41,7 @@ class MetricName(StrEnum):
     FISHER = "fisher"
     EXPERT_MSE = "expert-mse"
     BLOCK_MSE = "block-mse"
+    IMATRIX_ERROR = "imatrix-error"
 
 
 class KvTypeName(StrEnum):
@@ -142,6 +143,39 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Folder of the Hugging Face checkpoint, or its name on the hub: ORG/NAME or ORG/NAME@REVISION.",
+        show_default=False,
+    ),
+]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of the Hugging Face checkpoint, or its name on the hub: ORG/NAME or ORG/NAME@REVISION. Not needed "
+        "with --base-gguf and --calibration-from.",
+        show_default=False,
+    ),
+]
+BaseGguf = Annotated[
+    Path | None,
+    typer.Option(
+        "--base-gguf",
+        metavar="FILE",
+        help="Take names, metadata and tensors of the text model from a GGUF in full precision that llama.cpp's "
+        "converter made of MODEL, the first shard of a split one; for MoE models that are not known here.",
+        show_default=False,
+    ),
+]
+BaseMmproj = Annotated[
+    Path | None,
+    typer.Option("--base-mmproj", metavar="FILE", help="The projector that goes with --base-gguf.", show_default=False),
+]
+CalibrationFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration-from",
+        metavar="IMATRIX",
+        help="Take statistics from llama-imatrix's GGUF file instead of running the model: needs no torch, and does "
+        "not tell text from images.",
         show_default=False,
     ),
 ]
@@ -670,6 +704,24 @@ def packing_of(mode: PackingMode, effort: Effort, size_power: float) -> "Packing
     return Packing(mode.value, effort.value, size_power)
 
 
+def base_of(
+    base_gguf: Path | None, base_mmproj: Path | None, model: str | None, calibration_from: Path | None
+) -> "Base | None":
+    """The files of a base GGUF, if one is given; where no model is run, its weights are not compared with it.
+
+    Raises:
+        UsageError: a projector without its text model, or neither a model nor what stands for it.
+    """
+    from mode_gguf.errors import UsageError
+    from mode_gguf.pipeline import Base
+
+    if base_gguf is None and base_mmproj is not None:
+        raise UsageError("--base-mmproj goes with --base-gguf, the text model's file")
+    if model is None and (base_gguf is None or calibration_from is None):
+        raise UsageError("MODEL is missing: only --base-gguf together with --calibration-from can do without it")
+    return None if base_gguf is None else Base(base_gguf, base_mmproj, compared=calibration_from is None)
+
+
 def calibration_options(
     source: str | None,
     image_samples: int,
@@ -680,6 +732,7 @@ def calibration_options(
     *,
     key_ratio: float = DEFAULT_KEY_RATIO,
     key_tokens: KeyTokensName = KeyTokensName.TEXT_ATTENTION,
+    from_imatrix: Path | None = None,
 ) -> "CalibrationOptions":
     """The pipeline's calibration options from the command line's."""
     from mode_gguf.pipeline import CalibrationOptions
@@ -693,4 +746,5 @@ def calibration_options(
         device.value,
         seed,
         memory_bytes_of(memory),
+        from_imatrix,
     )

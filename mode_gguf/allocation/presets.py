@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from mode_gguf.allocation.costs import CostModel
 from mode_gguf.errors import UsageError
 
-Metric: TypeAlias = Literal["fisher", "expert-mse", "block-mse"]
+Metric: TypeAlias = Literal["fisher", "expert-mse", "block-mse", "imatrix-error"]
 """Sensitivity metrics, named as in `importance.table.METHODS`, which this package may not import."""
 
 Scope: TypeAlias = Literal["model", "layer"]

@@ -19,6 +19,9 @@ them the type of everything else, which they are too small to be worth the risk 
 FALLBACK = QUANT_TYPES["Q8_0"]
 """Takes over where no candidate can store a tensor because all need an importance that it does not have."""
 
+UNMEASURED = QUANT_TYPES["Q6_K"]
+"""Of dense matrices that calibration says nothing about: nearly what full precision is, and there are few."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -86,11 +89,13 @@ class CandidateTypes:
     floors: Mapping[Role, QuantType] = field(default_factory=dict)
 
     def of(self, tensor: SourceTensor) -> tuple[QuantType, ...]:
-        """What `tensor` may be stored as; F32 alone for routers, norms and biases, one type for what is absorbed."""
+        """What `tensor` may be stored as: F32 alone for routers, norms and biases, one for what is not measured."""
         if tensor.role is Role.KEEP:
             return (QUANT_TYPES["F32"],)
         if tensor.role is Role.ABSORBED:
             return fitting_types(tensor, self._above_floor(tensor.role, (absorbed_type(tensor),)))
+        if tensor.role in (Role.DENSE, Role.OUTPUT) and not tensor.is_measured:
+            return fitting_types(tensor, (UNMEASURED,))
         fitting, floor = fitting_types(tensor, self.offered(tensor.role)), self.floors.get(tensor.role)
         if floor is None:
             return fitting

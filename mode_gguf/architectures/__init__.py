@@ -4,6 +4,7 @@ A family is one module of data; to add one, write it and list it in `FAMILIES`.
 """
 
 from mode_gguf.architectures import glm4v_moe, internvl, mistral4, qwen3_5_moe, qwen3_vl_moe
+from mode_gguf.architectures.base_family import base_family, checkpoint_with_base
 from mode_gguf.architectures.family import (
     Metadata,
     MetadataValue,
@@ -21,6 +22,7 @@ __all__ = [
     "Metadata",
     "MetadataValue",
     "ModelFamily",
+    "checkpoint_with_base",
     "find_family",
     "left_out",
     "mtp_tensors",
@@ -42,11 +44,13 @@ _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def find_family(checkpoint: Checkpoint) -> ModelFamily:
-    """The family of a checkpoint, by the class config.json names.
+    """The family of a checkpoint, by the class config.json names; one made from its base GGUF where it has one.
 
     Raises:
         InputError: the model is dense, its class is not supported, or it has settings llama.cpp cannot run.
     """
+    if checkpoint.base is not None:
+        return base_family(checkpoint, checkpoint.base)
     config = checkpoint.config
     classes = config.get("architectures")
     for family in FAMILIES:
@@ -62,7 +66,8 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
         )
     raise InputError(
         f"{checkpoint.path}: model class {classes} is not supported; "
-        f"supported are {', '.join(dict.fromkeys(family.hf_class for family in FAMILIES))}"
+        f"supported are {', '.join(dict.fromkeys(family.hf_class for family in FAMILIES))}; any other MoE model that "
+        "llama.cpp converts can be given with --base-gguf"
     )
 
 
@@ -79,6 +84,8 @@ def text_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
     Raises:
         InputError: as `find_family`, and when a tensor is missing, misshapen, or has no place in the file.
     """
+    if checkpoint.base is not None:
+        return list(checkpoint.base.tensors)
     family = find_family(checkpoint)
     check_all_used(family, checkpoint)
     return source_tensors(family, family.text_rules, checkpoint)
@@ -107,7 +114,9 @@ def mtp_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
 
 
 def projector_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
-    """Tensors of the projector, in file order; raises like `text_tensors`."""
+    """Tensors of the projector, in file order, none of a text-only model; raises like `text_tensors`."""
+    if checkpoint.base is not None:
+        return list(checkpoint.base.projector_tensors)
     family = find_family(checkpoint)
     check_all_used(family, checkpoint)
     return source_tensors(family, family.projector_rules, checkpoint)

@@ -94,8 +94,9 @@ class SourceTensor:
 
     @property
     def is_measured(self) -> bool:
-        """Whether candidate types are compared for it."""
-        return self.role in _MEASURED
+        """Whether candidate types are compared: not for what stays F32, nor without statistics of what is read."""
+        unseen = self.role in (Role.DENSE, Role.OUTPUT) and self.activation is None
+        return self.role in _MEASURED and not unseen
 
     @property
     def n_experts(self) -> int:

@@ -17,7 +17,7 @@ from mode_gguf.calibration.observers import Observer, unseen_activations
 from mode_gguf.calibration.parking import Parking
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.calibration.streaming import TEXT_MODEL, StreamedModel, open_streamed
+from mode_gguf.calibration.streaming import StreamedModel, open_streamed
 from mode_gguf.calibration.watch import Pass, Watch, watching
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
@@ -78,6 +78,7 @@ def calibrate(
         samples=reduce(add, gathered(count_samples(inputs))),
         key_tokens=key_tokens,
         datasets=tuple(dict.fromkeys(sample.dataset for sample in samples)),
+        sees=bool(streamed.family.projector_type),
     )
 
 
@@ -126,7 +127,7 @@ def run_watched(
             free=free,
             enter=enter,
             leave=left,
-            parking=Parking(store, streamed.model, TEXT_MODEL),
+            parking=Parking(store, streamed.model, streamed.text_model),
             tokens=[len(one.input_ids) for one in inputs],
             description=description,
             progress=progress,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mode_gguf.calibration.watch import KEY_VISION, MODALITIES, TEXT
+from mode_gguf.calibration.kinds import KEY_VISION, MODALITIES, TEXT
 
 if TYPE_CHECKING:  # the statistics write these warnings into their file
     from mode_gguf.calibration.statistics import CalibrationStatistics
@@ -34,7 +34,12 @@ class LayerCoverage:
 
 def calibration_warnings(statistics: "CalibrationStatistics") -> list[str]:
     """What whoever relies on these statistics should know, one sentence each; empty where nothing is missing."""
-    return [*_missing_modalities(statistics), *_hardly_seen(statistics), *_never_routed(statistics)]
+    return [
+        *_blind(statistics),
+        *_missing_modalities(statistics),
+        *_hardly_seen(statistics),
+        *_never_routed(statistics),
+    ]
 
 
 def experts_hardly_seen(statistics: "CalibrationStatistics") -> np.ndarray:
@@ -43,8 +48,19 @@ def experts_hardly_seen(statistics: "CalibrationStatistics") -> np.ndarray:
     return np.concatenate(tokens) < MIN_TOKENS_PER_EXPERT if tokens else np.zeros(0, bool)
 
 
+def _blind(statistics: "CalibrationStatistics") -> Iterator[str]:
+    if statistics.imatrix:
+        yield (
+            f"statistics are those of the importance matrix {statistics.imatrix}, which does not tell text from image "
+            "tokens: bits go where its tokens need them, whatever they were, and costs are errors of outputs, not "
+            "of the model's answers"
+        )
+
+
 def _missing_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
     shown = statistics.samples
+    if statistics.imatrix or not statistics.sees:
+        return
     if not shown.image_samples:
         yield (
             "calibration saw no image: bits go where text needs them, and answers about images may suffer; "
@@ -66,6 +82,12 @@ def _hardly_seen(statistics: "CalibrationStatistics") -> Iterator[str]:
     hardly = experts_hardly_seen(statistics)
     if len(hardly) and (share := float(hardly.mean())) > MAX_HARDLY_SEEN:
         shown = statistics.samples
+        if statistics.imatrix:
+            yield (
+                f"{100 * share:.1f} % of the {len(hardly):,} experts saw fewer than {MIN_TOKENS_PER_EXPERT} tokens; "
+                "measure the importance matrix on more or more varied samples"
+            )
+            return
         yield (
             f"{100 * share:.1f} % of the {len(hardly):,} experts saw fewer than {MIN_TOKENS_PER_EXPERT} text and key "
             f"vision tokens in {shown.text_samples} text and {shown.image_samples} image samples; "
@@ -76,13 +98,17 @@ def _hardly_seen(statistics: "CalibrationStatistics") -> Iterator[str]:
 def _never_routed(statistics: "CalibrationStatistics") -> Iterator[str]:
     """A line per layer and modality where that makes few, else a line per modality."""
     coverage = statistics.coverage()
+
+    def spelled(modality: str) -> str:
+        return "" if statistics.imatrix else modality.replace("_", " ") + " "
+
     gaps = [
         (layer, modality, experts) for layer in coverage for modality, experts in layer.never_routed.items() if experts
     ]
     if len(gaps) <= _FEW:
         for layer, modality, experts in gaps:
             yield (
-                f"layer {layer.layer}: no {_spelled(modality)} token reached "
+                f"layer {layer.layer}: no {spelled(modality)}token reached "
                 f"{'expert' if len(experts) == 1 else 'experts'} {', '.join(map(str, experts))} of {layer.n_experts}; "
                 "the layer's mean stands in"
             )
@@ -92,10 +118,6 @@ def _never_routed(statistics: "CalibrationStatistics") -> Iterator[str]:
         unreached = [len(experts) for _, name, experts in gaps if name == modality]
         if unreached:
             yield (
-                f"no {_spelled(modality)} token reached {sum(unreached):,} of {n_experts:,} experts, in "
+                f"no {spelled(modality)}token reached {sum(unreached):,} of {n_experts:,} experts, in "
                 f"{len(unreached)} of {len(coverage)} layers; the layer's mean stands in"
             )
-
-
-def _spelled(modality: str) -> str:
-    return modality.replace("_", " ")

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace
+from mode_gguf.calibration.kinds import ANSWERS
 from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.calibration.model_config import model_config
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
-ANSWERS = ("text", "image")
-"""Kinds of scored positions, in the order of every array: of samples without, and with, an image."""
+__all__ = ["ANSWERS", "InputBuilder", "ModelInputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +93,18 @@ class InputBuilder:
             InputError: the checkpoint lacks either, or has no image token.
         """
         family = find_family(checkpoint)
+        image_processor, image_token = None, -1
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 checkpoint.path, config=model_config(checkpoint, family), trust_remote_code=False
             )
-            image_processor = (
-                AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
-                if family.needs_processor
-                else None
-            )
+            if family.projector_type and family.needs_processor:
+                image_processor = _image_processor(checkpoint)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{checkpoint.path}: tokenizer or image processor cannot be read ({reason})") from error
-        image_token = family.image_token(checkpoint)
+        if family.projector_type:
+            image_token = family.image_token(checkpoint)
         return cls(checkpoint, family, tokenizer, image_processor, image_token, max_tokens, max_image_pixels)
 
     def build(self, sample: Sample) -> ModelInputs:
@@ -118,6 +117,8 @@ class InputBuilder:
         if sample.text is not None:
             encoded = self.tokenizer(sample.text, truncation=True, max_length=self.max_tokens)
             return self._text_inputs(sample, torch.tensor(encoded["input_ids"], dtype=torch.int64))
+        if sample.has_image and not self.family.projector_type:
+            raise InputError(f"{sample.origin}: has an image, and {self.checkpoint.path} is a text-only model")
         rendered, spans = self._render(sample)
         encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
@@ -214,6 +215,16 @@ class InputBuilder:
     def _templated(self, chat: list[dict[str, Any]], answered: bool) -> str:
         rendered: str = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
         return rendered
+
+
+def _image_processor(checkpoint: Checkpoint) -> Any:
+    """What prepares images; of a model without a family its whole processor, which knows the marks around them."""
+    if checkpoint.base is not None:
+        try:
+            return AutoProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
+        except (OSError, ValueError, ImportError, TypeError, AttributeError):
+            pass  # a part of it, such as one for video, cannot be used here
+    return AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
 
 
 _TEMPLATE, _PROMPT, _ANSWER = range(3)

@@ -10,68 +10,26 @@ attention.
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from mode_gguf.calibration.inputs import ModelInputs
-from mode_gguf.errors import UsageError
+from mode_gguf.calibration.kinds import CRITERIA, TEXT_ATTENTION, Criterion, KeyTokens
 
-Criterion: TypeAlias = Literal[
-    "text-attention", "all", "redundant", "random", "received-attention", "max-min-diversity"
+__all__ = [
+    "CRITERIA",
+    "TEXT_ATTENTION",
+    "Criterion",
+    "KeyTokens",
+    "LayerAttention",
+    "key_vision_tokens",
+    "most_diverse",
 ]
-"""`text-attention`: those the text attends to most (the paper's); `redundant`: as many of those it attends to least
-(the paper's "text + redundant" baseline); `all`: every one (its "text + all vision" baseline); `random`: drawn anew for
-every sample and layer; `received-attention`: those that all later tokens, of text and image, attend to most;
-`max-min-diversity`: those that differ most from each other (DivPrune), see `most_diverse`."""
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 _BLOCK_ELEMENTS = 1 << 24
 """Most attention weights or distances computed at once: 64 MiB of float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeyTokens:
-    """How key vision tokens are chosen; what does not matter to the criterion is dropped, so that equal means alike.
-
-    Attributes:
-        criterion: see `Criterion`.
-        ratio: share of an image's tokens that are key, 0 < ratio <= 1; `all` makes it 1.
-        seed: of `random`; any other criterion makes it 0.
-
-    Raises:
-        UsageError: unknown criterion, or a ratio out of range.
-    """
-
-    criterion: Criterion = "text-attention"
-    ratio: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise UsageError(f"unknown criterion of key tokens {self.criterion!r}: choose from {', '.join(CRITERIA)}")
-        if not 0 < self.ratio <= 1:
-            raise UsageError(
-                f"key ratio {self.ratio} is out of range: choose a share of the vision tokens above 0, up to 1"
-            )
-        if self.criterion == "all":
-            object.__setattr__(self, "ratio", 1.0)
-        if self.criterion != "random":
-            object.__setattr__(self, "seed", 0)
-
-    def __str__(self) -> str:
-        seed = f", seed {self.seed}" if self.criterion == "random" else ""
-        return f"{self.criterion}, ratio {self.ratio:g}{seed}"
-
-    def count(self, n_vision: int) -> int:
-        """How many of an image's tokens are key."""
-        return max(1, int(self.ratio * n_vision))
-
-
-TEXT_ATTENTION = KeyTokens()
-"""The paper's choice."""
 
 
 @dataclass(frozen=True, slots=True)

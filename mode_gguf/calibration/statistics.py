@@ -10,8 +10,7 @@ import numpy as np
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.calibration.coverage import LayerCoverage, calibration_warnings
-from mode_gguf.calibration.key_tokens import KeyTokens
-from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.calibration.kinds import MODALITIES, KeyTokens
 from mode_gguf.errors import InputError
 
 EXPERTS_INPUT = "blk.{layer}.ffn_exps.input"
@@ -49,6 +48,9 @@ class CalibrationStatistics:
         samples: what it was shown.
         key_tokens: how key vision tokens were chosen.
         datasets: names of the data sets.
+        imatrix: name of the importance matrix that they were taken from, which does not tell modalities apart: all
+            tokens then count as text; None where the model was run.
+        sees: whether the model takes images at all.
     """
 
     model: str
@@ -57,6 +59,8 @@ class CalibrationStatistics:
     samples: SampleCounts
     key_tokens: KeyTokens
     datasets: Sequence[str]
+    imatrix: str | None = None
+    sees: bool = True
 
     @property
     def activations(self) -> list[str]:
@@ -99,7 +103,8 @@ class CalibrationStatistics:
             "model": self.model,
             "fingerprint": self.fingerprint,
             "samples": asdict(self.samples),
-            "key_tokens": asdict(self.key_tokens),
+            **({"imatrix": self.imatrix} if self.imatrix else {"key_tokens": asdict(self.key_tokens)}),
+            "sees": self.sees,
             "datasets": list(self.datasets),
             "modalities": list(MODALITIES),
             "never_routed": {str(layer.layer): layer.never_routed for layer in self.coverage()},
@@ -125,11 +130,15 @@ class CalibrationStatistics:
             samples=SampleCounts(**metadata["samples"]),
             key_tokens=_key_tokens(metadata),
             datasets=tuple(metadata["datasets"]),
+            imatrix=metadata.get("imatrix"),
+            sees=metadata.get("sees", True),
         )
 
 
 def _key_tokens(metadata: Mapping[str, Any]) -> KeyTokens:
-    """As `save` wrote it, or a ratio alone, from before there was a choice of criteria."""
+    """As `save` wrote it, or a ratio alone, from before there was a choice of criteria; nobody chose for an imatrix."""
+    if metadata.get("imatrix"):
+        return KeyTokens()
     return KeyTokens(**metadata["key_tokens"]) if "key_tokens" in metadata else KeyTokens(ratio=metadata["key_ratio"])
 
 
@@ -156,4 +165,6 @@ def merge(first: CalibrationStatistics, second: CalibrationStatistics) -> Calibr
         samples=first.samples + second.samples,
         key_tokens=first.key_tokens,
         datasets=tuple(dict.fromkeys((*first.datasets, *second.datasets))),
+        imatrix=first.imatrix or second.imatrix,
+        sees=first.sees,
     )

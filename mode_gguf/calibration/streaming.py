@@ -1,5 +1,6 @@
 """The transformers model of a checkpoint with at most one decoder layer's weights in memory."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mode_gguf.architectures import ModelFamily, find_family, text_tensors
 from mode_gguf.architectures.tensors import Array, Order, Role, SourceTensor
+from mode_gguf.calibration.converted import ConvertedWeights, as_tensor
 from mode_gguf.calibration.distributed import local_rank
 from mode_gguf.calibration.model_config import model_config
 from mode_gguf.calibration.watch import ATTENTION, EXPERTS
@@ -20,9 +22,6 @@ from mode_gguf.errors import InputError, MissingResourceError, UsageError
 
 TEXT_MODEL = "model.language_model"
 """Where transformers keeps the text model of every supported family."""
-
-LAYERS = f"{TEXT_MODEL}.layers"
-"""Its decoder layers."""
 
 FINAL_NORM = f"{TEXT_MODEL}.norm"
 """What a supported family's last layer and its output head have between them."""
@@ -84,6 +83,8 @@ class StreamedModel:
         dtype: of weights and activations.
         linears: names of the modules of dense matrices and of the output head, by their tensors' names.
         reordered: tensors of the matrices in `Reordered`, by the names of those parameters.
+        text_model: name of the module with the decoder layers.
+        converted: where parameters come from where no family says so.
     """
 
     checkpoint: Checkpoint
@@ -95,16 +96,19 @@ class StreamedModel:
     dtype: torch.dtype
     linears: Mapping[str, str]
     reordered: Mapping[str, SourceTensor]
+    text_model: str = TEXT_MODEL
+    converted: ConvertedWeights | None = None
 
     def load_layer(self, index: int) -> None:
         """Read decoder layer `index` from the checkpoint."""
         for name, parameter in list(self.layers[index].named_parameters()):
-            self._set(f"{LAYERS}.{index}.{name}", self._weights(f"{LAYERS}.{index}.{name}", index, parameter.shape))
+            full = f"{self.text_model}.layers.{index}.{name}"
+            self._set(full, self._weights(full, index, parameter.shape))
 
     def free_layer(self, index: int) -> None:
         """Forget the weights of decoder layer `index`."""
         for name, parameter in list(self.layers[index].named_parameters()):
-            self._set(f"{LAYERS}.{index}.{name}", torch.empty_like(parameter, device="meta"))
+            self._set(f"{self.text_model}.layers.{index}.{name}", torch.empty_like(parameter, device="meta"))
 
     @contextmanager
     def loaded_layer(self, index: int) -> Iterator[nn.Module]:
@@ -156,15 +160,21 @@ class StreamedModel:
     def load_outside_layers(self) -> None:
         """Read everything that is not in a decoder layer, and give non-persistent buffers their values."""
         for name, parameter in list(self.model.named_parameters()):
-            if not name.startswith(f"{LAYERS}."):
+            if not name.startswith(f"{self.text_model}.layers."):
                 self._set(name, self._weights(name, None, parameter.shape))
         self.model.tie_weights()  # type: ignore[operator]
         for name, buffer in self.model.named_buffers():
+            if self.converted is not None:
+                if name in self.converted:
+                    self._set_buffer(name, self.converted.read(name).to(self.device, buffer.dtype))
+                continue
             stored = self.family.stored_name(name)
             if stored in self.checkpoint.tensors:
                 self._set_buffer(name, as_tensor(self.checkpoint.read(stored)).to(self.device, buffer.dtype))
 
     def _weights(self, name: str, layer: int | None, shape: torch.Size) -> torch.Tensor:
+        if self.converted is not None:
+            return self._converted(self.converted, name, shape)
         stored = self.family.stored_name(name)
         special = self.family.read_parameter(self.checkpoint, name) if layer is None else None
         if layer is not None and ".experts." in name:
@@ -180,6 +190,20 @@ class StreamedModel:
         if weights.shape != shape:
             raise InputError(
                 f"{self.checkpoint.path}: tensor {stored} has shape {tuple(weights.shape)}, its configuration says "
+                f"{tuple(shape)}"
+            )
+        return weights
+
+    def _converted(self, converted: ConvertedWeights, name: str, shape: torch.Size) -> torch.Tensor:
+        if name in self.reordered:
+            weights = self.to_device(self.reordered[name].read(0))
+        elif name == "lm_head.weight" and name not in converted:
+            weights = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        else:
+            weights = converted.read(name).to(self.device, self.dtype)
+        if weights.shape != shape:
+            raise InputError(
+                f"{self.checkpoint.path}: parameter {name} has shape {tuple(weights.shape)}, its configuration says "
                 f"{tuple(shape)}"
             )
         return weights
@@ -223,8 +247,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     chosen = choose_device(device)
     dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
     config = model_config(checkpoint, family)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = _empty_model(checkpoint, config, dtype)
     model.eval()
     # Rotary frequencies and the like are computed, not stored: give them memory, then let the model's own
     # initialisation fill them, as from_pretrained does. Parameters are on the meta device, where it costs nothing.
@@ -234,21 +257,82 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     model.initialize_weights()
     experts: list[Any] = [module for module in model.modules() if is_experts(module)]
     if any(m.is_transposed or m.has_bias or not m.has_gate or m.has_post_expert_norm for m in experts):
-        raise InputError(f"{checkpoint.path}: experts of this form are not supported by calibration")
+        raise InputError(f"{checkpoint.path}: experts of this form are not supported by calibration; {_OTHER_WAY}")
     model.set_experts_implementation(EXPERTS)
-    model.set_attn_implementation({"text_config": ATTENTION})
-    linears = _linears(model, family, tensors)
+    text_model, converted = TEXT_MODEL, None
+    if checkpoint.base is None:
+        model.set_attn_implementation({"text_config": ATTENTION})
+        linears = _linears(model, family, tensors)
+    else:
+        converted = ConvertedWeights.of(checkpoint, model)
+        text_model = _find_text_model(checkpoint, model, tensors)
+        model.set_attn_implementation({"text_config": ATTENTION} if "text_config" in config.sub_configs else ATTENTION)
+        stored = converted.stored_alone()
+        linears = {
+            tensor.name: stored[tensor.sources[0]].removesuffix(".weight")
+            for tensor in tensors
+            if tensor.role in (Role.DENSE, Role.OUTPUT) and tensor.sources[0] in stored
+        }
     reordered = {}
     for tensor in tensors:
-        if tensor.role is Role.DENSE and tensor.order is not None:
+        if tensor.role is Role.DENSE and tensor.order is not None and tensor.name in linears:
             name = linears[tensor.name]
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, Reordered(model.get_submodule(name), tensor.order, chosen))
             reordered[f"{name}.linear.weight"] = tensor
-    layers = model.get_submodule(LAYERS)
-    streamed = StreamedModel(checkpoint, family, model, layers, tensors, chosen, dtype, linears, reordered)
+    layers = model.get_submodule(f"{text_model}.layers")
+    streamed = StreamedModel(
+        checkpoint, family, model, layers, tensors, chosen, dtype, linears, reordered, text_model, converted
+    )
     streamed.load_outside_layers()
     return streamed
+
+
+_OTHER_WAY = "give llama-imatrix's file of this model with --calibration-from"
+
+
+def _empty_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
+    """The model on the meta device; text-only ones of a base GGUF included.
+
+    Raises:
+        InputError: transformers has none for this configuration, or none with fast attention.
+    """
+    auto = AutoModelForImageTextToText
+    if checkpoint.base is not None and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except (ValueError, ImportError) as error:
+        if checkpoint.base is None:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{checkpoint.path}: transformers cannot make the model ({reason}); {_OTHER_WAY}") from error
+
+
+def _find_text_model(checkpoint: Checkpoint, model: nn.Module, tensors: Sequence[SourceTensor]) -> str:
+    """Name of the module whose `layers` have the routed experts, one decoder layer per block of the base.
+
+    Raises:
+        InputError: there is none, or experts are in other layers than the base has them in.
+    """
+    found: dict[str, set[int]] = {}
+    for name, module in model.named_modules():
+        place = _DECODER_LAYER.match(name) if is_experts(module) else None
+        if place:
+            found.setdefault(place[1], set()).add(int(place[2]))
+    wanted = {tensor.layer for tensor in tensors if tensor.role is Role.EXPERT}
+    for text_model, layers in found.items():
+        if layers == wanted:
+            return text_model
+    seen = ", ".join(f"{len(layers)} in {name}.layers" for name, layers in found.items()) or "none"
+    raise InputError(
+        f"{checkpoint.path}: the base has experts in {len(wanted)} layers, transformers' {type(model).__name__} has "
+        f"fused experts in {seen}; {_OTHER_WAY}"
+    )
+
+
+_DECODER_LAYER = re.compile(r"(.+)\.layers\.(\d+)\.")
 
 
 def _linears(model: nn.Module, family: ModelFamily, tensors: Sequence[SourceTensor]) -> dict[str, str]:
@@ -264,10 +348,3 @@ def _linears(model: nn.Module, family: ModelFamily, tensors: Sequence[SourceTens
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` holds fused experts that take part in transformers' experts interface."""
     return hasattr(module, "_apply_gate") and hasattr(module, "gate_up_proj")
-
-
-def as_tensor(array: Array) -> torch.Tensor:
-    """`array` as a CPU tensor of the type it stands for; bfloat16 when it is uint16."""
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)

@@ -21,13 +21,24 @@ from transformers.masking_utils import sdpa_mask
 
 from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.key_tokens import KeyTokens, LayerAttention, key_vision_tokens
+from mode_gguf.calibration.kinds import KEY_VISION, MODALITIES, REDUNDANT_VISION, TEXT
+
+__all__ = [
+    "ATTENTION",
+    "EXPERTS",
+    "KEY_VISION",
+    "MODALITIES",
+    "REDUNDANT_VISION",
+    "TEXT",
+    "ExpertsCall",
+    "LinearCall",
+    "Pass",
+    "Watch",
+    "watching",
+]
 
 EXPERTS = "mode_gguf"
 ATTENTION = "mode_gguf"
-
-TEXT, KEY_VISION, REDUNDANT_VISION = range(3)
-"""Modalities, in the order of every array."""
-MODALITIES = ("text", "key_vision", "redundant_vision")
 
 
 @dataclass(frozen=True, slots=True)

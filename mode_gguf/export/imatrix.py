@@ -79,6 +79,11 @@ def read_imatrix(path: Path) -> Mapping[str, np.ndarray]:
     Raises:
         InputError: not an importance matrix, or sums and counts that do not belong together.
     """
+    return _Quotients(read_sums(path))
+
+
+def read_sums(path: Path) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    """Sums of squares (E, n) and counts (E, 1) by GGUF tensor name, float32 as mapped; raises like `read_imatrix`."""
     header, _ = _open(path)
     mapped = np.memmap(path, np.uint8, "r")
     arrays = {name: _array(mapped, info) for name, info in header.tensors.items() if name.endswith((_SUMS, _COUNTS))}
@@ -90,7 +95,7 @@ def read_imatrix(path: Path) -> Mapping[str, np.ndarray]:
         sums = sums.reshape(-1, sums.shape[-1])
         _check(path, name, sums, counts)
         entries[name] = (sums, counts)
-    return _Quotients(entries)
+    return entries
 
 
 class _Quotients(Mapping[str, np.ndarray]):

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import gguf
 import yaml  # type: ignore[import-untyped]  # what gguf reads model cards with
-from gguf import GGUFWriter, LlamaFileType
+from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from mode_gguf.architectures import Metadata
+from mode_gguf.architectures.base_gguf import copied_keys
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix import read_imatrix_header
+from mode_gguf.gguf_header import GgufHeader
 from mode_gguf.quantization.types import QuantType, type_of_most_weights
 
 QUANTIZED_BY = "mode-gguf"
@@ -85,6 +87,20 @@ def add_general_keys(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequen
     about.base_models = [_base_model(checkpoint)]
     writer.add_type(kind)
     about.set_gguf_meta_model(writer)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_base_keys(writer: GGUFWriter, checkpoint: Checkpoint, base: GgufHeader) -> None:
+    """All keys of a base GGUF, but for those that say how its own weights are stored, and what it was made from."""
+    for key, value, kinds in copied_keys(base):
+        writer.add_key_value(key, value, *map(GGUFValueType, kinds))
+    about = _base_model(checkpoint)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, about["name"])
+    if "repo_url" in about:
+        writer.add_base_model_organization(0, about["organization"])
+        writer.add_base_model_repo_url(0, about["repo_url"])
+    writer.add_quantized_by(QUANTIZED_BY)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

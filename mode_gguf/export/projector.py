@@ -13,7 +13,7 @@ from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, write_gguf
-from mode_gguf.export.metadata import add_general_keys, file_type
+from mode_gguf.export.metadata import add_base_keys, add_general_keys, file_type
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
@@ -42,6 +42,10 @@ def write_projector(
     tensors = projector_tensors(checkpoint)
 
     def add_keys(writer: GGUFWriter) -> None:
+        if checkpoint.base is not None and checkpoint.base.projector is not None:
+            writer.add_file_type(file_type(file_quant_type))
+            add_base_keys(writer, checkpoint, checkpoint.base.projector)
+            return
         add_general_keys(writer, checkpoint, tensors, kind="mmproj")
         writer.add_file_type(file_type(file_quant_type))
         add_metadata(writer, {Keys.Clip.HAS_VISION_ENCODER: True, Keys.Clip.PROJECTOR_TYPE: family.projector_type})

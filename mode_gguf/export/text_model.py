@@ -14,7 +14,7 @@ from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, header_bytes, write_gguf
-from mode_gguf.export.metadata import add_general_keys, file_type, main_expert_type
+from mode_gguf.export.metadata import add_base_keys, add_general_keys, file_type, main_expert_type
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import expert_groups
@@ -159,14 +159,17 @@ def _add_keys(
     pre_tokenizer: str | None,
     writer: GGUFWriter,
 ) -> None:
-    vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
-    add_general_keys(writer, checkpoint, tensors, kind="model")
     writer.add_file_type(file_type(main_expert_type(layout.tensors, stored)))
     if layout.members:
         writer.add_uint32(expert_groups.VERSION_KEY, expert_groups.VERSION)
-    family = find_family(checkpoint)
-    add_metadata(writer, family.text_metadata(checkpoint))
-    add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer, family.special_tokens)
+    if checkpoint.base is not None:
+        add_base_keys(writer, checkpoint, checkpoint.base.text)
+    else:
+        family = find_family(checkpoint)
+        vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
+        add_general_keys(writer, checkpoint, tensors, kind="model")
+        add_metadata(writer, family.text_metadata(checkpoint))
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer, family.special_tokens)
     add_metadata(writer, metadata)
 
 

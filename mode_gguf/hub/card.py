@@ -63,7 +63,7 @@ def _front_matter(release: Release, repository: str | None, base: str | None) ->
         license_name=about.get("general.license.name"),
         license_link=link,
         language=languages if isinstance(languages, list) else None,
-        pipeline_tag="image-text-to-text",
+        pipeline_tag="image-text-to-text" if release.of_role("projector") else "text-generation",
         tags=list(TAGS),
         # A set from the hub is known by its owner; others have names that mean nothing there.
         datasets=[name for name in release.datasets if "/" in name] or None,
@@ -75,11 +75,12 @@ def _title(release: Release, base: str | None) -> Iterator[str]:
     source = f"[{base}]({HubModel(base).url})" if base else made_from.model
     if base and made_from.revision:
         source += f" at commit `{made_from.revision}`"
+    beside = " The projector (image encoder) is a file of its own." if release.of_role("projector") else ""
     yield f"# {made_from.model}, {bpw:.2f} bits per weight, GGUF"
     yield ""
     yield (
         f"{source}, quantized to {bpw:.3f} bits per weight ({_size(release.model['size_bytes'])}) with mode-gguf "
-        f"{made_from.tool_version}{_method(release)}. The projector (image encoder) is a file of its own."
+        f"{made_from.tool_version}{_method(release)}.{beside}"
     )
     if release.has_expert_groups:
         yield ""
@@ -92,6 +93,10 @@ def _title(release: Release, base: str | None) -> Iterator[str]:
 def _method(release: Release) -> str:
     if release.plan.budget is None or not release.calibration:
         return ""
+    if release.calibration.get("imatrix"):
+        return ": mixed precision after an importance matrix, which does not tell text from pictures"
+    if not release.calibration.get("sees", True):
+        return f": mixed precision after {_PAPER}, from what text needs of every expert"
     return f": mixed precision after {_PAPER}, from what text and pictures need of every expert"
 
 
@@ -134,18 +139,20 @@ def _how_to_run(release: Release, repository: str) -> Iterator[str]:
             f"mode-gguf run {release.first_file}{projector} --tool llama-mtmd-cli -- {ask}",
         )
         return
-    yield "llama.cpp, which downloads the model and its projector:"
-    yield from _code(
-        f"llama-server -hf {repository}:{release.tag}", f"llama-mtmd-cli -hf {repository}:{release.tag} {ask}"
-    )
+    yield f"llama.cpp, which downloads the model{' and its projector' if mmproj else ''}:"
+    sees = [f"llama-mtmd-cli -hf {repository}:{release.tag} {ask}"] if mmproj else []
+    yield from _code(f"llama-server -hf {repository}:{release.tag}", *sees)
     yield ""
     yield "llama.cpp, with files that are here already:"
     yield from _code(
         f"hf download {repository} --include '*.gguf' --local-dir .",
         f"llama-server -m {release.first_file}{projector}",
-        f"llama-mtmd-cli -m {release.first_file}{projector} {ask}",
+        *([f"llama-mtmd-cli -m {release.first_file}{projector} {ask}"] if mmproj else []),
     )
     yield ""
+    if mmproj is None:
+        yield "The model is text-only."
+        return
     yield (
         f"LM Studio: search for `{repository}` and download it; keep the projector in the folder of the model, where "
         "LM Studio finds it by its name."
@@ -208,6 +215,12 @@ def _calibration(release: Release) -> Iterator[str]:
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in samples.items())
     names = ", ".join(f"`{name}`" for name in release.datasets)
     yield f"{names}{f': {counts}' if counts else ''}."
+    if imatrix := release.calibration.get("imatrix"):
+        yield ""
+        yield (
+            f"These are the samples of the importance matrix `{imatrix}`, counted as if they were text: it does not "
+            "tell text from images, so that types were chosen without knowing what pictures need of every expert."
+        )
     if key := release.calibration.get("key_tokens"):
         yield ""
         yield (

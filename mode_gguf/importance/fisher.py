@@ -38,7 +38,7 @@ from mode_gguf.calibration.hidden_store import HiddenStore
 from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.calibration.lockstep import run_in_lockstep
 from mode_gguf.calibration.parking import Parking
-from mode_gguf.calibration.streaming import TEXT_MODEL, StreamedModel
+from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.calibration.watch import TEXT, Pass, Watch, watching
 from mode_gguf.importance.fisher_imatrix import ColumnSums, squared_norms
 from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES, group_of, group_sums
@@ -164,7 +164,7 @@ def _forward_all(
                 free=streamed.free_layer,
                 enter=enter,
                 leave=leave,
-                parking=Parking(store, streamed.model, TEXT_MODEL, keep=True),
+                parking=Parking(store, streamed.model, streamed.text_model, keep=True),
                 description="sensitivity, forward",
                 progress=progress,
             )
@@ -209,18 +209,14 @@ def _backward_all(
     with progress.step("sensitivity, backward", n_layers * len(traces), "samples", n_layers) as done:
         for index in reversed(range(n_layers)):
             with streamed.loaded_layer(index) as layer:
+                measured = [tensor for tensor in streamed.layer_tensors(index, Role.DENSE) if tensor.activation]
                 changes = {
                     tensor.name: list(matrix_changes(tensor, settings, settings.importance, result, streamed.device))
-                    for tensor in streamed.layer_tensors(index, Role.DENSE)
+                    for tensor in measured
                 }
-                modules = {
-                    tensor.name: linears[str(tensor.activation)] for tensor in streamed.layer_tensors(index, Role.DENSE)
-                }
+                modules = {tensor.name: linears[str(tensor.activation)] for tensor in measured}
                 dense = {name: _no_cost([t for t, _ in fitting], settings) for name, fitting in changes.items()}
-                columns = {
-                    tensor.name: ColumnSums.of(1, tensor.row_width)
-                    for tensor in streamed.layer_tensors(index, Role.DENSE)
-                }
+                columns = {tensor.name: ColumnSums.of(1, tensor.row_width) for tensor in measured}
                 routed: list[_Routed] = []
                 weights: dict[str, list[np.ndarray]] = {}
                 for number, trace in enumerate(traces):

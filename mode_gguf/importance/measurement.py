@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mode_gguf.calibration.key_tokens import KeyTokens
+from mode_gguf.calibration.kinds import KeyTokens
 from mode_gguf.calibration.limits import HIDDEN_BYTES
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.importance.imatrix import Imatrix, Importance

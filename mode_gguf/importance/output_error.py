@@ -91,9 +91,9 @@ def _output_error(
     def finish(layer: int) -> None:
         nonlocal seen
         modality = torch.cat(seen.modality)
-        dense = streamed.layer_tensors(layer, Role.DENSE)
+        dense = [tensor for tensor in streamed.layer_tensors(layer, Role.DENSE) if tensor.activation]
         if layer == last:
-            dense += [tensor for tensor in streamed.tensors if tensor.role is Role.OUTPUT]
+            dense += [tensor for tensor in streamed.tensors if tensor.role is Role.OUTPUT and tensor.activation]
         for tensor in dense:
             x = torch.cat(seen.linears[str(tensor.activation)])
             result.arrays[f"{tensor.name}.unit"] = _matrix_error(streamed, tensor, x, modality, settings, result)

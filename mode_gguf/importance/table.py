@@ -3,19 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
-from mode_gguf.calibration.inputs import ANSWERS
-from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.calibration.kinds import ANSWERS, MODALITIES
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.quantization.packing import EXACT, Packing
 
-Method: TypeAlias = Literal["fisher", "expert-mse", "block-mse"]
-METHODS: tuple[Method, ...] = get_args(Method)
+Method: TypeAlias = Literal["fisher", "expert-mse", "block-mse", "imatrix-error"]
+METHODS: tuple[Method, ...] = ("fisher", "expert-mse", "block-mse")
+"""Those that run the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class SensitivityTable:
     Attributes:
         model: name of the model.
         fingerprint: of its checkpoint.
-        method: `fisher` (KL in nats per scored position), `expert-mse` or `block-mse` (mean squared errors).
+        method: `fisher` (KL in nats per scored position), `expert-mse` or `block-mse` (mean squared errors), or
+            `imatrix-error` (shares of outputs' energy, of all tokens alike).
         expert_types: names along the last axis of expert tensors' arrays.
         dense_types: names along the last axis of all other arrays.
         arrays: `{tensor}.unit`, `{tensor}.expert`, `blk.L.ffn_exps.expert`, and the `.weight_error` of all three.

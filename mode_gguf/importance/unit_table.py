@@ -8,8 +8,7 @@ import numpy as np
 
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
-from mode_gguf.calibration.inputs import ANSWERS
-from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.calibration.kinds import ANSWERS, MODALITIES
 from mode_gguf.errors import InputError
 from mode_gguf.importance.choice import ImatrixKind
 from mode_gguf.importance.table import SensitivityTable

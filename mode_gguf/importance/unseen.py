@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mode_gguf.calibration.inputs import ANSWERS
-from mode_gguf.calibration.watch import MODALITIES
+from mode_gguf.calibration.kinds import ANSWERS, MODALITIES
 
 
 def fill_unseen(per_expert: np.ndarray, counts: np.ndarray, weight_error: np.ndarray, *, summed: bool) -> np.ndarray:

@@ -4,7 +4,7 @@ Each `run_` function reads what earlier stages left in the folder, writes its ow
 `convert` chains them. Stages that need torch import it when they run, so that planning and exporting start at once.
 """
 
-from mode_gguf.pipeline.conversion import convert, estimate, merge, open_model, outlined_model
+from mode_gguf.pipeline.conversion import Base, convert, estimate, merge, open_model, outlined_model
 from mode_gguf.pipeline.exporting import (
     REFERENCE_TYPE,
     export_text,
@@ -42,6 +42,7 @@ from mode_gguf.pipeline.validating import environment, run_validation, runtime_s
 __all__ = [
     "DEFAULT_MEASURED_SAMPLES",
     "REFERENCE_TYPE",
+    "Base",
     "CalibrationOptions",
     "ConvertOptions",
     "ConvertResult",

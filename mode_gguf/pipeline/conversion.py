@@ -4,12 +4,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.presets import Preset
-from mode_gguf.architectures import find_family, text_tensors
+from mode_gguf.architectures import checkpoint_with_base, find_family, projector_tensors, text_tensors
+from mode_gguf.architectures.base_gguf import open_base
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
@@ -42,6 +44,7 @@ from mode_gguf.pipeline.reporting import draw_converted
 from mode_gguf.pipeline.room import look_at_room, memory_warning, shortages
 from mode_gguf.pipeline.rounding import forget_rounded, run_rounding, warnings_of_rounding
 from mode_gguf.pipeline.session import working_in
+from mode_gguf.pipeline.settled import remarks_about, settled_options
 from mode_gguf.pipeline.stages import (
     calibrate_stage,
     export_stage,
@@ -60,23 +63,45 @@ from mode_gguf.workfolder import WorkFolder
 log = logging.getLogger(__name__)
 
 
-def open_model(model: str | Path, out: Path | None, progress: Progress = silent) -> tuple[Checkpoint, WorkFolder]:
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The files of a base GGUF; `compared`: whether its weights are looked for in the checkpoint."""
+
+    text: Path
+    projector: Path | None = None
+    compared: bool = True
+
+
+def open_model(
+    model: str | Path | None, out: Path | None, progress: Progress = silent, base: Base | None = None
+) -> tuple[Checkpoint, WorkFolder]:
     """The checkpoint, and the work folder for it: `out`, or `<name>-mode-gguf` in the current folder.
 
-    `model` is a folder, or the name of a model on the hub, which is downloaded; see `mode_gguf.hub.source`.
+    `model` is a folder, or the name of a model on the hub, which is downloaded; see `mode_gguf.hub.source`. None stands
+    for the base alone, which is enough where no model is run.
     """
-    return _opened(checkpoint_folder(model, progress), out)
+    return _opened(None if model is None else checkpoint_folder(model, progress), out, base)
 
 
 @contextmanager
-def outlined_model(model: str | Path, out: Path | None) -> Iterator[tuple[Checkpoint, WorkFolder, Download | None]]:
+def outlined_model(
+    model: str | Path | None, out: Path | None, base: Base | None = None
+) -> Iterator[tuple[Checkpoint, WorkFolder, Download | None]]:
     """As `open_model`, for `estimate`: of a model on the hub no weights are downloaded, and what would be is told."""
+    if model is None:
+        yield *_opened(None, out, base), None
+        return
     with checkpoint_outline(model) as (path, download):
-        yield *_opened(path, out), download
+        # Weights that are not there cannot be compared with the base's.
+        yield *_opened(path, out, base and replace(base, compared=base.compared and download is None)), download
 
 
-def _opened(path: Path, out: Path | None) -> tuple[Checkpoint, WorkFolder]:
-    checkpoint = Checkpoint.open(path)
+def _opened(path: Path | None, out: Path | None, base: Base | None) -> tuple[Checkpoint, WorkFolder]:
+    checkpoint = None if path is None else Checkpoint.open(path)
+    if base is not None:
+        checkpoint = checkpoint_with_base(checkpoint, open_base(base.text, base.projector), compared=base.compared)
+    if checkpoint is None:
+        raise UsageError("no MODEL: give the checkpoint's folder or name, or --base-gguf with --calibration-from")
     return checkpoint, WorkFolder(out or Path.cwd() / f"{checkpoint.name}-mode-gguf", checkpoint.name)
 
 
@@ -93,6 +118,7 @@ def estimate(
         UsageError: the preset makes no importance matrix of the kind asked for.
         InfeasibleBudgetError: the bits per weight are out of reach.
     """
+    options = settled_options(checkpoint, options)
     chosen_imatrix(options.imatrix, options.preset.method)
     tensors = text_tensors(checkpoint)
     budget = options.budget
@@ -120,9 +146,13 @@ def estimate(
 def _needs(checkpoint: Checkpoint, options: ConvertOptions, model_bytes: int, *, measured: bool) -> list[StageNeeds]:
     sizes = Sizes.of(checkpoint)
     work, machine = Work.at_most(options.calibration, sizes), None
-    if measured:
+    if options.calibration.from_imatrix is not None:
+        work = Work(0, 0, 0)
+    elif measured:
         work = Work.of(calibration_samples(options.calibration), sizes)
-        machine = look_at_machine(options.calibration.device, {stored.file for stored in checkpoint.tensors.values()})
+    if measured:
+        device = "cpu" if options.calibration.from_imatrix else options.calibration.device
+        machine = look_at_machine(device, checkpoint.files)
     return stage_needs(sizes, work, options, model_bytes, options.threads or os.cpu_count() or 1, machine)
 
 
@@ -140,12 +170,15 @@ def convert(
     """
     if options.refine and options.granularity == "expert":
         raise UsageError("--refine improves a type per tensor; leave it out with --granularity expert")
+    options = settled_options(checkpoint, options)
     expected = estimate(checkpoint, folder, options)
     for shortage in shortages(expected.stages, expected.room):
         raise MissingResourceError(shortage)
     if warning := memory_warning(expected.stages, expected.room):
         log.warning("%s", warning)
     with working_in(folder):
+        for remark in remarks_about(checkpoint):
+            log.warning("%s", remark)
         return _convert(checkpoint, folder, options, progress)
 
 
@@ -197,7 +230,7 @@ def _convert(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
     seconds["plan"] = _plan(checkpoint, folder, options, rounding, progress)
     plan = Plan.load(folder.plan)
     files = model_files(checkpoint, folder, plan, options.shard_bytes)
-    mmproj = projector_path(folder, options.projector_type)
+    mmproj = projector_path(folder, options.projector_type) if projector_tensors(checkpoint) else None
     exported = export_stage(
         checkpoint, folder, plan, files, pre_tokenizer=options.pre_tokenizer, shard_bytes=options.shard_bytes
     )
@@ -217,8 +250,10 @@ def _convert(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions
         ),
     )
     forget_rounded(folder)
-    projected = projector_stage(checkpoint, mmproj, options.projector_type)
-    unless_current(projected, lambda: run_projector(checkpoint, folder, options.projector_type, progress))
+    projected = None
+    if mmproj is not None:
+        projected = projector_stage(checkpoint, mmproj, options.projector_type)
+        unless_current(projected, lambda: run_projector(checkpoint, folder, options.projector_type, progress))
     if options.validate:
         validated = validate_stage(folder, exported, projected, options.held_out, options.llama_cpp)
         unless_current(
@@ -310,14 +345,18 @@ def _validate(
         reference = run_reference(checkpoint, folder, pre_tokenizer=options.pre_tokenizer, progress=progress)
     run_validation(
         model,
-        projector_path(folder, options.projector_type),
+        projector_path(folder, options.projector_type) if projector_tensors(checkpoint) else None,
         reference,
         folder.report,
         plan=plan,
         held_out=options.held_out,
         llama_cpp=options.llama_cpp,
         reference_folder=folder.reference,
-        warnings=[*warnings_of_calibration(folder), *_warnings_of_rounding(folder, plan)],
+        warnings=[
+            *remarks_about(checkpoint),
+            *warnings_of_calibration(folder),
+            *_warnings_of_rounding(folder, plan),
+        ],
         conversion=conversion_facts(folder),
         progress=progress,
     )

@@ -134,7 +134,8 @@ def planned_tensors(plan: Plan, table: "SensitivityTable | None") -> list[Source
             role = {"token_embd": Role.EMBEDDING, "output": Role.OUTPUT}.get(part, Role.DENSE)
         width = _row_width(tensor, n_experts, table, arrays.get(f"{tensor.name}.unit"))
         shape = (n_experts, tensor.n_weights // n_experts // width, width)
-        activation = None if role in (Role.EMBEDDING, Role.ABSORBED, Role.KEEP) else tensor.name
+        unmeasured = role in (Role.DENSE, Role.OUTPUT) and table is not None and f"{tensor.name}.unit" not in arrays
+        activation = None if role in (Role.EMBEDDING, Role.ABSORBED, Role.KEEP) or unmeasured else tensor.name
         tensors.append(SourceTensor(tensor.name, shape, role, (), _unread, activation, layer))
     return tensors
 
@@ -359,24 +360,24 @@ def _unit(unit: AllocationUnit, plan: Plan) -> Unit:
 
 def _calibration_facts(statistics: "CalibrationStatistics") -> CalibrationFacts:
     from mode_gguf.calibration.coverage import MIN_TOKENS_PER_EXPERT, calibration_warnings, experts_hardly_seen
-    from mode_gguf.calibration.watch import MODALITIES
+    from mode_gguf.calibration.kinds import MODALITIES
 
     layers = statistics.moe_layers
     counts = [statistics.counts(layer) for layer in layers]
     return CalibrationFacts(
         datasets=tuple(statistics.datasets),
         **asdict(statistics.samples),
-        key_tokens=str(statistics.key_tokens),
+        key_tokens="none: tokens were not told apart" if statistics.imatrix else str(statistics.key_tokens),
         layers=layers,
         n_experts=max((one.shape[1] for one in counts), default=0),
         routing=[
             Routing(
-                modality=modality,
+                modality="any" if statistics.imatrix else modality,
                 tokens=[one[index].tolist() for one in counts],
                 never_routed=sum(int((one[index] == 0).sum()) for one in counts),
                 likeness_to_text=_likeness([(one[0], one[index]) for one in counts]),
             )
-            for index, modality in enumerate(MODALITIES)
+            for index, modality in enumerate(MODALITIES[:1] if statistics.imatrix else MODALITIES)
         ],
         hardly_seen=int((experts_hardly_seen(statistics)).sum()),
         hardly_seen_below=MIN_TOKENS_PER_EXPERT,

@@ -1,7 +1,8 @@
 """The stages that run the model: calibrate, sensitivity, unit-kl. torch is imported when they run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
-    from mode_gguf.calibration.key_tokens import KeyTokens
+    from mode_gguf.calibration.kinds import KeyTokens
     from mode_gguf.calibration.sample import Sample
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.imatrix import Imatrix
@@ -35,22 +36,30 @@ log = logging.getLogger(__name__)
 def run_calibration(
     checkpoint: Checkpoint, folder: WorkFolder, options: CalibrationOptions, progress: Progress = silent
 ) -> "CalibrationStatistics":
-    """Write calibration.safetensors and the importance matrix."""
+    """Write calibration.safetensors and the importance matrix, measured or from another importance matrix."""
+    if options.from_imatrix is not None:
+        from mode_gguf.pipeline.from_imatrix import take_statistics
+
+        stage = StageLedger(folder).begin(calibrate_stage(checkpoint, folder, options))
+        taken = take_statistics(checkpoint, folder, options.from_imatrix)
+        stage.finish()
+        return taken
     from mode_gguf.calibration.calibrate import calibrate
     from mode_gguf.calibration.coverage import calibration_warnings
     from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.importance.imatrix import balanced_imatrix
 
     stage = StageLedger(folder).begin(calibrate_stage(checkpoint, folder, options))
-    statistics = everywhere(
-        calibrate,
-        checkpoint,
-        calibration_samples(options),
-        device=options.device,
-        key_tokens=_key_tokens(options),
-        hidden_bytes=options.hidden_bytes,
-        progress=progress,
-    )
+    with _of_any_form(checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
+        statistics = everywhere(
+            calibrate,
+            checkpoint,
+            calibration_samples(options),
+            device=options.device,
+            key_tokens=_key_tokens(options),
+            hidden_bytes=options.hidden_bytes,
+            progress=progress,
+        )
     statistics.save(folder.calibration)
     for warning in calibration_warnings(statistics):
         log.warning("%s", warning)
@@ -80,6 +89,14 @@ def run_sensitivity(
         InputError: `calibrate` has not run in this folder, or ran for another model.
         UsageError: `method` makes no importance matrix of the kind asked for.
     """
+    if method == "imatrix-error":
+        from mode_gguf.pipeline.from_imatrix import measure_imatrix_error
+
+        kind = chosen_imatrix(imatrix, method)
+        stage = StageLedger(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, kind, packing))
+        measure_imatrix_error(checkpoint, folder, types, packing, progress=progress)
+        stage.finish()
+        return
     from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.calibration.statistics import CalibrationStatistics
     from mode_gguf.importance.sensitivity import measure_sensitivity
@@ -93,27 +110,44 @@ def run_sensitivity(
         )
     imatrix = chosen_imatrix(imatrix, method)
     stage = StageLedger(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, imatrix, packing))
-    measured = everywhere(
-        measure_sensitivity,
-        checkpoint,
-        calibration_samples(options),
-        dict(read_imatrix(folder.imatrix)),
-        statistics=statistics,
-        method=method,
-        imatrix=imatrix,
-        packing=packing,
-        expert_types=types.expert,
-        dense_types=types.dense,
-        device=options.device,
-        seed=options.seed,
-        hidden_bytes=options.hidden_bytes,
-        progress=progress,
-    )
+    with _of_any_form(checkpoint, "plan by errors weighed with calibration's importance: --sensitivity imatrix-error"):
+        measured = everywhere(
+            measure_sensitivity,
+            checkpoint,
+            calibration_samples(options),
+            dict(read_imatrix(folder.imatrix)),
+            statistics=statistics,
+            method=method,
+            imatrix=imatrix,
+            packing=packing,
+            expert_types=types.expert,
+            dense_types=types.dense,
+            device=options.device,
+            seed=options.seed,
+            hidden_bytes=options.hidden_bytes,
+            progress=progress,
+        )
     measured.table.save(folder.sensitivity)
     if measured.token_weights is not None:
         _write_imatrix(folder.imatrix_of("fisher"), measured.imatrix, statistics)
         measured.token_weights.save(folder.token_weights)
     stage.finish()
+
+
+@contextmanager
+def _of_any_form(checkpoint: Checkpoint, way_out: str) -> Iterator[None]:
+    """A model without a family may be of a form that nobody has seen: then an error of its code is one of input.
+
+    Raises:
+        InputError: with a way out.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if checkpoint.base is None:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason}); {way_out}") from error
 
 
 def run_unit_kl(
@@ -218,7 +252,7 @@ def _write_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStati
 
 
 def _key_tokens(options: CalibrationOptions) -> "KeyTokens":
-    from mode_gguf.calibration.key_tokens import KeyTokens
+    from mode_gguf.calibration.kinds import KeyTokens
 
     return KeyTokens(options.key_tokens, options.key_ratio, options.seed)
 

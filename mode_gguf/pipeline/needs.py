@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from gguf import Keys
 
-from mode_gguf.architectures import find_family, text_tensors
+from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.images import ImageSize, scaled_size
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.limits import LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
@@ -42,6 +42,8 @@ _HEAP_VALUES, _MOST_HEAP = 10, 4 << 30
 
 _MERGED_PATCHES = (Keys.ClipVision.SPATIAL_MERGE_SIZE, Keys.ClipVision.Projector.SCALE_FACTOR)
 """Where a projector says how many patches a side a token stands for."""
+_PATCH_SIZE = 16
+"""Of a projector that does not say, or is not there."""
 _CHARACTERS_PER_TOKEN = 3.0
 _TEMPLATE_TOKENS = 24
 _PACKED_PER_SECOND = 1.5e8
@@ -96,24 +98,25 @@ class Sizes:
         dense = [tensor for tensor in tensors if tensor.layer == largest and tensor.role is Role.DENSE]
         experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
         embedding = next(tensor for tensor in tensors if tensor.role is Role.EMBEDDING)
-        every = sum(prod(stored.shape) for stored in checkpoint.tensors.values())
         weights = sum(tensor.n_weights for tensor in tensors)
+        projected = sum(tensor.n_weights for tensor in projector_tensors(checkpoint)) if checkpoint.base else 0
+        every = sum(prod(stored.shape) for stored in checkpoint.tensors.values()) or weights + projected
         family = find_family(checkpoint)
         used_key = Keys.LLM.EXPERT_USED_COUNT.format(arch=family.gguf_arch)
         used = cast(int, family.text_metadata(checkpoint)[used_key])
         vision = family.projector_metadata(checkpoint)
         merged = next((vision[key] for key in _MERGED_PATCHES if key in vision), 1)
-        side = cast(int, vision[Keys.ClipVision.PATCH_SIZE]) * cast(int, merged)
+        side = cast(int, vision.get(Keys.ClipVision.PATCH_SIZE, _PATCH_SIZE)) * cast(int, merged)
         idle = sum(tensor.n_weights * (1 - used / tensor.n_experts) for tensor in experts)
         return cls(
-            stored_bytes=sum(stored.nbytes for stored in checkpoint.tensors.values()),
+            stored_bytes=sum(stored.nbytes for stored in checkpoint.tensors.values()) or 2 * weights,
             weights=weights,
             layers=len(by_layer),
-            outside=every - sum(by_layer.values()),
+            outside=max(0, every - sum(by_layer.values())),
             layer=by_layer[largest],
             dense=sum(tensor.n_weights for tensor in dense),
             active=int(weights - idle),
-            vision=every - weights,
+            vision=projected if checkpoint.base else every - weights,
             hidden=embedding.row_width,
             vocabulary=embedding.shape[0],
             experts=max(tensor.n_experts for tensor in experts),
@@ -220,16 +223,23 @@ def stage_needs(
             return StageNeeds(stage, here + CUDA_BYTES, model + at_layer + min(waiting, model), **disk)
         return StageNeeds(stage, here + model + at_layer, **disk)
 
-    stages = [
-        measuring("calibrate", held[0] + 2 * sums, step, temporary=max(0, waiting - kept), written=sums + imatrix),
-        measuring(
-            "sensitivity",
-            held[1] + gradients + 2 * imatrix,
-            max(of_layer, of_head - value * sizes.layer),
-            temporary=max(0, of_all_layers - kept),
-            written=imatrix,
-        ),
-    ]
+    stages = (
+        [
+            StageNeeds("calibrate", EXPORT_BYTES + sums, written=sums + imatrix),
+            StageNeeds("sensitivity", EXPORT_BYTES + imatrix),
+        ]
+        if options.calibration.from_imatrix
+        else [
+            measuring("calibrate", held[0] + 2 * sums, step, temporary=max(0, waiting - kept), written=sums + imatrix),
+            measuring(
+                "sensitivity",
+                held[1] + gradients + 2 * imatrix,
+                max(of_layer, of_head - value * sizes.layer),
+                temporary=max(0, of_all_layers - kept),
+                written=imatrix,
+            ),
+        ]
+    )
     if rounded:
         packed = model_bytes // max(sizes.layers, 1)
         stages.append(

@@ -39,6 +39,8 @@ class CalibrationOptions:
     device: str = "auto"
     seed: int = 0
     hidden_bytes: int = HIDDEN_BYTES
+    from_imatrix: Path | None = None
+    """An importance matrix that statistics are taken from instead of running the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,12 @@ class ConvertOptions:
 class ConvertResult:
     """What a conversion wrote, and how long each stage took (0 for one that was reused).
 
-    `model` is the first file of one that is in shards; `size_bytes` counts all of them.
+    `model` is the first file of one that is in shards; `size_bytes` counts all of them. Text-only models have no
+    `mmproj`.
     """
 
     model: Path
-    mmproj: Path
+    mmproj: Path | None
     imatrix: Path
     plan: Path
     report: Path | None

@@ -125,7 +125,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
     ledger = StageLedger(folder)
     settings, model = ledger.left("export")
     _, projector = ledger.left("projector")
-    if not model or not projector:
+    if not model or not (projector or settings.get("projector") == "none"):
         raise InputError(f"{folder.path}: no export has finished here; run `mode-gguf convert` or `mode-gguf export`")
     for path, identity in {**model, **projector}.items():
         if file_identity(path) != identity:
@@ -140,7 +140,8 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
     roles |= dict.fromkeys(projector, "projector")
     roles |= dict.fromkeys([imatrix] if imatrix.exists() else [], "importance matrix")
     about = describe(next(iter(model)))
-    bpw = {"text model": about["bpw"], "projector": read_header(next(iter(projector))).bpw, "importance matrix": None}
+    projector_bpw = read_header(next(iter(projector))).bpw if projector else None
+    bpw = {"text model": about["bpw"], "projector": projector_bpw, "importance matrix": None}
     files = tuple(
         ReleasedFile(path, role, path.stat().st_size, bpw[role], digest)
         for (path, role), digest in zip(roles.items(), sha256_of(list(roles), progress), strict=True)

@@ -10,6 +10,7 @@ from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, Granularity
+from mode_gguf.architectures import projector_tensors
 from mode_gguf.artifacts import fingerprint, samples_fingerprint
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.importance.choice import ImatrixKind
@@ -21,6 +22,13 @@ from mode_gguf.workfolder import WorkFolder
 
 def calibrate_stage(checkpoint: Checkpoint, folder: WorkFolder, options: CalibrationOptions) -> Stage:
     """See `run_calibration`."""
+    if options.from_imatrix is not None:
+        settings = {
+            **_basis(checkpoint),
+            "calibration from": options.from_imatrix.name,
+            "its content": file_identity(options.from_imatrix),
+        }
+        return Stage("calibrate", settings, (folder.calibration, folder.imatrix))
     settings = {
         **_basis(checkpoint),
         "calibration data": options.source or "built-in",
@@ -120,6 +128,8 @@ def export_stage(
 ) -> Stage:
     """See `run_export`; this is the text model alone, `files`."""
     settings = _packed(checkpoint, folder, plan, imatrix, rounding or plan.rounding)
+    if not projector_tensors(checkpoint):
+        settings["projector"] = "none"
     return Stage("export", {**settings, "pre-tokenizer": pre_tokenizer, "shard size": shard_bytes}, tuple(files))
 
 
@@ -134,12 +144,12 @@ def reference_stage(checkpoint: Checkpoint, model: Path, pre_tokenizer: str | No
 
 
 def validate_stage(
-    folder: WorkFolder, export: Stage, projector: Stage, held_out: Path | None, llama_cpp: Path | None
+    folder: WorkFolder, export: Stage, projector: Stage | None, held_out: Path | None, llama_cpp: Path | None
 ) -> Stage:
     """See `run_validation`; of what the two stages wrote."""
     settings = {
         **export.settings,
-        "projector": projector.settings["type"],
+        "projector": projector.settings["type"] if projector else None,
         "held-out data": str(held_out or "built-in"),
         "held-out data's names, sizes and times": samples_fingerprint(held_out),
         "llama.cpp": llama_cpp,
@@ -148,8 +158,9 @@ def validate_stage(
 
 
 def _basis(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What everything depends on."""
-    return {"model": checkpoint.name, "model fingerprint": checkpoint.fingerprint, "tool version": __version__}
+    """What everything depends on; the fingerprint is of checkpoint and base."""
+    base = {} if checkpoint.base is None else {"base": [path.name for path in checkpoint.base.files]}
+    return {"model": checkpoint.name, "model fingerprint": checkpoint.fingerprint, "tool version": __version__, **base}
 
 
 def _packing(packing: Packing) -> dict[str, Any]:

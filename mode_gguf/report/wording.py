@@ -22,6 +22,7 @@ STAGES = {
 ANSWERS = {"text": "text", "image": "answers about pictures", "cost": "cost"}
 MODALITIES = {
     "text": "text tokens",
+    "any": "all tokens",
     "key_vision": "key vision tokens",
     "redundant_vision": "redundant vision tokens",
 }

@@ -30,7 +30,7 @@ def unread(index: int, rows: slice = ALL_ROWS) -> np.ndarray:
 GATE = SourceTensor(
     "blk.0.ffn_gate_exps.weight", (E, 256, 256), Role.EXPERT, ("gate",), unread, layer=0, projection="gate"
 )
-ATTENTION = SourceTensor("blk.0.attn_q.weight", (256, 256), Role.DENSE, ("q",), unread, layer=0)
+ATTENTION = SourceTensor("blk.0.attn_q.weight", (256, 256), Role.DENSE, ("q",), unread, "blk.0.attn_q.weight", layer=0)
 
 
 @pytest.fixture

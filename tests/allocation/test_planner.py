@@ -42,7 +42,8 @@ def tensor(
     def read(index: int, rows: slice = ALL_ROWS) -> np.ndarray:
         raise AssertionError("planning reads no weights")
 
-    return SourceTensor(name, shape, role, (name,), read, layer=layer, projection=projection)
+    seen = name if role in (Role.DENSE, Role.OUTPUT) else None
+    return SourceTensor(name, shape, role, (name,), read, seen, layer=layer, projection=projection)
 
 
 def model(expert_width: int = 256) -> list[SourceTensor]:

@@ -12,9 +12,10 @@ from transformers import AutoModelForImageTextToText
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.calibrate import calibrate
+from mode_gguf.calibration.converted import as_tensor
 from mode_gguf.calibration.inputs import InputBuilder
 from mode_gguf.calibration.sample import Message, Sample
-from mode_gguf.calibration.streaming import as_tensor, open_streamed
+from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.conftest import picture
 from tests.calibration.test_streaming import build, streamed_logits

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: options.Model,
+    model: options.OptionalModel = None,
     bpw: options.Bpw = None,
     size: options.Size = None,
     expert_bpw: options.ExpertBpw = None,
@@ -26,7 +26,10 @@ def command(
     image_tokens: options.ImageTokens = None,
     reserve: options.Reserve = None,
     out: options.Out = None,
+    base_gguf: options.BaseGguf = None,
+    base_mmproj: options.BaseMmproj = None,
     calibration: options.Calibration = None,
+    calibration_from: options.CalibrationFrom = None,
     device: options.DeviceOption = options.Device.AUTO,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the model and the budget, say what would be done, write nothing.")
@@ -94,7 +97,8 @@ def command(
     """Calibrate, measure, plan, pack and check MODEL: a GGUF of the size asked for, and its projector.
 
     Everything lands in one work folder; running the command again goes on where it was cut off and reuses whatever is
-    still right, so another budget costs a plan and a packing run only.
+    still right, so another budget costs a plan and a packing run only. A model without a family here is converted from
+    a GGUF that llama.cpp's converter made (--base-gguf).
     """
     from mode_gguf import pipeline
 
@@ -114,6 +118,7 @@ def command(
             memory,
             key_ratio=key_ratio,
             key_tokens=key_tokens,
+            from_imatrix=calibration_from,
         ),
         preset=options.preset_of(
             preset,
@@ -145,17 +150,18 @@ def command(
         llama_cpp=llama_cpp,
         restart=restart,
     )
+    base = options.base_of(base_gguf, base_mmproj, model, calibration_from)
     if dry_run:
-        with pipeline.outlined_model(model, out) as (checkpoint, folder, download):
+        with pipeline.outlined_model(model, out, base) as (checkpoint, folder, download):
             _show_estimate(pipeline.estimate(checkpoint, folder, chosen, measured=True), download, as_json=json)
         return
-    checkpoint, folder = pipeline.open_model(model, out, progress())
+    checkpoint, folder = pipeline.open_model(model, out, progress(), base)
     result = pipeline.convert(checkpoint, folder, chosen, progress())
     if json:
         emit_json(
             {
                 "model": str(result.model),
-                "mmproj": str(result.mmproj),
+                "mmproj": str(result.mmproj) if result.mmproj else None,
                 "imatrix": str(result.imatrix),
                 "plan": str(result.plan),
                 "bpw": result.bpw,
@@ -165,7 +171,8 @@ def command(
         )
         return
     show(f"model    {result.model}  ({result.bpw:.3f} bpw, {result.size_bytes / 1e6:,.1f} MB)")
-    show(f"mmproj   {result.mmproj}")
+    if result.mmproj:
+        show(f"mmproj   {result.mmproj}")
     show(f"report   {result.page}")
     say(f"talk to it with: mode-gguf run {folder.path}".replace("[", r"\["))
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]

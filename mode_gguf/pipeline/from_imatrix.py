@@ -1,0 +1,139 @@
+"""`calibrate` and `sensitivity` from an importance matrix: nothing is run, and torch is not imported."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mode_gguf.allocation.units import CandidateTypes
+from mode_gguf.architectures import find_family, text_tensors
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.coverage import calibration_warnings
+from mode_gguf.calibration.kinds import MODALITIES, TEXT, KeyTokens
+from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
+from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.errors import InputError
+from mode_gguf.export.imatrix import read_imatrix, read_imatrix_header, read_sums, write_imatrix
+from mode_gguf.importance.imatrix_error import imatrix_error
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.libggml import needs_importance
+from mode_gguf.quantization.packing import Packing
+from mode_gguf.workfolder import WorkFolder
+
+log = logging.getLogger(__name__)
+
+Sums = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def take_statistics(checkpoint: Checkpoint, folder: WorkFolder, imatrix: Path) -> CalibrationStatistics:
+    """Write calibration.safetensors and the folder's importance matrix from one that llama-imatrix made.
+
+    Raises:
+        InputError: it is none, or is of another model.
+    """
+    header = read_imatrix_header(imatrix)
+    tensors = text_tensors(checkpoint)
+    sums = _of_model(imatrix, read_sums(imatrix), tensors)
+    tokens = header.chunk_count * header.chunk_size
+    statistics = CalibrationStatistics(
+        model=checkpoint.name,
+        fingerprint=checkpoint.fingerprint,
+        arrays=_arrays(sums, tensors),
+        samples=SampleCounts(header.chunk_count, 0, tokens, 0),
+        key_tokens=KeyTokens(),
+        datasets=header.datasets,
+        imatrix=imatrix.name,
+        sees=bool(find_family(checkpoint).projector_type),
+    )
+    statistics.save(folder.calibration)
+    for warning in calibration_warnings(statistics):
+        log.warning("%s", warning)
+    write_imatrix(folder.imatrix, sums, header.datasets, header.chunk_count, header.chunk_size)
+    return statistics
+
+
+def measure_imatrix_error(
+    checkpoint: Checkpoint,
+    folder: WorkFolder,
+    types: CandidateTypes,
+    packing: Packing,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Write sensitivity.safetensors from the folder's statistics and plain importance matrix.
+
+    Raises:
+        InputError: a candidate type needs importance that the matrix does not have.
+    """
+    statistics = CalibrationStatistics.load(folder.calibration, sums=False)
+    importance = read_imatrix(folder.imatrix)
+    tensors = text_tensors(checkpoint)
+    for tensor in tensors:
+        needy = [one.name for one in types.of(tensor) if needs_importance(one)] if tensor.activation else []
+        if needy and tensor.name not in importance:
+            raise InputError(
+                f"{folder.imatrix}: has nothing of {tensor.name}, and {needy[0]} needs it; leave that type out, or "
+                "give tensors of this kind a --floor"
+            )
+    counts = {layer: statistics.counts(layer).sum(axis=0) for layer in statistics.moe_layers}
+    table = imatrix_error(
+        checkpoint.name,
+        checkpoint.fingerprint,
+        tensors,
+        importance,
+        counts,
+        expert_types=types.expert,
+        dense_types=types.dense,
+        packing=packing,
+        threads=threads,
+        progress=progress,
+    )
+    table.save(folder.sensitivity)
+
+
+def _of_model(path: Path, sums: Sums, tensors: Sequence[SourceTensor]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The entries of the model's matrices, in its order.
+
+    Raises:
+        InputError: an expert tensor is not there, or an entry has another shape.
+    """
+    found = {}
+    for tensor in tensors:
+        if tensor.activation is None:
+            continue
+        entry = sums.get(tensor.name)
+        if entry is None:
+            if tensor.role is Role.EXPERT:
+                raise InputError(
+                    f"{path}: has nothing of {tensor.name}; make the importance matrix of this model, with "
+                    "llama-imatrix on its BF16 file"
+                )
+            continue
+        in_sum2, counts = entry
+        if in_sum2.shape == (tensor.n_experts, tensor.row_width):
+            found[tensor.name] = (in_sum2, np.rint(counts[:, 0]))
+        elif len(tensor.shape) == 2 or tensor.role is Role.EXPERT:
+            raise InputError(
+                f"{path}: {tensor.name} has {len(in_sum2)} x {in_sum2.shape[1]} sums, expected {tensor.n_experts} x "
+                f"{tensor.row_width}; it is of another model"
+            )
+    return found
+
+
+def _arrays(sums: Sums, tensors: Sequence[SourceTensor]) -> dict[str, np.ndarray]:
+    """As calibration writes them, all tokens under `text`; routing weights are not known, and 0."""
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in tensors:
+        if tensor.name not in sums or tensor.activation is None or f"{tensor.activation}.count" in arrays:
+            continue
+        in_sum2, counts = sums[tensor.name]
+        sum2 = np.zeros((len(MODALITIES), *in_sum2.shape))
+        sum2[TEXT] = in_sum2
+        count = np.zeros((len(MODALITIES), len(counts)), np.int64)
+        count[TEXT] = counts
+        arrays |= {f"{tensor.activation}.sum2": sum2, f"{tensor.activation}.count": count}
+        if tensor.role is Role.EXPERT:
+            for name in ("weight", "weight2"):
+                arrays[f"blk.{tensor.layer}.ffn_exps.{name}"] = np.zeros(count.shape)
+    return arrays
