@@ -187,7 +187,8 @@ class StreamedModel:
     def _experts(self, parameter: str, layer: int) -> torch.Tensor:
         """Fused experts in the module's layout, (E, 2I, H) or (E, H, I), however the checkpoint stores them."""
         by_projection = {tensor.projection: tensor for tensor in self.layer_tensors(layer, Role.EXPERT)}
-        projections = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(parameter)
+        reading = ("gate_up",) if "gate_up" in by_projection else ("gate", "up")
+        projections = {"gate_up_proj": reading, "down_proj": ("down",)}.get(parameter)
         if projections is None or not all(projection in by_projection for projection in projections):
             raise InputError(f"{self.checkpoint.path}: expert parameter {parameter} of layer {layer} is not known")
         parts = [by_projection[projection] for projection in projections]

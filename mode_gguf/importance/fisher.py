@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
+from mode_gguf.architectures.experts import rows_of
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.distributed import gathered_in_order, number_among_all, sum_over_ranks
 from mode_gguf.calibration.hidden_store import HiddenStore
@@ -46,7 +47,7 @@ from mode_gguf.importance.imatrix import Imatrix, Importance, importance_of
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
-from mode_gguf.importance.weight_changes import PARTS, expert_changes, matrix_changes
+from mode_gguf.importance.weight_changes import expert_changes, matrix_changes, parts_of
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import is_storable
 
@@ -372,8 +373,8 @@ def _measure_experts(
     importance = _chosen_importance(settings, fisher)
     n_experts, n_types = module.num_experts, len(settings.expert_types)
     shape = (N_ANSWERS, N_MODALITIES, n_experts, n_types)
-    cost = {part: np.full(shape, np.nan) for part in PARTS}
-    error = {part: np.full((n_experts, n_types), np.nan) for part in PARTS}
+    cost = {part: np.full(shape, np.nan) for part in parts_of(projections)}
+    error = {part: np.full((n_experts, n_types), np.nan) for part in parts_of(projections)}
     draws, n_tokens = routed.gradients.shape[:2]
     block = {
         part: torch.zeros(n_types, draws, n_tokens, device=streamed.device) for part in projections
@@ -391,7 +392,7 @@ def _measure_experts(
     counts = _over_ranks(
         np.stack([group_sums((routed.index == expert).any(-1), routed.group) for expert in range(n_experts)], axis=-1)
     )
-    for part in PARTS:
+    for part in parts_of(projections):
         filled = fill_unseen(_over_ranks(cost[part]), counts, error[part], summed=True)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled * per_position[..., None, None]
@@ -424,9 +425,12 @@ def _expert_columns(
         at_gate_up = torch.stack(
             [torch.autograd.grad(hidden, before, gradient, retain_graph=True)[0] for gradient in at_hidden]
         )
-        at_gate, at_up = at_gate_up.chunk(2, dim=-1)
-        for name, inputs, gradients in (("gate", x, at_gate), ("up", x, at_up), ("down", hidden.detach(), at_down)):
-            columns[name].add(inputs, squared_norms(gradients) * scale, expert)
+        for name, sums in columns.items():
+            if name == "down":
+                sums.add(hidden.detach(), squared_norms(at_down) * scale, expert)
+            else:
+                at_rows = at_gate_up[..., rows_of(name, at_gate_up.shape[-1])]
+                sums.add(x, squared_norms(at_rows) * scale, expert)
     return columns
 
 
