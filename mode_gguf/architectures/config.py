@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint import Checkpoint, read_json
 from mode_gguf.errors import InputError
 
 T = TypeVar("T")
@@ -18,6 +18,17 @@ def section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
     value = checkpoint.config.get(name)
     if not isinstance(value, dict):
         raise InputError(f"{checkpoint.path / 'config.json'}: expected an object {name}, found {value!r}")
+    return value
+
+
+def preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """preprocessor_config.json, or its place in the processor_config.json that transformers 5 writes."""
+    old, new = checkpoint.path / "preprocessor_config.json", checkpoint.path / "processor_config.json"
+    if old.exists() or not new.exists():
+        return read_json(old)
+    value = read_json(new).get("image_processor")
+    if not isinstance(value, dict):
+        raise InputError(f"{new}: expected an object image_processor, found {value!r}; download it again")
     return value
 
 
