@@ -9,6 +9,7 @@ import pytest
 
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
+from tests.pico_gemma4_moe import write_pico_gemma4_moe
 from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
 
@@ -60,3 +61,9 @@ def pico_qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_qwen3_5_resaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in tensors of their own per expert, as transformers 5 saves them; read only."""
     return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-resaved", layout="resaved")
+
+
+@pytest.fixture(scope="session")
+def pico_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Gemma 4 MoE checkpoint with a tensor of an audio tower; read only."""
+    return write_pico_gemma4_moe(tmp_path_factory.mktemp("pico") / "pico-gemma-4", audio=True)

@@ -228,7 +228,7 @@ def _text_weights(generator: torch.Generator) -> Iterator[tuple[str, torch.Tenso
         yield f"{prefix}.post_feedforward_layernorm_2.weight", gains(HIDDEN)
         yield f"{prefix}.post_feedforward_layernorm.weight", gains(HIDDEN)
         yield f"{prefix}.layer_scalar", 0.5 + torch.rand(1, generator=generator)
-    yield "model.language_model.norm.weight", 4.0 * gains(HIDDEN)
+    yield "model.language_model.norm.weight", 1.5 * gains(HIDDEN)
 
 
 def _vision_weights(
