@@ -454,7 +454,8 @@ def _head_cost(
 ) -> np.ndarray:
     """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model.
 
-    Its importance goes to `result`; the squared norm of a logits' gradient is on average 1 less the sum of p^2.
+    Its importance goes to `result`. At its output, the squared gradient is on average the sum of p (1 - p) s^2, with s
+    the slope of what bends the logits; without such, s = 1.
     """
     cost = _no_cost([], settings)
     weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
@@ -464,8 +465,9 @@ def _head_cost(
         for trace in traces:
             if trace.head_input is None:
                 raise RuntimeError("the output head was not watched")
-            squares = linear(trace.head_input, weight).float().softmax(-1).square().sum(-1)
-            token_weight = (1 - squares.double()) * per_position[trace.inputs.answer, 0]
+            probabilities, slope = _predictions(streamed, linear(trace.head_input, weight).float())
+            squares = (probabilities * (1 - probabilities) * slope**2).sum(-1)
+            token_weight = squares.double() * per_position[trace.inputs.answer, 0]
             columns.add(trace.head_input, token_weight)
             weights.append(np.zeros(len(trace.inputs.input_ids), np.float32))
             weights[-1][trace.inputs.scored.numpy()] = token_weight.cpu().numpy()
@@ -477,14 +479,20 @@ def _head_cost(
         for trace in traces:
             if trace.head_input is None:
                 raise RuntimeError("the output head was not watched")
-            probabilities = linear(trace.head_input, weight).float().softmax(-1)
-            moved = linear(trace.head_input.float(), change)
+            probabilities, slope = _predictions(streamed, linear(trace.head_input, weight).float())
+            moved = linear(trace.head_input.float(), change) * slope
             mean = (probabilities * moved).sum(-1, keepdim=True)
             variance = (probabilities * (moved - mean).square()).sum(-1)
             scored = trace.inputs.scored.to(streamed.device)
             group = group_of(trace.inputs.answer, trace.layers[-1].modality[scored])
             cost[..., t] += group_sums(variance / 2, group)
     return _over_ranks(cost)
+
+
+def _predictions(streamed: StreamedModel, head_output: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Probabilities, and the slope of the logits in what the head gives."""
+    logits, cap = streamed.logits_of(head_output), streamed.logit_cap
+    return logits.softmax(-1), 1.0 if cap is None else 1 - (logits / cap).square()
 
 
 def _embedding_cost(
@@ -502,7 +510,7 @@ def _embedding_cost(
             is_text = ~trace.inputs.is_vision  # placeholders' embeddings are replaced by the image's
             gradients = torch.stack(trace.gradients)[:, 0, is_text].to(streamed.device).float()
             moved = change[trace.inputs.input_ids[is_text].to(streamed.device)]
-            products = (gradients * moved).sum(-1)
+            products = (gradients * moved).sum(-1) * streamed.embedding_scale
             group = group_of(trace.inputs.answer, torch.full((products.shape[1],), TEXT, device=streamed.device))
             cost[..., t] += _half_square_of_sums(products, group)
     return _over_ranks(cost)

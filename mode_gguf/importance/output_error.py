@@ -146,7 +146,7 @@ def _embedding_error(
     modality = torch.full_like(ids, TEXT)
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, change in matrix_changes(tensor, settings, settings.importance, result, streamed.device):
-        error[0, :, t] = _sums(change.square().mean(-1)[ids], modality)
+        error[0, :, t] = _sums((streamed.embedding_scale * change).square().mean(-1)[ids], modality)
     return _means(error, _counts(modality))
 
 
