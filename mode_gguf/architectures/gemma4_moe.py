@@ -1,8 +1,8 @@
 """Gemma 4 MoE (26B-A4B): llama.cpp's `gemma4` with a `gemma4v` projector.
 
-Every layer has a dense feed-forward network beside the routed experts; gate and up of an expert are one tensor. Layers of
-full attention have heads of another size than those with a sliding window, and may take their keys for values. Only the
-variant with experts is supported: the dense ones need no tool of this kind.
+Every layer has a dense feed-forward network beside the routed experts; gate and up of an expert are one tensor. Layers
+of full attention have heads of another size than those with a sliding window, and may take their keys for values. Only
+the variant with experts is supported: the dense ones need no tool of this kind.
 
 The vision tower gives a picture as many tokens as its shape asks for, and they see each other in layers with a sliding
 window, but not in those of full attention; llama.cpp does the same. An audio tower (`model.audio_tower.*`) is left out:
@@ -415,6 +415,7 @@ def check(checkpoint: Checkpoint) -> None:
             ),
         },
     )
+    layer_types(checkpoint)
     full_attention(checkpoint)
 
 

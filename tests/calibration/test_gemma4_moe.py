@@ -104,7 +104,9 @@ def test_sums_are_those_of_the_whole_model(
     ]
     for index, layer in enumerate(plain.model.language_model.layers):
         hooks += [layer.experts.register_forward_hook(record(f"x{index}"))]
-        hooks += [layer.router.register_forward_hook(lambda m, a, o, n=f"i{index}": seen.setdefault(n, []).append(o[2]))]
+        hooks += [
+            layer.router.register_forward_hook(lambda m, a, o, n=f"i{index}": seen.setdefault(n, []).append(o[2]))
+        ]
     with torch.no_grad():
         for one in build(pico_gemma4, samples):
             plain(**one.model_arguments(CPU, torch.float32))
