@@ -10,6 +10,7 @@ import pytest
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
 from tests.pico_gemma4_moe import write_pico_gemma4_moe
+from tests.pico_internvl import write_pico_internvl
 from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
 
@@ -67,3 +68,15 @@ def pico_qwen3_5_resaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a pico Gemma 4 MoE checkpoint with a tensor of an audio tower; read only."""
     return write_pico_gemma4_moe(tmp_path_factory.mktemp("pico") / "pico-gemma-4", audio=True)
+
+
+@pytest.fixture(scope="session")
+def pico_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico InternVL3.5-MoE checkpoint in its authors' layout; read only."""
+    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl")
+
+
+@pytest.fixture(scope="session")
+def pico_internvl_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in transformers' layout, which transformers itself can open; read only."""
+    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl-hf", layout="transformers")

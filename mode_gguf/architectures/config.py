@@ -21,17 +21,6 @@ def section(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
     return value
 
 
-def preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """preprocessor_config.json, or its place in the processor_config.json that transformers 5 writes."""
-    old, new = checkpoint.path / "preprocessor_config.json", checkpoint.path / "processor_config.json"
-    if old.exists() or not new.exists():
-        return read_json(old)
-    value = read_json(new).get("image_processor")
-    if not isinstance(value, dict):
-        raise InputError(f"{new}: expected an object image_processor, found {value!r}; download it again")
-    return value
-
-
 def setting(checkpoint: Checkpoint, where: Mapping[str, Any], expected: type[T], *names: str) -> T:
     """The first of `names` that `where` (a section of config.json) has, as an `expected`; ints pass for floats.
 
@@ -56,6 +45,17 @@ def setting(checkpoint: Checkpoint, where: Mapping[str, Any], expected: type[T],
         f"{checkpoint.path / 'config.json'}: {name} is {value!r}, expected {expected.__name__}; "
         "use the configuration published with the model"
     )
+
+
+def preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """preprocessor_config.json, or its place in the processor_config.json that transformers 5 writes."""
+    old, new = checkpoint.path / "preprocessor_config.json", checkpoint.path / "processor_config.json"
+    if old.exists() or not new.exists():
+        return read_json(old)
+    value = read_json(new).get("image_processor")
+    if not isinstance(value, dict):
+        raise InputError(f"{new}: expected an object image_processor, found {value!r}; download it again")
+    return value
 
 
 def check_settings(checkpoint: Checkpoint, gguf_arch: str, settings: Mapping[str, tuple[Any, Any, str]]) -> None:

@@ -19,7 +19,7 @@ from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, VisionProjectorType
 from mode_gguf.architectures.config import check_settings, preprocessor, section, setting
 from mode_gguf.architectures.experts import expert_rules, expert_sizes, fused_experts
 from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, TensorRule, View, as_stored
-from mode_gguf.architectures.images import ImagePlace, PlacedImage
+from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -46,6 +46,8 @@ UNROTATED = 1e30
 
 SOFT_TOKENS = (70, 140, 280, 560, 1120)
 """Limits on a picture's tokens that the image processor knows."""
+MAX_SOFT_TOKENS = 280
+"""transformers' default."""
 POOLING = 3
 """Patches along a side of a token, where a projector's file does not say."""
 VISION_ROPE_THETA = 100.0
@@ -339,8 +341,7 @@ def place_image(place: ImagePlace) -> PlacedImage:
     """
     processor, config = place.processor, place.checkpoint.config
     area = (processor.patch_size * processor.pooling_kernel_size) ** 2
-    allowed = min(processor.max_soft_tokens, place.max_pixels // area)
-    limit = max((n for n in SOFT_TOKENS if n <= allowed), default=SOFT_TOKENS[0])
+    limit = _largest_limit(min(processor.max_soft_tokens, place.max_pixels // area))
     processed = processor(images=[place.image], max_soft_tokens=limit, return_tensors="np")
     n_tokens = int(np.asarray(processed["num_soft_tokens_per_image"]).reshape(-1)[0])
     begin, end = (setting(place.checkpoint, config, int, f"{mark}_token_id") for mark in ("boi", "eoi"))
@@ -348,6 +349,21 @@ def place_image(place: ImagePlace) -> PlacedImage:
         [begin, *[place.image_token] * n_tokens, end],
         {name: processed[name] for name in ("pixel_values", "image_position_ids")},
     )
+
+
+def image_tokens(checkpoint: Checkpoint, size: ImageSize | None) -> int:
+    """At most, of a picture as large as pictures may be; by the processor's own limit where no size is given."""
+    vision, processor = section(checkpoint, "vision_config"), preprocessor(checkpoint)
+    own = setting(checkpoint, {"max_soft_tokens": MAX_SOFT_TOKENS, **processor}, int, "max_soft_tokens")
+    if size is None:
+        return own
+    area = (setting(checkpoint, vision, int, "patch_size") * _pooling(checkpoint)) ** 2
+    return _largest_limit(min(own, size[0] * size[1] // area))
+
+
+def _largest_limit(n_tokens: int) -> int:
+    """The largest limit that the processor knows up to `n_tokens`, at least its smallest."""
+    return max((n for n in SOFT_TOKENS if n <= n_tokens), default=SOFT_TOKENS[0])
 
 
 # --- what llama.cpp would run differently -----------------------------------------------------------------------------
@@ -434,4 +450,5 @@ FAMILY = ModelFamily(
     tied=is_tied,
     model_config=model_config,
     place_image=place_image,
+    image_tokens=image_tokens,
 )

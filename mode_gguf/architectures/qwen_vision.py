@@ -88,7 +88,7 @@ def deepstack_taps(checkpoint: Checkpoint) -> list[int]:
 def projector_metadata(checkpoint: Checkpoint) -> Metadata:
     """What llama.cpp's mtmd reads for `qwen3vl_merger`."""
     vision = section(checkpoint, "vision_config")
-    processor = preprocessor(checkpoint)
+    prepared = preprocessor(checkpoint)
     depth = setting(checkpoint, vision, int, "depth")
     patch_size = setting(checkpoint, vision, int, "patch_size")
     positions = setting(checkpoint, vision, int, "num_position_embeddings")
@@ -102,8 +102,8 @@ def projector_metadata(checkpoint: Checkpoint) -> Metadata:
         Keys.ClipVision.BLOCK_COUNT: depth,
         Keys.ClipVision.Attention.HEAD_COUNT: setting(checkpoint, vision, int, "num_heads"),
         Keys.ClipVision.Attention.LAYERNORM_EPS: LAYER_NORM_EPSILON,
-        Keys.ClipVision.IMAGE_MEAN: setting(checkpoint, processor, list, "image_mean"),
-        Keys.ClipVision.IMAGE_STD: setting(checkpoint, processor, list, "image_std"),
+        Keys.ClipVision.IMAGE_MEAN: setting(checkpoint, prepared, list, "image_mean"),
+        Keys.ClipVision.IMAGE_STD: setting(checkpoint, prepared, list, "image_std"),
         Keys.ClipVision.SPATIAL_MERGE_SIZE: setting(checkpoint, vision, int, "spatial_merge_size"),
         Keys.ClipVision.IS_DEEPSTACK_LAYERS: [block in taps for block in range(depth)],
         Keys.ClipVision.USE_GELU: True,

@@ -12,6 +12,7 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed
+from tests.pico import write_json
 from tests.pico_gemma4_moe import (
     EXPERTS,
     FULL_DIM,
@@ -21,6 +22,7 @@ from tests.pico_gemma4_moe import (
     PATCH,
     SLIDING_DIM,
     SOFT_CAP,
+    SOFT_TOKENS,
     VISION_BLOCKS,
     VISION_HIDDEN,
     VOCAB,
@@ -159,6 +161,16 @@ def test_vocabulary(pico_gemma4: Path) -> None:
     kinds = {token: kind.name for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)}
     assert [kinds[token] for token in ("<bos>", "<|image>", "<0x0A>", "<|channel>", "\n", "<unused511>")] == [
         *("CONTROL", "CONTROL", "BYTE", "USER_DEFINED", "NORMAL", "NORMAL")
+    ]
+
+
+def test_tokens_of_a_picture_at_most(pico_gemma4: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(pico_gemma4)
+    assert gemma4_moe.image_tokens(checkpoint, None) == SOFT_TOKENS == 70
+    larger = changed(pico_gemma4, tmp_path / "larger", "text_config")
+    write_json(larger.path / "preprocessor_config.json", {"max_soft_tokens": 280})
+    assert [gemma4_moe.image_tokens(larger, size) for size in (None, (48, 48), (720, 480), (2000, 2000))] == [
+        *(280, 70, 140, 280)
     ]
 
 
