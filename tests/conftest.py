@@ -9,6 +9,7 @@ import pytest
 
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
+from tests.pico_gemma4_moe import write_pico_gemma4_moe
 from tests.pico_glm4v_moe import write_pico_glm4v_moe
 from tests.pico_internvl import write_pico_internvl
 from tests.pico_mistral4 import write_pico_mistral4
@@ -75,6 +76,12 @@ def pico_glm4v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_glm4v_fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights with fused experts, as transformers 5 holds them, without that block; read only."""
     return write_pico_glm4v_moe(tmp_path_factory.mktemp("pico") / "pico-glm-fused", layout="fused")
+
+
+@pytest.fixture(scope="session")
+def pico_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Gemma 4 MoE checkpoint with a tensor of an audio tower; read only."""
+    return write_pico_gemma4_moe(tmp_path_factory.mktemp("pico") / "pico-gemma-4", audio=True)
 
 
 @pytest.fixture(scope="session")

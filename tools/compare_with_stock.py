@@ -40,6 +40,8 @@ EXPECTED = {
     "general.base_model.0.name": "as above",
     "general.base_model.0.organization": "as above",
     "general.base_model.0.repo_url": "as above",
+    "clip.projector_type": "stock writes the one of the vision tower alone where there might be an audio tower",
+    "clip.use_gelu": "Gemma 4's activation; stock leaves it out, and llama.cpp then takes gelu_quick",
     "GGUF.kv_count": "counts the keys below",
     "clip.vision.spatial_merge_size": "stock leaves GLM's to mtmd's default, the same 2",
     "GGUF.tensor_count": "counts the tensors below, and gate and up as two",

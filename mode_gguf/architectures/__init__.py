@@ -3,7 +3,7 @@
 A family is one module of data; to add one, write it and list it in `FAMILIES`.
 """
 
-from mode_gguf.architectures import glm4v_moe, internvl, mistral4, qwen3_5_moe, qwen3_vl_moe
+from mode_gguf.architectures import gemma4_moe, glm4v_moe, internvl, mistral4, qwen3_5_moe, qwen3_vl_moe
 from mode_gguf.architectures.base_family import base_family, checkpoint_with_base
 from mode_gguf.architectures.family import (
     Metadata,
@@ -33,6 +33,7 @@ __all__ = [
 FAMILIES: tuple[ModelFamily, ...] = (
     qwen3_vl_moe.FAMILY,
     qwen3_5_moe.FAMILY,
+    gemma4_moe.FAMILY,
     glm4v_moe.FAMILY,
     internvl.ORIGINAL,
     internvl.FAMILY,

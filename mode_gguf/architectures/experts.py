@@ -12,7 +12,8 @@ from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, transposed_co
 from mode_gguf.checkpoint import Checkpoint, Index
 from mode_gguf.errors import InputError
 
-Projection = Literal["gate", "up", "down"]
+Projection = Literal["gate", "up", "gate_up", "down"]
+"""Gate and up are two tensors in most families' files, and one in others'."""
 
 
 class FusedTransform(Protocol):
@@ -37,6 +38,12 @@ def fused_shape(checkpoint: Checkpoint, projection: Projection) -> tuple[int, in
     return (experts, hidden, width) if projection == "down" else (experts, 2 * width, hidden)
 
 
+def rows_of(projection: str, n_rows: int) -> slice:
+    """Where a projection that is not down lies among the `n_rows` = 2I rows of transformers' gate_up_proj."""
+    half = n_rows // 2
+    return {"gate": slice(0, half), "up": slice(half, n_rows), "gate_up": slice(0, n_rows)}[projection]
+
+
 def fused_experts(checkpoint: Checkpoint, source: str, projection: Projection, *, transposed: bool = False) -> View:
     """One projection of the fused experts as (E, rows, n_in). Gate is the first half of 2I.
 
@@ -53,43 +60,49 @@ def fused_experts(checkpoint: Checkpoint, source: str, projection: Projection, *
             f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.shape(source))}, expected "
             f"{list(expected)}; use the config.json published with these weights"
         )
-    width = rows // 2
-    first = width if projection == "up" else 0
-    last = rows if projection == "down" else first + width
+    part = slice(0, rows) if projection == "down" else rows_of(projection, rows)
+    n_rows = part.stop - part.start
 
     def read(expert: int, rows: slice = ALL_ROWS) -> Array:
-        start, end, _ = rows.indices(last - first)
-        chosen = slice(first + start, first + end)
+        start, end, _ = rows.indices(n_rows)
+        chosen = slice(part.start + start, part.start + end)
         index: Index = (expert, slice(None), chosen) if transposed else (expert, chosen)
         matrix = checkpoint.read(source, index)
         return transposed_copy(matrix) if transposed else matrix
 
-    return View((experts, last - first, n_in), read)
+    return View((experts, n_rows, n_in), read)
 
 
 def expert_rules(
-    layer: str, transform: FusedTransform = fused_experts, *, only: str | None = None
+    layer: str,
+    transform: FusedTransform = fused_experts,
+    *,
+    block: str = "mlp.experts",
+    fused: bool = False,
+    only: str | None = None,
 ) -> tuple[TensorRule, ...]:
     """Gate, up and down of the experts of `layer`, a checkpoint's name for a decoder layer.
 
     Args:
+        block: the checkpoint's name of the experts in a layer.
+        fused: gate and up stay one tensor; experts are then never stored one by one.
         only: as in `TensorRule`, where some layers have no experts.
     """
 
     def rule(source: str, projection: Projection, activation: str) -> TensorRule:
         return TensorRule(
-            source=f"{layer}.mlp.experts.{source}",
+            source=f"{layer}.{block}.{source}",
             name=f"blk.{{layer}}.ffn_{projection}_exps.weight",
             role=Role.EXPERT,
             transform=partial(transform, projection=projection),
             projection=projection,
             activation=f"blk.{{layer}}.ffn_exps.{activation}",
-            each=f"{layer}.mlp.experts.{{expert}}.{projection}_proj.weight",
+            each=None if fused else f"{layer}.{block}.{{expert}}.{projection}_proj.weight",
             only=only,
         )
 
+    reading: tuple[Projection, ...] = ("gate_up",) if fused else ("gate", "up")
     return (
-        rule("gate_up_proj", "gate", "input"),
-        rule("gate_up_proj", "up", "input"),
+        *(rule("gate_up_proj", projection, "input") for projection in reading),
         rule("down_proj", "down", "hidden"),
     )

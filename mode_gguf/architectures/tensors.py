@@ -68,7 +68,7 @@ class SourceTensor:
         sources: checkpoint names it is made from; a dense tensor's first source less `.weight` is its torch module.
         activation: name under which calibration keeps the statistics of its input; None when it has none.
         layer: decoder layer, None outside the layers.
-        projection: `gate`, `up` or `down` for experts, None otherwise.
+        projection: of experts `gate`, `up` and `down`, or `gate_up` (gate's rows first) and `down`; None otherwise.
         read: read(e) gives expert e's (rows, n_in) matrix, read(0) the whole of any other tensor, and with a slice a
             part of them; lazy.
         order: of a dense tensor, where it is not the torch module's; `read` is in this order.

@@ -133,6 +133,22 @@ class StreamedModel:
         finally:
             del head.forward
 
+    @property
+    def embedding_scale(self) -> float:
+        """What the text model multiplies rows of its token embedding by."""
+        return float(getattr(self.model.get_input_embeddings(), "scalar_embed_scale", 1.0))  # type: ignore[operator]
+
+    @property
+    def logit_cap(self) -> float | None:
+        """What the head's outputs z are bent below, cap * tanh(z / cap); None for logits as the head gives them."""
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr, operator]
+        return None if cap is None else float(cap)
+
+    def logits_of(self, head_output: torch.Tensor) -> torch.Tensor:
+        """Logits from what the output head gives."""
+        cap = self.logit_cap
+        return head_output if cap is None else cap * torch.tanh(head_output / cap)
+
     def layer_tensors(self, index: int, role: Role) -> list[SourceTensor]:
         """The tensors of one role in layer `index`."""
         return [tensor for tensor in self.tensors if tensor.layer == index and tensor.role is role]
@@ -211,7 +227,8 @@ class StreamedModel:
     def _experts(self, parameter: str, layer: int) -> torch.Tensor:
         """Fused experts in the module's layout, (E, 2I, H) or (E, H, I), however the checkpoint stores them."""
         by_projection = {tensor.projection: tensor for tensor in self.layer_tensors(layer, Role.EXPERT)}
-        projections = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(parameter)
+        reading = ("gate_up",) if "gate_up" in by_projection else ("gate", "up")
+        projections = {"gate_up_proj": reading, "down_proj": ("down",)}.get(parameter)
         if projections is None or not all(projection in by_projection for projection in projections):
             raise InputError(f"{self.checkpoint.path}: expert parameter {parameter} of layer {layer} is not known")
         parts = [by_projection[projection] for projection in projections]

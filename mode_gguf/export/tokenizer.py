@@ -1,5 +1,6 @@
-"""tokenizer.* keys from a checkpoint's tokenizer.json: byte-level BPE, which llama.cpp calls `gpt2`."""
+"""tokenizer.* keys from a checkpoint's tokenizer.json: byte-level BPE, which llama.cpp calls `gpt2`, and Gemma 4's."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,18 @@ _PRE_TOKENIZERS = {
 llama.cpp's converter finds the name by hashing the ids of a fixed text, which knows each public vocabulary but no
 retrained one; what the name stands for is these.
 """
+
+GEMMA4 = "gemma4"
+"""llama.cpp's name for BPE over whole texts: spaces are U+2581, and characters without a token become bytes."""
+_GEMMA4_VISIBLE = {
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+}
+"""Special tokens that llama.cpp writes out, as its chat parser looks for them."""
+_UNDERLINED_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+_NO_SCORE = -1000.0
+"""Of tokens whose merges say all; what llama.cpp's converter writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +97,14 @@ def add_tokenizer_keys(
         if token not in vocabulary.tokens:
             raise InputError(f"{folder / 'tokenizer.json'}: token {token} is missing, expected it as {role}")
         special.special_token_ids[role] = vocabulary.tokens.index(token)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
+    if vocabulary.pre_tokenizer == GEMMA4:
+        writer.add_tokenizer_model(GEMMA4)
+        writer.add_token_scores([_NO_SCORE] * len(vocabulary.tokens))
+        writer.add_add_space_prefix(False)
+        special.add_special_token["bos"] = True  # llama.cpp insists on it
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     if post_processor.get("type") == "ByteLevel":  # it adds no token, which gguf's reader does not conclude
@@ -103,11 +122,15 @@ def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise InputError(f"{path}: expected a BPE model with a vocabulary; other tokenizers are not supported")
+    pre_tokenizer = pre_tokenizer or recognised_pre_tokenizer(path, tokenizer)
     kinds = dict.fromkeys(model["vocab"], TokenType.NORMAL)
     ids = dict(model["vocab"])
     for token, number, special in _added_tokens(folder, tokenizer):
         ids[token] = number
         kinds[token] = TokenType.CONTROL if special or _looks_special(token) else TokenType.USER_DEFINED
+    if pre_tokenizer == GEMMA4:
+        kinds |= {token: TokenType.BYTE for token in kinds if _BYTE_TOKEN.fullmatch(token)}
+        kinds |= {token: TokenType.USER_DEFINED for token in kinds if token in _GEMMA4_VISIBLE}
     by_id: dict[int, str] = {}
     for token, number in ids.items():
         if not isinstance(number, int) or not 0 <= number < size:
@@ -121,7 +144,7 @@ def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -
     return Vocabulary(
         tokens=[by_id.get(i, f"[PAD{i}]") for i in range(size)],
         kinds=[kinds[by_id[i]] if i in by_id else TokenType.UNUSED for i in range(size)],
-        pre_tokenizer=pre_tokenizer or recognised_pre_tokenizer(path, tokenizer),
+        pre_tokenizer=pre_tokenizer,
     )
 
 
@@ -161,6 +184,8 @@ def recognised_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any]) -> str:
         InputError: they are none that is known.
     """
     normalizer = tokenizer.get("normalizer") or {}
+    if normalizer == _UNDERLINED_SPACES and tokenizer["model"].get("byte_fallback") is True:
+        return GEMMA4
     steps = tokenizer.get("pre_tokenizer") or {}
     match steps.get("pretokenizers", [steps]):
         case [
@@ -172,7 +197,7 @@ def recognised_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any]) -> str:
             known = None
     if known is None:
         raise InputError(
-            f"{path}: the pre-tokenizer is not one known here ({', '.join(_PRE_TOKENIZERS.values())}); name "
+            f"{path}: the pre-tokenizer is not one known here ({', '.join([*_PRE_TOKENIZERS.values(), GEMMA4])}); name "
             "llama.cpp's pre-tokenizer with --pre-tokenizer, such as qwen2 or llama-bpe"
         )
     return known

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
+from mode_gguf.architectures.experts import rows_of
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.distributed import gathered_in_order, number_among_all, sum_over_ranks
 from mode_gguf.calibration.hidden_store import HiddenStore
@@ -46,7 +47,7 @@ from mode_gguf.importance.imatrix import Imatrix, Importance, importance_of
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
-from mode_gguf.importance.weight_changes import PARTS, expert_changes, matrix_changes
+from mode_gguf.importance.weight_changes import expert_changes, matrix_changes, parts_of
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.stand_ins import stored_as
 
@@ -368,8 +369,8 @@ def _measure_experts(
     importance = _chosen_importance(settings, fisher)
     n_experts, n_types = module.num_experts, len(settings.expert_types)
     shape = (N_ANSWERS, N_MODALITIES, n_experts, n_types)
-    cost = {part: np.full(shape, np.nan) for part in PARTS}
-    error = {part: np.full((n_experts, n_types), np.nan) for part in PARTS}
+    cost = {part: np.full(shape, np.nan) for part in parts_of(projections)}
+    error = {part: np.full((n_experts, n_types), np.nan) for part in parts_of(projections)}
     draws, n_tokens = routed.gradients.shape[:2]
     block = {
         part: torch.zeros(n_types, draws, n_tokens, device=streamed.device) for part in projections
@@ -387,7 +388,7 @@ def _measure_experts(
     counts = _over_ranks(
         np.stack([group_sums((routed.index == expert).any(-1), routed.group) for expert in range(n_experts)], axis=-1)
     )
-    for part in PARTS:
+    for part in parts_of(projections):
         filled = fill_unseen(_over_ranks(cost[part]), counts, error[part], summed=True)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled * per_position[..., None, None]
@@ -420,9 +421,12 @@ def _expert_columns(
         at_gate_up = torch.stack(
             [torch.autograd.grad(hidden, before, gradient, retain_graph=True)[0] for gradient in at_hidden]
         )
-        at_gate, at_up = at_gate_up.chunk(2, dim=-1)
-        for name, inputs, gradients in (("gate", x, at_gate), ("up", x, at_up), ("down", hidden.detach(), at_down)):
-            columns[name].add(inputs, squared_norms(gradients) * scale, expert)
+        for name, sums in columns.items():
+            if name == "down":
+                sums.add(hidden.detach(), squared_norms(at_down) * scale, expert)
+            else:
+                at_rows = at_gate_up[..., rows_of(name, at_gate_up.shape[-1])]
+                sums.add(x, squared_norms(at_rows) * scale, expert)
     return columns
 
 
@@ -446,7 +450,8 @@ def _head_cost(
 ) -> np.ndarray:
     """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model.
 
-    Its importance goes to `result`; the squared norm of a logits' gradient is on average 1 less the sum of p^2.
+    Its importance goes to `result`. At its output, the squared gradient is on average the sum of p (1 - p) s^2, with s
+    the slope of what bends the logits; without such, s = 1.
     """
     cost = _no_cost([], settings)
     weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
@@ -456,8 +461,9 @@ def _head_cost(
         for trace in traces:
             if trace.head_input is None:
                 raise RuntimeError("the output head was not watched")
-            squares = linear(trace.head_input, weight).float().softmax(-1).square().sum(-1)
-            token_weight = (1 - squares.double()) * per_position[trace.inputs.answer, 0]
+            probabilities, slope = _predictions(streamed, linear(trace.head_input, weight).float())
+            squares = (probabilities * (1 - probabilities) * slope**2).sum(-1)
+            token_weight = squares.double() * per_position[trace.inputs.answer, 0]
             columns.add(trace.head_input, token_weight)
             weights.append(np.zeros(len(trace.inputs.input_ids), np.float32))
             weights[-1][trace.inputs.scored.numpy()] = token_weight.cpu().numpy()
@@ -469,14 +475,20 @@ def _head_cost(
         for trace in traces:
             if trace.head_input is None:
                 raise RuntimeError("the output head was not watched")
-            probabilities = linear(trace.head_input, weight).float().softmax(-1)
-            moved = linear(trace.head_input.float(), change)
+            probabilities, slope = _predictions(streamed, linear(trace.head_input, weight).float())
+            moved = linear(trace.head_input.float(), change) * slope
             mean = (probabilities * moved).sum(-1, keepdim=True)
             variance = (probabilities * (moved - mean).square()).sum(-1)
             scored = trace.inputs.scored.to(streamed.device)
             group = group_of(trace.inputs.answer, trace.layers[-1].modality[scored])
             cost[..., t] += group_sums(variance / 2, group)
     return _over_ranks(cost)
+
+
+def _predictions(streamed: StreamedModel, head_output: Tensor) -> tuple[Tensor, Tensor | float]:
+    """Probabilities, and the slope of the logits in what the head gives."""
+    logits, cap = streamed.logits_of(head_output), streamed.logit_cap
+    return logits.softmax(-1), 1.0 if cap is None else 1 - (logits / cap).square()
 
 
 def _embedding_cost(
@@ -494,7 +506,7 @@ def _embedding_cost(
             is_text = ~trace.inputs.is_vision  # placeholders' embeddings are replaced by the image's
             gradients = torch.stack(trace.gradients)[:, 0, is_text].to(streamed.device).float()
             moved = change[trace.inputs.input_ids[is_text].to(streamed.device)]
-            products = (gradients * moved).sum(-1)
+            products = (gradients * moved).sum(-1) * streamed.embedding_scale
             group = group_of(trace.inputs.answer, torch.full((products.shape[1],), TEXT, device=streamed.device))
             cost[..., t] += _half_square_of_sums(products, group)
     return _over_ranks(cost)

@@ -31,7 +31,7 @@ from mode_gguf.calibration.watch import TEXT, Pass
 from mode_gguf.importance.groups import N_MODALITIES, group_sums
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
-from mode_gguf.importance.weight_changes import PARTS, expert_changes, matrix_changes
+from mode_gguf.importance.weight_changes import expert_changes, matrix_changes, parts_of
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.stand_ins import stored_as
 
@@ -146,7 +146,7 @@ def _embedding_error(
     modality = torch.full_like(ids, TEXT)
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
     for t, change in matrix_changes(tensor, settings, settings.importance, result, streamed.device):
-        error[0, :, t] = _sums(change.square().mean(-1)[ids], modality)
+        error[0, :, t] = _sums((streamed.embedding_scale * change).square().mean(-1)[ids], modality)
     return _means(error, _counts(modality))
 
 
@@ -166,9 +166,9 @@ def _measure_experts(
         [_counts(routed.modality[(routed.index == expert).any(-1)]) for expert in range(n_experts)], axis=-1
     )[None]
     tokens = _counts(routed.modality)
-    error = {part: np.full((1, N_MODALITIES, n_experts, n_types), np.nan) for part in PARTS}
+    error = {part: np.full((1, N_MODALITIES, n_experts, n_types), np.nan) for part in parts_of(projections)}
     unit = {part: np.full((1, N_MODALITIES, n_types), np.nan) for part in projections}
-    weight_error = {part: np.full((n_experts, n_types), np.nan) for part in PARTS}
+    weight_error = {part: np.full((n_experts, n_types), np.nan) for part in parts_of(projections)}
     for t, quant_type in enumerate(settings.expert_types):  # one at a time: a block's change takes N x H values
         block = {
             part: torch.zeros_like(routed.inputs, dtype=torch.float32)
@@ -195,7 +195,7 @@ def _measure_experts(
         for part, total in block.items():
             unit[part][0, :, t] = _sums(total.square().mean(-1), routed.modality)
     seen = sum_over_ranks({"": counts})[""]
-    for part in PARTS:
+    for part in parts_of(projections):
         mean = _means(error[part], tokens[:, None] if of_block else counts)
         filled = fill_unseen(mean, seen, weight_error[part], summed=of_block)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"

@@ -11,7 +11,7 @@ of a layer less the output of the one before. Masks and rotary positions are tho
 is which tokens are key.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -189,20 +189,21 @@ class _Measurement:
         """Let those in whose token embedding differs."""
         changes = self._changes([self.embedding])
         name, in_base = self.embedding.name, changes.base.get((self.embedding.name, 0))
+        scale = self.streamed.embedding_scale
         for number, sample in enumerate(self.samples):
             hidden = sample.calls[0][0][0]
             ids = sample.inputs.input_ids.to(hidden.device)
             text = ~sample.inputs.is_vision.to(hidden.device)[:, None]  # placeholders' embeddings are replaced
             rows = []
             if in_base is not None:
-                hidden = hidden + (in_base[ids] * text).to(hidden.dtype)
+                hidden = hidden + (scale * in_base[ids] * text).to(hidden.dtype)
                 sample.members.append(_BASE)
                 rows.append(hidden)
             for v, variant in enumerate(self.variants):
                 change = changes.of(variant, name)
                 if change is not None and variant.modality in (None, TEXT):
                     sample.members.append(v)
-                    rows.append(hidden + (change[ids] * text).to(hidden.dtype))
+                    rows.append(hidden + (scale * change[ids] * text).to(hidden.dtype))
             if rows:
                 self.store.put(number, torch.stack(rows))
 
@@ -272,7 +273,7 @@ class _Measurement:
         def divergence(of: int, change: Tensor | None = None, mask: Tensor | None = None) -> float:
             own = head_inputs.get(of, head_inputs.get(_BASE))
             x = full if own is None else norm(own.to(device)).float()
-            return _divergence(full, weight, base_weight, x, change, mask)
+            return _divergence(self.streamed.logits_of, full, weight, base_weight, x, change, mask)
 
         of_base = divergence(_BASE) if _BASE in head_inputs or in_base is not None else 0.0
         of_variants = []
@@ -297,6 +298,7 @@ def _mask(variant: Variant, modality: Tensor) -> Tensor:
 
 
 def _divergence(
+    logits_of: Callable[[Tensor], Tensor],
     full: Tensor,
     full_weight: Tensor,
     base_weight: Tensor,
@@ -306,7 +308,7 @@ def _divergence(
 ) -> float:
     """Summed KL of the predictions from head inputs `full` (n, H) to those from `x` (n, H).
 
-    `change` is added to the base's head for positions in `mask`.
+    `change` is added to the base's head for positions in `mask`; `logits_of` makes logits of what a head gives.
     """
     total = 0.0
     step = max(1, LOGITS_PER_CALL // len(full_weight))
@@ -315,7 +317,8 @@ def _divergence(
         logits = linear(x[part], base_weight)
         if change is not None and mask is not None:
             logits[mask[part]] += linear(x[part][mask[part]], change)
-        total += float(_kl(linear(full[part], full_weight).log_softmax(-1), logits.log_softmax(-1)))
+        expected = logits_of(linear(full[part], full_weight)).log_softmax(-1)
+        total += float(_kl(expected, logits_of(logits).log_softmax(-1)))
     return total
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from mode_gguf.architectures.experts import rows_of
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.importance.type_changes import TypeChanges, Variant
@@ -102,19 +103,23 @@ class QuantizedLayer:
             token, slot = torch.where((index == expert) & mask[:, None])
             if not differing or not len(token):
                 continue
-            weights = self._expert_weights(expert)
-            gate, up, down = (weights[self._projections[projection]].float() for projection in ("gate", "up", "down"))
-            before = linear(x[token].float(), torch.cat([gate, up]))
+            gate_up, down = self._experts.gate_up_proj[expert].float(), self._experts.down_proj[expert].float()
+            before = linear(x[token].float(), gate_up)
             hidden = self._experts._apply_gate(before)
             moved = linear(hidden, differing["down"]) if "down" in differing else 0.0
-            if "gate" in differing or "up" in differing:
-                new_gate, new_up = gate + differing.get("gate", 0.0), up + differing.get("up", 0.0)
-                new_hidden = self._experts._apply_gate(linear(x[token].float(), torch.cat([new_gate, new_up])))
+            if differing.keys() - {"down"}:
+                after = before.clone()
+                for projection, change in differing.items():
+                    if projection != "down":
+                        after[:, rows_of(projection, len(gate_up))] += linear(x[token].float(), change)
+                new_hidden = self._experts._apply_gate(after)
                 moved = linear(new_hidden, down + differing.get("down", 0.0)) - linear(hidden, down)
             result.index_add_(0, token, (moved * weight[token, slot, None]).to(result.dtype))
 
     def _expert_weights(self, expert: int) -> dict[str, Tensor]:
         """Views of one expert's matrices, by tensor name."""
-        gate, up = self._experts.gate_up_proj[expert].chunk(2)
-        by_projection = {"gate": gate, "up": up, "down": self._experts.down_proj[expert]}
-        return {name: by_projection[projection] for projection, name in self._projections.items()}
+        gate_up, down = self._experts.gate_up_proj[expert], self._experts.down_proj[expert]
+        return {
+            name: down if projection == "down" else gate_up[rows_of(projection, len(gate_up))]
+            for projection, name in self._projections.items()
+        }

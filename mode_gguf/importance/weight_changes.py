@@ -5,13 +5,14 @@ The types are the real ones: every matrix goes through the packer with its impor
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mode_gguf.architectures.experts import rows_of
 from mode_gguf.architectures.tensors import SourceTensor, as_float32
 from mode_gguf.calibration.distributed import n_threads
 from mode_gguf.calibration.streaming import StreamedModel
@@ -23,9 +24,9 @@ from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.stand_ins import stored_as
 from mode_gguf.quantization.types import QuantType
 
-Part: TypeAlias = Literal["gate", "up", "down", "expert"]
-"""What is quantized: one projection, or all three of an expert."""
-PARTS: tuple[Part, ...] = ("gate", "up", "down", "expert")
+Part: TypeAlias = str
+"""What is quantized: one projection, or `expert`, which is all of an expert's."""
+WHOLE: Part = "expert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,11 @@ class ExpertChange:
     slot: Tensor
     output: Tensor
     weight_error: float
+
+
+def parts_of(projections: Mapping[str, SourceTensor]) -> tuple[Part, ...]:
+    """Whatever `expert_changes` gives changes of."""
+    return (*projections, WHOLE)
 
 
 def change_of_weights(
@@ -123,25 +129,27 @@ def expert_changes(
         x = inputs[token].float()
         gate_up, down = module.gate_up_proj[expert].float(), module.down_proj[expert].float()
         before = linear(x, gate_up)
-        gate, up = before.chunk(2, dim=-1)
         hidden = module._apply_gate(before)
+        rows = {name: rows_of(name, len(gate_up)) for name in projections if name != "down"}
+        original = {name: gate_up[rows[name]] if name in rows else down for name in projections}
         for type_index, change in enumerate(by_type):
-            original = {"gate": gate_up.chunk(2)[0], "up": gate_up.chunk(2)[1], "down": down}
             error = {
                 name: float(value.square().sum() / original[name].square().sum()) for name, value in change.items()
             }
             outputs: dict[Part, Tensor] = {}
-            if "gate" in change and "up" in change:
-                new_gate, new_up = gate + linear(x, change["gate"]), up + linear(x, change["up"])
-                outputs["gate"] = linear(module._apply_gate(torch.cat([new_gate, up], -1)) - hidden, down)
-                outputs["up"] = linear(module._apply_gate(torch.cat([gate, new_up], -1)) - hidden, down)
+            after = before.clone()
+            for name in (name for name in rows if name in change):
+                alone, moved = before.clone(), linear(x, change[name])
+                alone[:, rows[name]] += moved
+                after[:, rows[name]] += moved
+                outputs[name] = linear(module._apply_gate(alone) - hidden, down)
             if "down" in change:
                 outputs["down"] = linear(hidden, change["down"])
             if len(change) == len(projections):
-                new_hidden = module._apply_gate(torch.cat([new_gate, new_up], -1))
-                outputs["expert"] = linear(new_hidden - hidden, down) + linear(new_hidden, change["down"])
+                new_hidden = module._apply_gate(after)
+                outputs[WHOLE] = linear(new_hidden - hidden, down) + linear(new_hidden, change["down"])
             for part, output in outputs.items():
-                total = sum(error.values()) if part == "expert" else error[part]
+                total = sum(error.values()) if part == WHOLE else error[part]
                 yield ExpertChange(expert, part, type_index, token, slot, output, total)
 
 

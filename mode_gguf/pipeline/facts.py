@@ -124,7 +124,7 @@ def planned_tensors(plan: Plan, table: "SensitivityTable | None") -> list[Source
         layer, part = split_name(tensor.name)
         experts = arrays.get(f"{tensor.name}.expert")
         n_experts = len(tensor.experts) if tensor.experts else 1 if experts is None else experts.shape[2]
-        if "_exps" in part:
+        if part.endswith("_exps"):
             role = Role.EXPERT
         elif tensor.type == KEPT_TYPE:
             role = Role.KEEP

@@ -121,7 +121,7 @@ class Sizes:
             vocabulary=embedding.shape[0],
             experts=max(tensor.n_experts for tensor in experts),
             used=used,
-            width=min(tensor.shape[1] for tensor in experts if tensor.projection != "down"),
+            width=min(tensor.row_width for tensor in experts if tensor.projection == "down"),
             pixels_per_token=side * side,
             image_tokens=partial(family.image_tokens or partial(_by_area, side * side), checkpoint),
         )

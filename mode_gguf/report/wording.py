@@ -33,6 +33,7 @@ PARTS = {
     "attn_output": "out",
     "ffn_gate_exps": "gate",
     "ffn_up_exps": "up",
+    "ffn_gate_up_exps": "gate and up",
     "ffn_down_exps": "down",
     "token_embd": "token embedding",
     "output": "output head",

@@ -184,10 +184,9 @@ class _Work:
             hidden = module._apply_gate(linear(read, module.gate_up_proj[expert]))
             after = Moments(hidden.shape[1], device)
             after.add(hidden, weight)
-            feedback = {"down": _feedback(after, damping=DOWN_DAMPING)}
-            feedback["gate"] = feedback["up"] = _feedback(before, shared)
+            at_hidden, at_input = _feedback(after, damping=DOWN_DAMPING), _feedback(before, shared)
             for tensor, place in matrices:
-                chosen = feedback[str(tensor.projection)]
+                chosen = at_hidden if tensor.projection == "down" else at_input
                 nearest[tensor.name] = nearest.get(tensor.name, 0) + int(chosen is None)
                 matrix = self._pack(tensor, place, chosen)
                 if tensor.name not in packed:
