@@ -1,6 +1,7 @@
 """A model with a dense first layer, rows that K-quants do not fit and a block that is left out, the whole way."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +19,11 @@ def test_convert_and_answer_about_a_picture(
     pico_glm4v: Path, tmp_path: Path, run: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     types = ("--types", "Q3_K,Q5_K", "--dense-types", "Q4_K,Q8_0", "--effort", "fast")
-    options = ("--bpw", "6.0", "--out", tmp_path, "--json", "--no-validate", *types, *SAMPLES)
+    options = ("--bpw", "4.5", "--out", tmp_path, "--json", "--no-validate", *types, *SAMPLES)
     with caplog.at_level("INFO", "mode_gguf"):
         result = json.loads(run("convert", pico_glm4v, *options))
     assert f"layers.{LAYERS}.eh_proj.weight and 2 more tensors are left out" in caplog.text
-    assert 6.0 * 0.99 <= result["bpw"] <= 6.0
+    assert 4.5 * 0.98 <= result["bpw"] <= 4.5
     plan = {tensor["name"]: tensor["type"] for tensor in json.loads((tmp_path / "plan.json").read_text())["tensors"]}
     kept = ("blk.0.attn_q.bias", "blk.1.exp_probs_b.bias", "blk.1.ffn_gate_inp.weight")
     assert {plan[name] for name in kept} == {"F32"}
@@ -39,8 +40,8 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(
     options = ("--types", "Q3_K,Q4_K", "--bpw", "2.0", "--out", tmp_path, *SAMPLES)
     error = run("convert", pico_glm4v, *options, code=3)
     assert "--bpw 2 cannot be reached" in error
-    assert "rows of 352 in 3 tensors do not fit Q3_K, Q4_K" in error
-    assert "rows of 480 in 1 tensors do not fit" in error
+    assert re.search(r"rows of 352 in 3 tensors .*do not fit Q3_K, Q4_K", error)
+    assert re.search(r"rows of 480 in 1 tensors .*do not fit", error)
     assert not list(tmp_path.glob("calibration*"))
 
 
