@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from mode_gguf import packed_weights
 from mode_gguf.errors import InputError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,7 +23,14 @@ SINGLE_FILE = "model.safetensors"
 
 Index = int | slice | np.ndarray | tuple[int | slice, ...]
 
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
+"""Integers are parts of packed weights, or of no use."""
 _MAX_HEADER_BYTES = 2**25
 """The format allows 100 MB; 100,000 tensors in one file take 15 MB, and as Python objects twenty times as much."""
 _MAX_JSON_BYTES = 2**26
@@ -34,16 +42,28 @@ _SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: `dtype` is safetensors' name (F32, F16, BF16), `offset` counts from the file's start."""
+    """Where a tensor lies.
+
+    Attributes:
+        shape: of the weights, unpacked.
+        dtype: safetensors' name of what is stored.
+        offset: counts from the file's start.
+        scale: of weights that are packed (`packed_weights`), where their scales lie.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    scale: "StoredTensor | None" = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape if self.scale is None else (*self.shape[:-1], self.shape[-1] // packed_weights.PER_INT32)
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * int(_DTYPES[self.dtype].itemsize)
+        return math.prod(self.stored_shape) * int(_DTYPES[self.dtype].itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +99,14 @@ class Checkpoint:
         """
         _check_folder(folder)
         config = read_json(folder / "config.json")
-        if "quantization_config" in config:
-            method = config["quantization_config"]
-            method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        quantization = _quantization(config)
+        if quantization is not None and not packed_weights.is_supported(quantization):
             raise InputError(
-                f"{folder}: the checkpoint is already quantized ({method}); expected full-precision weights "
-                "(BF16, F16 or F32), so point to the original model"
+                f"{folder}: the checkpoint is already quantized ({_method(quantization)}); expected full-precision "
+                "weights (BF16, F16 or F32), or symmetric 4-bit groups as Kimi K2.5 has them, so point to the original "
+                "model"
             )
-        tensors = _index(folder)
+        tensors = _index(folder) if quantization is None else _with_unpacked(folder, _index(folder))
         repository, revision = _cached_snapshot(folder) or (None, None)
         return cls(
             path=folder,
@@ -106,17 +126,18 @@ class Checkpoint:
         """A copy of `tensor[index]` (all of it for None); only those bytes are read.
 
         Returns:
-            float32, float16, or for bfloat16 its raw bits in uint16, C-contiguous.
+            float32, float16, or for bfloat16 its raw bits in uint16, C-contiguous. Packed weights become float32; an
+            index selects rows of them.
 
         Raises:
             InputError: no such tensor, or the file has become shorter since the checkpoint was opened.
         """
         stored = self._stored(name)
         try:
-            mapped = np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.shape)
+            read = _copy(stored, index)
+            return read if stored.scale is None else packed_weights.unpacked(read, _float32(_copy(stored.scale, index)))
         except (OSError, ValueError) as error:
             raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from error
-        return np.array(mapped if index is None else mapped[index], order="C", subok=False)
 
     def _stored(self, name: str) -> StoredTensor:
         try:
@@ -125,6 +146,29 @@ class Checkpoint:
             raise InputError(
                 f"{self.path}: tensor {name} is missing from the checkpoint; download it again or check config.json"
             ) from None
+
+
+def _copy(stored: StoredTensor, index: Index | None) -> np.ndarray:
+    mapped = np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.stored_shape)
+    return np.array(mapped if index is None else mapped[index], order="C", subok=False)
+
+
+def _float32(scales: np.ndarray) -> np.ndarray:
+    if scales.dtype == np.uint16:
+        return (scales.astype(np.uint32) << 16).view(np.float32)
+    return scales.astype(np.float32)
+
+
+def _quantization(config: Mapping[str, Any]) -> Any:
+    """quantization_config, of the whole model or of its text model."""
+    text = config.get("text_config")
+    return config.get("quantization_config", text.get("quantization_config") if isinstance(text, dict) else None)
+
+
+def _method(quantization: Any) -> Any:
+    if not isinstance(quantization, dict):
+        return quantization
+    return " ".join(str(quantization[key]) for key in ("quant_method", "format") if key in quantization) or "unknown"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -280,6 +324,29 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) < len(pairs):
         raise ValueError("a key twice")
     return unique
+
+
+def _with_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Packed weights under the name of what they stand for, in the place of their parts."""
+    found = dict(tensors)
+    for packed in tensors:
+        name = packed_weights.packed_name(packed)
+        if name is None:
+            continue
+        _, scale, shape = (found.pop(part, None) for part in packed_weights.parts(name))
+        stored, broken = tensors[packed], f"{folder}: tensor {packed:.200} cannot be unpacked"
+        if scale is None or shape is None:
+            raise InputError(f"{broken}, its _scale or _shape is missing; download the checkpoint again")
+        size = tuple(int(n) for n in _copy(shape, None).reshape(-1))
+        unpacked = StoredTensor(stored.file, size, stored.dtype, stored.offset, scale)
+        whole = len(size) == 2 and stored.dtype == "I32" and stored.shape == unpacked.stored_shape
+        if not whole or len(scale.shape) != 2 or scale.shape[0] != size[0] or size[1] % max(1, scale.shape[1]):
+            raise InputError(
+                f"{broken}: {list(stored.shape)} {stored.dtype} and scales {list(scale.shape)} found for {list(size)}; "
+                "expected eight numbers per int32, rows after each other, and whole groups; use a full-precision copy"
+            )
+        found[name] = unpacked
+    return found
 
 
 def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:

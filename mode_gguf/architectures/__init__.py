@@ -3,7 +3,7 @@
 A family is one module of data; to add one, write it and list it in `FAMILIES`.
 """
 
-from mode_gguf.architectures import qwen3_5_moe, qwen3_vl_moe
+from mode_gguf.architectures import kimi_k25, kimi_vl, qwen3_5_moe, qwen3_vl_moe
 from mode_gguf.architectures.family import Metadata, MetadataValue, ModelFamily, check_all_used, source_tensors
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ __all__ = [
     "text_tensors",
 ]
 
-FAMILIES: tuple[ModelFamily, ...] = (qwen3_vl_moe.FAMILY, qwen3_5_moe.FAMILY)
+FAMILIES: tuple[ModelFamily, ...] = (qwen3_vl_moe.FAMILY, qwen3_5_moe.FAMILY, kimi_vl.FAMILY, kimi_k25.FAMILY)
 
 _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 

@@ -25,7 +25,7 @@ def expert_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
     """E, H, I."""
     text = section(checkpoint, "text_config")
     return (
-        setting(checkpoint, text, int, "num_experts", "num_local_experts"),
+        setting(checkpoint, text, int, "num_experts", "num_local_experts", "n_routed_experts"),
         setting(checkpoint, text, int, "hidden_size"),
         setting(checkpoint, text, int, "moe_intermediate_size"),
     )

@@ -133,6 +133,7 @@ class ModelFamily:
         projector_metadata: clip.* keys.
         tied_output: checkpoint name of the output head that a checkpoint with tied embeddings lacks.
         place_image: an image as the model takes it.
+        needs_processor: whether that takes transformers' image processor.
         image_token: id of the token that stands for a piece of an image.
         placeholder: what the chat template writes for an image; None for the image token.
         token_types: argument of the model's forward that is 1 at image tokens and 0 elsewhere; None if it takes none.
@@ -155,6 +156,7 @@ class ModelFamily:
     projector_metadata: Callable[[Checkpoint], Metadata]
     tied_output: str
     place_image: Callable[[ImagePlace], PlacedImage]
+    needs_processor: bool = True
     image_token: Callable[[Checkpoint], int] = image_token_id
     placeholder: str | None = None
     token_types: str | None = "mm_token_type_ids"
@@ -197,6 +199,10 @@ def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint:
     return tensors
 
 
+_COMPUTED = ".rotary_emb.inv_freq"
+"""Ends the names of buffers that old checkpoints store, and models compute."""
+
+
 def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint with tensors that no rule reads: a file without them would be another model.
 
@@ -209,7 +215,7 @@ def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
         source for rule, values in _repeated(rules, ranges) for source in _sources(rule, values, ranges, checkpoint)
     }
     for name in checkpoint.tensors:
-        if name not in known and not name.startswith(family.ignored):
+        if name not in known and not name.startswith(family.ignored) and not name.endswith(_COMPUTED):
             raise InputError(
                 f"{checkpoint.path}: tensor {name} {list(checkpoint.shape(name))} has no place in a "
                 f"{family.gguf_arch} GGUF file; expected the original {family.hf_class} weights"

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace
 from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.calibration.sample import Sample
+from mode_gguf.calibration.tokenizer import open_tokenizer
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
@@ -93,9 +94,11 @@ class InputBuilder:
         """
         family = find_family(checkpoint)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
-            image_processor = AutoImageProcessor.from_pretrained(
-                checkpoint.path, backend="pil", trust_remote_code=False
+            tokenizer = open_tokenizer(checkpoint.path)
+            image_processor = (
+                AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
+                if family.needs_processor
+                else None
             )
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]

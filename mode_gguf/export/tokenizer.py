@@ -1,4 +1,4 @@
-"""tokenizer.* keys from a checkpoint's tokenizer.json: byte-level BPE, which llama.cpp calls `gpt2`."""
+"""tokenizer.* keys from a checkpoint's tokenizer.json or tiktoken.model: byte-level BPE, which llama.cpp calls `gpt2`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
+from mode_gguf import tiktoken_model
 from mode_gguf.checkpoint import read_json
 from mode_gguf.errors import InputError
 
@@ -18,11 +19,15 @@ QWEN35_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-_PRE_TOKENIZERS = {("NFC", QWEN2_SPLIT): "qwen2", ("NFC", QWEN35_SPLIT): "qwen35"}
+_PRE_TOKENIZERS = {
+    ("NFC", QWEN2_SPLIT): "qwen2",
+    ("NFC", QWEN35_SPLIT): "qwen35",
+    ("None", tiktoken_model.KIMI_SPLIT): "kimi-k2",
+}
 """llama.cpp's name of a pre-tokenizer, by normaliser and split expression.
 
 llama.cpp's converter finds the name by hashing the ids of a fixed text, which knows each public vocabulary but no
-retrained one; what the name stands for is these two.
+retrained one; what the name stands for is these.
 """
 
 
@@ -48,14 +53,18 @@ def add_tokenizer_keys(
         InputError: a tokenizer file cannot be used, or the pre-tokenizer is not known and not given.
     """
     vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer)
-    post_processor = read_json(folder / "tokenizer.json").get("post_processor") or {}
+    tiktoken = tiktoken_model.is_published_so(folder)
+    post_processor = {} if tiktoken else read_json(folder / "tokenizer.json").get("post_processor") or {}
     try:
-        special = SpecialVocab(folder, load_merges=True, n_vocab=vocabulary_size)
+        special = SpecialVocab(folder, load_merges=not tiktoken, n_vocab=vocabulary_size)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise InputError(
             f"{folder}: special tokens or merges cannot be read from tokenizer.json and tokenizer_config.json "
             f"({error!r}); download them again"
         ) from error
+    if tiktoken:
+        ranks = tiktoken_model.read_ranks(folder / tiktoken_model.FILE)
+        special.merges = [" ".join(merge) for merge in tiktoken_model.last_merges(ranks)]
     if not special.merges:
         raise InputError(f"{folder / 'tokenizer.json'}: no merges found, expected byte-level BPE; download it again")
     writer.add_tokenizer_model("gpt2")
@@ -70,8 +79,9 @@ def add_tokenizer_keys(
 
 def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -> Vocabulary:
     """Tokens 0 to `size` - 1; raises like `add_tokenizer_keys`."""
-    path = folder / "tokenizer.json"
-    tokenizer = read_json(path)
+    tiktoken = tiktoken_model.is_published_so(folder)
+    path = folder / (tiktoken_model.FILE if tiktoken else "tokenizer.json")
+    tokenizer = tiktoken_model.tokenizer_json(folder) if tiktoken else read_json(path)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise InputError(f"{path}: expected a BPE model with a vocabulary; other tokenizers are not supported")
