@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: test test-long test-runtime demo check clean
 
+# Threads of torch and llama.cpp wait by spinning: two processes with two each are slower than one.
 test: check
-	$(BIN)/python -m pytest -m "not long and not runtime"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long and not runtime" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -m long

@@ -8,14 +8,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from mode_gguf import packed_weights
+from mode_gguf import fp8, packed_weights
 from mode_gguf.errors import InputError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,8 +29,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
+    fp8.DTYPE: np.dtype("u1"),
 }
-"""Integers are parts of packed weights, or of no use."""
+_INTEGERS = ("I32", "I64")
+"""Parts of packed weights."""
 _MAX_HEADER_BYTES = 2**25
 """The format allows 100 MB; 100,000 tensors in one file take 15 MB, and as Python objects twenty times as much."""
 _MAX_JSON_BYTES = 2**26
@@ -48,7 +50,8 @@ class StoredTensor:
         shape: of the weights, unpacked.
         dtype: safetensors' name of what is stored.
         offset: counts from the file's start.
-        scale: of weights that are packed (`packed_weights`), where their scales lie.
+        scale: of weights in FP8 or packed in four bits (`packed_weights`), where their scales lie.
+        blocks: of weights in FP8, how many indices of every dimension a scale is for.
     """
 
     file: Path
@@ -56,10 +59,15 @@ class StoredTensor:
     dtype: str
     offset: int
     scale: "StoredTensor | None" = None
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def is_packed(self) -> bool:
+        return self.scale is not None and not self.blocks
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        return self.shape if self.scale is None else (*self.shape[:-1], self.shape[-1] // packed_weights.PER_INT32)
+        return (*self.shape[:-1], self.shape[-1] // packed_weights.PER_INT32) if self.is_packed else self.shape
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +83,7 @@ class Checkpoint:
         name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache.
         repository: `owner/name` when the folder is a snapshot in the hub's cache, else None.
         revision: the snapshot's commit, else None.
-        config: config.json.
+        config: config.json; without `quantization_config` where weights in FP8 are decoded.
         tensors: what is stored where, by checkpoint name, in the order of the index.
         fingerprint: digest of the configuration, the tensor index, and some bytes of every tensor, so that two
             finetunes of one model differ; independent of path and file times.
@@ -99,14 +107,24 @@ class Checkpoint:
         """
         _check_folder(folder)
         config = read_json(folder / "config.json")
-        quantization = _quantization(config)
-        if quantization is not None and not packed_weights.is_supported(quantization):
+        quantization = config.pop("quantization_config", None)
+        if quantization is None:
+            quantization = _text_quantization(config)
+        if not isinstance(quantization, dict):
+            quantization = {"quant_method": quantization}
+        method = quantization.get("quant_method", "unknown") if quantization else None
+        is_packed = packed_weights.is_supported(quantization)
+        stored = _index(folder) if method in (None, fp8.METHOD) or is_packed else {}
+        if method is not None and not is_packed and all(tensor.dtype != fp8.DTYPE for tensor in stored.values()):
             raise InputError(
-                f"{folder}: the checkpoint is already quantized ({_method(quantization)}); expected full-precision "
-                "weights (BF16, F16 or F32), or symmetric 4-bit groups as Kimi K2.5 has them, so point to the original "
+                f"{folder}: the checkpoint is already quantized ({method}); expected full-precision weights (BF16, F16 "
+                "or F32), FP8 with scales, or symmetric 4-bit groups as Kimi K2.5 has them, so point to the original "
                 "model"
             )
-        tensors = _index(folder) if quantization is None else _with_unpacked(folder, _index(folder))
+        if is_packed:
+            stored = _with_unpacked(folder, stored)
+        tensors = _with_scales(folder, stored, quantization.get("weight_block_size"))
+        _check_no_integers(tensors)
         repository, revision = _cached_snapshot(folder) or (None, None)
         return cls(
             path=folder,
@@ -115,7 +133,7 @@ class Checkpoint:
             revision=revision,
             config=config,
             tensors=tensors,
-            fingerprint=_fingerprint(config, tensors),
+            fingerprint=_fingerprint(config, stored),
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -126,8 +144,8 @@ class Checkpoint:
         """A copy of `tensor[index]` (all of it for None); only those bytes are read.
 
         Returns:
-            float32, float16, or for bfloat16 its raw bits in uint16, C-contiguous. Packed weights become float32; an
-            index selects rows of them.
+            float32, float16, or for bfloat16 its raw bits in uint16, C-contiguous; float32 for FP8 and packed weights,
+            of which an index selects rows.
 
         Raises:
             InputError: no such tensor, or the file has become shorter since the checkpoint was opened.
@@ -135,7 +153,12 @@ class Checkpoint:
         stored = self._stored(name)
         try:
             read = _copy(stored, index)
-            return read if stored.scale is None else packed_weights.unpacked(read, _float32(_copy(stored.scale, index)))
+            if stored.scale is None:
+                return read
+            if stored.is_packed:
+                return packed_weights.unpacked(read, _float32(_copy(stored.scale, index)))
+            parts = () if index is None else index if isinstance(index, tuple) else (index,)
+            return fp8.decoded(read, _float32(_copy(stored.scale, None)), stored.blocks, stored.shape, parts)
         except (OSError, ValueError) as error:
             raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from error
 
@@ -159,16 +182,35 @@ def _float32(scales: np.ndarray) -> np.ndarray:
     return scales.astype(np.float32)
 
 
-def _quantization(config: Mapping[str, Any]) -> Any:
-    """quantization_config, of the whole model or of its text model."""
+def _text_quantization(config: Mapping[str, Any]) -> Any:
+    """quantization_config of the text model alone, as Kimi K2.5 has it."""
     text = config.get("text_config")
-    return config.get("quantization_config", text.get("quantization_config") if isinstance(text, dict) else None)
+    return text.get("quantization_config", {}) if isinstance(text, dict) else {}
 
 
-def _method(quantization: Any) -> Any:
-    if not isinstance(quantization, dict):
-        return quantization
-    return " ".join(str(quantization[key]) for key in ("quant_method", "format") if key in quantization) or "unknown"
+def _with_scales(folder: Path, stored: Mapping[str, StoredTensor], block: Any) -> dict[str, StoredTensor]:
+    """Tensors in FP8 with their scales; scales are no tensors of the model."""
+    if all(tensor.dtype != fp8.DTYPE for tensor in stored.values()):
+        return dict(stored)
+    if block is not None and not (_are_sizes(block) and len(block) == 2 and all(block)):
+        raise InputError(f"{folder}: weight_block_size is {block!r}, expected two sizes; download config.json again")
+    tensors = {}
+    for name, tensor in stored.items():
+        if name.endswith((fp8.SCALE, fp8.ACTIVATION_SCALE)):
+            continue
+        if tensor.dtype != fp8.DTYPE:
+            tensors[name] = tensor
+            continue
+        scales = stored.get(f"{name}{fp8.SCALE}")
+        blocks = None if scales is None else fp8.scaling_blocks(tensor.shape, scales.shape, block)
+        if scales is None or scales.dtype == fp8.DTYPE or blocks is None:
+            found = "is missing" if scales is None else f"is {scales.dtype} {list(scales.shape)}"
+            raise InputError(
+                f"{folder}: tensor {name} {list(tensor.shape)} has type {fp8.DTYPE}, and {name}{fp8.SCALE} {found}; "
+                "expected its scales: use the BF16 original, or download both again"
+            )
+        tensors[name] = replace(tensor, scale=scales, blocks=blocks)
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -192,6 +234,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _check_folder(folder: Path) -> None:
     if folder.is_dir():
+        as_hugging_face = [folder / name for name in ("config.json", INDEX_FILE, SINGLE_FILE)]
+        if any(folder.glob("consolidated*.safetensors")) and not all(
+            any(path.exists() for path in paths) for paths in (as_hugging_face[:1], as_hugging_face[1:])
+        ):
+            raise InputError(
+                f"{folder}: weights in Mistral's own layout (consolidated.safetensors, params.json) found, expected "
+                f"Hugging Face's (config.json and model.safetensors); download those files of the same repository"
+            )
         return
     if not folder.exists():
         raise InputError(f"{folder}: no such folder; expected a Hugging Face checkpoint folder on disk")
@@ -305,7 +355,7 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
     if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets)):
         raise broken
     if dtype not in _DTYPES:
-        hint = " (an fp8 checkpoint: use the BF16 original)" if dtype.startswith("F8") else ""
+        hint = " (use the BF16 original)" if dtype.startswith("F8") else ""
         raise InputError(f"{path}: tensor {name:.200} has type {dtype:.200}{hint}; supported are {', '.join(_DTYPES)}")
     if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         raise broken
@@ -324,6 +374,15 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) < len(pairs):
         raise ValueError("a key twice")
     return unique
+
+
+def _check_no_integers(tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype in _INTEGERS and not tensor.is_packed:
+            raise InputError(
+                f"{tensor.file}: tensor {name:.200} has type {tensor.dtype}; supported are "
+                f"{', '.join(dtype for dtype in _DTYPES if dtype not in _INTEGERS)}"
+            )
 
 
 def _with_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -22,6 +22,11 @@ def projector_file_name(name: str, quant_type: str) -> str:
     return f"mmproj-{name}-{quant_type}.gguf"
 
 
+def mtp_file_name(name: str, quant_type: str) -> str:
+    """`mtp-<name>-Q8_0.gguf`; llama.cpp looks for names that start with `mtp-`."""
+    return f"mtp-{name}-{quant_type}.gguf"
+
+
 def imatrix_file_name(name: str, kind: str = "plain") -> str:
     """`imatrix-<name>.gguf`, or with a kind other than plain `imatrix-<kind>-<name>.gguf`.
 

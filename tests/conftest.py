@@ -9,6 +9,9 @@ import pytest
 
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
+from tests.pico_internvl import write_pico_internvl
+from tests.pico_kimi import write_pico_kimi
+from tests.pico_mistral4 import write_pico_mistral4
 from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
 
@@ -60,3 +63,52 @@ def pico_qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_qwen3_5_resaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in tensors of their own per expert, as transformers 5 saves them; read only."""
     return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-resaved", layout="resaved")
+
+
+@pytest.fixture(scope="session")
+def pico_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico InternVL3.5-MoE checkpoint in its authors' layout; read only."""
+    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl")
+
+
+@pytest.fixture(scope="session")
+def pico_internvl_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in transformers' layout, which transformers itself can open; read only."""
+    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl-hf", layout="transformers")
+
+
+@pytest.fixture(scope="session")
+def pico_mistral4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Mistral Small 4 checkpoint, named as transformers saves it; read only."""
+    return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4")
+
+
+@pytest.fixture(scope="session")
+def pico_mistral4_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights under the names of transformers' parameters; read only."""
+    return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4-module", layout="module")
+
+
+@pytest.fixture(scope="session")
+def pico_kimi_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Kimi-VL checkpoint; read only."""
+    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-vl", "kimi_vl")
+
+
+@pytest.fixture(scope="session")
+def pico_kimi_vl_as_k25(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights and settings with Kimi K2.5's names, which transformers can read; read only."""
+    folder = tmp_path_factory.mktemp("pico") / "pico-kimi-vl-as-k25"
+    return write_pico_kimi(folder, "kimi_k25", low_rank=False, yarn=False)
+
+
+@pytest.fixture(scope="session")
+def pico_kimi_k25(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Kimi K2.5 checkpoint in full precision; read only."""
+    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-k25", "kimi_k25")
+
+
+@pytest.fixture(scope="session")
+def pico_kimi_k25_packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its experts in four bits, as published; read only."""
+    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-k25-packed", "kimi_k25_packed")

@@ -31,6 +31,7 @@ KEY_HEADS, VALUE_HEADS, LINEAR_DIM = 2, 6, 128
 """Three value heads per key head: an order that is its own inverse could not be told from it."""
 KERNEL = 4
 EXPERTS, TOP_K, WIDTH, SHARED_WIDTH = 4, 2, 768, 512
+MTP_NORMS = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
 
 Layout = Literal["public", "resaved"]
 
@@ -44,7 +45,7 @@ def write_pico_qwen3_5_moe(
         seed: of the weights.
         layout: "public" stores fused experts (E, 2I, H) and (E, H, I), like the checkpoints on the hubs; "resaved" one
             tensor per expert and projection, as transformers 5 saves them.
-        mtp: with the block for multi-token prediction, one tensor of it.
+        mtp: with the block for multi-token prediction.
         tied: the output head is the token embedding, and is not stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def write_pico_qwen3_5_moe(
     generator = torch.Generator().manual_seed(seed)
     weights = dict(_weights(generator, layout, tied=tied))
     if mtp:
-        weights["mtp.fc.weight"] = Draw(generator).matrix(HIDDEN, 2 * HIDDEN)
+        weights |= _mtp_weights(Draw(generator), layout)
     write_weights(folder, {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}, shards=2)
     return folder
 
@@ -115,23 +116,14 @@ def _weights(generator: torch.Generator, layout: Layout, *, tied: bool) -> Itera
     draw = Draw(generator)
     matrix = draw.matrix
 
-    def gains(n: int) -> torch.Tensor:
-        """Of RMSNorms that add 1 themselves."""
-        return draw.gains(n) - 1
-
     channels = (2 * KEY_HEADS + VALUE_HEADS) * LINEAR_DIM
     values = VALUE_HEADS * LINEAR_DIM
     yield "model.language_model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
     for layer in range(LAYERS):
         prefix = f"model.language_model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
+        yield f"{prefix}.input_layernorm.weight", _gains(draw, HIDDEN)
         if layer % 4 == 3:
-            yield f"{prefix}.self_attn.q_proj.weight", matrix(2 * HEADS * HEAD_DIM, HIDDEN)
-            yield f"{prefix}.self_attn.k_proj.weight", matrix(KV_HEADS * HEAD_DIM, HIDDEN)
-            yield f"{prefix}.self_attn.v_proj.weight", matrix(KV_HEADS * HEAD_DIM, HIDDEN)
-            yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * HEAD_DIM)
-            yield f"{prefix}.self_attn.q_norm.weight", gains(HEAD_DIM)
-            yield f"{prefix}.self_attn.k_norm.weight", gains(HEAD_DIM)
+            yield from _attention(draw, prefix)
         else:
             yield f"{prefix}.linear_attn.in_proj_qkv.weight", matrix(channels, HIDDEN)
             yield f"{prefix}.linear_attn.in_proj_z.weight", matrix(values, HIDDEN)
@@ -142,18 +134,51 @@ def _weights(generator: torch.Generator, layout: Layout, *, tied: bool) -> Itera
             yield f"{prefix}.linear_attn.dt_bias", torch.randn(VALUE_HEADS, generator=generator)
             yield f"{prefix}.linear_attn.norm.weight", draw.gains(LINEAR_DIM)
             yield f"{prefix}.linear_attn.out_proj.weight", matrix(HIDDEN, values)
-        yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
-        yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
-        yield from _experts(f"{prefix}.mlp.experts", matrix(EXPERTS, 2 * WIDTH, HIDDEN), layout)
-        yield from _down(f"{prefix}.mlp.experts", matrix(EXPERTS, HIDDEN, WIDTH), layout)
-        yield f"{prefix}.mlp.shared_expert.gate_proj.weight", matrix(SHARED_WIDTH, HIDDEN)
-        yield f"{prefix}.mlp.shared_expert.up_proj.weight", matrix(SHARED_WIDTH, HIDDEN)
-        yield f"{prefix}.mlp.shared_expert.down_proj.weight", matrix(HIDDEN, SHARED_WIDTH)
-        yield f"{prefix}.mlp.shared_expert_gate.weight", matrix(1, HIDDEN)
-    yield "model.language_model.norm.weight", gains(HIDDEN)
+        yield from _moe(draw, prefix, layout)
+    yield "model.language_model.norm.weight", _gains(draw, HIDDEN)
     if not tied:
         yield "lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
     yield from vision_weights(generator, taps=0)
+
+
+def _mtp_weights(draw: Draw, layout: Layout) -> dict[str, torch.Tensor]:
+    prefix = "mtp.layers.0"
+    return {
+        "mtp.fc.weight": draw.matrix(HIDDEN, 2 * HIDDEN),
+        **{
+            f"mtp.{name}.weight": _gains(draw, HIDDEN)
+            for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+        },
+        f"{prefix}.input_layernorm.weight": _gains(draw, HIDDEN),
+        **dict(_attention(draw, prefix)),
+        **dict(_moe(draw, prefix, layout)),
+    }
+
+
+def _gains(draw: Draw, n: int) -> torch.Tensor:
+    """Of RMSNorms that add 1 themselves."""
+    return draw.gains(n) - 1
+
+
+def _attention(draw: Draw, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    yield f"{prefix}.self_attn.q_proj.weight", draw.matrix(2 * HEADS * HEAD_DIM, HIDDEN)
+    yield f"{prefix}.self_attn.k_proj.weight", draw.matrix(KV_HEADS * HEAD_DIM, HIDDEN)
+    yield f"{prefix}.self_attn.v_proj.weight", draw.matrix(KV_HEADS * HEAD_DIM, HIDDEN)
+    yield f"{prefix}.self_attn.o_proj.weight", draw.matrix(HIDDEN, HEADS * HEAD_DIM)
+    yield f"{prefix}.self_attn.q_norm.weight", _gains(draw, HEAD_DIM)
+    yield f"{prefix}.self_attn.k_norm.weight", _gains(draw, HEAD_DIM)
+
+
+def _moe(draw: Draw, prefix: str, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+    matrix = draw.matrix
+    yield f"{prefix}.post_attention_layernorm.weight", _gains(draw, HIDDEN)
+    yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
+    yield from _experts(f"{prefix}.mlp.experts", matrix(EXPERTS, 2 * WIDTH, HIDDEN), layout)
+    yield from _down(f"{prefix}.mlp.experts", matrix(EXPERTS, HIDDEN, WIDTH), layout)
+    yield f"{prefix}.mlp.shared_expert.gate_proj.weight", matrix(SHARED_WIDTH, HIDDEN)
+    yield f"{prefix}.mlp.shared_expert.up_proj.weight", matrix(SHARED_WIDTH, HIDDEN)
+    yield f"{prefix}.mlp.shared_expert.down_proj.weight", matrix(HIDDEN, SHARED_WIDTH)
+    yield f"{prefix}.mlp.shared_expert_gate.weight", matrix(1, HIDDEN)
 
 
 def _experts(prefix: str, gate_up: torch.Tensor, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:

@@ -182,6 +182,12 @@ class TestRefusals:
         (folder / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
         self.refused(folder, "tensor w", "F8_E4M3", "BF16 original")
 
+    @pytest.mark.parametrize("kept", ["config.json", SINGLE_FILE])
+    def test_layout_of_mistral(self, tmp_path: Path, kept: str) -> None:
+        for name in ("consolidated-00001-of-00002.safetensors", "params.json", kept):
+            (tmp_path / name).write_text("{}")
+        self.refused(tmp_path, "Mistral's own layout", "same repository")
+
     def test_integers(self, folder: Path) -> None:
         (folder / INDEX_FILE).unlink()
         save_file({"w": np.zeros(3, np.int64)}, folder / SINGLE_FILE)

@@ -4,12 +4,15 @@
     python tools/bench_scale.py speed --out FOLDER --llama-cpp SOURCE --llama-quantize PROGRAM
     python tools/bench_scale.py calibrate --out FOLDER [--layers 2 4 8]
     python tools/bench_scale.py stages --out FOLDER [--layers 2 4 8]
+    python tools/bench_scale.py disk --out FOLDER --layers 4
 
 `export` and `calibrate` run the commands of those names in processes of their own and watch their memory: "anonymous"
 is what the process itself fills, "resident" has the mapped part of the checkpoint with it; peaks of samples taken every
 few milliseconds. Lines are fitted through them and drawn out to 48 and 94 layers (Qwen3-VL-30B-A3B, 235B-A22B's depth).
 `stages` runs every stage of a conversion and puts what `convert --dry-run` says beside what was measured.
 `calibrate` also runs the plain forward of the same samples by transformers, the whole model in memory.
+`disk` exports to BF16, so that packing is not the limit, beside reading the checkpoint and writing as many bytes as the
+outputs have: nothing is cached when a round begins, and each ends when all is on the disk.
 `speed` writes the same types with stock conversion plus llama-quantize, with the same importance matrix and threads.
 
 The checkpoints, of 1.2 GB per layer and 1.2 GB besides, stay in FOLDER.
@@ -234,17 +237,20 @@ samples = load_samples(source, max_image_samples=int(images), max_text_samples=i
 builder = InputBuilder.open(Checkpoint.open(Path(path)))
 inputs = [builder.build(sample) for sample in samples]
 model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-started = time.perf_counter()
-with torch.no_grad():
-    for one in inputs:
-        model(**one.model_arguments(torch.device("cpu"), torch.float32))
-print(sum(len(one.input_ids) for one in inputs), time.perf_counter() - started)
+seconds = []
+for kept in (0, 1):  # all logits, and those of one position: calibration needs none
+    started = time.perf_counter()
+    with torch.no_grad():
+        for one in inputs:
+            model(**one.model_arguments(torch.device("cpu"), torch.float32), logits_to_keep=kept)
+    seconds.append(time.perf_counter() - started)
+print(sum(len(one.input_ids) for one in inputs), *seconds)
 """
 
 
 def bench_calibrate(arguments: argparse.Namespace) -> object:
     """Memory and time of calibration by number of layers, and the plain forward of the same samples."""
-    table = Table("layers", "seconds", "anonymous GiB", "resident GiB", "plain forward, s", "tokens")
+    table = Table("layers", "seconds", "anonymous GiB", "resident GiB", "forward, s", "without head", "tokens")
     table.title = f"calibration, {arguments.images} pictures and {arguments.texts} texts"
     runs = {}
     for layers in arguments.layers:
@@ -256,17 +262,71 @@ def bench_calibrate(arguments: argparse.Namespace) -> object:
         command += ["--calibration", arguments.samples, "--image-samples", str(arguments.images)]
         command += ["--text-samples", str(arguments.texts)]
         run = watched(command, folder / "calibrate.log")
-        plain, tokens = float("nan"), ""
+        plain, headless, tokens = float("nan"), float("nan"), ""
         if layers <= arguments.plain_layers:
             log = folder / "plain.log"
             plain_forward: list[str | Path] = [sys.executable, "-c", _PLAIN_FORWARD, checkpoint.path, arguments.samples]
             watched([*plain_forward, str(arguments.images), str(arguments.texts)], log)
-            tokens, seconds = log.read_text().split()[-2:]
-            plain = float(seconds)
-        runs[layers] = {**asdict(run), "plain": plain}
-        numbers = f"{run.anonymous / GIB:.3f}", f"{run.resident / GIB:.3f}", f"{plain:.1f}"
+            tokens, *seconds = log.read_text().split()[-3:]
+            plain, headless = map(float, seconds)
+        runs[layers] = {**asdict(run), "plain": plain, "headless": headless}
+        numbers = f"{run.anonymous / GIB:.3f}", f"{run.resident / GIB:.3f}", f"{plain:.1f}", f"{headless:.1f}"
         table.add_row(str(layers), f"{run.seconds:.1f}", *numbers, tokens)
     add_depths(table, runs, ("seconds", "anonymous", "resident"))
+    Console().print(table)
+    return runs
+
+
+def forget_cached(folder: Path) -> None:
+    """Have the system drop what it caches of the files in a folder."""
+    os.sync()
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copied(folder: Path, target: Path, size: int) -> float:
+    """Seconds to read all files of a folder and to write `size` bytes of them."""
+    started = time.perf_counter()
+    with target.open("wb") as output:
+        for file in sorted(folder.iterdir()):
+            with file.open("rb") as opened:
+                while part := opened.read(1 << 24):
+                    output.write(part[: max(0, size - output.tell())])
+        output.flush()
+        os.fsync(output.fileno())
+    target.unlink()
+    return time.perf_counter() - started
+
+
+def bench_disk(arguments: argparse.Namespace) -> object:
+    """Export beside what the disk allows."""
+    table = Table("layers", "read GB", "written GB", "export, s", "reading and writing, s", "share of the disk's speed")
+    table.title = f"export to BF16, {arguments.threads} threads, medians of {arguments.rounds}"
+    runs = {}
+    for layers in arguments.layers:
+        folder = checkpoint_of(arguments.out, layers).path
+        seconds: dict[str, list[float]] = {"export": [], "copy": []}
+        size = 0
+        for _ in range(arguments.rounds):
+            forget_cached(folder)
+            run, size = export(arguments.out, layers, "BF16", "exact", arguments.threads)
+            started = time.perf_counter()
+            os.sync()
+            seconds["export"].append(run.seconds + time.perf_counter() - started)
+            forget_cached(folder)
+            seconds["copy"].append(copied(folder, arguments.out / "copied", size))
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        read = sum(file.stat().st_size for file in folder.iterdir())
+        table.add_row(
+            str(layers),
+            f"{read / 1e9:.1f}",
+            f"{size / 1e9:.1f}",
+            f"{medians['export']:.1f}",
+            f"{medians['copy']:.1f}",
+            f"{100 * medians['copy'] / medians['export']:.0f} %",
+        )
+        runs[layers] = seconds
     Console().print(table)
     return runs
 
@@ -322,7 +382,7 @@ def bench_stages(arguments: argparse.Namespace) -> object:
 def main() -> None:
     """Run one of the benchmarks, print it, and write it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=("export", "speed", "calibrate", "stages"))
+    parser.add_argument("bench", choices=("export", "speed", "calibrate", "stages", "disk"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -343,6 +403,7 @@ def main() -> None:
         "speed": bench_speed,
         "calibrate": bench_calibrate,
         "stages": bench_stages,
+        "disk": bench_disk,
     }
     runs = benches[arguments.bench](arguments)
     if arguments.json:

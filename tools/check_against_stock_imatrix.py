@@ -76,10 +76,13 @@ def our_sums(checkpoint: Checkpoint, text: str, context: int, chunks: int) -> di
     ids = torch.tensor(tokenizer(text, truncation=True, max_length=context * chunks)["input_ids"])
     if len(ids) < context * chunks:
         raise InputError(f"the text has {len(ids)} tokens, {context * chunks} are needed: lower --context or --chunks")
+    pieces = ids.view(chunks, context)
+    if ids[0] == tokenizer.bos_token_id:  # then llama-imatrix begins every chunk with it
+        pieces[:, 0] = ids[0]
     nothing = torch.zeros(context, dtype=torch.bool)
     inputs = [
         ModelInputs(f"chunk {number}", piece, nothing, nothing, torch.arange(context - 1))
-        for number, piece in enumerate(ids.view(chunks, context))
+        for number, piece in enumerate(pieces)
     ]
     streamed = open_streamed(checkpoint, "cpu")
     observer = Observer(streamed.tensors, streamed.device)

@@ -7,7 +7,8 @@ equal bit for bit, and every differing key must be listed in `EXPECTED` with a r
 Values that are computed, not copied, may differ in their last bit (`COMPUTED`).
 
 The stock converter reads fused experts in the layout of the public checkpoints only: of a folder that transformers 5
-saved again, it writes experts of the wrong shape without a word. Give it the published one.
+saved again, it writes experts of the wrong shape without a word. Give it the published one. Where it writes gate and up
+of experts as one tensor, which llama.cpp reads, too, its halves are compared.
 """
 
 import argparse
@@ -15,13 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
+from gguf import GGUFReader, Keys, ReaderTensor
 from rich.console import Console
 from rich.table import Table
 
@@ -39,10 +41,22 @@ EXPECTED = {
     "general.base_model.0.organization": "as above",
     "general.base_model.0.repo_url": "as above",
     "GGUF.kv_count": "counts the keys below",
+    "GGUF.tensor_count": "counts the tensors below, and gate and up as two",
+    "mistral4.attention.temperature_scale": "stock writes it for dense models only, llama.cpp reads it for these, too",
+    "mistral4.attention.temperature_length": "as above",
+    "v.token_embd.img_break": "stock leaves it out, and llama.cpp does not load a pixtral projector without",
 }
 
 COMPUTED = {"ssm_a": "minus exp; stock's float32 exp is off by one in the last place now and then"}
 """Ends of tensor names."""
+
+CORRECTED = {
+    ("internvl", "v.position_embd.weight"): (
+        partial(np.roll, shift=-1, axis=1),
+        "stock's, with the class token's row last, where llama.cpp has that token",
+    ),
+}
+"""By projector type and tensor name: how ours comes from stock's where stock's is wrong, and why."""
 
 _RUN_CONVERTER = """
 import runpy, sys
@@ -83,13 +97,31 @@ def compare(ours: Path, stock: Path) -> Iterator[Difference]:
         if found != wanted:
             yield Difference(key, _short(found), _short(wanted), EXPECTED.get(key, ""))
     our_tensors = {tensor.name: tensor for tensor in our_file.tensors}
-    stock_tensors = {tensor.name: tensor for tensor in stock_file.tensors}
+    stock_tensors = dict(_unfused(stock_file.tensors, our_tensors))
     for name in sorted(our_tensors.keys() | stock_tensors.keys()):
         ours_, stock_ = our_tensors.get(name), stock_tensors.get(name)
         if _layout(ours_) != _layout(stock_):
-            yield Difference(name, _layout(ours_), _layout(stock_))
+            yield Difference(name, _layout(ours_), _layout(stock_), EXPECTED.get(name, ""))
         elif ours_ is not None and stock_ is not None and ours_.data.tobytes() != stock_.data.tobytes():
-            yield _other_values(name, ours_.data, stock_.data)
+            projector = our_keys.get(Keys.Clip.PROJECTOR_TYPE, (None, None))[1]
+            correct, reason = CORRECTED.get((projector, name), (None, ""))
+            if correct is not None and correct(stock_.data).tobytes() == ours_.data.tobytes():
+                yield Difference(name, "other rows", "", reason)
+            else:
+                yield _other_values(name, ours_.data, stock_.data)
+
+
+def _unfused(tensors: Sequence[ReaderTensor], wanted: Container[str]) -> Iterator[tuple[str, ReaderTensor]]:
+    """By name; with gate and up of experts apart where ours has them so. llama.cpp takes both forms."""
+    for tensor in tensors:
+        parts = [tensor.name.replace("gate_up_exps", part) for part in ("gate_exps", "up_exps")]
+        if tensor.name in wanted or parts[0] not in wanted:
+            yield tensor.name, tensor
+            continue
+        width, rows, experts = tensor.shape.tolist()
+        for name, half in zip(parts, np.split(tensor.data, 2, axis=1), strict=True):
+            shape = np.array([width, rows // 2, experts], tensor.shape.dtype)
+            yield name, tensor._replace(name=name, shape=shape, data=half)
 
 
 def _other_values(name: str, ours: np.ndarray, stock: np.ndarray) -> Difference:

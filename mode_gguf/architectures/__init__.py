@@ -3,7 +3,7 @@
 A family is one module of data; to add one, write it and list it in `FAMILIES`.
 """
 
-from mode_gguf.architectures import kimi_k25, kimi_vl, qwen3_5_moe, qwen3_vl_moe
+from mode_gguf.architectures import internvl, kimi_k25, kimi_vl, mistral4, qwen3_5_moe, qwen3_vl_moe
 from mode_gguf.architectures.family import Metadata, MetadataValue, ModelFamily, check_all_used, source_tensors
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.checkpoint import Checkpoint
@@ -16,11 +16,21 @@ __all__ = [
     "ModelFamily",
     "find_family",
     "left_out",
+    "mtp_tensors",
     "projector_tensors",
     "text_tensors",
 ]
 
-FAMILIES: tuple[ModelFamily, ...] = (qwen3_vl_moe.FAMILY, qwen3_5_moe.FAMILY, kimi_vl.FAMILY, kimi_k25.FAMILY)
+FAMILIES: tuple[ModelFamily, ...] = (
+    qwen3_vl_moe.FAMILY,
+    qwen3_5_moe.FAMILY,
+    internvl.ORIGINAL,
+    internvl.FAMILY,
+    kimi_vl.FAMILY,
+    kimi_k25.FAMILY,
+    mistral4.PUBLIC,
+    mistral4.FAMILY,
+)
 
 _EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -34,7 +44,7 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
     config = checkpoint.config
     classes = config.get("architectures")
     for family in FAMILIES:
-        if isinstance(classes, list) and family.hf_class in classes:
+        if isinstance(classes, list) and family.hf_class in classes and family.matches(checkpoint):
             family.check(checkpoint)
             return family
     text = config.get("text_config")
@@ -46,7 +56,7 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
         )
     raise InputError(
         f"{checkpoint.path}: model class {classes} is not supported; "
-        f"supported are {', '.join(family.hf_class for family in FAMILIES)}"
+        f"supported are {', '.join(dict.fromkeys(family.hf_class for family in FAMILIES))}"
     )
 
 
@@ -65,6 +75,28 @@ def text_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
     family = find_family(checkpoint)
     check_all_used(family, checkpoint)
     return source_tensors(family, family.text_rules, checkpoint)
+
+
+def mtp_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
+    """Tensors of the file that drafts by multi-token prediction; raises like `text_tensors`, and where there is none.
+
+    Raises:
+        InputError: the checkpoint has no such block, or llama.cpp cannot draft with that of its family.
+    """
+    family = find_family(checkpoint)
+    if family.mtp_rules is None:
+        raise InputError(f"{checkpoint.path}: multi-token prediction of {family.hf_class} is not supported")
+    block = left_out(checkpoint)
+    if not block:
+        raise InputError(
+            f"{checkpoint.path}: no tensor's name begins with {' or '.join(family.ignored)}; these weights were "
+            "published without a block for multi-token prediction"
+        )
+    tensors = source_tensors(family, family.mtp_rules(checkpoint), checkpoint)
+    unknown = sorted(set(block) - {source for tensor in tensors for source in tensor.sources})
+    if unknown:
+        raise InputError(f"{checkpoint.path}: tensor {unknown[0]} has no place in a file for multi-token prediction")
+    return tensors
 
 
 def projector_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint import Checkpoint, read_json
 from mode_gguf.errors import InputError
 
 T = TypeVar("T")
@@ -45,6 +45,17 @@ def setting(checkpoint: Checkpoint, where: Mapping[str, Any], expected: type[T],
         f"{checkpoint.path / 'config.json'}: {name} is {value!r}, expected {expected.__name__}; "
         "use the configuration published with the model"
     )
+
+
+def preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """preprocessor_config.json, or its place in the processor_config.json that transformers 5 writes."""
+    old, new = checkpoint.path / "preprocessor_config.json", checkpoint.path / "processor_config.json"
+    if old.exists() or not new.exists():
+        return read_json(old)
+    value = read_json(new).get("image_processor")
+    if not isinstance(value, dict):
+        raise InputError(f"{new}: expected an object image_processor, found {value!r}; download it again")
+    return value
 
 
 def check_settings(checkpoint: Checkpoint, gguf_arch: str, settings: Mapping[str, tuple[Any, Any, str]]) -> None:

@@ -6,7 +6,7 @@ from operator import attrgetter
 from string import Formatter
 from typing import Any, TypeAlias
 
-from mode_gguf.architectures.images import ImagePlace, PlacedImage, image_token_id
+from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage, image_token_id
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Reader, Role, SourceTensor
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -105,6 +105,11 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.config.get("tie_word_embeddings", False))
 
 
+def any_checkpoint(checkpoint: Checkpoint) -> bool:
+    """Of families that have their class for themselves, and of the last that shares it."""
+    return True
+
+
 def same_name(parameter: str) -> str:
     """Of checkpoints that name tensors as transformers names parameters."""
     return parameter
@@ -126,6 +131,7 @@ class ModelFamily:
         text_rules: tensors of the text model, in file order.
         projector_rules: tensors of the projector, in file order.
         ignored: beginnings of names of checkpoint tensors that are left out on purpose.
+        matches: whether a checkpoint of the class is one of this family's, where several families share it.
         check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
         ranges: for each placeholder, the values that fill it, one mapping per repetition; also the subsets that rules
             are confined to, and `expert`.
@@ -134,14 +140,20 @@ class ModelFamily:
         tied_output: checkpoint name of the output head that a checkpoint with tied embeddings lacks.
         place_image: an image as the model takes it.
         needs_processor: whether that takes transformers' image processor.
+        image_tokens: how many tokens stand for an image of some size, or at most; None where each stands for as large a
+            part of any image.
         image_token: id of the token that stands for a piece of an image.
-        placeholder: what the chat template writes for an image; None for the image token.
+        placeholder: what the chat template writes for an image, or, where it knows only text, what is written into the
+            text; None for the image token.
         token_types: argument of the model's forward that is 1 at image tokens and 0 elsewhere; None if it takes none.
         tied: whether the output head is the token embedding.
         model_config: what transformers' configuration is made of.
         stored_name: from the name of a transformers parameter to the checkpoint tensor's.
         read_parameter: reads a parameter outside the decoder layers that is not one tensor as it is, by its name in
             transformers; None for those that are.
+        mtp_rules: tensors of a file that drafts by multi-token prediction, without placeholders; None where there is
+            no such file.
+        mtp_metadata: its keys beyond general.* and tokenizer.*.
     """
 
     hf_class: str
@@ -157,6 +169,8 @@ class ModelFamily:
     tied_output: str
     place_image: Callable[[ImagePlace], PlacedImage]
     needs_processor: bool = True
+    image_tokens: Callable[[Checkpoint, ImageSize | None], int] | None = None
+    matches: Callable[[Checkpoint], bool] = any_checkpoint
     image_token: Callable[[Checkpoint], int] = image_token_id
     placeholder: str | None = None
     token_types: str | None = "mm_token_type_ids"
@@ -164,6 +178,8 @@ class ModelFamily:
     model_config: Callable[[Checkpoint], Mapping[str, Any]] = attrgetter("config")
     stored_name: Callable[[str], str] = same_name
     read_parameter: Callable[[Checkpoint, str], Array | None] = no_parameter
+    mtp_rules: Callable[[Checkpoint], tuple[TensorRule, ...]] | None = None
+    mtp_metadata: Callable[[Checkpoint], Metadata] | None = None
 
 
 def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint: Checkpoint) -> list[SourceTensor]:

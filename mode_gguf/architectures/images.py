@@ -1,8 +1,9 @@
 """How an image takes its place in a prompt: what the model is fed with, and which tokens stand for it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mode_gguf.architectures.config import setting
 from mode_gguf.architectures.tensors import Array
@@ -12,6 +13,16 @@ from mode_gguf.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+ImageSize: TypeAlias = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def scaled_size(size: ImageSize, max_pixels: int) -> ImageSize:
+    """`size` where its area is no larger than `max_pixels`, else what is scaled down to it."""
+    width, height = size
+    scale = math.sqrt(max_pixels / (width * height))
+    return size if scale >= 1 else (max(1, int(width * scale)), max(1, int(height * scale)))
+
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
@@ -20,7 +31,7 @@ class ImagePlace:
     Attributes:
         checkpoint: whose model is to see it.
         image: in RGB.
-        processor: transformers' image processor.
+        processor: transformers' image processor; None for a family that needs none.
         tokenizer: transformers' tokenizer.
         image_token: id of the token that stands for a piece of an image.
         max_pixels: area that it is scaled down to, where the model's own limit is not lower.

@@ -1,11 +1,12 @@
 """Qwen3.5-MoE and Qwen3.6-MoE (35B-A3B, 122B-A10B, 397B-A17B): llama.cpp's `qwen35moe` with a `qwen3vl_merger`.
 
 Three layers of four mix tokens by a gated delta rule ("linear attention") instead of attention, and every layer has a
-shared expert beside the routed ones. The block for multi-token prediction (`mtp.*`) is left out: a forward of the model
-gives no statistics of it, and without it the file says the same; llama.cpp cannot draft with it then.
+shared expert beside the routed ones. The block for multi-token prediction (`mtp.*`) is not in the model's file: a
+forward gives no statistics of it, and without it the file says the same. It makes a file of its own, to draft with.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -116,6 +117,7 @@ def decay(checkpoint: Checkpoint, source: str) -> View:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 _LAYER = "model.language_model.layers.{layer}"
+_MTP_LAYER = "mtp.layers.0"
 
 
 def _dense(source: str, name: str, only: str | None = None, transform: Transform = as_stored) -> TensorRule:
@@ -131,8 +133,12 @@ _BY_HEAD = partial(reordered_rows, order=partial(value_heads, head_dim=1))
 _BY_VALUE = partial(reordered_rows, order=value_channels)
 _BY_CHANNEL = partial(reordered_rows, order=all_channels)
 
+_EMBEDDING = TensorRule("model.language_model.embed_tokens.weight", "token_embd.weight", Role.EMBEDDING)
+_NORM = TensorRule("model.language_model.norm.weight", "output_norm.weight", Role.KEEP, plus_one)
+_HEAD = TensorRule("lm_head.weight", "output.weight", Role.OUTPUT, activation="output.weight")
+
 TEXT_RULES = (
-    TensorRule("model.language_model.embed_tokens.weight", "token_embd.weight", Role.EMBEDDING),
+    _EMBEDDING,
     _keep("input_layernorm.weight", "attn_norm.weight", transform=plus_one),
     _dense("self_attn.q_proj", "attn_q", FULL),
     _dense("self_attn.k_proj", "attn_k", FULL),
@@ -156,11 +162,45 @@ TEXT_RULES = (
     _dense("mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
     _dense("mlp.shared_expert.up_proj", "ffn_up_shexp"),
     _dense("mlp.shared_expert.down_proj", "ffn_down_shexp"),
-    TensorRule("model.language_model.norm.weight", "output_norm.weight", Role.KEEP, plus_one),
-    TensorRule("lm_head.weight", "output.weight", Role.OUTPUT, activation="output.weight"),
+    _NORM,
+    _HEAD,
 )
 """Gates of one number per value head (ssm_alpha, ssm_beta) or shared expert stay F32, as routers do: 0.1 % of
 the file."""
+
+
+def mtp_rules(checkpoint: Checkpoint) -> tuple[TensorRule, ...]:
+    """Embedding, head and the block, which is a layer of full attention after the model's own."""
+    block = f"blk.{_layers(checkpoint)}"
+    in_block = [rule for rule in TEXT_RULES if rule.source.startswith(_LAYER) and rule.only != LINEAR]
+
+    def norm(source: str, name: str) -> TensorRule:
+        return TensorRule(f"mtp.{source}.weight", f"{block}.nextn.{name}.weight", Role.KEEP, plus_one)
+
+    return (
+        _EMBEDDING,
+        _NORM,
+        _HEAD,
+        *(
+            replace(
+                rule,
+                source=rule.source.replace(_LAYER, _MTP_LAYER),
+                name=rule.name.replace("blk.{layer}", block),
+                each=rule.each and rule.each.replace(_LAYER, _MTP_LAYER),
+                activation=None,
+                only=None,
+            )
+            for rule in in_block
+        ),
+        TensorRule("mtp.fc.weight", f"{block}.nextn.eh_proj.weight", Role.DENSE),
+        norm("pre_fc_norm_embedding", "enorm"),
+        norm("pre_fc_norm_hidden", "hnorm"),
+        norm("norm", "shared_head_norm"),
+    )
+
+
+def _layers(checkpoint: Checkpoint) -> int:
+    return setting(checkpoint, section(checkpoint, "text_config"), int, "num_hidden_layers")
 
 
 def layer_types(checkpoint: Checkpoint) -> list[str]:
@@ -235,6 +275,23 @@ def text_metadata(checkpoint: Checkpoint) -> Metadata:
     return {**metadata, RECURRENT_LAYERS: [kind == LINEAR for kind in layer_types(checkpoint)]}
 
 
+def mtp_metadata(checkpoint: Checkpoint) -> Metadata:
+    """The same with the block counted as a further layer."""
+    text = section(checkpoint, "text_config")
+    blocks = setting(checkpoint, {"mtp_num_hidden_layers": 1, **text}, int, "mtp_num_hidden_layers")
+    if blocks != 1:
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: mtp_num_hidden_layers is {blocks}, expected 1: llama.cpp's "
+            f"{GGUF_ARCH} drafts with one block"
+        )
+    return {
+        **text_metadata(checkpoint),
+        Keys.LLM.BLOCK_COUNT.format(arch=GGUF_ARCH): _layers(checkpoint) + blocks,
+        Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=GGUF_ARCH): blocks,
+        RECURRENT_LAYERS: [*(kind == LINEAR for kind in layer_types(checkpoint)), False],
+    }
+
+
 # --- what llama.cpp would run differently -----------------------------------------------------------------------------
 
 
@@ -283,4 +340,6 @@ FAMILY = ModelFamily(
     projector_metadata=qwen_vision.projector_metadata,
     tied_output="lm_head.weight",
     place_image=qwen_vision.place_image,
+    mtp_rules=mtp_rules,
+    mtp_metadata=mtp_metadata,
 )

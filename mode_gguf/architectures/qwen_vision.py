@@ -6,11 +6,11 @@ from typing import Any
 
 from gguf import Keys
 
-from mode_gguf.architectures.config import section, setting
+from mode_gguf.architectures.config import preprocessor, section, setting
 from mode_gguf.architectures.family import Metadata, TensorRule, Values, View
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tensors import ALL_ROWS, Role
-from mode_gguf.checkpoint import Checkpoint, read_json
+from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
 LAYER_NORM_EPSILON = 1e-6
@@ -88,7 +88,7 @@ def deepstack_taps(checkpoint: Checkpoint) -> list[int]:
 def projector_metadata(checkpoint: Checkpoint) -> Metadata:
     """What llama.cpp's mtmd reads for `qwen3vl_merger`."""
     vision = section(checkpoint, "vision_config")
-    preprocessor = _preprocessor(checkpoint)
+    prepared = preprocessor(checkpoint)
     depth = setting(checkpoint, vision, int, "depth")
     patch_size = setting(checkpoint, vision, int, "patch_size")
     positions = setting(checkpoint, vision, int, "num_position_embeddings")
@@ -102,8 +102,8 @@ def projector_metadata(checkpoint: Checkpoint) -> Metadata:
         Keys.ClipVision.BLOCK_COUNT: depth,
         Keys.ClipVision.Attention.HEAD_COUNT: setting(checkpoint, vision, int, "num_heads"),
         Keys.ClipVision.Attention.LAYERNORM_EPS: LAYER_NORM_EPSILON,
-        Keys.ClipVision.IMAGE_MEAN: setting(checkpoint, preprocessor, list, "image_mean"),
-        Keys.ClipVision.IMAGE_STD: setting(checkpoint, preprocessor, list, "image_std"),
+        Keys.ClipVision.IMAGE_MEAN: setting(checkpoint, prepared, list, "image_mean"),
+        Keys.ClipVision.IMAGE_STD: setting(checkpoint, prepared, list, "image_std"),
         Keys.ClipVision.SPATIAL_MERGE_SIZE: setting(checkpoint, vision, int, "spatial_merge_size"),
         Keys.ClipVision.IS_DEEPSTACK_LAYERS: [block in taps for block in range(depth)],
         Keys.ClipVision.USE_GELU: True,
@@ -121,17 +121,6 @@ def place_image(place: ImagePlace) -> PlacedImage:
     return PlacedImage(
         [place.image_token] * n_tokens, {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}
     )
-
-
-def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """preprocessor_config.json, or its place in the processor_config.json that transformers 5 writes."""
-    old, new = checkpoint.path / "preprocessor_config.json", checkpoint.path / "processor_config.json"
-    if old.exists() or not new.exists():
-        return read_json(old)
-    value = read_json(new).get("image_processor")
-    if not isinstance(value, dict):
-        raise InputError(f"{new}: expected an object image_processor, found {value!r}; download it again")
-    return value
 
 
 def expected(checkpoint: Checkpoint) -> Mapping[str, tuple[Any, Any, str]]:

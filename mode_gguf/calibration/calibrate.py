@@ -93,7 +93,7 @@ def run_watched(
     description: str,
     progress: Progress = silent,
 ) -> None:
-    """All samples forward, layer by layer, with experts, linear layers and key tokens watched.
+    """All samples forward, layer by layer, with experts, linear layers and key tokens watched; without logits.
 
     Args:
         key_tokens: how they are chosen; None where nobody asks which vision tokens are key.
@@ -117,7 +117,8 @@ def run_watched(
         finish(layer)
         streamed.free_layer(layer)
 
-    with HiddenStore(hidden_bytes) as store, watching(streamed.model, streamed.watched_linears(), watch):
+    watched = watching(streamed.model, streamed.watched_linears(), watch)
+    with HiddenStore(hidden_bytes) as store, watched, streamed.without_logits():
         run_in_lockstep(
             streamed.layers,
             [partial(_forward, streamed, one) for one in inputs],

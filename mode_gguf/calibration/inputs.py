@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace
 from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
+from mode_gguf.calibration.model_config import model_config
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.tokenizer import open_tokenizer
 from mode_gguf.checkpoint import Checkpoint
@@ -94,7 +95,7 @@ class InputBuilder:
         """
         family = find_family(checkpoint)
         try:
-            tokenizer = open_tokenizer(checkpoint.path)
+            tokenizer = open_tokenizer(checkpoint, family)
             image_processor = (
                 AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
                 if family.needs_processor
@@ -174,16 +175,11 @@ class InputBuilder:
         chat: list[dict[str, Any]] = [
             {"role": message.role, "content": mark} for message, mark in zip(sample.messages, marks, strict=True)
         ]
-        if sample.has_image:
-            first = next(turn for turn in chat if turn["role"] == "user")
-            first["content"] = [{"type": "image"}, {"type": "text", "text": first["content"]}]
         answered = sample.messages[-1].role == "assistant"
         try:
-            rest: str = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
-        except (ValueError, TemplateError) as error:
+            rest = self._with_image(chat, answered) if sample.has_image else self._templated(chat, answered)
+        except (ValueError, TypeError, TemplateError) as error:
             raise InputError(f"{sample.origin}: the chat template failed ({error})") from error
-        if sample.has_image and self.family.placeholder is not None:
-            rest = rest.replace(self.family.placeholder, self.tokenizer.convert_ids_to_tokens(self.image_token))
         rendered = ""
         spans = []
         for message, mark in zip(sample.messages, marks, strict=True):
@@ -194,6 +190,29 @@ class InputBuilder:
             rendered += before + message.text
             spans.append((start, len(rendered), _ANSWER if message.role == "assistant" else _PROMPT))
         return rendered + rest, spans
+
+    def _with_image(self, chat: list[dict[str, Any]], answered: bool) -> str:
+        """The chat with an image ahead of the user's first text, where the image token stands for it."""
+        token: str = self.tokenizer.convert_ids_to_tokens(self.image_token)
+        placeholder = self.family.placeholder or token
+        first = next(turn for turn in chat if turn["role"] == "user")
+        text = first["content"]
+        first["content"] = [{"type": "image"}, {"type": "text", "text": text}]
+        try:
+            rendered = self._templated(chat, answered)
+        except (ValueError, TypeError, TemplateError):
+            if self.family.placeholder is None:
+                raise
+            rendered = ""
+        if self.family.placeholder is not None and placeholder not in rendered and token not in rendered:
+            # A template that knows no parts: images are written into the text.
+            first["content"] = f"{placeholder}\n{text}"
+            rendered = self._templated(chat, answered)
+        return rendered.replace(placeholder, token)
+
+    def _templated(self, chat: list[dict[str, Any]], answered: bool) -> str:
+        rendered: str = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
+        return rendered
 
 
 _TEMPLATE, _PROMPT, _ANSWER = range(3)

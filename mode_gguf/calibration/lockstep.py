@@ -1,16 +1,19 @@
 """Many forwards side by side, one decoder layer at a time.
 
-Every sample runs the model's own forward in a thread of its own. A hook before each decoder layer puts the thread to
-sleep; the driver loads the layer, wakes one thread after the other until it reaches the next layer, and frees the layer
-again. Masks, rotary positions, DeepStack and whatever else a model does between its layers stay the model's own code,
-and a layer's weights are read once for all samples. Threads never run at the same time, so nothing needs a lock and the
-order of all sums is fixed.
+Every sample runs the model's own forward in a greenlet of its own. A hook before each decoder layer puts it to sleep;
+the driver loads the layer, wakes one after the other until it reaches the next layer, and frees the layer again. Masks,
+rotary positions, DeepStack and whatever else a model does between its layers stay the model's own code, and a layer's
+weights are read once for all samples.
+
+Threads would do, but math libraries keep buffers for every thread that computes, 25 MB each, and OpenMP a team of
+workers: with hundreds of samples that is more than what the samples themselves need.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from mode_gguf.calibration.distributed import agree
@@ -18,57 +21,39 @@ from mode_gguf.calibration.parking import Parking
 from mode_gguf.progress import Progress, silent
 
 
-class _Cancelled(BaseException):
-    """Unwinds a sleeping thread; a BaseException so that no model code catches it."""
-
-
 class _Lane:
-    """One sample's forward. Its thread runs only while the driver waits inside `advance`."""
+    """One sample's forward; it runs only while the driver waits inside `advance`."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self.waiting_for = -1
-        self.finished = False
-        self._work = work
-        self._error: BaseException | None = None
-        self._cancelled = False
-        self._wake = threading.Semaphore(0)
-        self._asleep = threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._driver, self._greenlet = getcurrent(), greenlet(work)
+        self._records_gradients = True
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._greenlet.dead)
 
     def advance(self) -> None:
-        """Run up to the next layer or the end; raises what the forward raised."""
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._wake.release()
-        self._asleep.acquire()
-        if self._error is not None:
-            raise self._error
+        """Run up to the next layer or the end; raises what the forward raised. Each lane has its own gradient mode."""
+        drivers = torch.is_grad_enabled()
+        torch.set_grad_enabled(self._records_gradients)
+        try:
+            self._greenlet.switch()
+        finally:
+            self._records_gradients = torch.is_grad_enabled()
+            torch.set_grad_enabled(drivers)
 
     def sleep_before(self, layer: int) -> None:
-        """Called in the lane's thread: return once the driver has loaded `layer`."""
+        """Called in the lane: return once the driver has loaded `layer`."""
         self.waiting_for = layer
-        self._asleep.release()
-        self._wake.acquire()
-        if self._cancelled:
-            raise _Cancelled
+        self._driver.switch()
 
     def cancel(self) -> None:
-        """Unwind the thread and wait until it is gone; does nothing when it has ended."""
-        if self._thread.ident is not None:
-            self._cancelled = True
-            self._wake.release()
-            self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        except _Cancelled:
-            pass
-        except BaseException as error:
-            self._error = error
-        self.finished = True
-        self._asleep.release()
+        """Unwind the forward; does nothing when it has ended."""
+        if not self.finished:
+            drivers = torch.is_grad_enabled()
+            self._greenlet.throw(GreenletExit)
+            torch.set_grad_enabled(drivers)
 
 
 def run_in_lockstep(
@@ -88,7 +73,7 @@ def run_in_lockstep(
 
     Args:
         layers: the decoder layers, in the order in which each forward passes all of them.
-        forwards: one callable per sample; each runs in its own thread (gradient mode must be set inside).
+        forwards: one callable per sample; each begins with gradients on.
         load: load(i) makes layer i's weights resident, before any sample enters it.
         free: free(i) after all samples have left it.
         enter: enter(n) before sample n runs on.
@@ -99,7 +84,7 @@ def run_in_lockstep(
 
     Raises:
         BaseException: what a forward, a callback or Ctrl-C raised, here or in another process that takes part; every
-            thread has ended by then.
+            forward has ended by then.
     """
     lanes = [_Lane(forward) for forward in forwards]
     running: list[int] = []

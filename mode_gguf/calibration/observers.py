@@ -28,7 +28,7 @@ class Observer:
     def observe(self, passed: Pass, layer: int) -> None:
         """Add one sample's pass through one decoder layer (the last one's includes the output head)."""
         for activation, call in passed.linears.items():
-            self._add_squares(activation, passed.modality, call.input, groups=1)
+            self._add_squares(activation, passed.modality, call.input.double().square(), groups=1)
         if passed.experts is not None:
             self._add_experts(passed.experts, passed.modality, layer)
 
@@ -38,23 +38,23 @@ class Observer:
         self._sums.clear()
 
     def _add_experts(self, call: ExpertsCall, modality: Tensor, layer: int) -> None:
-        n_experts = self._experts[layer]
+        n_experts, squares = self._experts[layer], call.input.double().square()
         for slot in range(call.index.shape[1]):
             group = modality * n_experts + call.index[:, slot]
-            self._add_squares(EXPERTS_INPUT.format(layer=layer), group, call.input, groups=n_experts)
+            self._add_squares(EXPERTS_INPUT.format(layer=layer), group, squares, groups=n_experts)
             weight = call.weight[:, slot].double()
             for name, value in (("weight", weight), ("weight2", weight.square())):
                 total = self._sum(f"blk.{layer}.ffn_exps.{name}", (N_MODALITIES, n_experts))
                 total.view(-1).index_add_(0, group, value)
         for expert, token, hidden in call.hidden:
             group = modality[token] * n_experts + expert
-            self._add_squares(EXPERTS_HIDDEN.format(layer=layer), group, hidden, groups=n_experts)
+            self._add_squares(EXPERTS_HIDDEN.format(layer=layer), group, hidden.double().square(), groups=n_experts)
 
-    def _add_squares(self, activation: str, group: Tensor, values: Tensor, *, groups: int) -> None:
-        """Add squares of `values` (S, n) and counts to group `modality * groups + expert` of each token."""
-        width = values.shape[1]
-        squares = self._sum(f"{activation}.sum2", (N_MODALITIES, groups, width))
-        squares.view(-1, width).index_add_(0, group, values.double().square())
+    def _add_squares(self, activation: str, group: Tensor, squares: Tensor, *, groups: int) -> None:
+        """Add `squares` (S, n) float64 and counts to group `modality * groups + expert` of each token."""
+        width = squares.shape[1]
+        sums = self._sum(f"{activation}.sum2", (N_MODALITIES, groups, width))
+        sums.view(-1, width).index_add_(0, group, squares)
         counts = self._sum(f"{activation}.count", (N_MODALITIES, groups), torch.int64)
         counts.view(-1).add_(torch.bincount(group, minlength=counts.numel()))
 

@@ -6,9 +6,9 @@ that takes more room than a layer's weights. Their storages are emptied while th
 anybody looks: the frames of a Python call hold its tensors, so that they cannot be freed in any other way.
 """
 
-import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +42,10 @@ class _Lane:
     parked_outside: list[_Parked] = field(default_factory=list)
 
 
+_LANE: ContextVar[_Lane] = ContextVar("lane")
+"""Every greenlet has variables of its own."""
+
+
 class Parking:
     """Takes the tensors of one sleeping forward after the other.
 
@@ -60,7 +64,6 @@ class Parking:
         self._model, self._text_model = model, text_model
         self._keep = keep
         self._device_room: int | None = None
-        self._thread = threading.local()
 
     @contextmanager
     def noticing(self) -> Iterator[None]:
@@ -70,7 +73,7 @@ class Parking:
         text_model = self._model.get_submodule(self._text_model)
 
         def begin(module: nn.Module, arguments: object) -> None:
-            self._thread.lane = _Lane()
+            _LANE.set(_Lane())
 
         def computed(module: nn.Module, arguments: object, output: object) -> None:
             self._lane.outside.extend(_tensors(output))
@@ -87,7 +90,7 @@ class Parking:
 
     @contextmanager
     def parked(self, number: int, layer: int, hidden: Tensor, *, last: bool) -> Iterator[None]:
-        """For as long as forward `number` sleeps before `layer`; called in its thread.
+        """For as long as forward `number` sleeps before `layer`; called by it.
 
         Args:
             hidden: the layer's input; nobody may write to it.
@@ -110,9 +113,8 @@ class Parking:
 
     @property
     def _lane(self) -> _Lane:
-        """Of the forward that runs in this thread."""
-        lane: _Lane | None = getattr(self._thread, "lane", None)
-        return lane or _Lane()
+        """Of the forward that is running."""
+        return _LANE.get(None) or _Lane()
 
     def _park(self, key: Hashable, tensor: Tensor, *, must_keep: bool = False) -> _Parked:
         if tensor.is_cuda and not must_keep and key not in self._store and self._takes_room(tensor):

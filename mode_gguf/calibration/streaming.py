@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import ModelFamily, find_family, text_tensors
-from mode_gguf.architectures.config import setting
 from mode_gguf.architectures.tensors import Array, Order, Role, SourceTensor
 from mode_gguf.calibration.distributed import local_rank
+from mode_gguf.calibration.model_config import model_config
 from mode_gguf.calibration.watch import ATTENTION, EXPERTS
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
@@ -115,6 +115,20 @@ class StreamedModel:
         finally:
             self.free_layer(index)
 
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """The output head records what it reads and computes nothing, for as long as the context lasts.
+
+        For forwards whose predictions nobody looks at: over a vocabulary of 150,000 the head takes as long as several
+        decoder layers, and its output more memory than anything else of a sample.
+        """
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head.forward = lambda hidden: hidden[..., :0]
+        try:
+            yield
+        finally:
+            del head.forward
+
     def layer_tensors(self, index: int, role: Role) -> list[SourceTensor]:
         """The tensors of one role in layer `index`."""
         return [tensor for tensor in self.tensors if tensor.layer == index and tensor.role is role]
@@ -208,11 +222,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     family, tensors = find_family(checkpoint), text_tensors(checkpoint)
     chosen = choose_device(device)
     dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
-    settings = family.model_config(checkpoint)
-    model_type = setting(checkpoint, settings, str, "model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise InputError(f"{checkpoint.path / 'config.json'}: transformers has no model_type {model_type!r}")
-    config = CONFIG_MAPPING[model_type].from_dict(dict(settings))
+    config = model_config(checkpoint, family)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.eval()

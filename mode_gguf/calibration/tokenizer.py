@@ -1,25 +1,29 @@
 """A checkpoint's tokenizer in transformers, without any code that is published with it."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mode_gguf import tiktoken_model
-from mode_gguf.checkpoint import read_json
+from mode_gguf.architectures import ModelFamily
+from mode_gguf.calibration.model_config import model_config
+from mode_gguf.checkpoint import Checkpoint, read_json
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`.
+def open_tokenizer(checkpoint: Checkpoint, family: ModelFamily) -> Any:
+    """The tokenizer of `checkpoint`.
 
     Raises:
         OSError, ValueError, ImportError: transformers cannot read it.
         InputError: as above, of a `tiktoken.model`.
     """
+    folder = checkpoint.path
     if not tiktoken_model.is_published_so(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            folder, config=model_config(checkpoint, family), trust_remote_code=False
+        )
     config, template = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
     named = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
     return PreTrainedTokenizerFast(

@@ -27,6 +27,8 @@ from mode_gguf.shards import assign_to_shards, shard_paths
 
 log = logging.getLogger(__name__)
 
+MTP_WAY_OUT = "; `mode-gguf mtp` writes them to a file to draft with"
+
 ImportanceOf: TypeAlias = Callable[[str], np.ndarray | None]
 """Importance float32 (E, n) of a stored tensor, looked up when its turn comes: all of it would grow with the model."""
 
@@ -67,7 +69,8 @@ def write_text_model(
     """
     model_tensors = text_tensors(checkpoint)
     if without := left_out(checkpoint):
-        log.info("%s and %d more tensors have no place in the file and are left out", without[0], len(without) - 1)
+        more = f"{without[0]} and {len(without) - 1} more tensors are left out"
+        log.info("%s%s", more, MTP_WAY_OUT if find_family(checkpoint).mtp_rules else "")
     layout, stored = _stored(model_tensors, types, experts or {})
     tensors = layout.tensors
     importance_of = partial(layout.rows_of, arrays=importance or {})
@@ -216,6 +219,11 @@ def _check_importance(
             )
 
 
+def kept(checkpoint: Checkpoint, tensor: SourceTensor) -> Iterator[np.ndarray]:
+    """A tensor that stays F32, in one chunk; raises like `finite`."""
+    yield finite(checkpoint, tensor, as_float32(tensor.read(0)))
+
+
 def _packed(
     checkpoint: Checkpoint,
     tensor: SourceTensor,
@@ -227,5 +235,5 @@ def _packed(
     if tensor.role is Role.INDEX:
         return iter([tensor.read(0)])
     if tensor.role is Role.KEEP:
-        return iter([finite(checkpoint, tensor, as_float32(tensor.read(0)))])
+        return kept(checkpoint, tensor)
     return packed_chunks(tensor, quant_type, importance_of(tensor.name), threads, packing)

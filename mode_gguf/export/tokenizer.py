@@ -19,9 +19,16 @@ QWEN35_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 _PRE_TOKENIZERS = {
     ("NFC", QWEN2_SPLIT): "qwen2",
     ("NFC", QWEN35_SPLIT): "qwen35",
+    ("None", TEKKEN_SPLIT): "tekken",
     ("None", tiktoken_model.KIMI_SPLIT): "kimi-k2",
 }
 """llama.cpp's name of a pre-tokenizer, by normaliser and split expression.
@@ -54,7 +61,7 @@ def add_tokenizer_keys(
     """
     vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer)
     tiktoken = tiktoken_model.is_published_so(folder)
-    post_processor = {} if tiktoken else read_json(folder / "tokenizer.json").get("post_processor") or {}
+    post_processor = {} if tiktoken else _read_tokenizer(folder).get("post_processor") or {}
     try:
         special = SpecialVocab(folder, load_merges=not tiktoken, n_vocab=vocabulary_size)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
@@ -74,6 +81,8 @@ def add_tokenizer_keys(
     if post_processor.get("type") == "ByteLevel":  # it adds no token, which gguf's reader does not conclude
         for kind in ("bos", "eos"):
             special.add_special_token.setdefault(kind, False)
+    if not tiktoken and not (folder / "tokenizer.json").exists():  # where gguf's reader takes the ids of special tokens from
+        special.special_token_ids |= _special_ids(folder, vocabulary)
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -81,7 +90,7 @@ def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -
     """Tokens 0 to `size` - 1; raises like `add_tokenizer_keys`."""
     tiktoken = tiktoken_model.is_published_so(folder)
     path = folder / (tiktoken_model.FILE if tiktoken else "tokenizer.json")
-    tokenizer = tiktoken_model.tokenizer_json(folder) if tiktoken else read_json(path)
+    tokenizer = tiktoken_model.tokenizer_json(folder) if tiktoken else _read_tokenizer(folder)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise InputError(f"{path}: expected a BPE model with a vocabulary; other tokenizers are not supported")
@@ -105,6 +114,35 @@ def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -
         kinds=[kinds[by_id[i]] if i in by_id else TokenType.UNUSED for i in range(size)],
         pre_tokenizer=pre_tokenizer or recognised_pre_tokenizer(path, tokenizer),
     )
+
+
+def _read_tokenizer(folder: Path) -> Mapping[str, Any]:
+    """tokenizer.json, or what it says of Qwen2's tokenizer, which vocab.json and merges.txt are enough for."""
+    path, vocabulary, config = (folder / name for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json"))
+    if path.exists() or not vocabulary.exists() or not config.exists():
+        return read_json(path)
+    if str(read_json(config).get("tokenizer_class")).removesuffix("Fast") != "Qwen2Tokenizer":
+        return read_json(path)
+    return {
+        "model": {"type": "BPE", "vocab": read_json(vocabulary)},
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated"},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ]
+        },
+        "post_processor": {"type": "ByteLevel"},
+    }
+
+
+def _special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
+    """Ids of the tokens that tokenizer_config.json names for a purpose, such as `eos`."""
+    config = read_json(folder / "tokenizer_config.json")
+    ids = {token: number for number, token in enumerate(vocabulary.tokens)}
+    named = {kind: config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
+    named = {kind: token.get("content") if isinstance(token, dict) else token for kind, token in named.items()}
+    return {kind: ids[token] for kind, token in named.items() if isinstance(token, str) and token in ids}
 
 
 def recognised_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any]) -> str:

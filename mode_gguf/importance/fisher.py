@@ -144,7 +144,7 @@ def _forward_all(
         trace.layers.append(_LayerCall(options, trace.passed.modality))
 
     def start_of_gradient(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-        # Only what follows the last layer is recorded for autograd; `_gradients` ends the thread's gradient mode.
+        # Only what follows the last layer is recorded for autograd; `_gradients` ends its gradient mode.
         last = output.detach().requires_grad_()
         running[0].last = last
         torch.set_grad_enabled(True)

@@ -287,7 +287,7 @@ class _Measurement:
 
 
 def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:
-    with torch.no_grad():  # the thread's own
+    with torch.no_grad():  # every forward has its own
         streamed.model(**inputs.model_arguments(streamed.device, streamed.dtype), logits_to_keep=1)
 
 

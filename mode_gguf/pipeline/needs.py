@@ -6,14 +6,16 @@ puts it beside what was measured. Times are those of an idle machine, right with
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, cast
 
 from gguf import Keys
 
 from mode_gguf.architectures import find_family, text_tensors
+from mode_gguf.architectures.images import ImageSize, scaled_size
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.limits import LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.checkpoint import Checkpoint
@@ -63,6 +65,7 @@ class Sizes:
         layer: weights of the largest decoder layer.
         dense: weights of its matrices that are not experts'.
         active: weights that a token passes, head included.
+        image_tokens: of an image of some size, or at most; no image is larger than calibration lets through.
     """
 
     stored_bytes: int
@@ -79,6 +82,7 @@ class Sizes:
     used: int
     width: int
     pixels_per_token: int
+    image_tokens: Callable[[ImageSize | None], int]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Sizes":
@@ -116,7 +120,13 @@ class Sizes:
             used=used,
             width=min(tensor.shape[1] for tensor in experts if tensor.projection != "down"),
             pixels_per_token=side * side,
+            image_tokens=partial(family.image_tokens or partial(_by_area, side * side), checkpoint),
         )
+
+
+def _by_area(pixels_per_token: int, checkpoint: Checkpoint, size: ImageSize | None) -> int:
+    """Tokens of an image of `size`, or of the largest, each of which stands for as many pixels."""
+    return (MAX_IMAGE_PIXELS if size is None else prod(size)) // pixels_per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +150,14 @@ class Work:
             of_text = min(MAX_TOKENS, round(said / _CHARACTERS_PER_TOKEN)) + _TEMPLATE_TOKENS * (sample.text is None)
             of_image = 0
             if sample.has_image:
-                width, height = sample.open_image().size
-                of_image = min(width * height, MAX_IMAGE_PIXELS) // sizes.pixels_per_token
+                of_image = sizes.image_tokens(scaled_size(sample.open_image().size, MAX_IMAGE_PIXELS))
             text, vision, longest = text + of_text, vision + of_image, max(longest, of_text + of_image)
         return cls(text, vision, longest)
 
     @classmethod
     def at_most(cls, options: CalibrationOptions, sizes: Sizes) -> "Work":
         """Of the largest samples that the options allow."""
-        of_image = MAX_IMAGE_PIXELS // sizes.pixels_per_token
+        of_image = sizes.image_tokens(None)
         return cls(
             (options.image_samples + options.text_samples) * MAX_TOKENS,
             options.image_samples * of_image,
@@ -194,14 +203,15 @@ def stage_needs(
     waiting = value * sizes.hidden * (2 * work.tokens + 8 * work.vision_tokens)
     of_all_layers = value * sizes.hidden * (work.tokens * sizes.layers + 8 * work.vision_tokens)
     pixels = 4 * 6 * sizes.pixels_per_token * work.vision_tokens
-    step = value * work.longest * (2 * sizes.vocabulary + sizes.used * 3 * (sizes.width + sizes.hidden))
+    step = value * work.longest * sizes.used * 3 * (sizes.width + sizes.hidden)
+    logits = 2 * value * work.longest * sizes.vocabulary
     sums = 8 * 3 * sizes.layers * sizes.experts * (sizes.hidden + sizes.width)
     imatrix = 4 * sizes.layers * sizes.experts * (2 * sizes.hidden + sizes.width)
     routed = 2 * value * work.tokens * sizes.hidden
     gradients = 4 * LABEL_DRAWS * work.tokens * sizes.hidden
     n_dense_types = len(options.types.dense)
     of_head = 3 * 4 * sizes.vocabulary * sizes.hidden
-    of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * step
+    of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * (step + logits)
     held = (min(waiting, kept), min(of_all_layers, kept))
 
     def measuring(stage: str, samples: int, at_layer: int, **disk: int) -> StageNeeds:
@@ -245,12 +255,13 @@ def stage_needs(
 def _seconds(sizes: Sizes, work: Work, options: ConvertOptions, cores: int, machine: Machine) -> dict[str, float]:
     """Time of every stage, by name."""
     forward = 2 * (sizes.active * work.tokens + 4 * sizes.vision * work.vision_tokens) / machine.flops
+    head = 2 * sizes.vocabulary * sizes.hidden * work.tokens / machine.flops
     read = sizes.stored_bytes / machine.read_rate
     packed = sizes.weights / (_PACKED_PER_SECOND * cores)
     return {
-        "calibrate": _CALIBRATE * forward + read,
+        "calibrate": _CALIBRATE * (forward - head) + read,
         "sensitivity": _SENSITIVITY * forward + 2 * read + len(options.types.expert) * packed,
-        "round": _ROUND * forward + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
+        "round": _ROUND * (forward - head) + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
         "export": packed + read,
         "projector": 2 * sizes.vision / machine.read_rate,
         "validate": 2 * read + _VALIDATE * 2 * sizes.active * _HELD_OUT_TOKENS / machine.flops,

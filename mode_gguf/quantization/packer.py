@@ -218,23 +218,34 @@ def _pack_into(
         return
     step = max(1, _CHUNK_WEIGHTS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
-        values, target = as_float32(matrix[start : start + step]), packed[start : start + step]
+        part, target = matrix[start : start + step], packed[start : start + step]
         if quant_type.packer is Packer.NUMPY:
-            stored = _convert(target, values, quant_type.name)
+            stored = _convert(target, part, quant_type.name)
         else:
-            stored = _pack_by_libggml(target, values, quant_type, importance, packing, name)
+            stored = _pack_by_libggml(target, as_float32(part), quant_type, importance, packing, name)
         if not stored.all():
             row, column = np.unravel_index(np.argmin(stored), stored.shape)
-            value = float(values[row, column])
+            value = float(as_float32(part[row : row + 1, column])[0])
             raise _value_error(value, name, first_row + start + int(row), int(column), quant_type.name)
 
 
 _FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_EXPONENTS: dict[str, np.uint16 | np.uint32] = {
+    "F32": np.uint32(0x7F80_0000),
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+}
+"""Bits that are all set in infinities and NaN, and in nothing else."""
 
 
-def _convert(packed: np.ndarray, values: np.ndarray, type_name: str) -> np.ndarray:
-    """Fill `packed` with float32 values in a float type; says which of them could be stored."""
+def _convert(packed: np.ndarray, matrix: Array, type_name: str) -> np.ndarray:
+    """Fill `packed` with weights in a float type; says which of them could be stored."""
     target = packed.view(_FLOAT_DTYPES[type_name])
+    if target.dtype == matrix.dtype:
+        target[...] = matrix
+        exponent = _EXPONENTS[type_name]
+        return np.asarray(target.view(exponent.dtype) & exponent != exponent)
+    values = as_float32(matrix)
     if type_name == "BF16":
         target[...] = _bfloat16_bits(values)
     else:

@@ -48,6 +48,11 @@ class Divergence(Record):
     kl_p99_at_most: float | None = None
     kl_p99_9_at_most: float | None = None
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether part of the KL is unknown, so that `kl_at_most` says more than `kl_mean`."""
+        return self.kl_mean is not None and self.kl_at_most is not None and self.kl_at_most > self.kl_mean
+
     @staticmethod
     def of(scores: Scores, *, with_reference: bool) -> "Divergence":
         kl, at_most = scores.kl, scores.kl + scores.hidden

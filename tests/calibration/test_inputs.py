@@ -58,6 +58,14 @@ def test_prompt_without_answer_scores_the_question_and_the_first_answer_token(bu
     assert int(inputs.scored[-1]) == len(inputs.input_ids) - 1
 
 
+def test_a_template_that_knows_only_text(pico: Path) -> None:
+    """Refused for a family whose templates write the image; see `test_internvl` for one whose do not."""
+    builder = InputBuilder.open(Checkpoint.open(pico))
+    builder.tokenizer.chat_template = "{% for message in messages %}{{ 'user: ' + message.content }}{% endfor %}"
+    with pytest.raises(InputError, match="the chat template failed"):
+        builder.build(chat("Describe the picture.", None))
+
+
 def test_long_texts_and_answers_are_cut(pico: Path) -> None:
     builder = InputBuilder.open(Checkpoint.open(pico), max_tokens=30)
     assert len(builder.build(Sample("t", "tests", text="fox " * 100)).input_ids) == 30

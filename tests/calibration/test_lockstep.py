@@ -1,6 +1,5 @@
 """Forwards in lockstep: order, single loads, and a clean end whatever goes wrong."""
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +19,19 @@ class Harness:
         self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(N_LAYERS))
         self.diary: list[str] = []
         self.results: dict[int, torch.Tensor] = {}
+        self.open = 0
 
     def forward(self, number: int) -> Callable[[], None]:
         def run() -> None:
             x = torch.full((1, 2), float(number))
-            for index, layer in enumerate(self.layers):
-                self.diary.append(f"arrive {number}:{index}")
-                x = layer(x)
-            self.results[number] = x
+            self.open += 1
+            try:
+                for index, layer in enumerate(self.layers):
+                    self.diary.append(f"arrive {number}:{index}")
+                    x = layer(x)
+                self.results[number] = x
+            finally:
+                self.open -= 1
 
         return run
 
@@ -45,13 +49,6 @@ class Harness:
                 **callbacks,
             },
         )
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_left() -> object:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
 
 
 def test_each_layer_is_loaded_once_and_samples_take_turns() -> None:
@@ -96,6 +93,7 @@ def test_an_error_in_one_forward_ends_all() -> None:
     with pytest.raises(_OddError, match="before the first layer"):
         harness.run(forwards)
     assert not harness.results
+    assert harness.open == 0
 
 
 def test_an_error_deep_inside_ends_all() -> None:
@@ -107,6 +105,7 @@ def test_an_error_deep_inside_ends_all() -> None:
 
     with pytest.raises(_OddError, match="after layer 1"):
         harness.run([harness.forward(0), fail_late, harness.forward(2)])
+    assert harness.open == 0
 
 
 @pytest.mark.parametrize("callback", ["load", "free", "enter", "leave"])
@@ -115,9 +114,36 @@ def test_an_interrupt_in_the_driver_ends_all(callback: str) -> None:
         if arguments[-1] == 1:
             raise KeyboardInterrupt
 
+    harness = Harness()
     callbacks: dict[str, Any] = {callback: interrupt}
     with pytest.raises(KeyboardInterrupt):
-        Harness().run(**callbacks)
+        harness.run(**callbacks)
+    assert harness.open == 0
+
+
+def test_every_forward_has_its_own_gradient_mode() -> None:
+    harness, seen = Harness(), []
+
+    def forward(*, records: bool) -> Callable[[], None]:
+        def run() -> None:
+            with torch.set_grad_enabled(records):
+                x = torch.zeros(1, 2)
+                for layer in harness.layers:
+                    x = layer(x)
+                    seen.append((records, torch.is_grad_enabled(), x.requires_grad))
+
+        return run
+
+    def check_driver(*arguments: int) -> None:
+        assert torch.is_grad_enabled()
+
+    harness.run([forward(records=False), forward(records=True)], load=check_driver, leave=check_driver)
+    assert torch.is_grad_enabled()
+    assert len(seen) == 2 * N_LAYERS
+    assert all(records == enabled == recorded for records, enabled, recorded in seen)
+    with torch.no_grad():
+        harness.run([forward(records=True)])
+        assert not torch.is_grad_enabled()
 
 
 def test_a_forward_that_skips_a_layer_is_refused() -> None:

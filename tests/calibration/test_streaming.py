@@ -70,6 +70,23 @@ def test_streamed_forward_equals_the_plain_one(
     assert all(parameter.is_meta for layer in streamed.layers for parameter in layer.parameters())
 
 
+def test_without_logits_only_the_output_head_does_nothing(pico: Path, samples: list[Sample]) -> None:
+    inputs = build(pico, samples)
+    streamed = open_streamed(Checkpoint.open(pico), "cpu")
+    read: list[torch.Tensor] = []
+    head = streamed.model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_hook(lambda module, arguments, output: read.append(arguments[0]))
+    expected = streamed_logits(streamed, inputs)
+    with streamed.without_logits():
+        assert all(logits.shape[-1] == 0 for logits in streamed_logits(streamed, inputs).values())
+    again = streamed_logits(streamed, inputs)
+    handle.remove()
+    assert len(read) == 3 * len(inputs)
+    for number in range(len(inputs)):
+        assert torch.equal(read[number], read[number + len(inputs)])
+        assert torch.equal(again[number], expected[number])
+
+
 def test_key_tokens_are_those_of_eager_attention(pico: Path, pico_module: Path, samples: list[Sample]) -> None:
     ratio = 0.3
     streamed = open_streamed(Checkpoint.open(pico), "cpu")

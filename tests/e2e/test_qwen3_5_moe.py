@@ -17,7 +17,10 @@ def test_convert_and_answer_about_a_picture(
     samples = ("--image-samples", "2", "--text-samples", "2", "--no-validate")
     with caplog.at_level("INFO", "mode_gguf"):
         result = json.loads(run("convert", pico_qwen3_5, "--bpw", "3.0", "--out", tmp_path, "--json", *samples))
-    assert "mtp.fc.weight and 0 more tensors have no place in the file" in caplog.text
+    assert "more tensors are left out; `mode-gguf mtp` writes them to a file to draft with" in caplog.text
+    drafting = json.loads(run("mtp", pico_qwen3_5, "--out", tmp_path, "--json"))
+    assert Path(drafting["mtp"]).name == f"mtp-{pico_qwen3_5.name}-Q8_0.gguf"
+    assert Path(drafting["mtp"]).stat().st_size == drafting["size_bytes"]
     assert 3.0 * 0.995 <= result["bpw"] <= 3.0
     types = {tensor["name"]: tensor["type"] for tensor in json.loads((tmp_path / "plan.json").read_text())["tensors"]}
     assert types["blk.0.ssm_a"] == types["blk.0.ffn_gate_inp_shexp.weight"] == "F32"

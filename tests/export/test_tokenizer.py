@@ -53,6 +53,16 @@ def test_keys(pico: Path) -> None:
     assert found["tokenizer.chat_template"] == sizes.CHAT_TEMPLATE
 
 
+def test_a_tokenizer_in_pieces_says_the_same(folder: Path, pico: Path) -> None:
+    """vocab.json and merges.txt, as repositories have it that were saved with the slow tokenizer."""
+    (folder / "tokenizer.json").unlink()
+    assert keys(folder) == keys(pico)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "OtherTokenizer"}))
+    with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
+        keys(folder)
+
+
 def test_chat_template_file(folder: Path) -> None:
     """transformers 5 saves it beside the tokenizer's configuration."""
     path = folder / "tokenizer_config.json"
@@ -98,6 +108,7 @@ class TestPreTokenizer:
 class TestRefusals:
     def test_missing_tokenizer(self, folder: Path) -> None:
         (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").unlink()
         with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
             keys(folder)
 

@@ -43,10 +43,14 @@ def test_sizes(pico_module: Path, sizes: Sizes) -> None:
     assert sizes.used == 2
 
 
-def test_work_is_about_what_the_model_sees(pico_module: Path, sizes: Sizes) -> None:
+@pytest.mark.parametrize("folder", ["pico_module", "pico_internvl"])
+def test_work_is_about_what_the_model_sees(folder: str, request: pytest.FixtureRequest) -> None:
+    """Of images in patches, and of images in tiles."""
+    checkpoint = Checkpoint.open(request.getfixturevalue(folder))
+    sizes = Sizes.of(checkpoint)
     samples = load_samples(None, max_image_samples=6, max_text_samples=6)
     said = Work.of(samples, sizes)
-    builder = InputBuilder.open(Checkpoint.open(pico_module))
+    builder = InputBuilder.open(checkpoint)
     seen = [builder.build(sample) for sample in samples]
     vision = sum(int(one.is_vision.sum()) for one in seen)
     assert said.vision_tokens == pytest.approx(vision, rel=0.1)

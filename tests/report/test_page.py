@@ -17,7 +17,7 @@ from mode_gguf.report.examples import examples
 from mode_gguf.report.page import draw
 from mode_gguf.report.pictures import heatmap
 from mode_gguf.report.wording import duration, nats, size
-from mode_gguf.validation.report import Answer, ValidationReport
+from mode_gguf.validation.report import Answer, Check, ValidationReport
 from mode_gguf.workfolder import WorkFolder
 from tests.report.folders import report
 from tests.report.pages import SECTIONS, Page
@@ -69,6 +69,24 @@ def test_numbers_are_those_of_report_json(drawn: WorkFolder, copied: Copied) -> 
     assert size(plan.size_bytes) in page.text("")
     assert sum(str(found.get("src")).startswith("data:image/webp") for tag, found in page.tags if tag == "img") == 4
     assert page.text("timings").count("62 s") == 3
+
+
+def test_limits_and_what_a_server_hides(drawn: WorkFolder, copied: Copied) -> None:
+    folder = copied(drawn)
+    page = page_of(folder)
+    assert "Limits" not in page.text("quality")
+    assert "at most" not in page.text("quality")
+    saved = ValidationReport.load(folder.report)
+    assert saved.text is not None
+    bounded = saved.text.model_copy(update={"kl_at_most": 0.0456})
+    checks = (
+        Check(option="--max-kl", limit=0.04, found=0.0456, kept=False),
+        Check(option="--min-top1", limit=0.9, found=0.952, kept=True),
+    )
+    saved.model_copy(update={"text": bounded, "checks": checks}).save(folder.report)
+    quality = " ".join(page_of(folder).text("quality").split())
+    assert "at most, counting what the server did not list 0.0456" in quality
+    assert "--max-kl 0.04 0.0456 broken --min-top1 0.9 0.952 kept" in quality
 
 
 def test_drawing_again_changes_nothing(drawn: WorkFolder, copied: Copied) -> None:

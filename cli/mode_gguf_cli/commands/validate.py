@@ -260,9 +260,9 @@ def _show(result: "ValidationReport", page: Path) -> None:
         if part is None:
             continue
         show(f"{name:<9} perplexity {part.perplexity:.4f} over {part.positions} tokens")
-        if part.kl_mean is None or part.kl_at_most is None:
+        if part.kl_mean is None:
             continue
-        hidden = f" (at most {part.kl_at_most:.6f})" if part.kl_at_most > part.kl_mean else ""
+        hidden = f" (at most {part.kl_at_most:.6f})" if part.is_bounded else ""
         show(
             f"          KL {part.kl_mean:.6f} ± {part.kl_mean_error:.6f}{hidden}, p99 {part.kl_p99:.6f}, "
             f"p99.9 {part.kl_p99_9:.6f}, top-1 {100 * (part.top1_agreement or 0):.2f} %"

@@ -1,0 +1,286 @@
+"""The smallest honest Mistral Small 4 checkpoint: latent attention, a shared expert, a Pixtral tower."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tests.pico import HIDDEN, TRAINING_TEXT, VOCAB, Draw, write_json, write_weights
+
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+)
+"""The first of the thousand that Mistral's vocabularies begin with, at their places."""
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST]"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}[IMG]{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}[/INST]"
+    "{% else %}{{ message.content if message.content is string else message.content[0].text }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+LAYERS, HEADS = 3, 4
+NOPE, ROTATED, VALUE = 64, 32, 128
+QUERY_RANK, LATENT = 512, 128
+EXPERTS, TOP_K, WIDTH = 4, 2, 768
+VISION_HIDDEN, VISION_WIDTH, VISION_BLOCKS, VISION_HEADS = 64, 96, 3, 2
+PATCH, MERGE = 14, 2
+ORIGINAL_CONTEXT = 64
+"""Positions from here on are seen with another attention temperature, as from 8192 on in the public model."""
+
+Layout = Literal["module", "public"]
+
+
+def write_pico_mistral4(
+    folder: Path, *, seed: int = 0, layout: Layout = "public", projector_bias: bool = False, fp8: bool = False
+) -> Path:
+    """Write a random checkpoint into `folder` (created) and return it.
+
+    Args:
+        seed: of the weights.
+        layout: "module" names tensors as transformers names parameters, "public" as it saves them.
+        projector_bias: the projector's two matrices have biases.
+        fp8: linear layers and experts of the text model are stored in FP8, with scales of weights and of activations.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tekken(folder)
+    config = _config(projector_bias=projector_bias)
+    if fp8:
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "activation_scheme": "static",
+            "weight_block_size": None,
+            "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        }
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "processor_config.json",
+        {
+            "image_processor": {
+                "image_processor_type": "PixtralImageProcessor",
+                "size": {"longest_edge": 1540},
+                "patch_size": PATCH,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+            },
+            "patch_size": PATCH,
+            "processor_class": "PixtralProcessor",
+            "spatial_merge_size": MERGE,
+        },
+    )
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Pico\nRandom weights.\n")
+    weights = {}
+    for name, tensor in _weights(torch.Generator().manual_seed(seed), projector_bias=projector_bias):
+        stored = _public(name) if layout == "public" else name
+        weights[stored] = tensor.bfloat16().contiguous()
+        if fp8 and "_proj" in name and "language_model" in name:
+            weights |= _in_fp8(stored, tensor)
+    write_weights(folder, weights, shards=2)
+    return folder
+
+
+def _in_fp8(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A matrix with a scale, or experts with one each, and what activations are scaled with."""
+    scale = tensor.abs().amax(dim=(-2, -1), keepdim=tensor.ndim == 3) / 448
+    experts = {f"{name}_activation_scale": torch.ones(len(tensor))}
+    linear = {f"{name.removesuffix('weight')}activation_scale": torch.ones(())}
+    return {
+        name: (tensor / scale).to(torch.float8_e4m3fn),
+        f"{name}_scale_inv": scale,
+        **(experts if tensor.ndim == 3 else linear),
+    }
+
+
+def token_id(token: str) -> int:
+    return SPECIAL_TOKENS.index(token)
+
+
+def _public(name: str) -> str:
+    """A parameter's name as transformers saves it."""
+    if name == "lm_head.weight":
+        return f"language_model.{name}"
+    return name.removeprefix("model.").replace("language_model.", "language_model.model.")
+
+
+def _config(*, projector_bias: bool) -> dict[str, Any]:
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "transformers_version": "5.3.0",
+        "dtype": "bfloat16",
+        "image_token_index": token_id("[IMG]"),
+        "multimodal_projector_bias": projector_bias,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": MERGE,
+        "tie_word_embeddings": False,
+        "vision_feature_layer": -1,
+        "text_config": {
+            "model_type": "mistral4",
+            "vocab_size": VOCAB,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 640,
+            "moe_intermediate_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "n_shared_experts": 1,
+            "n_routed_experts": EXPERTS,
+            "num_experts_per_tok": TOP_K,
+            "routed_scaling_factor": 1.0,
+            "norm_topk_prob": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "q_lora_rank": QUERY_RANK,
+            "kv_lora_rank": LATENT,
+            "qk_nope_head_dim": NOPE,
+            "qk_rope_head_dim": ROTATED,
+            "qk_head_dim": NOPE + ROTATED,
+            "head_dim": NOPE + ROTATED,
+            "v_head_dim": VALUE,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_interleave": True,
+            "tie_word_embeddings": False,
+            "bos_token_id": token_id("<s>"),
+            "eos_token_id": token_id("</s>"),
+            "pad_token_id": token_id("<pad>"),
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 64.0,
+                "original_max_position_embeddings": ORIGINAL_CONTEXT,
+                "max_position_embeddings": 4096,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+                "partial_rotary_factor": ROTATED / (NOPE + ROTATED),
+            },
+        },
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": VISION_HIDDEN,
+            "intermediate_size": VISION_WIDTH,
+            "num_hidden_layers": VISION_BLOCKS,
+            "num_attention_heads": VISION_HEADS,
+            "head_dim": VISION_HIDDEN // VISION_HEADS,
+            "num_channels": 3,
+            "image_size": 1540,
+            "patch_size": PATCH,
+            "hidden_act": "silu",
+            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+        },
+    }
+
+
+def _weights(generator: torch.Generator, *, projector_bias: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """By names of parameters."""
+    draw = Draw(generator)
+    matrix, gains = draw.matrix, draw.gains
+    yield "model.language_model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    for layer in range(LAYERS):
+        prefix = f"model.language_model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
+        yield f"{prefix}.self_attn.q_a_proj.weight", matrix(QUERY_RANK, HIDDEN)
+        yield f"{prefix}.self_attn.q_a_layernorm.weight", gains(QUERY_RANK)
+        yield f"{prefix}.self_attn.q_b_proj.weight", matrix(HEADS * (NOPE + ROTATED), QUERY_RANK)
+        yield f"{prefix}.self_attn.kv_a_proj_with_mqa.weight", matrix(LATENT + ROTATED, HIDDEN)
+        yield f"{prefix}.self_attn.kv_a_layernorm.weight", gains(LATENT)
+        yield f"{prefix}.self_attn.kv_b_proj.weight", matrix(HEADS * (NOPE + VALUE), LATENT)
+        yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * VALUE)
+        yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
+        yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
+        yield f"{prefix}.mlp.experts.gate_up_proj", matrix(EXPERTS, 2 * WIDTH, HIDDEN)
+        yield f"{prefix}.mlp.experts.down_proj", matrix(EXPERTS, HIDDEN, WIDTH)
+        yield f"{prefix}.mlp.shared_experts.gate_proj.weight", matrix(WIDTH, HIDDEN)
+        yield f"{prefix}.mlp.shared_experts.up_proj.weight", matrix(WIDTH, HIDDEN)
+        yield f"{prefix}.mlp.shared_experts.down_proj.weight", matrix(HIDDEN, WIDTH)
+    yield "model.language_model.norm.weight", gains(HIDDEN)
+    yield "lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
+    tower = "model.vision_tower"
+    yield (
+        f"{tower}.patch_conv.weight",
+        matrix(VISION_HIDDEN, 3 * PATCH * PATCH).view(VISION_HIDDEN, 3, PATCH, PATCH),
+    )
+    yield f"{tower}.ln_pre.weight", gains(VISION_HIDDEN)
+    for block in range(VISION_BLOCKS):
+        prefix = f"{tower}.transformer.layers.{block}"
+        yield f"{prefix}.attention_norm.weight", gains(VISION_HIDDEN)
+        for projection in ("q", "k", "v", "o"):
+            yield f"{prefix}.attention.{projection}_proj.weight", matrix(VISION_HIDDEN, VISION_HIDDEN)
+        yield f"{prefix}.ffn_norm.weight", gains(VISION_HIDDEN)
+        yield f"{prefix}.feed_forward.gate_proj.weight", matrix(VISION_WIDTH, VISION_HIDDEN)
+        yield f"{prefix}.feed_forward.up_proj.weight", matrix(VISION_WIDTH, VISION_HIDDEN)
+        yield f"{prefix}.feed_forward.down_proj.weight", matrix(VISION_HIDDEN, VISION_WIDTH)
+    projector = "model.multi_modal_projector"
+    yield f"{projector}.norm.weight", gains(VISION_HIDDEN)
+    yield f"{projector}.patch_merger.merging_layer.weight", matrix(VISION_HIDDEN, VISION_HIDDEN * MERGE * MERGE)
+    for name, n_in in (("linear_1", VISION_HIDDEN), ("linear_2", HIDDEN)):
+        yield f"{projector}.{name}.weight", matrix(HIDDEN, n_in)
+        if projector_bias:
+            yield f"{projector}.{name}.bias", 0.1 * torch.randn(HIDDEN, generator=generator)
+
+
+def write_tekken(folder: Path) -> None:
+    """A byte-level BPE with Mistral's split and special tokens, its configuration and a chat template."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TEKKEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TRAINING_TEXT], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", token_id("<s>"))]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    assert [model["vocab"][token] for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "TokenizersBackend",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 4096,
+        },
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
