@@ -254,8 +254,9 @@ def _vision_weights(draw: Draw, *, is_vl: bool) -> Iterator[tuple[str, torch.Ten
     pixels = 3 * PATCH * PATCH
     yield f"{tower}.patch_embed.proj.weight", draw.matrix(VISION_HIDDEN, pixels).view(VISION_HIDDEN, 3, PATCH, PATCH)
     yield f"{tower}.patch_embed.proj.bias", bias(VISION_HIDDEN)
-    yield f"{tower}.patch_embed.pos_emb.weight", 0.3 * torch.randn(
-        POSITIONS, POSITIONS, VISION_HIDDEN, generator=draw.generator
+    yield (
+        f"{tower}.patch_embed.pos_emb.weight",
+        0.3 * torch.randn(POSITIONS, POSITIONS, VISION_HIDDEN, generator=draw.generator),
     )
     for block in range(VISION_BLOCKS):
         prefix = f"{tower}.encoder.blocks.{block}"

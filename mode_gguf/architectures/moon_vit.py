@@ -60,9 +60,7 @@ def part_of_qkv(checkpoint: Checkpoint, source: str, parts: str) -> View:
     return View(shape, read)
 
 
-def _qkv_rows(
-    checkpoint: Checkpoint, source: str, parts: str, order: Callable[[int, int], np.ndarray]
-) -> np.ndarray:
+def _qkv_rows(checkpoint: Checkpoint, source: str, parts: str, order: Callable[[int, int], np.ndarray]) -> np.ndarray:
     vision = _vision(checkpoint)
     channels, heads = vision["hidden_size"], vision["num_attention_heads"]
     if checkpoint.shape(source)[0] != 3 * channels or channels % (4 * heads):

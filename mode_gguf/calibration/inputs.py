@@ -12,7 +12,6 @@ from transformers import AutoImageProcessor
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace
 from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
-from mode_gguf.calibration.model_config import model_config
 from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.tokenizer import open_tokenizer
 from mode_gguf.checkpoint import Checkpoint

@@ -81,7 +81,9 @@ def add_tokenizer_keys(
     if post_processor.get("type") == "ByteLevel":  # it adds no token, which gguf's reader does not conclude
         for kind in ("bos", "eos"):
             special.add_special_token.setdefault(kind, False)
-    if not tiktoken and not (folder / "tokenizer.json").exists():  # where gguf's reader takes the ids of special tokens from
+    if (
+        not tiktoken and not (folder / "tokenizer.json").exists()
+    ):  # where gguf's reader takes the ids of special tokens from
         special.special_token_ids |= _special_ids(folder, vocabulary)
     special.add_to_gguf(writer, quiet=True)
 
