@@ -1,7 +1,7 @@
 """Matrices that compressed-tensors has packed in four bits, as Kimi K2.5's experts are published.
 
 Of a matrix W there are `W_packed`, eight 4-bit numbers per int32 with the first in the lowest bits, `W_scale`, one per
-group of a row's neighbouring numbers, and `W_shape`. A number n stands for (n - 8) * scale, which float32 holds exactly.
+group of a row's neighbouring numbers, and `W_shape`. A number n stands for (n - 8) * scale, exact in float32.
 """
 
 from collections.abc import Mapping
@@ -45,4 +45,5 @@ def unpacked(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
     shifts = np.arange(0, 32, 32 // PER_INT32, dtype=np.uint32)
     numbers = packed.view(np.uint32)[..., None] >> shifts & np.uint32(15)
     rows = (numbers.astype(np.float32) - ZERO).reshape(*scale.shape, -1)
-    return (rows * scale[..., None]).reshape(len(packed), -1)
+    weights: np.ndarray = (rows * scale[..., None]).reshape(len(packed), -1)
+    return weights

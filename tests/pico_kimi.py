@@ -278,7 +278,7 @@ def _write_tokenizer(folder: Path, begin: str) -> None:
     ranks = _ranks()
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
     (folder / "tiktoken.model").write_text("".join(lines))
-    names = {**{token: place for token, place in NAMED.items()}, begin: 18}
+    names = {**NAMED, begin: 18}
     flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     write_json(
         folder / "tokenizer_config.json",

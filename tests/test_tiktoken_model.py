@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ def by_the_rule(ranks: dict[bytes, int], piece: bytes) -> list[int]:
     """tiktoken's rule, as it is described."""
     parts = [bytes([byte]) for byte in piece]
     while True:
-        unions = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks]
+        unions = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
         if not unions:
             return [ranks[part] for part in parts]
         _, i = min(unions)

@@ -41,6 +41,7 @@ EXPECTED = {
     "general.base_model.0.organization": "as above",
     "general.base_model.0.repo_url": "as above",
     "GGUF.kv_count": "counts the keys below",
+    "deepseek2.attention.q_lora_rank": "0: llama.cpp knows models without a low-rank query by their number of layers",
     "GGUF.tensor_count": "counts the tensors below, and gate and up as two",
     "mistral4.attention.temperature_scale": "stock writes it for dense models only, llama.cpp reads it for these, too",
     "mistral4.attention.temperature_length": "as above",

@@ -1,4 +1,4 @@
-"""tokenizer.* keys from a checkpoint's tokenizer.json or tiktoken.model: byte-level BPE, which llama.cpp calls `gpt2`."""
+"""tokenizer.* keys from a checkpoint's tokenizer.json or tiktoken.model: byte-level BPE, llama.cpp's `gpt2`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -81,9 +81,8 @@ def add_tokenizer_keys(
     if post_processor.get("type") == "ByteLevel":  # it adds no token, which gguf's reader does not conclude
         for kind in ("bos", "eos"):
             special.add_special_token.setdefault(kind, False)
-    if (
-        not tiktoken and not (folder / "tokenizer.json").exists()
-    ):  # where gguf's reader takes the ids of special tokens from
+    # gguf's reader takes ids of special tokens from tokenizer.json, or from config.json, which is enough for Kimi
+    if not tiktoken and not (folder / "tokenizer.json").exists():
         special.special_token_ids |= _special_ids(folder, vocabulary)
     special.add_to_gguf(writer, quiet=True)
 
