@@ -9,6 +9,7 @@ import pytest
 
 from tests.hub_server import Hub, serving
 from tests.pico import write_pico_qwen3vlmoe
+from tests.pico_glm4v_moe import write_pico_glm4v_moe
 from tests.pico_internvl import write_pico_internvl
 from tests.pico_kimi import write_pico_kimi
 from tests.pico_mistral4 import write_pico_mistral4
@@ -63,6 +64,18 @@ def pico_qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_qwen3_5_resaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in tensors of their own per expert, as transformers 5 saves them; read only."""
     return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-resaved", layout="resaved")
+
+
+@pytest.fixture(scope="session")
+def pico_glm4v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico GLM-4.5V checkpoint in the public layout, with a block for multi-token prediction; read only."""
+    return write_pico_glm4v_moe(tmp_path_factory.mktemp("pico") / "pico-glm-4-5v", mtp=True)
+
+
+@pytest.fixture(scope="session")
+def pico_glm4v_fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights with fused experts, as transformers 5 holds them, without that block; read only."""
+    return write_pico_glm4v_moe(tmp_path_factory.mktemp("pico") / "pico-glm-fused", layout="fused")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ template, image preprocessor, README front matter), so that tests read what user
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -285,19 +285,29 @@ def write_weights(folder: Path, weights: dict[str, torch.Tensor], shards: int) -
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
 
 
-def token_id(token: str) -> int:
+def token_id(token: str, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> int:
     """Its id: special tokens follow the trained vocabulary, as in Qwen's files; the rest up to VOCAB is padding."""
-    return _trained_size() + SPECIAL_TOKENS.index(token)
+    return _trained_size() + special_tokens.index(token)
 
 
 def _trained_size() -> int:
     return 400
 
 
-def write_tokenizer(folder: Path, split: str = QWEN2_SPLIT, tokenizer_class: str = "Qwen2Tokenizer") -> None:
-    """A byte-level BPE with Qwen's special tokens, its configuration and a chat template."""
+def write_tokenizer(
+    folder: Path,
+    split: str = QWEN2_SPLIT,
+    tokenizer_class: str = "Qwen2Tokenizer",
+    *,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    eos: str = "<|im_end|>",
+    chat_template: str = CHAT_TEMPLATE,
+    normalised: bool = True,
+) -> None:
+    """A byte-level BPE, with Qwen's special tokens and NFC by default; its configuration and a chat template."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
+    if normalised:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(split), behavior="isolated"),
@@ -313,9 +323,9 @@ def write_tokenizer(folder: Path, split: str = QWEN2_SPLIT, tokenizer_class: str
         show_progress=False,
     )
     tokenizer.train_from_iterator([TRAINING_TEXT], trainer)
-    added = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    added = [AddedToken(token, special=True, normalized=False) for token in special_tokens]
     tokenizer.add_special_tokens(added)
-    assert tokenizer.token_to_id(SPECIAL_TOKENS[0]) == _trained_size()
+    assert tokenizer.token_to_id(special_tokens[0]) == _trained_size()
     tokenizer.save(str(folder / "tokenizer.json"))
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     write_json(folder / "vocab.json", model["vocab"])
@@ -327,13 +337,13 @@ def write_tokenizer(folder: Path, split: str = QWEN2_SPLIT, tokenizer_class: str
             "add_bos_token": False,
             "add_prefix_space": False,
             "bos_token": None,
-            "eos_token": "<|im_end|>",
+            "eos_token": eos,
             "pad_token": "<|endoftext|>",
             "unk_token": None,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 4096,
             "added_tokens_decoder": {
-                str(token_id(token)): {
+                str(_trained_size() + i): {
                     "content": token,
                     "special": True,
                     "normalized": False,
@@ -341,9 +351,9 @@ def write_tokenizer(folder: Path, split: str = QWEN2_SPLIT, tokenizer_class: str
                     "rstrip": False,
                     "single_word": False,
                 }
-                for token in SPECIAL_TOKENS
+                for i, token in enumerate(special_tokens)
             },
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": chat_template,
         },
     )
 

@@ -42,6 +42,7 @@ EXPECTED = {
     "general.base_model.0.repo_url": "as above",
     "GGUF.kv_count": "counts the keys below",
     "deepseek2.attention.q_lora_rank": "0: llama.cpp knows models without a low-rank query by their number of layers",
+    "clip.vision.spatial_merge_size": "stock leaves GLM's to mtmd's default, the same 2",
     "GGUF.tensor_count": "counts the tensors below, and gate and up as two",
     "mistral4.attention.temperature_scale": "stock writes it for dense models only, llama.cpp reads it for these, too",
     "mistral4.attention.temperature_length": "as above",
@@ -157,7 +158,8 @@ def main() -> int:
         write_text_model(folder / "text.gguf", checkpoint, types, pre_tokenizer=options.pre_tokenizer)
         write_projector(folder / "projector.gguf", checkpoint, "F32")
         stock = (options.llama_cpp.resolve(), options.checkpoint.resolve())
-        left_out = ("--no-mtp",) if "mtp." in find_family(checkpoint).ignored else ()  # stock insists on the block
+        mtp = any("mtp" in name for name in find_family(checkpoint).ignored)
+        left_out = ("--no-mtp",) if mtp else ()  # stock insists on the block
         convert_with_stock(*stock, folder / "stock-text.gguf", options.pre_tokenizer, *left_out)
         convert_with_stock(*stock, folder / "stock-projector.gguf", options.pre_tokenizer, "--mmproj")
         table = Table("file", "key or tensor", "ours", "stock", "reason", title=str(options.checkpoint))

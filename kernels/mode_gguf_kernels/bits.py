@@ -7,7 +7,7 @@ ggml's layouts are all of one kind: a byte holds values that stand `stride` apar
 """
 
 from mode_gguf_kernels.compilation import device
-from mode_gguf_kernels.simd import Ints, Tile, load, splat, store
+from mode_gguf_kernels.simd import Ints, Tile, load, shift_in_zeros, splat, store
 
 
 @device
@@ -51,3 +51,37 @@ def clear(values: Tile, count: int) -> None:
 def byte_of(words: Tile, first_word: int, i: int) -> Ints:
     """Byte i after word `first_word`, as 0..255."""
     return (load(words, first_word + i // 4) >> (8 * (i % 4))) & 255
+
+
+@device
+def after_half(half: Ints, payload: Tile, count: int, words: Tile) -> None:
+    """A block of 16 bits and then `count` whole words."""
+    low = half
+    for i in range(count):
+        word = load(payload, i)
+        store(words, i, low | (word << 16))
+        low = shift_in_zeros(word, 16)
+    store(words, count, low)
+
+
+@device
+def without_half(words: Tile, count: int, payload: Tile) -> None:
+    """The inverse of `after_half`, but for the 16 bits."""
+    for i in range(count):
+        store(payload, i, shift_in_zeros(load(words, i), 16) | (load(words, i + 1) << 16))
+
+
+@device
+def word_of_bits(values: Tile, shift: int) -> Ints:
+    """Bit `shift` of the values 0..31, that of value i as bit i."""
+    word = splat(0)
+    for i in range(32):
+        word = word | (((load(values, i) >> shift) & 1) << i)
+    return word
+
+
+@device
+def bits_of_word(word: Ints, shift: int, values: Tile) -> None:
+    """The inverse of `word_of_bits`: OR bit i into bit `shift` of value i."""
+    for i in range(32):
+        store(values, i, load(values, i) | (((word >> i) & 1) << shift))

@@ -14,6 +14,7 @@ row again and moves single levels for as long as that helps.
 import numpy as np
 
 from mode_gguf_kernels.compilation import device, kernel
+from mode_gguf_kernels.levels import Grid
 
 _PANEL = 32
 """Columns whose errors are gathered before they are passed on beyond the panel; a multiple of _TOGETHER."""
@@ -31,10 +32,7 @@ _TOGETHER = 8
 @kernel
 def round_with_feedback(
     weights: np.ndarray,
-    lowest: np.ndarray,
-    step: np.ndarray,
-    width: int,
-    highest: int,
+    grid: Grid,
     factor: np.ndarray,
     levels: np.ndarray,
 ) -> None:
@@ -42,14 +40,14 @@ def round_with_feedback(
 
     Args:
         weights: float32 (rows, n), n a multiple of 32.
-        lowest, step, width, highest: the grid, see `levels.Grid`.
+        grid: what the rows can take.
         factor: U, float32 (n, n); what is below the diagonal is not read.
         levels: uint8 (rows, n), the result.
     """
     rows, n = weights.shape
     errors = np.empty((_ROWS, _PANEL), np.float32)
     passed_on = np.empty((_ROWS, n), np.float32)
-    last = np.float32(highest)
+    lowest, step, width, values, borders = grid
     zero = np.float32(0)
     for top in range(0, rows, _ROWS):
         here = min(_ROWS, rows - top)
@@ -59,12 +57,11 @@ def round_with_feedback(
             for r in range(here):
                 for j in range(left, right):
                     unit, low = step[top + r, j // width], lowest[top + r, j // width]
-                    level = zero
+                    level = 0
                     if unit != zero:
-                        level = np.rint((weights[top + r, j] + passed_on[r, j] - low) / unit)
-                        level = min(max(level, zero), last)
-                    levels[top + r, j] = np.uint8(level)
-                    error = weights[top + r, j] - (low + unit * level)
+                        level = _nearest((weights[top + r, j] + passed_on[r, j] - low) / unit, values, borders)
+                    levels[top + r, j] = level
+                    error = weights[top + r, j] - (low + unit * values[level])
                     errors[r, j - left] = error
                     for k in range(j + 1, right):
                         passed_on[r, k] += error * factor[j, k]
@@ -78,10 +75,7 @@ def round_with_feedback(
 @kernel
 def polish(
     weights: np.ndarray,
-    lowest: np.ndarray,
-    step: np.ndarray,
-    width: int,
-    highest: int,
+    grid: Grid,
     moments: np.ndarray,
     levels: np.ndarray,
     sweeps: int,
@@ -89,7 +83,7 @@ def polish(
     """Coordinate descent on (w - q) H (w - q)': every level in turn to where its row errs least, others as they are.
 
     Args:
-        weights, lowest, step, width, highest: as in `round_with_feedback`.
+        weights, grid: as in `round_with_feedback`.
         moments: H, float32 (n, n), symmetric, its diagonal above 0.
         levels: uint8 (rows, n), what to start from; overwritten.
         sweeps: over a row, at most; one without a move ends it.
@@ -97,13 +91,14 @@ def polish(
     rows, n = weights.shape
     errors = np.empty((_ROWS, n), np.float32)
     gradients = np.empty((_ROWS, n), np.float32)
-    last, zero = np.float32(highest), np.float32(0)
+    lowest, step, width, values, borders = grid
+    zero = np.float32(0)
     for top in range(0, rows, _ROWS):
         here = min(_ROWS, rows - top)
         for r in range(here):
             for j in range(n):
                 unit, low = step[top + r, j // width], lowest[top + r, j // width]
-                errors[r, j] = weights[top + r, j] - (low + unit * np.float32(levels[top + r, j]))
+                errors[r, j] = weights[top + r, j] - (low + unit * values[levels[top + r, j]])
         gradients[:here] = zero
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)
@@ -117,21 +112,32 @@ def polish(
                     unit = step[top + r, j // width]
                     if unit == zero:
                         continue
-                    level = np.float32(levels[top + r, j])
-                    wanted = np.rint(level + gradients[r, j] / (unit * moments[j, j]))
-                    move = min(max(wanted, zero), last) - level
+                    value = values[levels[top + r, j]]
+                    level = _nearest(value + gradients[r, j] / (unit * moments[j, j]), values, borders)
+                    move = values[level] - value
                     if move == zero:
                         continue
                     change = unit * move
                     # Rounding and clipping never overshoot by more than half a level, except in floating point.
                     if change * (change * moments[j, j] - 2 * gradients[r, j]) >= zero:
                         continue
-                    levels[top + r, j] = np.uint8(level + move)
+                    levels[top + r, j] = level
                     moved = True
                     for k in range(n):
                         gradients[r, k] -= change * moments[j, k]
                 if not moved:
                     break
+
+
+@device
+def _nearest(position: np.float32, values: np.ndarray, borders: np.ndarray) -> int:
+    """The level whose value is nearest."""
+    if borders.size == 0:
+        return int(min(max(np.rint(position), np.float32(0)), np.float32(values.size - 1)))
+    level = 0
+    for border in borders:
+        level += int(position > border)
+    return level
 
 
 @device

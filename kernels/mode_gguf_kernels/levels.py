@@ -1,7 +1,7 @@
-"""The levels of packed K-quants apart from their scales: the grid that scales leave, and levels written anew on it.
+"""The levels of packed weights apart from their scales: the grid that scales leave, and levels written anew on it.
 
 With the bytes of its levels all zeros a block unpacks to the lowest value of every weight's grid, with all ones to the
-last one, and values in between are evenly spaced. So a table of where levels lie serves all types.
+last one, and values in between are evenly spaced, but for IQ4_NL. So a table of where levels lie serves all types.
 """
 
 from collections.abc import Callable
@@ -9,29 +9,42 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK_SIZE = 256
-"""Weights in a super-block of any K-quant."""
-
 
 class Field(NamedTuple):
-    """Bits [shift, shift + n_bits) of a block's levels, from byte `first` on, laid out as `bits` describes."""
+    """Bits [shift, shift + n_bits) of the levels of a block of `weights`, from byte `first` on, laid out as `bits`
+    describes.
+    """
 
     first: int
     shift: int
     n_bits: int
     stride: int
+    weights: int = 256
 
     @property
     def place(self) -> slice:
         """The field's bytes in a block."""
-        return slice(self.first, self.first + BLOCK_SIZE * self.n_bits // 8)
+        return slice(self.first, self.first + self.weights * self.n_bits // 8)
+
+
+IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""ggml's `kvalues_iq4nl`."""
 
 
 class Layout(NamedTuple):
-    """Where a type keeps its levels; `width` weights in a row share scale and min."""
+    """Where a type keeps its levels; `width` weights in a row share scale and min.
+
+    `uneven`: what levels stand for, in steps above the lowest; none for 0, 1, 2, ...
+    """
 
     width: int
     fields: tuple[Field, ...]
+    uneven: tuple[int, ...] = ()
+
+    @property
+    def block_size(self) -> int:
+        """Weights in a block."""
+        return self.fields[0].weights
 
     @property
     def highest(self) -> int:
@@ -45,23 +58,30 @@ LAYOUTS = {
     "Q4_K": Layout(32, (Field(16, 0, 4, 32),)),
     "Q5_K": Layout(32, (Field(48, 0, 4, 32), Field(16, 4, 1, 32))),
     "Q6_K": Layout(16, (Field(0, 0, 4, 64), Field(128, 4, 2, 32))),
+    "Q4_0": Layout(32, (Field(2, 0, 4, 16, 32),)),
+    "Q4_1": Layout(32, (Field(4, 0, 4, 16, 32),)),
+    "Q5_0": Layout(32, (Field(6, 0, 4, 16, 32), Field(2, 4, 1, 1, 32))),
+    "Q5_1": Layout(32, (Field(8, 0, 4, 16, 32), Field(4, 4, 1, 1, 32))),
+    "IQ4_NL": Layout(32, (Field(2, 0, 4, 16, 32),), tuple(value - IQ4_NL_VALUES[0] for value in IQ4_NL_VALUES)),
 }
 
 
 class Grid(NamedTuple):
-    """The values that rows can take: lowest + step * level for levels 0..highest.
+    """The values that rows can take: lowest + step * values[level].
 
     Attributes:
         lowest: float32 (rows, n / width).
         step: likewise; below zero where a scale is, 0 where all levels mean one value.
         width: weights in a row that share both.
-        highest: the last level.
+        values: float32 (levels,): 0, 1, 2, ..., or others where levels are not evenly spaced.
+        borders: float32 (levels - 1,): what is in the middle between two values; empty where they are even.
     """
 
     lowest: np.ndarray
     step: np.ndarray
     width: int
-    highest: int
+    values: np.ndarray
+    borders: np.ndarray
 
 
 def grid_of(blocks: np.ndarray, layout: Layout, unpack: Callable[[np.ndarray], np.ndarray]) -> Grid:
@@ -78,7 +98,9 @@ def grid_of(blocks: np.ndarray, layout: Layout, unpack: Callable[[np.ndarray], n
             filled[..., field.place] = byte
         ends.append(unpack(filled)[:, :: layout.width])
     lowest, last = ends
-    return Grid(lowest, (last - lowest) / np.float32(layout.highest), layout.width, layout.highest)
+    values = np.array(layout.uneven or range(layout.highest + 1), np.float32)
+    borders = (values[1:] + values[:-1]) / 2 if layout.uneven else np.empty(0, np.float32)
+    return Grid(lowest, (last - lowest) / values[-1], layout.width, values, borders)
 
 
 def write_levels(levels: np.ndarray, layout: Layout, blocks: np.ndarray) -> None:
@@ -95,7 +117,7 @@ def write_levels(levels: np.ndarray, layout: Layout, blocks: np.ndarray) -> None
 
 def read_levels(blocks: np.ndarray, layout: Layout) -> np.ndarray:
     """The inverse of `write_levels`."""
-    levels = np.zeros((*blocks.shape[:2], BLOCK_SIZE), np.uint8)
+    levels = np.zeros((*blocks.shape[:2], layout.block_size), np.uint8)
     for field in layout.fields:
         per_byte, mask = 8 // field.n_bits, (1 << field.n_bits) - 1
         bytes_ = blocks[..., field.place].reshape(*blocks.shape[:2], -1, 1, field.stride)

@@ -50,7 +50,7 @@ def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile)
     inverses, offsets = float_tile(16), float_tile(16)
     level, code, min_code = int_tile(256), int_tile(16), int_tile(16)
     if weighted:
-        weigh_by_size(x, w, sum_of_squares(x, 0, 256) / F(256))
+        weigh_by_size(x, w, 0, 256, sum_of_squares(x, 0, 256) / F(256))
     else:
         for i in range(256):
             store(w, i, absolute(load(x, i)))
@@ -82,7 +82,7 @@ def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile)
 def refine_tile(x: Tile, w: Tile, weighted: bool, search: Search, words: Tile) -> None:
     """Pack one super-block per lane with less error; w is overwritten."""
     code, min_code, level = int_tile(16), int_tile(16), int_tile(256)
-    error_weights(x, w, weighted, search.half_powers)
+    error_weights(x, w, 0, 256, weighted, search.half_powers)
     d, dmin = refine_with_min(x, w, 16, 16, 3, 15, search, code, min_code, level)
     for j in range(16):
         store(code, j, load(code, j) | (load(min_code, j) << 4))

@@ -56,7 +56,7 @@ def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile)
 def refine_tile(x: Tile, w: Tile, weighted: bool, search: Search, words: Tile) -> None:
     """Pack one super-block per lane with less error; w is overwritten."""
     code, level = int_tile(16), int_tile(256)
-    error_weights(x, w, weighted, search.half_powers)
+    error_weights(x, w, 0, 256, weighted, search.half_powers)
     d = refine_signed(x, w, 4, 32, search, code, level)
     for j in range(16):
         store(code, j, load(code, j) + 32)
@@ -77,7 +77,7 @@ def _lay_out(code: Tile, level: Tile, d: Ints, words: Tile) -> None:
 def _encode_weighted(x: Tile, w: Tile, scales: Tile, code: Tile, level: Tile) -> Ints:
     """`quantize_row_q3_K_impl`: fill code and level, return d's float16 bits."""
     sums, inverses, zeros, trial = float_tile(16), float_tile(16), int_tile(16), float_tile(16)
-    weigh_by_size(x, w, F(2) * sum_of_squares(x, 0, 256) / F(256))
+    weigh_by_size(x, w, 0, 256, F(2) * sum_of_squares(x, 0, 256) / F(256))
     for j in range(16):
         scale, inverse, all_zero = make_qx_quants(x, w, trial, 16 * j, 16, 4, True)
         store(scales, j, scale)

@@ -72,7 +72,7 @@ def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile)
 def refine_tile(x: Tile, w: Tile, weighted: bool, search: Search, words: Tile) -> None:
     """Pack one super-block per lane with less error; w is overwritten."""
     code, level = int_tile(16), int_tile(256)
-    error_weights(x, w, weighted, search.half_powers)
+    error_weights(x, w, 0, 256, weighted, search.half_powers)
     d = refine_signed(x, w, 32, 128, search, code, level)
     _lay_out(code, level, d, words)
 

@@ -46,18 +46,18 @@ class Search(NamedTuple):
 
 
 @device
-def error_weights(x: Tile, w: Tile, weighted: bool, half_powers: int) -> None:
-    """Turn the importance in w (1 everywhere unless `weighted`) into error weights.
+def error_weights(x: Tile, w: Tile, first: int, n: int, weighted: bool, half_powers: int) -> None:
+    """Turn the importance in w (1 everywhere unless `weighted`) into error weights, for the block from `first` on.
 
-    w *= (variance + x^2) ^ (half_powers / 2), with the super-block's mean square as variance.
+    w *= (variance + x^2) ^ (half_powers / 2), with the mean square of the block's n weights as variance.
     """
     if not weighted:
-        for i in range(256):
+        for i in range(first, first + n):
             store(w, i, splat(F(1)))
     if half_powers == 0:
         return
-    variance = sum_of_squares(x, 0, 256) / F(256)
-    for i in range(256):
+    variance = sum_of_squares(x, first, n) / F(n)
+    for i in range(first, first + n):
         value = load(x, i)
         size = fused(value, value, variance)
         weight = load(w, i)

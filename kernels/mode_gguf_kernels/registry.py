@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from mode_gguf_kernels import q2_k, q3_k, q4_k, q5_k, q6_k, q8_0
+from mode_gguf_kernels import iq4_nl, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 from mode_gguf_kernels.refine import Search
 from mode_gguf_kernels.tiles import BFLOAT16, FLOAT16, FLOAT32
 
@@ -95,6 +95,11 @@ TYPES: dict[str, Kernels] = {
         ("Q5_K", q5_k),
         ("Q6_K", q6_k),
         ("Q8_0", q8_0),
+        ("Q4_0", q4_0),
+        ("Q4_1", q4_1),
+        ("Q5_0", q5_0),
+        ("Q5_1", q5_1),
+        ("IQ4_NL", iq4_nl),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Packed K-quants rounded again with error feedback: their scales and mins stay, their levels are chosen anew."""
+"""Packed rows rounded again with error feedback: their scales and mins stay, their levels are chosen anew."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -54,9 +54,9 @@ def round_again(packed: np.ndarray, type_name: str, matrix: np.ndarray, feedback
     grid = grid_of(blocks, layout, partial(_weights, type_name=type_name, n=n))
     levels = np.empty((rows, n), np.uint8)
     weights = np.ascontiguousarray(matrix, np.float32)
-    lowest, step = np.ascontiguousarray(grid.lowest), np.ascontiguousarray(grid.step)
-    round_with_feedback(weights, lowest, step, grid.width, grid.highest, feedback.factor, levels)
-    polish(weights, lowest, step, grid.width, grid.highest, feedback.moments, levels, SWEEPS)
+    grid = grid._replace(lowest=np.ascontiguousarray(grid.lowest), step=np.ascontiguousarray(grid.step))
+    round_with_feedback(weights, grid, feedback.factor, levels)
+    polish(weights, grid, feedback.moments, levels, SWEEPS)
     write_levels(levels, layout, blocks)
 
 

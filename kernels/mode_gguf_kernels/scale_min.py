@@ -74,7 +74,7 @@ def encode_tile(
     inverses, offsets = float_tile(8), float_tile(8)
     code, min_code = int_tile(8), int_tile(8)
     if weighted:
-        weigh_by_size(x, w, F(2) * sum_of_squares(x, 0, 256) / F(256))
+        weigh_by_size(x, w, 0, 256, F(2) * sum_of_squares(x, 0, 256) / F(256))
     else:
         for j in range(8):
             typical = square_root(sum_of_squares(x, 32 * j, 32) / F(32))
@@ -112,7 +112,7 @@ def encode_tile(
 def encode_refined(x: Tile, w: Tile, weighted: bool, highest: int, search: Search, words: Tile, level: Tile) -> None:
     """`encode_tile` with less error."""
     code, min_code = int_tile(8), int_tile(8)
-    error_weights(x, w, weighted, search.half_powers)
+    error_weights(x, w, 0, 256, weighted, search.half_powers)
     d, dmin = refine_with_min(x, w, 8, 32, highest, 63, search, code, min_code, level)
     store(words, HALVES, d | (dmin << 16))
     pack_scales(code, min_code, words)

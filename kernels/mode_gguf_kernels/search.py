@@ -106,9 +106,9 @@ def sum_of(w: Tile, first: int, n: int) -> Floats:
 
 
 @device
-def weigh_by_size(x: Tile, w: Tile, variance: Floats) -> None:
-    """w *= sqrt(variance + x^2): how ggml makes 256 error weights from the importance matrix."""
-    for i in range(256):
+def weigh_by_size(x: Tile, w: Tile, first: int, n: int, variance: Floats) -> None:
+    """w *= sqrt(variance + x^2): how ggml makes n error weights, from `first` on, from the importance matrix."""
+    for i in range(first, first + n):
         value = load(x, i)
         store(w, i, load(w, i) * square_root(variance + value * value))
 

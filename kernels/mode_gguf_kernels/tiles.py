@@ -66,19 +66,26 @@ def load_weights(source: np.ndarray, kind: int, first: int, n_blocks: int, block
     starts = lane_starts(first, n_blocks, block_size)
     largest = splat(0)
     for start in range(0, block_size, 16):
-        if kind == FLOAT32:
-            gather(source.view(np.float32), starts, start, tile, start)
-        else:
-            gather(source.view(np.uint16), starts, start, tile, start)
+        load_run(source, kind, starts, start, tile, start)
         for item in range(start, start + 16):
-            value = load(tile, item)
-            if kind == FLOAT16:
-                value = half_value(bits_of(value))
-            elif kind == BFLOAT16:
-                value = floats_from_bits(bits_of(value) << 16)
-            store(tile, item, value)
-            largest = larger(largest, bits_of(value) & 0x7FFFFFFF)
+            largest = larger(largest, bits_of(load(tile, item)) & 0x7FFFFFFF)
     return not any_lane(largest >= _INFINITY_BITS)
+
+
+@device
+def load_run(source: np.ndarray, kind: int, starts: np.ndarray, column: int, tile: Tile, first_item: int) -> None:
+    """Fill 16 items of `tile` with what follows value starts[lane] + column of `source`, whose bytes are of `kind`."""
+    if kind == FLOAT32:
+        gather(source.view(np.float32), starts, column, tile, first_item)
+    else:
+        gather(source.view(np.uint16), starts, column, tile, first_item)
+    for item in range(first_item, first_item + 16):
+        value = load(tile, item)
+        if kind == FLOAT16:
+            value = half_value(bits_of(value))
+        elif kind == BFLOAT16:
+            value = floats_from_bits(bits_of(value) << 16)
+        store(tile, item, value)
 
 
 @device

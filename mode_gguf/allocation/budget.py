@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mode_gguf.allocation.units import FALLBACK, CandidateTypes, tensor_bytes
+from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import Record
 from mode_gguf.errors import InfeasibleBudgetError, UsageError
 from mode_gguf.memory.settings import FitSettings
+from mode_gguf.quantization.types import QuantType
 
 _SIZE_UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -169,13 +170,15 @@ def _limits(tensors: Sequence[SourceTensor], types: CandidateTypes, weights: int
         for width in sorted({t.row_width for t in matching}):
             misfits = [quant_type.name for quant_type in offered if not quant_type.fits(width)]
             if misfits:
-                count = sum(t.row_width == width for t in matching)
-                limit = f"rows of {width} in {count} tensors do not fit {', '.join(misfits)}"
-                if len(misfits) == len(offered) and FALLBACK.fits(width):
-                    limit += f" and take {FALLBACK.name}; IQ4_NL, Q4_0 and Q5_0 would fit"
-                limits.append(limit)
+                wide = [t for t in matching if t.row_width == width]
+                share = 100 * sum(t.n_weights for t in wide) / weights
+                taken = dict.fromkeys(quant_type for t in wide for quant_type in types.of(t))
+                limits.append(
+                    f"rows of {width} in {len(wide)} tensors ({share:.1f} %) do not fit {', '.join(misfits)} and take "
+                    f"{_names(sorted(taken, key=lambda quant_type: quant_type.bits_per_weight))}"
+                )
     return limits
 
 
-def _names(types: Sequence[object]) -> str:
-    return "/".join(getattr(quant_type, "name", str(quant_type)) for quant_type in types)
+def _names(types: Sequence[QuantType]) -> str:
+    return "/".join(quant_type.name for quant_type in types)

@@ -15,7 +15,8 @@ import numpy as np
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.quantization.types import QuantType
+from mode_gguf.quantization.stand_ins import stored_as
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 Combination: TypeAlias = Literal["sensitivity", "product", "frequency", "pmq", "random"]
 """How an expert's cost is made of sensitivity d, frequency f and weight error (relative, squared) e, per modality:
@@ -87,15 +88,15 @@ def tensor_units(
         if tensor.role is Role.KEEP:
             continue
         offered = types.of(tensor)
-        axis = measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types
+        is_expert = tensor.role is Role.EXPERT
+        axis = _stored(tensor, measured.expert_types if is_expert else measured.dense_types)
         if tensor.is_measured:
-            costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name)
+            costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name, always=is_expert)
         else:
             costs = [0.0]
         candidates = tuple(
             Candidate(offer, tensor_bytes(tensor, offer), cost) for offer, cost in zip(offered, costs, strict=True)
         )
-        is_expert = tensor.role is Role.EXPERT
         units.append(
             AllocationUnit(tensor.name, (tensor.name,), tensor.n_weights, candidates, tensor.layer, is_expert=is_expert)
         )
@@ -107,22 +108,25 @@ def expert_units(
 ) -> list[AllocationUnit]:
     """One unit per (layer, expert), its projections tied; other tensors as in `tensor_units`.
 
-    A projection whose rows fit no candidate keeps its fallback, whatever the others of its expert take.
+    An expert's candidate names what its projections take whose rows fit it; `CandidateTypes.stored_as` says what the
+    others take with it. Of candidates that come to the same, there is one.
     """
     units = tensor_units([tensor for tensor in tensors if tensor.role is not Role.EXPERT], types, measured, model)
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     for layer in sorted({tensor.layer for tensor in experts if tensor.layer is not None}):
         projections = [tensor for tensor in experts if tensor.layer == layer]
-        free = [tensor for tensor in projections if len(types.of(tensor)) > 1]
-        shared = set.intersection(*(set(types.of(tensor)) for tensor in free or projections))
-        offered = sorted(shared, key=lambda quant_type: quant_type.bits_per_weight)
-        costs = _expert_costs(layer, projections, free, measured, model)
+        offered = _together(projections, types)
+        axis = [QUANT_TYPES[asked] for asked in measured.expert_types]
+        costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
+        sizes = [
+            sum(tensor_bytes(tensor, types.stored_as(tensor, offer)) // tensor.n_experts for tensor in projections)
+            for offer in offered
+        ]
         for expert in range(projections[0].n_experts):
             name = f"blk.{layer}.expert.{expert}"
-            choices = zip(offered, _offered(costs[expert], measured.expert_types, offered, name), strict=True)
+            own = _offered(costs[expert], axis, [*offered.values()], name, always=True)
             candidates = tuple(
-                Candidate(offer, sum(_expert_bytes(tensor, offer, types) for tensor in projections), cost)
-                for offer, cost in choices
+                Candidate(offer, size, cost) for offer, size, cost in zip(offered, sizes, own, strict=True)
             )
             tensor_names = tuple(tensor.name for tensor in projections)
             n_weights = sum(tensor.n_weights // tensor.n_experts for tensor in projections)
@@ -154,11 +158,16 @@ def cost_of_types(
         )
         if by_expert and layer is not None:
             experts = [tensor for tensor in members if tensor.name in by_expert]
-            # Projections in the same types were measured together.
-            together = len(set(map(tuple, by_expert.values()))) == 1
-            names = [f"blk.{layer}.ffn_exps"] if together else [tensor.name for tensor in experts]
-            for name, tensor in zip(names, experts, strict=False):
-                total += _cost_at(_combined(name, layer, measured, model), chosen[tensor.name], tensor, measured)
+            # Projections in the types that go together were measured together.
+            of_experts = list(zip(*by_expert.values(), strict=True))
+            together = list(zip(*(_stored(tensor, measured.expert_types) for tensor in experts), strict=True))
+            if set(of_experts) <= set(together):
+                costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
+                total += _sum_at(costs, [together.index(types) for types in of_experts], experts[0].name)
+            else:
+                for tensor in experts:
+                    costs = _combined(tensor.name, layer, measured, model)
+                    total += _cost_at(costs, chosen[tensor.name], tensor, measured)
     return total
 
 
@@ -166,31 +175,35 @@ def _cost_at(costs: np.ndarray, types: Sequence[QuantType], tensor: SourceTensor
     """Sum of costs (E, T) or (T,) at the types of the experts, or at that of the tensor."""
     if not np.isfinite(costs).any():
         return 0.0
-    axis = measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types
-    rows = np.atleast_2d(costs)
-    found = [row[axis.index(one.name)] if one.name in axis else np.nan for row, one in zip(rows, types, strict=True)]
-    if not np.isfinite(found).all():
+    axis = _stored(tensor, measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types)
+    if not set(types) <= set(axis):
         raise InputError(f"sensitivity: {tensor.name} was not measured at {', '.join(sorted({t.name for t in types}))}")
+    return _sum_at(costs, [axis.index(one) for one in types], tensor.name)
+
+
+def _sum_at(costs: np.ndarray, columns: Sequence[int], name: str) -> float:
+    """Sum of costs (E, T) or (T,), of every row at its column."""
+    found = np.array([row[column] for row, column in zip(np.atleast_2d(costs), columns, strict=True)])
+    if not np.isfinite(found).all():
+        raise InputError(f"sensitivity: {name} was not measured in all of its types; measure it again with them")
     return float(np.maximum(found, 0).sum())
 
 
-def _expert_bytes(tensor: SourceTensor, offer: QuantType, types: CandidateTypes) -> int:
-    offered = types.of(tensor)
-    return tensor_bytes(tensor, offer if offer in offered else offered[0]) // tensor.n_experts
+def _stored(tensor: SourceTensor, axis: Sequence[str]) -> list[QuantType]:
+    """What the columns of a tensor's costs are measured in, by the names of the types asked for."""
+    asked = [QUANT_TYPES[name] for name in axis]
+    return [stored_as(tensor, one) or one for one in asked]
 
 
-def _expert_costs(
-    layer: int,
-    projections: Sequence[SourceTensor],
-    free: Sequence[SourceTensor],
-    measured: Measurements,
-    model: CostModel,
-) -> np.ndarray:
-    """Cost of every expert of a layer per type, (E, T): its projections measured together where all have a choice."""
-    if len(free) == len(projections):
-        return _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
-    parts = [_combined(tensor.name, layer, measured, model) for tensor in free or projections]
-    return np.asarray(np.sum(parts, axis=0))
+def _together(projections: Sequence[SourceTensor], types: CandidateTypes) -> dict[QuantType, QuantType]:
+    """What an expert's projections can take together: candidates, and the types that they were measured by.
+
+    Two differ only where projections' rows do not fit the type that all of them were asked for.
+    """
+    shared: dict[tuple[QuantType, ...], QuantType] = {}
+    for asked in sorted(types.offered(Role.EXPERT), key=lambda quant_type: quant_type.bits_per_weight):
+        shared.setdefault(tuple(types.stored_as(tensor, asked) for tensor in projections), asked)
+    return {stored[0] if len(set(stored)) == 1 else asked: asked for stored, asked in shared.items()}
 
 
 def _tensor_costs(tensor: SourceTensor, measured: Measurements, model: CostModel) -> np.ndarray:
@@ -264,14 +277,22 @@ def _array(measured: Measurements, name: str) -> np.ndarray:
     return measured.arrays[name]
 
 
-def _offered(costs: np.ndarray, axis: Sequence[str], offered: Sequence[QuantType], name: str) -> list[float]:
-    """Costs of the offered types; where there is no choice the cost does not matter and need not be known."""
+def _offered(
+    costs: np.ndarray, axis: Sequence[QuantType], offered: Sequence[QuantType], name: str, *, always: bool
+) -> list[float]:
+    """Costs of the offered types; where there is no choice the cost decides nothing and need not be known.
+
+    `always`: where it is known it counts all the same, so that plans by tensor and by expert, which have no choice
+    about different things, can be compared.
+    """
     if len(offered) == 1:
-        return [0.0]
-    missing = [offer.name for offer in offered if offer.name not in axis]
+        known = always and offered[0] in axis and np.isfinite(costs[axis.index(offered[0])])
+        if not known:
+            return [0.0]
+    missing = [offer.name for offer in offered if offer not in axis]
     if missing:
         raise InputError(
-            f"sensitivity: {name} was not measured at {', '.join(missing)}, only at {', '.join(axis)}; "
-            "measure it again with these types"
+            f"sensitivity: {name} was not measured at {', '.join(missing)}, only at "
+            f"{', '.join(dict.fromkeys(one.name for one in axis))}; measure it again with these types"
         )
-    return [max(float(costs[axis.index(offer.name)]), 0.0) for offer in offered]
+    return [max(float(costs[axis.index(offer)]), 0.0) for offer in offered]

@@ -79,12 +79,10 @@ class Problem:
         chosen: dict[str, list[QuantType]] = {
             tensor.name: [] for tensor in self.tensors if tensor.role is not Role.KEEP
         }
-        by_name = {tensor.name: self.types.of(tensor) for tensor in self.tensors}
+        by_name = {tensor.name: tensor for tensor in self.tensors}
         for unit, choice in zip(units, solution.choices, strict=True):
             for name in unit.tensors:
-                # A projection whose rows fit no candidate keeps its fallback.
-                fits = choice.quant_type in by_name[name]
-                chosen[name].append(choice.quant_type if fits else by_name[name][0])
+                chosen[name].append(self.types.stored_as(by_name[name], choice.quant_type))
         return {name: tuple(types) for name, types in chosen.items()}
 
     def expert_units(self) -> list[AllocationUnit]:
@@ -191,7 +189,9 @@ def plan_of(
 
 
 def expert_plan(problem: Problem, made_from: Provenance, budget: Budget, packing: Packing = EXACT) -> Plan:
-    """A type per expert, its projections alike, and one for every other tensor; as `optimal_plan` otherwise.
+    """A type per expert, its projections alike as far as their rows fit it, and one for every other tensor.
+
+    As `optimal_plan` otherwise.
 
     The maps that say where a layer's experts are stored are paid for by the budget.
 
@@ -303,8 +303,7 @@ def _smallest(units: Iterable[AllocationUnit]) -> int:
 
 
 def _expert_granularity(problem: Problem) -> ExpertGranularity | None:
-    """None where the types that all projections of an expert can have do not meet the budget, as with Q4_0 and Q2_K
-    for rows of which some are a multiple of 32 only."""
+    """None where types that all projections of an expert share do not meet the budget, as they may with floors."""
     units = problem.expert_units()
     try:
         solution = problem.solve(units)

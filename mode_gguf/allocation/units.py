@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
-from mode_gguf.quantization.libggml import is_storable
+from mode_gguf.quantization.stand_ins import STAND_INS, nearest_in_bits, stored_as
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 Granularity: TypeAlias = Literal["tensor", "expert"]
@@ -17,7 +17,7 @@ ABSORBED_TYPES = (QUANT_TYPES["Q8_0"], QUANT_TYPES["BF16"])
 them the type of everything else, which they are too small to be worth the risk of: well below 1 % of the weights."""
 
 FALLBACK = QUANT_TYPES["Q8_0"]
-"""Takes over where no candidate can store a tensor: 32 weights is the smallest block there is."""
+"""Takes over where no candidate can store a tensor because all need an importance that it does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,13 @@ def tensor_bytes(tensor: SourceTensor, quant_type: QuantType) -> int:
 
 
 def fitting_types(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tuple[QuantType, ...]:
-    """The candidates that the tensor can be stored in, smallest first; Q8_0 alone when there is none.
+    """What the tensor can be stored in, smallest first: candidates, and stand-ins for those that its rows do not fit.
 
     Raises:
         InfeasibleBudgetError: not even 32-weight blocks divide the rows.
     """
-    fitting = [candidate for candidate in candidates if is_storable(tensor, candidate)]
+    stored = [stored_as(tensor, candidate) for candidate in candidates]
+    fitting = [quant_type for quant_type in dict.fromkeys(stored) if quant_type is not None]
     if not fitting and FALLBACK.fits(tensor.row_width):
         fitting = [FALLBACK]
     if not fitting:
@@ -88,13 +89,32 @@ class CandidateTypes:
         """What `tensor` may be stored as; F32 alone for routers, norms and biases, one type for what is absorbed."""
         if tensor.role is Role.KEEP:
             return (QUANT_TYPES["F32"],)
-        offered = self.expert if tensor.role is Role.EXPERT else self.dense
         if tensor.role is Role.ABSORBED:
-            offered = (absorbed_type(tensor),)
-        if floor := self.floors.get(tensor.role):
-            least = floor.bits_per_weight
-            offered = tuple(candidate for candidate in offered if candidate.bits_per_weight >= least) or (floor,)
-        return fitting_types(tensor, offered)
+            return fitting_types(tensor, self._above_floor(tensor.role, (absorbed_type(tensor),)))
+        fitting, floor = fitting_types(tensor, self.offered(tensor.role)), self.floors.get(tensor.role)
+        if floor is None:
+            return fitting
+        # What stands in for a candidate may have fewer bits than it.
+        least = floor.bits_per_weight
+        enough = tuple(one for one in fitting if one.bits_per_weight >= least)
+        return enough or tuple(one for one in STAND_INS if one.bits_per_weight >= least)[:1] or fitting
+
+    def offered(self, role: Role) -> tuple[QuantType, ...]:
+        """The candidates of a role that are not below its floor; the floor itself where none is."""
+        return self._above_floor(role, self.expert if role is Role.EXPERT else self.dense)
+
+    def stored_as(self, tensor: SourceTensor, quant_type: QuantType) -> QuantType:
+        """What `tensor` takes where `quant_type` is chosen for it and others together."""
+        offered = self.of(tensor)
+        stored = stored_as(tensor, quant_type)
+        return stored if stored in offered else nearest_in_bits(quant_type, offered)
+
+    def _above_floor(self, role: Role, candidates: tuple[QuantType, ...]) -> tuple[QuantType, ...]:
+        floor = self.floors.get(role)
+        if floor is None:
+            return candidates
+        least = floor.bits_per_weight
+        return tuple(candidate for candidate in candidates if candidate.bits_per_weight >= least) or (floor,)
 
 
 DEFAULT_TYPES = CandidateTypes(

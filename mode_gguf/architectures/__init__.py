@@ -3,8 +3,15 @@
 A family is one module of data; to add one, write it and list it in `FAMILIES`.
 """
 
-from mode_gguf.architectures import internvl, kimi_k25, kimi_vl, mistral4, qwen3_5_moe, qwen3_vl_moe
-from mode_gguf.architectures.family import Metadata, MetadataValue, ModelFamily, check_all_used, source_tensors
+from mode_gguf.architectures import glm4v_moe, internvl, kimi_k25, kimi_vl, mistral4, qwen3_5_moe, qwen3_vl_moe
+from mode_gguf.architectures.family import (
+    Metadata,
+    MetadataValue,
+    ModelFamily,
+    check_all_used,
+    left_out_beginnings,
+    source_tensors,
+)
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
@@ -24,6 +31,7 @@ __all__ = [
 FAMILIES: tuple[ModelFamily, ...] = (
     qwen3_vl_moe.FAMILY,
     qwen3_5_moe.FAMILY,
+    glm4v_moe.FAMILY,
     internvl.ORIGINAL,
     internvl.FAMILY,
     kimi_vl.FAMILY,
@@ -62,7 +70,8 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
 
 def left_out(checkpoint: Checkpoint) -> list[str]:
     """Tensors that its family leaves out of both files on purpose, such as blocks for multi-token prediction."""
-    ignored = find_family(checkpoint).ignored
+    family = find_family(checkpoint)
+    ignored = left_out_beginnings(family, family.ranges(checkpoint))
     return [name for name in checkpoint.tensors if name.startswith(ignored)]
 
 

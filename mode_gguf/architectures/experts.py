@@ -67,8 +67,14 @@ def fused_experts(checkpoint: Checkpoint, source: str, projection: Projection, *
     return View((experts, last - first, n_in), read)
 
 
-def expert_rules(layer: str, transform: FusedTransform = fused_experts) -> tuple[TensorRule, ...]:
-    """Gate, up and down of the experts of `layer`, a checkpoint's name for a decoder layer."""
+def expert_rules(
+    layer: str, transform: FusedTransform = fused_experts, *, only: str | None = None
+) -> tuple[TensorRule, ...]:
+    """Gate, up and down of the experts of `layer`, a checkpoint's name for a decoder layer.
+
+    Args:
+        only: as in `TensorRule`, where some layers have no experts.
+    """
 
     def rule(source: str, projection: Projection, activation: str) -> TensorRule:
         return TensorRule(
@@ -79,6 +85,7 @@ def expert_rules(layer: str, transform: FusedTransform = fused_experts) -> tuple
             projection=projection,
             activation=f"blk.{{layer}}.ffn_exps.{activation}",
             each=f"{layer}.mlp.experts.{{expert}}.{projection}_proj.weight",
+            only=only,
         )
 
     return (

@@ -1,7 +1,7 @@
 """What a model family is: tables that lead from checkpoint tensors to GGUF tensors, and what llama.cpp must be told."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from string import Formatter
 from typing import Any, TypeAlias
@@ -88,7 +88,7 @@ class TensorRule:
     @property
     def placeholder(self) -> str | None:
         """The name between braces in `source`, if there is one."""
-        return next((field for _, field, _, _ in Formatter().parse(self.source) if field is not None), None)
+        return placeholder_of(self.source)
 
     def filled(self, values: Mapping[str, int]) -> "TensorRule":
         """The rule of one layer: placeholders replaced."""
@@ -103,6 +103,11 @@ class TensorRule:
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the output head is the token embedding (transformers reads the outermost setting, default False)."""
     return bool(checkpoint.config.get("tie_word_embeddings", False))
+
+
+def placeholder_of(name: str) -> str | None:
+    """What is between braces in `name`, if there are any."""
+    return next((part for _, part, _, _ in Formatter().parse(name) if part is not None), None)
 
 
 def any_checkpoint(checkpoint: Checkpoint) -> bool:
@@ -130,7 +135,7 @@ class ModelFamily:
         projector_type: clip.projector_type.
         text_rules: tensors of the text model, in file order.
         projector_rules: tensors of the projector, in file order.
-        ignored: beginnings of names of checkpoint tensors that are left out on purpose.
+        ignored: beginnings of names of checkpoint tensors that are left out on purpose; placeholders as in rules.
         matches: whether a checkpoint of the class is one of this family's, where several families share it.
         check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
         ranges: for each placeholder, the values that fill it, one mapping per repetition; also the subsets that rules
@@ -147,6 +152,7 @@ class ModelFamily:
             text; None for the image token.
         token_types: argument of the model's forward that is 1 at image tokens and 0 elsewhere; None if it takes none.
         tied: whether the output head is the token embedding.
+        special_tokens: llama.cpp's roles of tokens, such as `eot`, that no tokenizer file names.
         model_config: what transformers' configuration is made of.
         stored_name: from the name of a transformers parameter to the checkpoint tensor's.
         read_parameter: reads a parameter outside the decoder layers that is not one tensor as it is, by its name in
@@ -175,6 +181,7 @@ class ModelFamily:
     placeholder: str | None = None
     token_types: str | None = "mm_token_type_ids"
     tied: Callable[[Checkpoint], bool] = is_tied
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
     model_config: Callable[[Checkpoint], Mapping[str, Any]] = attrgetter("config")
     stored_name: Callable[[str], str] = same_name
     read_parameter: Callable[[Checkpoint, str], Array | None] = no_parameter
@@ -215,8 +222,9 @@ def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint:
     return tensors
 
 
-_COMPUTED = ".rotary_emb.inv_freq"
-"""Ends the names of buffers that old checkpoints store, and models compute."""
+def left_out_beginnings(family: ModelFamily, ranges: Ranges) -> tuple[str, ...]:
+    """`family.ignored` with placeholders filled."""
+    return tuple(name.format_map(values) for name in family.ignored for values in _repetitions(name, ranges))
 
 
 def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
@@ -230,8 +238,9 @@ def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
     known = {
         source for rule, values in _repeated(rules, ranges) for source in _sources(rule, values, ranges, checkpoint)
     }
+    ignored = left_out_beginnings(family, ranges)
     for name in checkpoint.tensors:
-        if name not in known and not name.startswith(family.ignored) and not name.endswith(_COMPUTED):
+        if name not in known and not name.startswith(ignored):
             raise InputError(
                 f"{checkpoint.path}: tensor {name} {list(checkpoint.shape(name))} has no place in a "
                 f"{family.gguf_arch} GGUF file; expected the original {family.hf_class} weights"
@@ -247,14 +256,19 @@ def _sources(rule: TensorRule, values: Values, ranges: Ranges, checkpoint: Check
     return (rule.source,)
 
 
+def _repetitions(name: str, ranges: Ranges) -> Sequence[Values]:
+    """What fills `name`, once for every time that it stands for something."""
+    placeholder = placeholder_of(name)
+    return ranges[placeholder] if placeholder else ({},)
+
+
 def _repeated(rules: Sequence[TensorRule], ranges: Ranges) -> list[tuple[TensorRule, Values]]:
     filled: list[tuple[TensorRule, Values]] = []
     start = 0
     for end in range(1, len(rules) + 1):
         if end < len(rules) and rules[end].placeholder == rules[start].placeholder:
             continue
-        placeholder = rules[start].placeholder
-        for values in ranges[placeholder] if placeholder else ({},):
+        for values in _repetitions(rules[start].source, ranges):
             filled += [
                 (rule.filled(values), values)
                 for rule in rules[start:end]

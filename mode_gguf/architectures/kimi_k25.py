@@ -83,7 +83,7 @@ FAMILY = ModelFamily(
         first="mm_projector.proj.0",
         second="mm_projector.proj.2",
     ),
-    ignored=("vision_tower.patch_embed.pos_emb.time_weight",),
+    ignored=(*kimi_text.IGNORED, "vision_tower.patch_embed.pos_emb.time_weight"),
     check=check,
     ranges=ranges,
     text_metadata=kimi_text.text_metadata,

@@ -25,6 +25,8 @@ DENSE, SPARSE = "dense", "sparse"
 """Subsets of the layers: one feed-forward network, or experts."""
 
 OUTPUT = "language_model.lm_head.weight"
+IGNORED = ("language_model.model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
+"""Frequencies, which models compute and some checkpoints store."""
 YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 """transformers' defaults."""
 

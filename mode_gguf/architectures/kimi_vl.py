@@ -47,7 +47,7 @@ FAMILY = ModelFamily(
         first=f"{_PROJECTOR}.linear_1",
         second=f"{_PROJECTOR}.linear_2",
     ),
-    ignored=(),
+    ignored=kimi_text.IGNORED,
     check=check,
     ranges=ranges,
     text_metadata=kimi_text.text_metadata,

@@ -48,12 +48,17 @@ def _norm(source: str, name: str) -> tuple[TensorRule, ...]:
     )
 
 
-PROJECTOR_RULES = (
+PATCH_RULES = (
     TensorRule("model.visual.patch_embed.proj.weight", "v.patch_embd.weight", Role.DENSE, partial(time_slice, index=0)),
     TensorRule(
         "model.visual.patch_embed.proj.weight", "v.patch_embd.weight.1", Role.DENSE, partial(time_slice, index=1)
     ),
     TensorRule("model.visual.patch_embed.proj.bias", "v.patch_embd.bias", Role.KEEP),
+)
+"""Of the convolution over patches."""
+
+PROJECTOR_RULES = (
+    *PATCH_RULES,
     TensorRule("model.visual.pos_embed.weight", "v.position_embd.weight", Role.KEEP),
     *_norm(f"{_BLOCK}.norm1", "v.blk.{block}.ln1"),
     *_linear(f"{_BLOCK}.attn.qkv", "v.blk.{block}.attn_qkv"),
@@ -110,10 +115,14 @@ def projector_metadata(checkpoint: Checkpoint) -> Metadata:
     }
 
 
-def place_image(place: ImagePlace) -> PlacedImage:
-    """The image in patches, and a token for every `merge_size` x `merge_size` of them."""
+def place_image(place: ImagePlace, frames: int = 1) -> PlacedImage:
+    """The image in patches, and a token for every `merge_size` x `merge_size` of them.
+
+    Args:
+        frames: of an image, whose pixels the processor's limits count.
+    """
     size = dict(place.processor.size)
-    longest = min(size["longest_edge"], place.max_pixels)  # despite their names, both are areas in pixels
+    longest = min(size["longest_edge"], frames * place.max_pixels)  # despite their names, both are areas in pixels
     size |= {"longest_edge": longest, "shortest_edge": min(size["shortest_edge"], longest)}
     processed = place.processor(images=[place.image], size=size, return_tensors="np")
     grid = processed["image_grid_thw"]

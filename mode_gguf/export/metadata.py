@@ -34,7 +34,9 @@ _FILE_TYPES = {
     "IQ4_XS": LlamaFileType.MOSTLY_IQ4_XS,
     "IQ4_NL": LlamaFileType.MOSTLY_IQ4_NL,
     "Q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "Q4_1": LlamaFileType.MOSTLY_Q4_1,
     "Q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "Q5_1": LlamaFileType.MOSTLY_Q5_1,
 }
 
 

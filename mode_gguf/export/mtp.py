@@ -57,7 +57,7 @@ def write_mtp(
         writer.add_file_type(file_type(file_quant_type))
         add_metadata(writer, metadata)
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer)
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer, family.special_tokens)
 
     outgoing = [_outgoing(checkpoint, tensor, _stored_type(tensor, file_quant_type), threads) for tensor in tensors]
     write_gguf(path, family.gguf_arch, add_keys, outgoing, description="packing", progress=progress)

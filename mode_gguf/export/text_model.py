@@ -164,8 +164,9 @@ def _add_keys(
     writer.add_file_type(file_type(main_expert_type(layout.tensors, stored)))
     if layout.members:
         writer.add_uint32(expert_groups.VERSION_KEY, expert_groups.VERSION)
-    add_metadata(writer, find_family(checkpoint).text_metadata(checkpoint))
-    add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer)
+    family = find_family(checkpoint)
+    add_metadata(writer, family.text_metadata(checkpoint))
+    add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer, family.special_tokens)
     add_metadata(writer, metadata)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
@@ -19,6 +20,11 @@ QWEN35_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+GLM4_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 TEKKEN_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -28,6 +34,7 @@ TEKKEN_SPLIT = (
 _PRE_TOKENIZERS = {
     ("NFC", QWEN2_SPLIT): "qwen2",
     ("NFC", QWEN35_SPLIT): "qwen35",
+    ("None", GLM4_SPLIT): "glm4",
     ("None", TEKKEN_SPLIT): "tekken",
     ("None", tiktoken_model.KIMI_SPLIT): "kimi-k2",
 }
@@ -48,13 +55,18 @@ class Vocabulary:
 
 
 def add_tokenizer_keys(
-    writer: GGUFWriter, folder: Path, vocabulary_size: int, pre_tokenizer: str | None = None
+    writer: GGUFWriter,
+    folder: Path,
+    vocabulary_size: int,
+    pre_tokenizer: str | None = None,
+    special_tokens: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Add every tokenizer.* key of a checkpoint: tokens, merges, special ids, chat template.
 
     Args:
         vocabulary_size: rows of the token embedding; ids without a token are padded.
         pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
+        special_tokens: further roles of tokens, such as `eot`, and which tokens have them.
 
     Raises:
         InputError: a tokenizer file cannot be used, or the pre-tokenizer is not known and not given.
@@ -74,6 +86,10 @@ def add_tokenizer_keys(
         special.merges = [" ".join(merge) for merge in tiktoken_model.last_merges(ranks)]
     if not special.merges:
         raise InputError(f"{folder / 'tokenizer.json'}: no merges found, expected byte-level BPE; download it again")
+    for role, token in special_tokens.items():
+        if token not in vocabulary.tokens:
+            raise InputError(f"{folder / 'tokenizer.json'}: token {token} is missing, expected it as {role}")
+        special.special_token_ids[role] = vocabulary.tokens.index(token)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)

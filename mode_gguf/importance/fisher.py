@@ -48,7 +48,7 @@ from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import PARTS, expert_changes, matrix_changes
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.libggml import is_storable
+from mode_gguf.quantization.stand_ins import stored_as
 
 _HEAD = "head"
 
@@ -402,7 +402,7 @@ def _measure_experts(
                 [group_sums(_half_mean_square(block[projection][t]), routed.group) for t in range(n_types)], axis=-1
             )
         )
-        unit[..., [not is_storable(tensor, quant_type) for quant_type in settings.expert_types]] = np.nan
+        unit[..., [stored_as(tensor, quant_type) is None for quant_type in settings.expert_types]] = np.nan
         result.arrays[f"{tensor.name}.unit"] = unit * per_position[..., None]
     result.estimated.update(unseen_experts(layer, counts))
 

@@ -33,7 +33,7 @@ from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import PARTS, expert_changes, matrix_changes
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.libggml import is_storable
+from mode_gguf.quantization.stand_ins import stored_as
 
 
 @dataclass(slots=True)
@@ -173,7 +173,7 @@ def _measure_experts(
         block = {
             part: torch.zeros_like(routed.inputs, dtype=torch.float32)
             for part, tensor in projections.items()
-            if of_block and is_storable(tensor, quant_type)
+            if of_block and stored_as(tensor, quant_type) is not None
         }
         for change in expert_changes(
             streamed,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.denormals import denormals_flushed
 from mode_gguf.calibration.distributed import gathered_in_order, share_of
 from mode_gguf.calibration.inputs import InputBuilder
@@ -23,6 +24,7 @@ from mode_gguf.importance.table import METHODS, Method, SensitivityTable
 from mode_gguf.importance.token_weights import TokenWeights, tokens_digest
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.stand_ins import stand_ins_of
 from mode_gguf.quantization.types import QuantType
 
 __all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
@@ -102,7 +104,8 @@ def measure_sensitivity(
         expert_types, dense_types, importance, statistics.key_tokens, label_draws, seed, imatrix, packing, hidden_bytes
     )
     measure = {"fisher": fisher_sensitivity, "expert-mse": expert_mse, "block-mse": block_mse}[method]
-    measurement = measure(open_streamed(checkpoint, device), inputs, settings, progress)
+    streamed = open_streamed(checkpoint, device)
+    measurement = measure(streamed, inputs, settings, progress)
     table = SensitivityTable(
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
@@ -116,6 +119,8 @@ def measure_sensitivity(
         estimated=measurement.estimated,
         imatrix=imatrix,
         packing=packing,
+        stand_ins=stand_ins_of([t for t in streamed.tensors if t.role is Role.EXPERT], expert_types)
+        | stand_ins_of([t for t in streamed.tensors if t.role not in (Role.EXPERT, Role.KEEP)], dense_types),
     )
     seconds = time.monotonic() - started
     log.info(

@@ -1,7 +1,7 @@
 """What sensitivity measurement found: the damage of every candidate type to every tensor and expert."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -20,7 +20,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass(frozen=True, slots=True)
 class SensitivityTable:
-    """Arrays named and shaped as docs/DESIGN.md says; NaN where a tensor's rows do not fit a type's blocks.
+    """Arrays named and shaped as docs/DESIGN.md says; NaN where a tensor cannot be stored in a type.
 
     Attributes:
         model: name of the model.
@@ -34,6 +34,7 @@ class SensitivityTable:
         seed: of the draws.
         estimated: experts per (layer, answer, modality) that no token reached, whose values are estimates.
         imatrix: which importance matrix candidates were packed with; packing: how.
+        stand_ins: of tensors whose rows do not fit all types, names of what was measured in their place, in order.
     """
 
     model: str
@@ -48,12 +49,18 @@ class SensitivityTable:
     estimated: Mapping[str, Sequence[int]]
     imatrix: ImatrixKind = "plain"
     packing: Packing = EXACT
+    stand_ins: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def n_units(self) -> int:
         """Matrices, experts' ones each for itself, times the types that each was measured in."""
-        errors = (array for name, array in self.arrays.items() if name.endswith(".weight.weight_error"))
-        return sum(int(np.isfinite(error).sum()) for error in errors)
+        units = 0
+        for name, array in self.arrays.items():
+            if name.endswith(".weight.weight_error"):
+                stored = self.stand_ins.get(name.removesuffix(".weight_error"), range(array.shape[1]))
+                distinct = [t for t, one in enumerate(stored) if one not in list(stored)[:t]]
+                units += int(np.isfinite(array[:, distinct]).sum())
+        return units
 
     def save(self, path: Path) -> None:
         """Write everything to a safetensors file, atomically."""
@@ -71,6 +78,7 @@ class SensitivityTable:
             "estimated": self.estimated,
             "imatrix": self.imatrix,
             "packing": asdict(self.packing),
+            "stand_ins": self.stand_ins,
             "answers": list(ANSWERS),
             "modalities": list(MODALITIES),
         }
@@ -97,4 +105,5 @@ class SensitivityTable:
             estimated={key: tuple(value) for key, value in metadata["estimated"].items()},
             imatrix=metadata.get("imatrix", "plain"),  # the only one there was before the choice
             packing=Packing(**metadata["packing"]) if "packing" in metadata else EXACT,
+            stand_ins={key: tuple(value) for key, value in metadata.get("stand_ins", {}).items()},
         )

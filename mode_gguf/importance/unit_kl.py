@@ -29,7 +29,7 @@ from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
 from mode_gguf.importance.type_changes import Variant
 from mode_gguf.importance.unit_table import KIND, UnitKl
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.libggml import is_storable
+from mode_gguf.quantization.stand_ins import stored_as
 from mode_gguf.quantization.types import QuantType
 
 
@@ -163,16 +163,17 @@ def _measure(
     description: str,
     progress: Progress,
 ) -> dict[str, np.ndarray]:
+    stored = {tensor.name: [stored_as(tensor, quant_type) for quant_type in types[tensor.name]] for tensor in tensors}
     places = [
-        (tensor, m, t, quant_type)
+        (tensor, m, quant_type)
         for tensor in tensors
-        for t, quant_type in enumerate(types[tensor.name])
-        if is_storable(tensor, quant_type)
+        for quant_type in dict.fromkeys(stored[tensor.name])
+        if quant_type is not None
         for m in range(N_MODALITIES)
     ]
     variants = [
         Variant(f"{tensor.name} in {quant_type.name}", {tensor.name: (quant_type,) * tensor.n_experts}, m)
-        for tensor, m, _, quant_type in places
+        for tensor, m, quant_type in places
     ]
     measured = quantized_kl(
         model.streamed, model.inputs, variants, settings, description=description, progress=progress
@@ -180,6 +181,7 @@ def _measure(
     arrays = {
         f"{tensor.name}.unit": np.full((N_ANSWERS, N_MODALITIES, len(types[tensor.name])), np.nan) for tensor in tensors
     }
-    for (tensor, m, t, _), found in zip(places, measured.variants, strict=True):
-        arrays[f"{tensor.name}.unit"][:, m, t] = found
+    for (tensor, m, quant_type), found in zip(places, measured.variants, strict=True):
+        columns = [t for t, one in enumerate(stored[tensor.name]) if one == quant_type]
+        arrays[f"{tensor.name}.unit"][:, m, columns] = found[:, None]
     return arrays

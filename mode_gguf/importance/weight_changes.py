@@ -18,9 +18,9 @@ from mode_gguf.calibration.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.measurement import Measurement, MeasurementSettings
 from mode_gguf.quantization.ahead import in_order
-from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.packing import Packing
+from mode_gguf.quantization.stand_ins import stored_as
 from mode_gguf.quantization.types import QuantType
 
 Part: TypeAlias = Literal["gate", "up", "down", "expert"]
@@ -73,18 +73,23 @@ def matrix_changes(
     result: Measurement,
     device: torch.device,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Changes of a matrix that is no expert, with the index of their type, at all dense types that its rows fit.
+    """Changes of a matrix that is no expert, with the index of their type, at all dense types or their stand-ins.
 
     Puts their size relative to the weights, `{tensor}.weight_error`, into the arrays of `result`.
     """
     errors = np.full((1, len(settings.dense_types)), np.nan)
     result.arrays[f"{tensor.name}.weight_error"] = errors
-    fitting = [t for t, quant_type in enumerate(settings.dense_types) if is_storable(tensor, quant_type)]
+    stored = [stored_as(tensor, quant_type) for quant_type in settings.dense_types]
+    fitting = [t for t, quant_type in enumerate(stored) if quant_type is not None]
     squares = _sum_of_squares(torch.from_numpy(as_float32(tensor.read(0)))) if fitting else 0.0
+    last: tuple[QuantType, Tensor] | None = None
     for t in fitting:
-        change = change_of_weights(tensor, 0, settings.dense_types[t], importance, settings.packing, device)
-        errors[0, t] = _sum_of_squares(change) / squares
-        yield t, change
+        quant_type = stored[t]
+        assert quant_type is not None
+        if last is None or last[0] != quant_type:  # candidates next to each other may have one stand-in
+            last = quant_type, change_of_weights(tensor, 0, quant_type, importance, settings.packing, device)
+        errors[0, t] = _sum_of_squares(last[1]) / squares
+        yield t, last[1]
 
 
 def _sum_of_squares(matrix: Tensor) -> float:
@@ -102,7 +107,7 @@ def expert_changes(
     inputs: Tensor,
     index: Tensor,
 ) -> Iterator[ExpertChange]:
-    """The changes of all experts of a layer, at all types that their rows fit, on all tokens routed to them.
+    """The changes of all experts of a layer, at all types or their stand-ins, on all tokens routed to them.
 
     Every matrix is packed once per type; several processes each pack all of them, for their own tokens. Experts without
     tokens are given, too, with n = 0.
@@ -147,17 +152,23 @@ def _weight_changes_ahead(
     packing: Packing,
     device: torch.device,
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Expert by expert, per type and projection that fits, the change of its weights; packed ahead, on all cores."""
+    """Expert by expert, per type and projection, the change of its weights in what it is then stored as.
+
+    Packed ahead, on all cores.
+    """
     n_experts = next(iter(projections.values())).n_experts
+    stored = {name: [stored_as(tensor, quant_type) for quant_type in types] for name, tensor in projections.items()}
 
     def pack_expert(expert: int) -> list[dict[str, Tensor]]:
+        changes = {
+            (name, quant_type): change_of_weights(tensor, expert, quant_type, importance, packing, device)
+            for name, tensor in projections.items()
+            for quant_type in dict.fromkeys(stored[name])
+            if quant_type is not None
+        }
         return [
-            {
-                name: change_of_weights(tensor, expert, quant_type, importance, packing, device)
-                for name, tensor in projections.items()
-                if is_storable(tensor, quant_type)
-            }
-            for quant_type in types
+            {name: changes[name, quant_type] for name in projections if (quant_type := stored[name][t]) is not None}
+            for t in range(len(types))
         ]
 
     return in_order(pack_expert, n_experts, n_threads())

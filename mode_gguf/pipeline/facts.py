@@ -151,6 +151,8 @@ def _row_width(
 ) -> int:
     """One that the blocks of all types divide in which the tensor was measured; all of them where it was not."""
     most = tensor.n_weights // n_experts
+    if table is not None and tensor.name in table.stand_ins:
+        return SMALL_BLOCK
     if table is None or units is None:
         return LARGE_BLOCK if most % LARGE_BLOCK == 0 else most
     names = table.expert_types if "_exps" in tensor.name else table.dense_types

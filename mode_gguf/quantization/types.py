@@ -70,9 +70,11 @@ QUANT_TYPES: dict[str, QuantType] = {
         QuantType("IQ3_XXS", 256, 2 + 3 * 256 // 8, Packer.LIBGGML),
         QuantType("IQ3_S", 256, 2 + 256 // 4 + 256 // 32 + 256 // 8 + 256 // 64, Packer.LIBGGML),
         QuantType("IQ4_XS", 256, 2 + 2 + 256 // 64 + 256 // 2, Packer.LIBGGML),
-        QuantType("IQ4_NL", 32, 2 + 32 // 2, Packer.LIBGGML),
-        QuantType("Q4_0", 32, 2 + 32 // 2, Packer.LIBGGML),
-        QuantType("Q5_0", 32, 2 + 4 + 32 // 2, Packer.LIBGGML),
+        QuantType("IQ4_NL", 32, 2 + 32 // 2, Packer.KERNELS),
+        QuantType("Q4_0", 32, 2 + 32 // 2, Packer.KERNELS),
+        QuantType("Q4_1", 32, 2 + 2 + 32 // 2, Packer.KERNELS),
+        QuantType("Q5_0", 32, 2 + 4 + 32 // 2, Packer.KERNELS),
+        QuantType("Q5_1", 32, 2 + 2 + 4 + 32 // 2, Packer.KERNELS),
     )
 }
 

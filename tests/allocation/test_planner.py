@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from mode_gguf.allocation.budget import Budget
-from mode_gguf.allocation.costs import CostModel, ExpertUse, Measurements, cost_of_types
+from mode_gguf.allocation.costs import (
+    CostModel,
+    ExpertUse,
+    Measurements,
+    cost_of_types,
+    expert_units,
+    tensor_units,
+)
 from mode_gguf.allocation.plan import Plan, Provenance
 from mode_gguf.allocation.planner import UNDERSHOOT, Problem, expert_plan, optimal_plan, uniform_plan
 from mode_gguf.allocation.presets import PRESETS, Preset
@@ -17,6 +24,7 @@ from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes
 from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError, InputError
 from mode_gguf.quantization.expert_groups import stored_tensors
+from mode_gguf.quantization.stand_ins import stored_as
 from mode_gguf.quantization.types import QUANT_TYPES
 
 E, LAYERS = 4, 6
@@ -48,20 +56,24 @@ def model(expert_width: int = 256) -> list[SourceTensor]:
     return tensors
 
 
-def measurements(tensors: list[SourceTensor], seed: int = 0) -> Measurements:
+def measurements(
+    tensors: list[SourceTensor], seed: int = 0, expert_types: tuple[str, ...] = EXPERT_TYPES
+) -> Measurements:
     generator = np.random.default_rng(seed)
     expert_drop, dense_drop = np.array([1.0, 0.25, 0.06]), np.array([1.0, 0.25, 0.06, 0.001])
     arrays: dict[str, np.ndarray] = {}
     for t in tensors:
         if t.role is Role.EXPERT:
-            arrays[f"{t.name}.expert"] = generator.random((2, 3, E, 1)) * expert_drop
+            stored = [stored_as(t, QUANT_TYPES[name]) for name in expert_types]
+            drop = expert_drop[[stored.index(one) for one in stored]]
+            arrays[f"{t.name}.expert"] = generator.random((2, 3, E, 1)) * drop
             arrays[f"{t.name}.unit"] = arrays[f"{t.name}.expert"].sum(axis=2)
             layer = f"blk.{t.layer}.ffn_exps.expert"
             arrays[layer] = arrays.get(layer, 0) + arrays[f"{t.name}.expert"]
         elif t.role is not Role.KEEP:
             arrays[f"{t.name}.unit"] = generator.random((2, 3, 1)) * dense_drop * 0.1
     use = {layer: ExpertUse(np.full((3, E), 10), np.full((3, E), 2.5)) for layer in range(LAYERS)}
-    return Measurements(arrays, EXPERT_TYPES, DENSE_TYPES, use)
+    return Measurements(arrays, expert_types, DENSE_TYPES, use)
 
 
 def plan_for(
@@ -167,7 +179,7 @@ def test_a_type_per_expert_predicts_no_more_than_a_type_per_tensor() -> None:
 @pytest.mark.parametrize("expert_width", [256, 704])
 def test_a_plan_with_a_type_per_expert(tmp_path: Path, expert_width: int) -> None:
     tensors = model(expert_width)
-    budget = Budget(value=3.3 if expert_width == 256 else 6.0)
+    budget = Budget(value=3.3 if expert_width == 256 else 4.2)
     problem = Problem.of(tensors, measurements(tensors), budget=budget, types=TYPES, preset=PRESETS["mode"])
     plan, by_tensor = expert_plan(problem, MADE_FROM, budget), optimal_plan(problem, MADE_FROM, budget)
     assert budget.value * (1 - UNDERSHOOT) <= plan.bpw <= budget.value
@@ -184,7 +196,7 @@ def test_a_plan_with_a_type_per_expert(tmp_path: Path, expert_width: int) -> Non
     assert set(plan.experts) == {t.name for t in tensors if t.role is Role.EXPERT}
     for layer in range(LAYERS):
         gate, down = (plan.experts[f"blk.{layer}.ffn_{projection}_exps.weight"] for projection in ("gate", "down"))
-        assert down == (gate if expert_width == 256 else (QUANT_TYPES["Q8_0"],) * E)
+        assert down == (gate if expert_width == 256 else (QUANT_TYPES["IQ4_NL"],) * E)
     path = tmp_path / "plan.json"
     plan.save(path)
     assert Plan.load(path) == plan
@@ -205,17 +217,75 @@ def test_out_of_reach_names_the_range_and_the_reason() -> None:
 def test_a_projection_that_fits_no_candidate_does_not_stop_the_others() -> None:
     tensors = model(expert_width=704)
     measured = measurements(tensors)
-    plan = plan_for(tensors, measured, bpw=6.0)
-    assert {plan.types[f"blk.{layer}.ffn_down_exps.weight"].name for layer in range(LAYERS)} == {"Q8_0"}
+    plan = plan_for(tensors, measured, bpw=4.2)
+    assert {plan.types[f"blk.{layer}.ffn_down_exps.weight"].name for layer in range(LAYERS)} == {"IQ4_NL"}
     assert plan.expert_granularity is not None
     assert plan.expert_granularity.experts_bpw == pytest.approx(plan.experts_bpw, rel=0.05)
 
 
 def test_rows_no_candidate_fits_fall_back_or_fail() -> None:
     narrow = tensor("blk.0.ffn_down_exps.weight", (E, 256, 704), Role.EXPERT, 0, "down")
-    assert [t.name for t in TYPES.of(narrow)] == ["Q8_0"]
+    assert [t.name for t in TYPES.of(narrow)] == ["IQ4_NL"]
+    assert [t.name for t in replace(TYPES, floors={Role.EXPERT: QUANT_TYPES["Q5_K"]}).of(narrow)] == ["Q5_0"]
+    assert [t.name for t in replace(TYPES, floors={Role.EXPERT: QUANT_TYPES["Q6_K"]}).of(narrow)] == ["Q8_0"]
     with pytest.raises(InfeasibleBudgetError, match="rows of 100 weights"):
         TYPES.of(tensor("odd", (4, 100), Role.DENSE))
+
+
+WIDER = tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q4_K", "Q6_K"))
+
+
+def test_what_stands_in_is_chosen_like_any_candidate() -> None:
+    """Rows of 704 have two types in the place of three, at the costs of the first that means each."""
+    tensors = model(expert_width=704)
+    measured = measurements(tensors, expert_types=tuple(one.name for one in WIDER))
+    types = replace(TYPES, expert=WIDER)
+    units = {unit.name: unit for unit in tensor_units(tensors, types, measured, PRESETS["mode"].costs)}
+    down = units["blk.0.ffn_down_exps.weight"]
+    assert [candidate.quant_type.name for candidate in down.candidates] == ["IQ4_NL", "Q5_1"]
+    costs = measured.arrays["blk.0.ffn_down_exps.weight.unit"].sum(axis=(0, 1))
+    assert [candidate.cost for candidate in down.candidates] == pytest.approx([costs[0], costs[2]])
+    plan = plan_for(tensors, measured, bpw=3.9, types=types)
+    assert {plan.types[t.name].name for t in tensors if t.projection == "down"} == {"IQ4_NL", "Q5_1"}
+    chosen = {name: (quant_type,) for name, quant_type in plan.types.items()}
+    assert plan.solver is not None
+    predicted = cost_of_types(tensors, chosen, measured, PRESETS["mode"].costs)
+    assert predicted == pytest.approx(plan.solver.objective)
+
+
+def test_projections_of_an_expert_take_what_goes_together() -> None:
+    tensors = model(expert_width=704)
+    measured = measurements(tensors, expert_types=tuple(one.name for one in WIDER))
+    budget = Budget(value=4.6)
+    types = replace(TYPES, expert=WIDER)
+    problem = Problem.of(tensors, measured, budget=budget, types=types, preset=PRESETS["mode"])
+    plan = expert_plan(problem, MADE_FROM, budget)
+    pairs = {
+        pair
+        for layer in range(LAYERS)
+        for pair in zip(
+            *(plan.experts[f"blk.{layer}.ffn_{projection}_exps.weight"] for projection in ("gate", "down")), strict=True
+        )
+    }
+    names = {(gate.name, down.name) for gate, down in pairs}
+    assert names <= {("Q2_K", "IQ4_NL"), ("Q4_K", "IQ4_NL"), ("Q6_K", "Q5_1")}
+    assert len(names) > 1
+    assert plan.solver is not None
+    predicted = cost_of_types(
+        tensors,
+        {t.name: plan.experts.get(t.name, (plan.types[t.name],)) for t in tensors},
+        measured,
+        problem.preset.costs,
+    )
+    assert predicted == pytest.approx(plan.solver.objective)
+
+
+def test_an_expert_of_narrow_rows_alone_takes_32_block_types() -> None:
+    tensors = [replace(t, shape=(E, 256, 96)) if t.role is Role.EXPERT else t for t in model()]
+    measured = measurements(tensors, expert_types=tuple(one.name for one in WIDER))
+    units = expert_units(tensors, replace(TYPES, expert=WIDER), measured, PRESETS["mode"].costs)
+    experts = [unit for unit in units if unit.expert is not None]
+    assert {tuple(c.quant_type.name for c in unit.candidates) for unit in experts} == {("IQ4_NL", "Q5_1")}
 
 
 @pytest.mark.parametrize("preset", ["mode", "paper"])

@@ -20,12 +20,13 @@ from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from tests.kernels.ggml_oracle import quantize
 
 OURS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "BF16")
-LIBGGMLS = ("Q5_0", "Q4_0", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
+SMALL_BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
+LIBGGMLS = ("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 
 Files = tuple[Path, Path, dict[str, QuantType]]
 
 
-@pytest.fixture(scope="module", params=[OURS, LIBGGMLS], ids=["packed by us", "packed by libggml"])
+@pytest.fixture(scope="module", params=[OURS, SMALL_BLOCKS, LIBGGMLS], ids=["packed by us", "32-block", "libggml's"])
 def files(pico: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Files:
     """Our quantized file with all these types in it, its importance matrix, and its types."""
     quantized: tuple[str, ...] = request.param

@@ -24,6 +24,7 @@ from mode_gguf.importance.sensitivity import measure_sensitivity
 from mode_gguf.importance.table import METHODS, Method, SensitivityTable
 from mode_gguf.importance.unseen import fill_unseen, unseen_experts
 from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from tests.pico import write_pico_qwen3vlmoe
@@ -293,7 +294,7 @@ def test_statistics_of_another_checkpoint(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_types_that_do_not_fit_are_not_a_number(
+def test_stand_ins_are_measured_where_rows_do_not_fit(
     method: Method, tmp_path: Path, samples: list[Sample], statistics: CalibrationStatistics
 ) -> None:
     """Experts 320 wide: down cannot be a K-quant; a tied embedding carries the head's cost."""
@@ -310,16 +311,18 @@ def test_types_that_do_not_fit_are_not_a_number(
         label_draws=1,
         device="cpu",
     ).table
-    for name in (
-        "blk.0.ffn_down_exps.weight.unit",
-        "blk.0.ffn_down_exps.weight.expert",
-        "blk.0.ffn_down_exps.weight.weight_error",
-        "blk.0.ffn_exps.expert",
-        "blk.0.ffn_exps.weight_error",
-    ):
-        assert np.isnan(table.arrays[name][..., 0]).all()
-        assert np.isfinite(table.arrays[name][..., 1]).all()
-    assert np.isfinite(table.arrays["blk.0.ffn_gate_exps.weight.unit"]).all()
+    assert table.stand_ins == {f"blk.{layer}.ffn_down_exps.weight": ("IQ4_NL", "Q8_0") for layer in range(3)}
+    down = next(one for one in text_tensors(checkpoint) if one.name == "blk.0.ffn_down_exps.weight")
+    weights = as_float32(down.read(1))
+    packed = pack_matrix(weights, QUANT_TYPES["IQ4_NL"], None, name=down.name)
+    change = unpack_matrix(packed, QUANT_TYPES["IQ4_NL"], 320) - weights
+    expected = np.square(change, dtype=np.float64).sum() / np.square(weights, dtype=np.float64).sum()
+    assert table.arrays[f"{down.name}.weight_error"][1, 0] == pytest.approx(expected, rel=1e-5)
+    together = table.arrays["blk.0.ffn_exps.weight_error"]
+    of_parts = sum(table.arrays[f"blk.0.ffn_{part}_exps.weight.weight_error"] for part in ("gate", "up", "down"))
+    np.testing.assert_allclose(together, of_parts, rtol=1e-6)
+    for name in ("ffn_down_exps.weight.unit", "ffn_down_exps.weight.expert", "ffn_exps.expert"):
+        assert (table.arrays[f"blk.0.{name}"][-1, 0, ..., 0] > table.arrays[f"blk.0.{name}"][-1, 0, ..., 1]).all()
     assert "output.weight.unit" not in table.arrays
     assert (table.arrays["token_embd.weight.unit"][-1, 0] > 0).all()
 

@@ -67,10 +67,10 @@ def test_arrays_are_what_the_engine_measures(model: KlModel, settings: KlSetting
 def test_nothing_for_types_that_cannot_be(
     model: KlModel, settings: KlSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fits(tensor: Any, quant_type: Any) -> bool:
-        return bool("attn_v" not in tensor.name)
+    def stored(tensor: Any, quant_type: Any) -> Any:
+        return None if "attn_v" in tensor.name else quant_type
 
-    monkeypatch.setattr(unit_kl, "is_storable", fits)
+    monkeypatch.setattr(unit_kl, "stored_as", stored)
     arrays = measure(model, settings).arrays
     assert np.isnan(arrays["blk.0.attn_v.weight.unit"]).all()
     assert np.isfinite(arrays["blk.0.attn_k.weight.unit"]).all()

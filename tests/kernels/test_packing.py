@@ -13,7 +13,20 @@ from tests.kernels import ggml_oracle
 
 F = np.float32
 ROWS, COLUMNS = 37, 512  # 74 super-blocks: two full tiles and a part of one
-HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,)}
+HALVES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "IQ4_NL": (0,),
+}
+"""Where a block keeps its float16 numbers: first bytes."""
 
 
 def normal(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:
@@ -46,7 +59,7 @@ def test_drawn_matrices_pack_to_the_bytes_of_libggml(
     kept_importance: float | None,
 ) -> None:
     generator = np.random.default_rng(seed)
-    columns = 256 * blocks
+    columns = max(TYPES[type_name].block_size, 256 // 2 ** (seed % 4)) * blocks  # 32 to 256 where they fit
     shape = rows, columns
     drawn = generator.standard_t(tail, shape) if tail else generator.standard_normal(shape)
     matrix = (drawn * 10.0**exponent).astype(F)
@@ -145,7 +158,7 @@ IMPORTANCE = np.ones(COLUMNS, F)
         (normal(1)[:, :300], "Q4_K", None, "rows of 300 weights do not fit Q4_K: a multiple of 256"),
         (normal(1).astype(np.float64), "Q4_K", None, "float64 cannot be packed: float32, float16 or uint16"),
         (normal(1)[0], "Q4_K", None, r"shape \(512,\) cannot be packed"),
-        (normal(1), "Q4_0", None, "no kernels for type 'Q4_0': choose from Q2_K, Q3_K"),
+        (normal(1), "IQ4_XS", None, "no kernels for type 'IQ4_XS': choose from Q2_K, Q3_K"),
         (normal(1), "Q4_K", IMPORTANCE[:-1], r"importance is float32 \(511,\): float32 \(512,\) expected"),
         (normal(1), "Q4_K", IMPORTANCE.astype(np.float64), "importance is float64"),
         (normal(1), "Q4_K", -IMPORTANCE, "importance of column 0: -1.0 found"),

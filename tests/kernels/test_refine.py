@@ -8,7 +8,7 @@ import pytest
 from mode_gguf_kernels import PackingError, Refinement, pack, unpack
 from tests.kernels import inputs
 
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
 SHAPE = 64, 512
 
 

@@ -61,7 +61,7 @@ def test_levels_lie_where_the_table_says(type_name: str, seed: int) -> None:
     grid = grid_of(blocks, layout, lambda filled: weights_of(filled, type_name))
     levels = read_levels(blocks, layout)
     assert levels.max() <= layout.highest
-    expected = grid.lowest.repeat(grid.width, 1) + grid.step.repeat(grid.width, 1) * levels
+    expected = grid.lowest.repeat(grid.width, 1) + grid.step.repeat(grid.width, 1) * grid.values[levels]
     np.testing.assert_allclose(weights_of(blocks, type_name), expected, rtol=1e-5, atol=1e-6)
 
     new = generator.integers(0, layout.highest + 1, levels.shape).astype(np.uint8)
@@ -73,7 +73,8 @@ def test_levels_lie_where_the_table_says(type_name: str, seed: int) -> None:
 
 
 def grid_of_packed(packed: np.ndarray, type_name: str) -> Grid:
-    return grid_of(blocks_of(packed, type_name), LAYOUTS[type_name], lambda filled: weights_of(filled, type_name))
+    grid = grid_of(blocks_of(packed, type_name), LAYOUTS[type_name], lambda filled: weights_of(filled, type_name))
+    return grid._replace(lowest=np.ascontiguousarray(grid.lowest), step=np.ascontiguousarray(grid.step))
 
 
 def by_definition(grid: Grid, matrix: np.ndarray, factor: np.ndarray) -> np.ndarray:
@@ -84,9 +85,9 @@ def by_definition(grid: Grid, matrix: np.ndarray, factor: np.ndarray) -> np.ndar
         target = matrix[:, j] + errors[:, :j] @ factor[:j, j].astype(np.float64)
         usable = step[:, j] != 0
         ratio = (target - lowest[:, j]) / np.where(usable, step[:, j], 1)
-        level = np.where(usable, np.clip(np.rint(ratio), 0, grid.highest), 0)
+        level = np.where(usable, np.abs(ratio[:, None] - grid.values).argmin(axis=1), 0)
         levels[:, j] = level
-        errors[:, j] = matrix[:, j] - (lowest[:, j] + step[:, j] * level)
+        errors[:, j] = matrix[:, j] - (lowest[:, j] + step[:, j] * grid.values[level])
     return levels
 
 
@@ -96,7 +97,7 @@ def test_every_column_takes_the_errors_of_those_before_it(type_name: str, moment
     matrix, factor = drawn(3), feedback_of(moments).factor
     grid = grid_of_packed(pack(matrix, type_name, refinement=Refinement()), type_name)
     found = np.empty(matrix.shape, np.uint8)
-    round_with_feedback(matrix, grid.lowest, grid.step, grid.width, grid.highest, factor, found)
+    round_with_feedback(matrix, grid, factor, found)
     expected = by_definition(grid, matrix, factor)
     differs = found != expected
     first_difference = np.where(differs.any(axis=1), differs.argmax(axis=1), COLUMNS)
@@ -116,7 +117,7 @@ def test_polish_ends_where_no_single_level_is_better(type_name: str, sweeps: int
     lowest, step = (part.repeat(grid.width, 1).astype(np.float64) for part in (grid.lowest, grid.step))
 
     def errors() -> np.ndarray:
-        found: np.ndarray = matrix - (lowest + step * levels)
+        found: np.ndarray = matrix - (lowest + step * grid.values[levels])
         return found
 
     def costs() -> np.ndarray:
@@ -125,14 +126,16 @@ def test_polish_ends_where_no_single_level_is_better(type_name: str, sweeps: int
 
     before = costs()
     h = feedback_of(moments).moments
-    polish(matrix, grid.lowest, grid.step, grid.width, grid.highest, h, levels, sweeps)
+    polish(matrix, grid, h, levels, sweeps)
     after = costs()
     assert (after < before).all()
     if sweeps > 1:
         gradients = errors() @ moments
         for move in (-1, 1):
-            inside = (levels.astype(int) + move >= 0) & (levels.astype(int) + move <= grid.highest)
-            saved = 2 * move * step * gradients - (move * step) ** 2 * np.diag(moments)
+            moved = levels.astype(int) + move
+            inside = (moved >= 0) & (moved < len(grid.values))
+            change = step * (grid.values[np.clip(moved, 0, len(grid.values) - 1)] - grid.values[levels])
+            saved = 2 * change * gradients - change**2 * np.diag(moments)
             assert (saved[inside] < 1e-5 * after.mean()).all()
 
 

@@ -107,9 +107,9 @@ class TestFinding:
 
     @pytest.mark.usefixtures("no_embedded_library")
     def test_without_any_only_its_types_are_refused(self) -> None:
-        libggml.check_available(parse_types("Q2_K,Q8_0,F16"))
+        libggml.check_available(parse_types("Q2_K,Q8_0,Q4_0,IQ4_NL,F16"))
         with pytest.raises(MissingResourceError, match=r"IQ2_XXS.*pip install xllamacpp, or let MODE_GGUF_LLAMA_CPP"):
-            libggml.check_available(parse_types("Q2_K,IQ4_NL"))
+            libggml.check_available(parse_types("Q2_K,IQ4_XS"))
         assert "was not found" in libggml.status()
 
     @pytest.mark.usefixtures("no_embedded_library")
@@ -127,8 +127,8 @@ class TestFinding:
 
     @pytest.mark.usefixtures("fresh")
     def test_a_library_that_lays_a_type_out_differently(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(libggml._TYPES, "Q4_0", replace(QUANT_TYPES["Q4_0"], type_size=20))
-        with pytest.raises(MissingResourceError, match=r"type 2 is .*, Q4_0 with 32 weights in 20 bytes expected"):
+        monkeypatch.setitem(libggml._TYPES, "IQ4_XS", replace(QUANT_TYPES["IQ4_XS"], type_size=20))
+        with pytest.raises(MissingResourceError, match=r"type 23 is .*, IQ4_XS with 256 weights in 20 bytes expected"):
             libggml.library()
 
     @pytest.mark.usefixtures("fresh")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 
 from mode_gguf.architectures import text_tensors
@@ -23,3 +25,15 @@ def test_only_what_has_feedback_gets_cheaper(checkpoint: Checkpoint) -> None:
     assert (costs[f"{names[Role.EMBEDDING]}.unit"] == 1).all()
     assert (costs[f"blk.{expert.layer}.ffn_exps.expert"] == [GAIN, 1.0]).all()
     assert (costs[f"{expert.name}.weight_error"] == 1).all()
+
+
+def test_what_stands_in_counts_as_what_it_is(checkpoint: Checkpoint) -> None:
+    """Down takes IQ4_NL, which has feedback, and Q8_0, which has none; together experts get the mean of the two."""
+    experts = [t for t in text_tensors(checkpoint) if t.role is Role.EXPERT and t.layer == 0]
+    odd = [replace(t, shape=(*t.shape[:2], 96)) if t.projection == "down" else t for t in experts]
+    (down,) = (t for t in odd if t.projection == "down")
+    types = ["Q2_K", "Q8_0"]
+    arrays = {f"{down.name}.unit": np.ones((2, 3, 2)), "blk.0.ffn_exps.expert": np.ones((2, 3, 4, 2))}
+    costs = with_gain(arrays, odd, types, types)
+    assert (costs[f"{down.name}.unit"] == [GAIN, 1.0]).all()
+    np.testing.assert_allclose(costs["blk.0.ffn_exps.expert"][0, 0, 0], [GAIN, 1.0])

@@ -42,7 +42,8 @@ class Transformers:
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
         text: str = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         count = int(seen["image_grid_thw"].prod()) // 4
-        return self.tokens(text.replace("<|image_pad|>", "<|image_pad|>" * count))
+        image_token: str = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        return self.tokens(text.replace(image_token, image_token * count))
 
     @torch.no_grad()
     def logits(self, tokens: list[int], seen: dict[str, Any] | None = None) -> np.ndarray:

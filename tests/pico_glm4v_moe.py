@@ -1,0 +1,274 @@
+"""The smallest honest GLM-4.5V checkpoint: a dense layer, three with experts, one for multi-token prediction."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tests import pico
+from tests.pico import HIDDEN, VISION_BLOCKS, VISION_HIDDEN, VOCAB, Draw, write_json, write_tokenizer, write_weights
+
+GLM4_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "[gMASK]",
+    "<sop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|image|>",
+    "<|video|>",
+)
+CHAT_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|begin_of_image|><|image|><|end_of_image|>"
+    "{% elif 'text' in part %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LAYERS, DENSE_LAYERS = 4, 1
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
+EXPERTS, TOP_K = 6, 2
+WIDTH, DENSE_WIDTH = 352, 480
+"""Multiples of 32 and not of 256, as the real model's 1408 and 10944 are."""
+PATCH, IMAGE_SIZE = 14, 112
+MERGER_WIDTH = 192
+
+Layout = Literal["public", "fused"]
+
+token_id = partial(pico.token_id, special_tokens=SPECIAL_TOKENS)
+
+
+def write_pico_glm4v_moe(
+    folder: Path,
+    *,
+    seed: int = 0,
+    layout: Layout = "public",
+    mtp: bool = False,
+    tied: bool = False,
+    biased: bool = True,
+    dense_layers: int = DENSE_LAYERS,
+    **text: Any,
+) -> Path:
+    """Write a random checkpoint into `folder` (created) and return it.
+
+    Args:
+        seed: of the weights.
+        layout: "public" stores one tensor per expert and projection, like the checkpoints on the hubs; "fused"
+            (E, 2I, H) and (E, H, I), as transformers 5 holds them.
+        mtp: with a block for multi-token prediction behind the last layer, three tensors of it.
+        tied: the output head is the token embedding, and is not stored.
+        biased: queries, keys and values have biases.
+        dense_layers: the first ones, without experts.
+        text: further settings of `text_config`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(
+        folder,
+        GLM4_SPLIT,
+        "PreTrainedTokenizerFast",
+        special_tokens=SPECIAL_TOKENS,
+        eos="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        normalised=False,
+    )
+    text = {"attention_bias": biased, "first_k_dense_replace": dense_layers, **text}
+    write_json(folder / "config.json", _config(tied, {**text, "num_nextn_predict_layers": int(mtp)}))
+    _write_surroundings(folder)
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(_weights(generator, layout, tied, biased, dense_layers))
+    if mtp:
+        block = f"model.language_model.layers.{LAYERS}"
+        weights[f"{block}.eh_proj.weight"] = Draw(generator).matrix(HIDDEN, 2 * HIDDEN)
+        weights[f"{block}.enorm.weight"] = Draw(generator).gains(HIDDEN)
+        weights[f"{block}.self_attn.o_proj.weight"] = Draw(generator).matrix(HIDDEN, HEADS * HEAD_DIM)
+    stored = {
+        # What transformers keeps in F32, the hubs store in F32.
+        name: (tensor if "e_score" in name else tensor.bfloat16()).contiguous()
+        for name, tensor in weights.items()
+    }
+    write_weights(folder, stored, shards=2)
+    return folder
+
+
+def _write_surroundings(folder: Path) -> None:
+    write_json(
+        folder / "generation_config.json",
+        {"eos_token_id": [token_id(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]},
+    )
+    side = 2 * PATCH
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Glm4vImageProcessor",
+            "processor_class": "Glm4vProcessor",
+            "size": {"shortest_edge": 2 * 8 * side * side, "longest_edge": 2 * 256 * side * side},
+            "patch_size": PATCH,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+    )
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\npipeline_tag: image-text-to-text\n---\n# Pico\nRandom weights.\n"
+    )
+
+
+def _config(tied: bool, text: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["Glm4vMoeForConditionalGeneration"],
+        "model_type": "glm4v_moe",
+        "transformers_version": "4.57.1",
+        "tie_word_embeddings": tied,
+        "image_token_id": token_id("<|image|>"),
+        "video_token_id": token_id("<|video|>"),
+        "image_start_token_id": token_id("<|begin_of_image|>"),
+        "image_end_token_id": token_id("<|end_of_image|>"),
+        "video_start_token_id": token_id("<|begin_of_video|>"),
+        "video_end_token_id": token_id("<|end_of_video|>"),
+        "text_config": {
+            "model_type": "glm4v_moe_text",
+            "dtype": "bfloat16",
+            "vocab_size": VOCAB,
+            "hidden_size": HIDDEN,
+            "intermediate_size": DENSE_WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_qk_norm": False,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "moe_intermediate_size": WIDTH,
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": TOP_K,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+            "bos_token_id": None,
+            "eos_token_id": token_id("<|endoftext|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 10_000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+            **text,
+        },
+        "vision_config": {
+            "model_type": "glm4v_moe_vision",
+            "depth": VISION_BLOCKS,
+            "hidden_size": VISION_HIDDEN,
+            "intermediate_size": MERGER_WIDTH,
+            "num_heads": 2,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "in_channels": 3,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "out_hidden_size": HIDDEN,
+            "rms_norm_eps": 1e-5,
+        },
+    }
+
+
+def _weights(
+    generator: torch.Generator, layout: Layout, tied: bool, biased: bool, dense_layers: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    draw = Draw(generator)
+    matrix, gains = draw.matrix, draw.gains
+    yield "model.language_model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    for layer in range(LAYERS):
+        prefix = f"model.language_model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            yield f"{prefix}.self_attn.{name}_proj.weight", matrix(heads * HEAD_DIM, HIDDEN)
+            if biased:
+                bias = 0.2 * torch.randn(heads * HEAD_DIM, generator=generator)
+                yield f"{prefix}.self_attn.{name}_proj.bias", bias
+        yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * HEAD_DIM)
+        yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
+        if layer < dense_layers:
+            yield from _ffn(f"{prefix}.mlp", draw, DENSE_WIDTH)
+            continue
+        yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
+        yield f"{prefix}.mlp.gate.e_score_correction_bias", 0.1 * torch.randn(EXPERTS, generator=generator)
+        gate_up, down = matrix(EXPERTS, 2 * WIDTH, HIDDEN), matrix(EXPERTS, HIDDEN, WIDTH)
+        yield from _experts(f"{prefix}.mlp.experts", gate_up, down, layout)
+        yield from _ffn(f"{prefix}.mlp.shared_experts", draw, WIDTH)
+    yield "model.language_model.norm.weight", gains(HIDDEN)
+    if not tied:
+        yield "lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
+    yield from _vision_weights(generator)
+
+
+def _ffn(prefix: str, draw: Draw, width: int, hidden: int = HIDDEN) -> Iterator[tuple[str, torch.Tensor]]:
+    yield f"{prefix}.gate_proj.weight", draw.matrix(width, hidden)
+    yield f"{prefix}.up_proj.weight", draw.matrix(width, hidden)
+    yield f"{prefix}.down_proj.weight", draw.matrix(hidden, width)
+
+
+def _experts(
+    prefix: str, gate_up: torch.Tensor, down: torch.Tensor, layout: Layout
+) -> Iterator[tuple[str, torch.Tensor]]:
+    if layout == "fused":
+        yield f"{prefix}.gate_up_proj", gate_up
+        yield f"{prefix}.down_proj", down
+        return
+    for expert in range(EXPERTS):
+        gate, up = gate_up[expert].chunk(2)
+        yield f"{prefix}.{expert}.gate_proj.weight", gate
+        yield f"{prefix}.{expert}.up_proj.weight", up
+        yield f"{prefix}.{expert}.down_proj.weight", down[expert]
+
+
+def _vision_weights(generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    draw = Draw(generator)
+    matrix, gains = draw.matrix, draw.gains
+
+    def bias(n: int) -> torch.Tensor:
+        return 0.05 * torch.randn(n, generator=generator)
+
+    visual = "model.visual"
+    patch = matrix(VISION_HIDDEN, 3 * 2 * PATCH * PATCH)
+    yield f"{visual}.patch_embed.proj.weight", patch.view(VISION_HIDDEN, 3, 2, PATCH, PATCH)
+    yield f"{visual}.patch_embed.proj.bias", bias(VISION_HIDDEN)
+    positions = (IMAGE_SIZE // PATCH) ** 2
+    yield (
+        f"{visual}.embeddings.position_embedding.weight",
+        0.1 * torch.randn(positions, VISION_HIDDEN, generator=generator),
+    )
+    yield f"{visual}.post_conv_layernorm.weight", gains(VISION_HIDDEN)
+    for block in range(VISION_BLOCKS):
+        prefix = f"{visual}.blocks.{block}"
+        yield f"{prefix}.norm1.weight", gains(VISION_HIDDEN)
+        yield f"{prefix}.attn.qkv.weight", matrix(3 * VISION_HIDDEN, VISION_HIDDEN)
+        yield f"{prefix}.attn.proj.weight", matrix(VISION_HIDDEN, VISION_HIDDEN)
+        yield f"{prefix}.norm2.weight", gains(VISION_HIDDEN)
+        yield from _ffn(f"{prefix}.mlp", draw, HIDDEN, VISION_HIDDEN)
+    yield f"{visual}.post_layernorm.weight", gains(VISION_HIDDEN)
+    downsample = matrix(HIDDEN, 4 * VISION_HIDDEN)
+    yield f"{visual}.downsample.weight", downsample.view(HIDDEN, VISION_HIDDEN, 2, 2)
+    yield f"{visual}.downsample.bias", bias(HIDDEN)
+    yield f"{visual}.merger.proj.weight", matrix(HIDDEN, HIDDEN)
+    yield f"{visual}.merger.post_projection_norm.weight", gains(HIDDEN)
+    yield f"{visual}.merger.post_projection_norm.bias", bias(HIDDEN)
+    yield from _ffn(f"{visual}.merger", draw, MERGER_WIDTH)
