@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from mode_gguf import fp8
+from mode_gguf import fp8, packed_weights
 from mode_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,8 +30,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
     fp8.DTYPE: np.dtype("u1"),
 }
+_INTEGERS = ("I32", "I64")
+"""Parts of packed weights."""
 _MAX_HEADER_BYTES = 2**25
 """The format allows 100 MB; 100,000 tensors in one file take 15 MB, and as Python objects twenty times as much."""
 _MAX_JSON_BYTES = 2**26
@@ -46,10 +50,11 @@ class StoredTensor:
     """Where a tensor lies.
 
     Attributes:
-        shape: of the weights.
+        shape: of the weights, unpacked.
         dtype: safetensors' name of what is stored.
         offset: counts from the file's start.
-        scale: of weights in FP8, where their scales lie; each is for `blocks` indices of every dimension.
+        scale: of weights in FP8 or packed in four bits (`packed_weights`), where their scales lie.
+        blocks: of weights in FP8, how many indices of every dimension a scale is for.
     """
 
     file: Path
@@ -60,8 +65,16 @@ class StoredTensor:
     blocks: tuple[int, ...] = ()
 
     @property
+    def is_packed(self) -> bool:
+        return self.scale is not None and not self.blocks
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return (*self.shape[:-1], self.shape[-1] // packed_weights.PER_INT32) if self.is_packed else self.shape
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * int(_DTYPES[self.dtype].itemsize)
+        return math.prod(self.stored_shape) * int(_DTYPES[self.dtype].itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +118,24 @@ class Checkpoint:
         """
         _check_folder(folder)
         config = read_json(folder / "config.json")
-        quantization = config.pop("quantization_config", {})
+        quantization = config.pop("quantization_config", None)
+        if quantization is None:
+            quantization = _text_quantization(config)
         if not isinstance(quantization, dict):
             quantization = {"quant_method": quantization}
         method = quantization.get("quant_method", "unknown") if quantization else None
-        stored = _index(folder) if method in (None, fp8.METHOD) else {}
-        if method is not None and all(tensor.dtype != fp8.DTYPE for tensor in stored.values()):
+        is_packed = packed_weights.is_supported(quantization)
+        stored = _index(folder) if method in (None, fp8.METHOD) or is_packed else {}
+        if method is not None and not is_packed and all(tensor.dtype != fp8.DTYPE for tensor in stored.values()):
             raise InputError(
-                f"{folder}: the checkpoint is already quantized ({method}); expected full-precision weights "
-                "(BF16, F16 or F32, or FP8 with scales), so point to the original model"
+                f"{folder}: the checkpoint is already quantized ({method}); expected full-precision weights (BF16, F16 "
+                "or F32), FP8 with scales, or symmetric 4-bit groups as Kimi K2.5 has them, so point to the original "
+                "model"
             )
+        if is_packed:
+            stored = _with_unpacked(folder, stored)
         tensors = _with_scales(folder, stored, quantization.get("weight_block_size"))
+        _check_no_integers(tensors)
         repository, revision = _cached_snapshot(folder) or (None, None)
         return cls(
             path=folder,
@@ -135,7 +155,8 @@ class Checkpoint:
         """A copy of `tensor[index]` (all of it for None); only those bytes are read.
 
         Returns:
-            float32, float16, or for bfloat16 its raw bits in uint16, C-contiguous; float32 for FP8.
+            float32, float16, or for bfloat16 its raw bits in uint16, C-contiguous; float32 for FP8 and packed weights,
+            of which an index selects rows.
 
         Raises:
             InputError: no such tensor, or the file has become shorter since the checkpoint was opened.
@@ -145,6 +166,8 @@ class Checkpoint:
             read = _copy(stored, index)
             if stored.scale is None:
                 return read
+            if stored.is_packed:
+                return packed_weights.unpacked(read, _float32(_copy(stored.scale, index)))
             parts = () if index is None else index if isinstance(index, tuple) else (index,)
             return fp8.decoded(read, _float32(_copy(stored.scale, None)), stored.blocks, stored.shape, parts)
         except (OSError, ValueError) as error:
@@ -160,7 +183,7 @@ class Checkpoint:
 
 
 def _copy(stored: StoredTensor, index: Index | None) -> np.ndarray:
-    mapped = np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.shape)
+    mapped = np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.stored_shape)
     return np.array(mapped if index is None else mapped[index], order="C", subok=False)
 
 
@@ -168,6 +191,12 @@ def _float32(scales: np.ndarray) -> np.ndarray:
     if scales.dtype == np.uint16:
         return (scales.astype(np.uint32) << 16).view(np.float32)
     return scales.astype(np.float32)
+
+
+def _text_quantization(config: Mapping[str, Any]) -> Any:
+    """quantization_config of the text model alone, as Kimi K2.5 has it."""
+    text = config.get("text_config")
+    return text.get("quantization_config", {}) if isinstance(text, dict) else {}
 
 
 def _with_scales(folder: Path, stored: Mapping[str, StoredTensor], block: Any) -> dict[str, StoredTensor]:
@@ -356,6 +385,38 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) < len(pairs):
         raise ValueError("a key twice")
     return unique
+
+
+def _check_no_integers(tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype in _INTEGERS and not tensor.is_packed:
+            raise InputError(
+                f"{tensor.file}: tensor {name:.200} has type {tensor.dtype}; supported are "
+                f"{', '.join(dtype for dtype in _DTYPES if dtype not in _INTEGERS)}"
+            )
+
+
+def _with_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Packed weights under the name of what they stand for, in the place of their parts."""
+    found = dict(tensors)
+    for packed in tensors:
+        name = packed_weights.packed_name(packed)
+        if name is None:
+            continue
+        _, scale, shape = (found.pop(part, None) for part in packed_weights.parts(name))
+        stored, broken = tensors[packed], f"{folder}: tensor {packed:.200} cannot be unpacked"
+        if scale is None or shape is None:
+            raise InputError(f"{broken}, its _scale or _shape is missing; download the checkpoint again")
+        size = tuple(int(n) for n in _copy(shape, None).reshape(-1))
+        unpacked = StoredTensor(stored.file, size, stored.dtype, stored.offset, scale)
+        whole = len(size) == 2 and stored.dtype == "I32" and stored.shape == unpacked.stored_shape
+        if not whole or len(scale.shape) != 2 or scale.shape[0] != size[0] or size[1] % max(1, scale.shape[1]):
+            raise InputError(
+                f"{broken}: {list(stored.shape)} {stored.dtype} and scales {list(scale.shape)} found for {list(size)}; "
+                "expected eight numbers per int32, rows after each other, and whole groups; use a full-precision copy"
+            )
+        found[name] = unpacked
+    return found
 
 
 def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:

@@ -12,6 +12,7 @@ from tests.pico import write_pico_qwen3vlmoe
 from tests.pico_gemma4_moe import write_pico_gemma4_moe
 from tests.pico_glm4v_moe import write_pico_glm4v_moe
 from tests.pico_internvl import write_pico_internvl
+from tests.pico_kimi import write_pico_kimi
 from tests.pico_mistral4 import write_pico_mistral4
 from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
@@ -106,3 +107,28 @@ def pico_mistral4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pico_mistral4_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights under the names of transformers' parameters; read only."""
     return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4-module", layout="module")
+
+
+@pytest.fixture(scope="session")
+def pico_kimi_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Kimi-VL checkpoint; read only."""
+    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-vl", "kimi_vl")
+
+
+@pytest.fixture(scope="session")
+def pico_kimi_vl_as_k25(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights and settings with Kimi K2.5's names, which transformers can read; read only."""
+    folder = tmp_path_factory.mktemp("pico") / "pico-kimi-vl-as-k25"
+    return write_pico_kimi(folder, "kimi_k25", low_rank=False, yarn=False)
+
+
+@pytest.fixture(scope="session")
+def pico_kimi_k25(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a pico Kimi K2.5 checkpoint in full precision; read only."""
+    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-k25", "kimi_k25")
+
+
+@pytest.fixture(scope="session")
+def pico_kimi_k25_packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its experts in four bits, as published; read only."""
+    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-k25-packed", "kimi_k25_packed")

@@ -43,6 +43,7 @@ EXPECTED = {
     "clip.projector_type": "stock writes the one of the vision tower alone where there might be an audio tower",
     "clip.use_gelu": "Gemma 4's activation; stock leaves it out, and llama.cpp then takes gelu_quick",
     "GGUF.kv_count": "counts the keys below",
+    "deepseek2.attention.q_lora_rank": "0: llama.cpp knows models without a low-rank query by their number of layers",
     "clip.vision.spatial_merge_size": "stock leaves GLM's to mtmd's default, the same 2",
     "GGUF.tensor_count": "counts the tensors below, and gate and up as two",
     "mistral4.attention.temperature_scale": "stock writes it for dense models only, llama.cpp reads it for these, too",

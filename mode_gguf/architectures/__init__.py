@@ -3,7 +3,16 @@
 A family is one module of data; to add one, write it and list it in `FAMILIES`.
 """
 
-from mode_gguf.architectures import gemma4_moe, glm4v_moe, internvl, mistral4, qwen3_5_moe, qwen3_vl_moe
+from mode_gguf.architectures import (
+    gemma4_moe,
+    glm4v_moe,
+    internvl,
+    kimi_k25,
+    kimi_vl,
+    mistral4,
+    qwen3_5_moe,
+    qwen3_vl_moe,
+)
 from mode_gguf.architectures.base_family import base_family, checkpoint_with_base
 from mode_gguf.architectures.family import (
     Metadata,
@@ -37,6 +46,8 @@ FAMILIES: tuple[ModelFamily, ...] = (
     glm4v_moe.FAMILY,
     internvl.ORIGINAL,
     internvl.FAMILY,
+    kimi_vl.FAMILY,
+    kimi_k25.FAMILY,
     mistral4.PUBLIC,
     mistral4.FAMILY,
 )

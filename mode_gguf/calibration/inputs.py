@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor
 
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace
 from mode_gguf.calibration.kinds import ANSWERS
 from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
-from mode_gguf.calibration.model_config import model_config
 from mode_gguf.calibration.sample import Sample
+from mode_gguf.calibration.tokenizer import open_tokenizer
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
@@ -95,9 +95,7 @@ class InputBuilder:
         family = find_family(checkpoint)
         image_processor, image_token = None, -1
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.path, config=model_config(checkpoint, family), trust_remote_code=False
-            )
+            tokenizer = open_tokenizer(checkpoint, family)
             if family.projector_type and family.needs_processor:
                 image_processor = _image_processor(checkpoint)
         except (OSError, ValueError, ImportError) as error:

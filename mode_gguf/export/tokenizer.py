@@ -1,4 +1,5 @@
-"""tokenizer.* keys from a checkpoint's tokenizer.json: byte-level BPE, which llama.cpp calls `gpt2`, and Gemma 4's."""
+"""tokenizer.* keys from a checkpoint's tokenizer.json or tiktoken.model: byte-level BPE, which llama.cpp calls `gpt2`,
+and Gemma 4's."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
+from mode_gguf import tiktoken_model
 from mode_gguf.checkpoint import read_json
 from mode_gguf.errors import InputError
 
@@ -36,6 +38,7 @@ _PRE_TOKENIZERS = {
     ("NFC", QWEN35_SPLIT): "qwen35",
     ("None", GLM4_SPLIT): "glm4",
     ("None", TEKKEN_SPLIT): "tekken",
+    ("None", tiktoken_model.KIMI_SPLIT): "kimi-k2",
 }
 """llama.cpp's name of a pre-tokenizer, by normaliser and split expression.
 
@@ -83,14 +86,18 @@ def add_tokenizer_keys(
         InputError: a tokenizer file cannot be used, or the pre-tokenizer is not known and not given.
     """
     vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer)
-    post_processor = _read_tokenizer(folder).get("post_processor") or {}
+    tiktoken = tiktoken_model.is_published_so(folder)
+    post_processor = {} if tiktoken else _read_tokenizer(folder).get("post_processor") or {}
     try:
-        special = SpecialVocab(folder, load_merges=True, n_vocab=vocabulary_size)
+        special = SpecialVocab(folder, load_merges=not tiktoken, n_vocab=vocabulary_size)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise InputError(
             f"{folder}: special tokens or merges cannot be read from tokenizer.json and tokenizer_config.json "
             f"({error!r}); download them again"
         ) from error
+    if tiktoken:
+        ranks = tiktoken_model.read_ranks(folder / tiktoken_model.FILE)
+        special.merges = [" ".join(merge) for merge in tiktoken_model.last_merges(ranks)]
     if not special.merges:
         raise InputError(f"{folder / 'tokenizer.json'}: no merges found, expected byte-level BPE; download it again")
     for role, token in special_tokens.items():
@@ -110,15 +117,17 @@ def add_tokenizer_keys(
     if post_processor.get("type") == "ByteLevel":  # it adds no token, which gguf's reader does not conclude
         for kind in ("bos", "eos"):
             special.add_special_token.setdefault(kind, False)
-    if not (folder / "tokenizer.json").exists():  # where gguf's reader takes the ids of special tokens from
+    # gguf's reader takes ids of special tokens from tokenizer.json, or from config.json, which is enough for Kimi
+    if not tiktoken and not (folder / "tokenizer.json").exists():
         special.special_token_ids |= _special_ids(folder, vocabulary)
     special.add_to_gguf(writer, quiet=True)
 
 
 def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -> Vocabulary:
     """Tokens 0 to `size` - 1; raises like `add_tokenizer_keys`."""
-    path = folder / "tokenizer.json"
-    tokenizer = _read_tokenizer(folder)
+    tiktoken = tiktoken_model.is_published_so(folder)
+    path = folder / (tiktoken_model.FILE if tiktoken else "tokenizer.json")
+    tokenizer = tiktoken_model.tokenizer_json(folder) if tiktoken else _read_tokenizer(folder)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise InputError(f"{path}: expected a BPE model with a vocabulary; other tokenizers are not supported")

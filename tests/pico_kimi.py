@@ -1,0 +1,318 @@
+"""The smallest honest Kimi-VL and Kimi K2.5 checkpoints: one dense layer, two of experts, latent attention."""
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tests.pico import TRAINING_TEXT, Draw, write_json, write_weights
+
+HIDDEN = 256
+LAYERS, DENSE_LAYERS = 3, 1
+HEADS, NOPE, ROTATED, VALUE, LATENT, QUERY_RANK = 4, 64, 32, 64, 96, 256
+EXPERTS, TOP_K, WIDTH, SHARED, DENSE_WIDTH = 4, 2, 160, 2, 512
+"""The width of an expert is no multiple of 256, as Kimi-VL's 1408 is not."""
+VISION_HIDDEN, VISION_WIDTH, VISION_BLOCKS, VISION_HEADS = 64, 128, 3, 2
+PATCH, POSITIONS = 14, 8
+"""Pictures of 112 x 112 have as many patches as the table has positions."""
+RANKS = 320
+VOCAB = RANKS + 256
+NAMED = {
+    "[BOS]": 0,
+    "[EOS]": 1,
+    "<|im_end|>": 2,
+    "<|im_user|>": 3,
+    "<|im_assistant|>": 4,
+    "<|im_middle|>": 17,
+    "<|media_content|>": 19,
+    "<|media_end|>": 20,
+    "<|media_pad|>": 21,
+}
+"""Special tokens, by their places behind the ranks; further ones have no names."""
+
+Layout = Literal["kimi_vl", "kimi_k25", "kimi_k25_packed"]
+YARN = {
+    "type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+def write_pico_kimi(
+    folder: Path, layout: Layout, *, seed: int = 0, low_rank: bool | None = None, yarn: bool | None = None
+) -> Path:
+    """Write a random checkpoint into `folder` (created) and return it.
+
+    Args:
+        layout: whose names and configuration; weights are the same, but "kimi_k25_packed" has its experts in four bits.
+        seed: of the weights.
+        low_rank: whether queries have a low-rank matrix; None for what the model has, as all others.
+        yarn: whether rotary positions are scaled.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    is_vl = layout == "kimi_vl"
+    low_rank = not is_vl if low_rank is None else low_rank
+    yarn = not is_vl if yarn is None else yarn
+    text = _text_config(low_rank=low_rank, yarn=yarn)
+    write_json(folder / "config.json", _kimi_vl_config(text) if is_vl else _kimi_k25_config(text, layout))
+    write_json(folder / "generation_config.json", {"eos_token_id": special("<|im_end|>")})
+    write_json(folder / "preprocessor_config.json", _preprocessor(is_vl=is_vl))
+    _write_tokenizer(folder, "<|media_start|>" if is_vl else "<|media_begin|>")
+    (folder / "README.md").write_text("---\nlicense: mit\npipeline_tag: image-text-to-text\n---\n# Pico\nRandom.\n")
+    weights = dict(_weights(torch.Generator().manual_seed(seed), is_vl=is_vl, low_rank=low_rank))
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        if layout == "kimi_k25_packed" and ".experts." in name:
+            stored |= packed(name, tensor)
+        elif name.endswith("e_score_correction_bias"):
+            stored[name] = tensor
+        else:
+            stored[name] = tensor.bfloat16().contiguous()
+    write_weights(folder, stored, shards=2)
+    return folder
+
+
+def special(token: str) -> int:
+    return RANKS + NAMED[token]
+
+
+def packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What compressed-tensors stores of a matrix: four bits, symmetric, in groups of 32."""
+    rows, n_in = weight.shape
+    groups = weight.reshape(rows, -1, 32)
+    scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+    numbers = (groups / scale.float()[..., None]).round().clamp(-8, 7).reshape(rows, n_in).long() + 8
+    words = (numbers.reshape(rows, -1, 8) << torch.arange(0, 32, 4)).sum(-1)
+    return {
+        f"{name}_packed": (words - (words >= 2**31) * 2**32).int(),
+        f"{name}_scale": scale,
+        f"{name}_shape": torch.tensor([rows, n_in]),
+    }
+
+
+def _text_config(*, low_rank: bool, yarn: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "hidden_size": HIDDEN,
+        "intermediate_size": DENSE_WIDTH,
+        "moe_intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "n_shared_experts": SHARED,
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "first_k_dense_replace": DENSE_LAYERS,
+        "moe_layer_freq": 1,
+        "routed_scaling_factor": 2.446,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": LATENT,
+        "q_lora_rank": QUERY_RANK if low_rank else None,
+        "qk_nope_head_dim": NOPE,
+        "qk_rope_head_dim": ROTATED,
+        "v_head_dim": VALUE,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 50_000.0,
+        "rope_scaling": YARN if yarn else None,
+        "num_nextn_predict_layers": 0,
+        "bos_token_id": special("[BOS]"),
+        "eos_token_id": special("[EOS]"),
+        "pad_token_id": VOCAB - 1,
+        "tie_word_embeddings": False,
+    }
+
+
+def _kimi_vl_config(text: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["KimiVLForConditionalGeneration"],
+        "model_type": "kimi_vl",
+        "auto_map": {"AutoConfig": "configuration_kimi_vl.KimiVLConfig"},
+        "media_placeholder_token_id": special("<|media_pad|>"),
+        "tie_word_embeddings": False,
+        "text_config": {**text, "model_type": "deepseek_v3"},
+        "vision_config": {
+            "model_type": "moonvit",
+            "patch_size": PATCH,
+            "init_pos_emb_height": POSITIONS,
+            "init_pos_emb_width": POSITIONS,
+            "num_attention_heads": VISION_HEADS,
+            "num_hidden_layers": VISION_BLOCKS,
+            "hidden_size": VISION_HIDDEN,
+            "intermediate_size": VISION_WIDTH,
+            "merge_kernel_size": [2, 2],
+        },
+    }
+
+
+def _kimi_k25_config(text: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    text = {**text, "model_type": "kimi_k2"}
+    if layout == "kimi_k25_packed":
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+        text["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+        }
+    return {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "auto_map": {"AutoConfig": "configuration_kimi_k25.KimiK25Config"},
+        "media_placeholder_token_id": special("<|media_pad|>"),
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {
+            "patch_size": PATCH,
+            "init_pos_emb_height": POSITIONS,
+            "init_pos_emb_width": POSITIONS,
+            "init_pos_emb_time": 4,
+            "merge_kernel_size": [2, 2],
+            "mm_hidden_size": VISION_HIDDEN,
+            "projector_hidden_act": "gelu",
+            "projector_ln_eps": 1e-5,
+            "text_hidden_size": HIDDEN,
+            "vt_hidden_size": VISION_HIDDEN,
+            "vt_intermediate_size": VISION_WIDTH,
+            "vt_num_attention_heads": VISION_HEADS,
+            "vt_num_hidden_layers": VISION_BLOCKS,
+        },
+    }
+
+
+def _preprocessor(*, is_vl: bool) -> dict[str, Any]:
+    shared = {"patch_size": PATCH, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    if is_vl:
+        return {**shared, "in_token_limit": 4096, "merge_kernel_size": [2, 2], "pad_input": True}
+    return {"media_proc_cfg": {**shared, "in_patch_limit": 16384, "merge_kernel_size": 2}}
+
+
+def _weights(generator: torch.Generator, *, is_vl: bool, low_rank: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    draw = Draw(generator)
+    matrix, gains = draw.matrix, draw.gains
+    text = "language_model.model"
+    query = HEADS * (NOPE + ROTATED)
+    yield f"{text}.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    for layer in range(LAYERS):
+        prefix = f"{text}.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
+        if low_rank:
+            yield f"{prefix}.self_attn.q_a_proj.weight", matrix(QUERY_RANK, HIDDEN)
+            yield f"{prefix}.self_attn.q_a_layernorm.weight", gains(QUERY_RANK)
+            yield f"{prefix}.self_attn.q_b_proj.weight", matrix(query, QUERY_RANK)
+        else:
+            yield f"{prefix}.self_attn.q_proj.weight", matrix(query, HIDDEN)
+        yield f"{prefix}.self_attn.kv_a_proj_with_mqa.weight", matrix(LATENT + ROTATED, HIDDEN)
+        yield f"{prefix}.self_attn.kv_a_layernorm.weight", gains(LATENT)
+        yield f"{prefix}.self_attn.kv_b_proj.weight", matrix(HEADS * (NOPE + VALUE), LATENT)
+        yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * VALUE)
+        yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
+        if layer < DENSE_LAYERS:
+            yield from _feed_forward(draw, f"{prefix}.mlp", DENSE_WIDTH)
+            continue
+        yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
+        yield f"{prefix}.mlp.gate.e_score_correction_bias", torch.randn(EXPERTS, generator=generator) * 0.3
+        for expert in range(EXPERTS):
+            yield from _feed_forward(draw, f"{prefix}.mlp.experts.{expert}", WIDTH)
+        yield from _feed_forward(draw, f"{prefix}.mlp.shared_experts", SHARED * WIDTH)
+    yield f"{text}.norm.weight", gains(HIDDEN)
+    yield "language_model.lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
+    yield from _vision_weights(draw, is_vl=is_vl)
+
+
+def _feed_forward(draw: Draw, prefix: str, width: int) -> Iterator[tuple[str, torch.Tensor]]:
+    yield f"{prefix}.gate_proj.weight", draw.matrix(width, HIDDEN)
+    yield f"{prefix}.up_proj.weight", draw.matrix(width, HIDDEN)
+    yield f"{prefix}.down_proj.weight", draw.matrix(HIDDEN, width)
+
+
+def _vision_weights(draw: Draw, *, is_vl: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    def bias(n: int) -> torch.Tensor:
+        return 0.05 * torch.randn(n, generator=draw.generator)
+
+    def linear(name: str, rows: int, n_in: int) -> Iterator[tuple[str, torch.Tensor]]:
+        yield f"{name}.weight", draw.matrix(rows, n_in)
+        yield f"{name}.bias", bias(rows)
+
+    def norm(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        yield f"{name}.weight", draw.gains(VISION_HIDDEN)
+        yield f"{name}.bias", bias(VISION_HIDDEN)
+
+    tower = "vision_tower"
+    pixels = 3 * PATCH * PATCH
+    yield f"{tower}.patch_embed.proj.weight", draw.matrix(VISION_HIDDEN, pixels).view(VISION_HIDDEN, 3, PATCH, PATCH)
+    yield f"{tower}.patch_embed.proj.bias", bias(VISION_HIDDEN)
+    yield (
+        f"{tower}.patch_embed.pos_emb.weight",
+        0.3 * torch.randn(POSITIONS, POSITIONS, VISION_HIDDEN, generator=draw.generator),
+    )
+    for block in range(VISION_BLOCKS):
+        prefix = f"{tower}.encoder.blocks.{block}"
+        yield from norm(f"{prefix}.norm0")
+        yield from norm(f"{prefix}.norm1")
+        yield from linear(f"{prefix}.wqkv", 3 * VISION_HIDDEN, VISION_HIDDEN)
+        yield from linear(f"{prefix}.wo", VISION_HIDDEN, VISION_HIDDEN)
+        yield from linear(f"{prefix}.mlp.fc0", VISION_WIDTH, VISION_HIDDEN)
+        yield from linear(f"{prefix}.mlp.fc1", VISION_HIDDEN, VISION_WIDTH)
+    yield from norm(f"{tower}.encoder.final_layernorm")
+    projector = "multi_modal_projector" if is_vl else "mm_projector"
+    merged = 4 * VISION_HIDDEN
+    yield from norm(f"{projector}.pre_norm")
+    yield from linear(f"{projector}.linear_1" if is_vl else f"{projector}.proj.0", merged, merged)
+    yield from linear(f"{projector}.linear_2" if is_vl else f"{projector}.proj.2", HIDDEN, merged)
+
+
+def _write_tokenizer(folder: Path, begin: str) -> None:
+    ranks = _ranks()
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
+    (folder / "tiktoken.model").write_text("".join(lines))
+    names = {**NAMED, begin: 18}
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "TikTokenTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+            "bos_token": "[BOS]",
+            "eos_token": "[EOS]",
+            "added_tokens_decoder": {
+                str(RANKS + place): {"content": token, **flags} for token, place in sorted(names.items())
+            },
+        },
+    )
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|im_{{ message.role }}|>{{ message.role }}<|im_middle|>"
+        "{% if message.content is string %}{{ message.content }}"
+        "{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
+        + begin
+        + "image<|media_content|><|media_pad|><|media_end|>"
+        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"
+    )
+
+
+def _ranks() -> list[bytes]:
+    """Bytes, then the most frequent pairs of neighbours within words, pair by pair."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    words = [[bytes([byte]) for byte in f" {word}".encode()] for word in (TRAINING_TEXT + " 你好 世界").split()]
+    while len(tokens) < RANKS:
+        pairs = [(word[i], word[i + 1]) for word in words for i in range(len(word) - 1)]
+        left, right = max(dict.fromkeys(pairs), key=pairs.count)
+        tokens.append(left + right)
+        for word in words:
+            for i in range(len(word) - 2, -1, -1):
+                if word[i : i + 2] == [left, right]:
+                    word[i : i + 2] = [left + right]
+    return tokens
