@@ -13,14 +13,14 @@ of experts as one tensor, which llama.cpp reads, too, its halves are compared.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from gguf import GGUFReader, Keys, ReaderTensor
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf.architectures import find_family, text_tensors
+from mode_gguf.architectures.moon_vit import column_and_row_halves
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.export.projector import write_projector
@@ -54,13 +55,18 @@ EXPECTED = {
 COMPUTED = {"ssm_a": "minus exp; stock's float32 exp is off by one in the last place now and then"}
 """Ends of tensor names."""
 
-CORRECTED = {
-    ("internvl", "v.position_embd.weight"): (
-        partial(np.roll, shift=-1, axis=1),
+CORRECTED: Final[Mapping[tuple[str, str], tuple[Callable[[np.ndarray, int], np.ndarray], str]]] = {
+    ("internvl", r"v\.position_embd\.weight"): (
+        lambda stock, heads: np.roll(stock, shift=-1, axis=1),
         "stock's, with the class token's row last, where llama.cpp has that token",
     ),
+    ("kimivl", r"v\.blk\.\d+\.attn_[qk]\.(weight|bias)"): (
+        lambda stock, heads: stock[column_and_row_halves(len(stock), heads)],
+        "stock's, with channels of columns before channels of rows, as llama.cpp turns them",
+    ),
 }
-"""By projector type and tensor name: how ours comes from stock's where stock's is wrong, and why."""
+"""By projector type and tensors' names: how ours comes from stock's and the number of heads where stock's is wrong."""
+_HEADS: Final = Keys.ClipVision.Attention.HEAD_COUNT
 
 _RUN_CONVERTER = """
 import runpy, sys
@@ -107,12 +113,17 @@ def compare(ours: Path, stock: Path) -> Iterator[Difference]:
         if _layout(ours_) != _layout(stock_):
             yield Difference(name, _layout(ours_), _layout(stock_), EXPECTED.get(name, ""))
         elif ours_ is not None and stock_ is not None and ours_.data.tobytes() != stock_.data.tobytes():
-            projector = our_keys.get(Keys.Clip.PROJECTOR_TYPE, (None, None))[1]
-            correct, reason = CORRECTED.get((projector, name), (None, ""))
-            if correct is not None and correct(stock_.data).tobytes() == ours_.data.tobytes():
-                yield Difference(name, "other rows", "", reason)
-            else:
-                yield _other_values(name, ours_.data, stock_.data)
+            reason = _corrected(name, ours_.data, stock_.data, our_keys)
+            yield Difference(name, "other rows", "", reason) if reason else _other_values(name, ours_.data, stock_.data)
+
+
+def _corrected(name: str, ours: np.ndarray, stock: np.ndarray, keys: Mapping[str, Any]) -> str:
+    """Why ours has stock's rows in another order; empty where it has not."""
+    found, heads = (keys.get(key, (None, None))[1] for key in (Keys.Clip.PROJECTOR_TYPE, _HEADS))
+    for (projector, names), (correct, reason) in CORRECTED.items():
+        if projector == found and re.fullmatch(names, name) and correct(stock, heads).tobytes() == ours.tobytes():
+            return reason
+    return ""
 
 
 def _unfused(tensors: Sequence[ReaderTensor], wanted: Container[str]) -> Iterator[tuple[str, ReaderTensor]]:
