@@ -57,14 +57,6 @@ def _with_base(checkpoint: Checkpoint, options: ConvertOptions) -> ConvertOption
         raise UsageError("--fit knows what memory families take alone; give --size or --bpw with --base-gguf")
     if options.preset.unit_kl or options.refine:
         raise UsageError("--unit-kl and --refine measure models of families alone; leave them out with --base-gguf")
-    fused = any(tensor.projection == "gate_up" for tensor in text_tensors(checkpoint))
-    if fused and options.calibration.from_imatrix is None and options.preset.method != BLIND_METHOD:
-        raise UsageError(
-            "experts' gate and up are one tensor in this base, which sensitivity by running the model does not measure "
-            f"yet; give --sensitivity {BLIND_METHOD}"
-        )
-    if fused:
-        options = replace(options, rounding=options.rounding or "nearest")
     if not projector_tensors(checkpoint) and options.calibration.image_samples:
         options = replace(options, calibration=replace(options.calibration, image_samples=0))
     return options

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from mode_gguf.architectures import checkpoint_with_base
+from mode_gguf.architectures import checkpoint_with_base, text_tensors
 from mode_gguf.calibration.calibrate import calibrate, run_watched
 from mode_gguf.calibration.inputs import InputBuilder
 from mode_gguf.calibration.observers import Observer
@@ -92,24 +92,24 @@ def test_rows_in_another_order_change_no_statistics(olmoe: Path) -> None:
         np.testing.assert_allclose(moved[name], array, rtol=1e-5, err_msg=name)
 
 
+def costs(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
+    """What a text makes of the matrices' errors."""
+    statistics = calibrate(checkpoint, [sample(TEXT)], device="cpu")
+    measured = measure_sensitivity(
+        checkpoint,
+        [sample(TEXT)],
+        importance_of(balanced_imatrix(statistics, text_tensors(checkpoint))),
+        statistics=statistics,
+        expert_types=(TYPE,),
+        dense_types=(TYPE,),
+        label_draws=1,
+        device="cpu",
+    )
+    return measured.table.arrays
+
+
 def test_costs_do_not_depend_on_the_order_of_rows(olmoe: Path) -> None:
-    tables = []
-    for checkpoint in (based(olmoe), based(olmoe, permute=True)):
-        statistics = calibrate(checkpoint, [sample(TEXT)], device="cpu")
-        assert not statistics.sees
-        assert checkpoint.base is not None
-        importance = importance_of(balanced_imatrix(statistics, checkpoint.base.tensors))
-        measured = measure_sensitivity(
-            checkpoint,
-            [sample(TEXT)],
-            importance,
-            statistics=statistics,
-            expert_types=(TYPE,),
-            dense_types=(TYPE,),
-            label_draws=1,
-            device="cpu",
-        )
-        tables.append(measured.table.arrays)
+    tables = [costs(checkpoint) for checkpoint in (based(olmoe), based(olmoe, permute=True))]
     for name in ("blk.0.attn_q.weight.unit", "blk.2.attn_k.weight.unit", "blk.1.ffn_up_exps.weight.unit"):
         np.testing.assert_allclose(tables[1][name], tables[0][name], rtol=1e-3, err_msg=name)
         assert tables[0][name].max() > 0
@@ -118,6 +118,7 @@ def test_costs_do_not_depend_on_the_order_of_rows(olmoe: Path) -> None:
 def test_matrices_that_equal_none_are_calibrated_without(olmoe: Path) -> None:
     checkpoint = based(olmoe, swap_columns=True)
     statistics = calibrate(checkpoint, [sample(TEXT)], device="cpu")
+    assert not statistics.sees
     assert "blk.0.attn_q.weight.count" in statistics.arrays
     assert "blk.0.attn_output.weight.count" not in statistics.arrays
 
@@ -131,6 +132,15 @@ def test_a_family_behind_the_door_gives_what_its_tables_give(pico: Path, tmp_pat
     assert through.samples.vision_tokens > 0
     for name, array in direct.arrays.items():
         np.testing.assert_array_equal(through.arrays[name], array, err_msg=name)
+
+
+def test_gate_and_up_that_are_one_tensor_cost_what_the_family_says(pico_gemma4: Path, tmp_path: Path) -> None:
+    own = Checkpoint.open(pico_gemma4)
+    door = checkpoint_with_base(own, open_base(*write_family_base(own, tmp_path)))
+    direct, through = costs(own), costs(door)
+    assert direct["blk.1.ffn_gate_up_exps.weight.unit"].max() > 0
+    for name, array in direct.items():
+        np.testing.assert_allclose(through[name], array, rtol=1e-5, err_msg=name)
 
 
 def test_a_form_that_was_never_seen_is_named(olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
