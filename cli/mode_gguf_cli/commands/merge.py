@@ -15,6 +15,7 @@ def command(
     text_samples: options.TextSamples = 128,
     device: options.DeviceOption = options.Device.AUTO,
     seed: options.Seed = 0,
+    memory: options.Memory = options.DEFAULT_MEMORY,
     mmproj_type: options.ProjectorOption = options.ProjectorType.F16,
     shard_size: options.ShardSize = None,
     threads: options.Threads = None,
@@ -33,9 +34,7 @@ def command(
     before = Plan.load(folder.plan)
     chosen = pipeline.ConvertOptions(
         budget=before.budget or options.budget_of(None, None, None),
-        calibration=pipeline.CalibrationOptions(
-            calibration, image_samples, text_samples, device=device.value, seed=seed
-        ),
+        calibration=options.calibration_options(calibration, image_samples, text_samples, device, seed, memory),
         types=options.measured_types(folder, types, dense_types, floor or ()),
         projector_type=mmproj_type.value,
         pre_tokenizer=pre_tokenizer,
