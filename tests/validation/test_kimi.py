@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
-from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures import moon_vit, text_tensors
 from mode_gguf.architectures.images import ImagePlace
 from mode_gguf.calibration.inputs import InputBuilder
 from mode_gguf.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ class Pair:
     begin: str
     reference: Any
     exact: LlamaModel
+    text: Path
 
     def tokens(self, text: str) -> list[int]:
         tokens: list[int] = self.builder.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -65,7 +66,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     write_text_model(text, checkpoint, {tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint)})
     write_projector(mmproj, checkpoint, "F32")
     with LlamaModel(text, mmproj, context=1024, threads=1, exact=True) as model:
-        yield Pair(builder, "<|media_start|>" if is_vl else "<|media_begin|>", reference, model)
+        yield Pair(builder, "<|media_start|>" if is_vl else "<|media_begin|>", reference, model, text)
 
 
 def test_text_equals_transformers(pair: Pair) -> None:
@@ -82,12 +83,31 @@ def test_image_answer_and_greedy_tokens_equal_transformers(pair: Pair) -> None:
     answer = pair.tokens(ANSWER)
     expected = pair.logits(prompt + answer[:-1], arguments)[len(prompt) - 1 :]
     scores = compare(expected, pair.exact.logits(image_prompt(pair.exact), answer, image), answer)
+    print(f"KL: {scores.kl.mean():.3g} nats")
     assert scores.kl.mean() < 1e-6
     assert scores.same_top1.all()
     tokens = list(prompt)
     for _ in range(12):
         tokens.append(int(pair.logits(tokens, arguments)[-1].argmax()))
     assert pair.exact.generate(image_prompt(pair.exact), image, max_tokens=12) == tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("pair", ["kimi_vl"], indirect=True)
+def test_the_checkpoints_order_mixes_rows_with_columns(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the stock converter's projector."""
+    monkeypatch.setattr(moon_vit, "column_and_row_halves", lambda channels, heads: np.arange(channels))
+    stock = tmp_path / "mmproj-stock-F32.gguf"
+    write_projector(stock, pair.builder.checkpoint, "F32")
+    image = picture(0, 112, 112)
+    prompt, arguments = pair.seen(image)
+    answer = pair.tokens(ANSWER)
+    expected = pair.logits(prompt + answer[:-1], arguments)[len(prompt) - 1 :]
+    with LlamaModel(pair.text, stock, context=1024, threads=1, exact=True) as model:
+        kl = compare(expected, model.logits(image_prompt(model), answer, image), answer).kl.mean()
+    print(f"KL with the stock converter's order: {kl:.3g} nats")
+    assert kl > 0.01
 
 
 def test_positions_between_those_of_the_table(pair: Pair) -> None:
