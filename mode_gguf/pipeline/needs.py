@@ -37,7 +37,7 @@ EXPORT_BYTES = 1 << 29
 VALIDATION_BYTES = 3 << 29
 """llama.cpp's caches and buffers; the files themselves are mapped."""
 
-_HEAP_VALUES, _MOST_HEAP = 10, 4 << 30
+_HEAP_VALUES, _MOST_HEAP = 1, 4 << 30
 """What the C library keeps of what forwards free: hidden states per token, as measured; and no more than so much."""
 
 _MERGED_PATCHES = (Keys.ClipVision.SPATIAL_MERGE_SIZE, Keys.ClipVision.Projector.SCALE_FACTOR)
@@ -50,7 +50,7 @@ _PACKED_PER_SECOND = 1.5e8
 """Weights that a core packs to nearest, reading them included."""
 _FED_BACK_PER_SECOND = 1.7e6
 """Weights that a core rounds with feedback."""
-_CALIBRATE, _SENSITIVITY, _ROUND, _VALIDATE = 1.3, 20.0, 1.5, 4.0
+_CALIBRATE, _SENSITIVITY, _ROUND, _VALIDATE = 1.1, 20.0, 1.5, 4.0
 """Time of a stage's passes over the samples, in large products of as many operations as one forward takes: small
 products of single experts are slower, and sensitivity computes gradients and what every candidate changes. The first
 was measured (docs/EXPERIMENTS.md, "Scale"), the others are counted."""
