@@ -13,8 +13,9 @@ import numpy as np
 from gguf import Keys
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, VisionProjectorType
 
+from mode_gguf.architectures import qwen3_text
 from mode_gguf.architectures.config import check_settings, preprocessor, section, setting
-from mode_gguf.architectures.experts import Projection, expert_rules
+from mode_gguf.architectures.experts import Projection
 from mode_gguf.architectures.family import (
     Metadata,
     ModelFamily,
@@ -139,7 +140,6 @@ def _never_fused(checkpoint: Checkpoint, source: str, projection: Projection) ->
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
-_LAYER = "language_model.model.layers.{layer}"
 _BLOCK = "vision_tower.encoder.layer.{block}"
 
 
@@ -147,26 +147,7 @@ _WITH_NORM_BIAS, _WITH_QKV_BIAS, _WITH_QK_NORM = "norm bias", "qkv bias", "qk no
 """Ranges of vision blocks: all of the 300M tower or none for the first two, the reverse for the third."""
 
 
-def _attention(source: str, name: str) -> TensorRule:
-    name = f"blk.{{layer}}.{name}.weight"
-    return TensorRule(f"{_LAYER}.self_attn.{source}.weight", name, Role.DENSE, activation=name)
-
-
-TEXT_RULES = (
-    TensorRule("language_model.model.embed_tokens.weight", "token_embd.weight", Role.EMBEDDING),
-    TensorRule(f"{_LAYER}.input_layernorm.weight", "blk.{layer}.attn_norm.weight", Role.KEEP),
-    _attention("q_proj", "attn_q"),
-    _attention("k_proj", "attn_k"),
-    _attention("v_proj", "attn_v"),
-    _attention("o_proj", "attn_output"),
-    TensorRule(f"{_LAYER}.self_attn.q_norm.weight", "blk.{layer}.attn_q_norm.weight", Role.KEEP),
-    TensorRule(f"{_LAYER}.self_attn.k_norm.weight", "blk.{layer}.attn_k_norm.weight", Role.KEEP),
-    TensorRule(f"{_LAYER}.post_attention_layernorm.weight", "blk.{layer}.ffn_norm.weight", Role.KEEP),
-    TensorRule(f"{_LAYER}.mlp.gate.weight", "blk.{layer}.ffn_gate_inp.weight", Role.KEEP),
-    *expert_rules(_LAYER, _never_fused),
-    TensorRule("language_model.model.norm.weight", "output_norm.weight", Role.KEEP),
-    TensorRule("language_model.lm_head.weight", "output.weight", Role.OUTPUT, activation="output.weight"),
-)
+TEXT_RULES = qwen3_text.text_rules("language_model.model", "language_model.lm_head", _never_fused)
 
 
 def _projector_rules(named: Callable[[str], str], part: Callable[[int], Transform]) -> tuple[TensorRule, ...]:

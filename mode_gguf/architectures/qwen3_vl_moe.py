@@ -9,11 +9,10 @@ from typing import Any
 from gguf import Keys
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, VisionProjectorType
 
-from mode_gguf.architectures import qwen_vision
+from mode_gguf.architectures import qwen3_text, qwen_vision
 from mode_gguf.architectures.config import check_settings, section, setting
-from mode_gguf.architectures.experts import Projection, expert_rules, expert_sizes, fused_experts, fused_shape
-from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, TensorRule, View
-from mode_gguf.architectures.tensors import Role
+from mode_gguf.architectures.experts import Projection, expert_sizes, fused_experts, fused_shape
+from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, View
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 
@@ -58,29 +57,7 @@ def _saved_by_transformers_5(checkpoint: Checkpoint, source: str) -> bool:
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
-_LAYER = "model.language_model.layers.{layer}"
-
-
-def _attention(source: str, name: str) -> TensorRule:
-    name = f"blk.{{layer}}.{name}.weight"
-    return TensorRule(f"{_LAYER}.self_attn.{source}.weight", name, Role.DENSE, activation=name)
-
-
-TEXT_RULES = (
-    TensorRule("model.language_model.embed_tokens.weight", "token_embd.weight", Role.EMBEDDING),
-    TensorRule(f"{_LAYER}.input_layernorm.weight", "blk.{layer}.attn_norm.weight", Role.KEEP),
-    _attention("q_proj", "attn_q"),
-    _attention("k_proj", "attn_k"),
-    _attention("v_proj", "attn_v"),
-    _attention("o_proj", "attn_output"),
-    TensorRule(f"{_LAYER}.self_attn.q_norm.weight", "blk.{layer}.attn_q_norm.weight", Role.KEEP),
-    TensorRule(f"{_LAYER}.self_attn.k_norm.weight", "blk.{layer}.attn_k_norm.weight", Role.KEEP),
-    TensorRule(f"{_LAYER}.post_attention_layernorm.weight", "blk.{layer}.ffn_norm.weight", Role.KEEP),
-    TensorRule(f"{_LAYER}.mlp.gate.weight", "blk.{layer}.ffn_gate_inp.weight", Role.KEEP),
-    *expert_rules(_LAYER, experts_either_way),
-    TensorRule("model.language_model.norm.weight", "output_norm.weight", Role.KEEP),
-    TensorRule("lm_head.weight", "output.weight", Role.OUTPUT, activation="output.weight"),
-)
+TEXT_RULES = qwen3_text.text_rules("model.language_model", "lm_head", experts_either_way)
 
 
 def ranges(checkpoint: Checkpoint) -> Ranges:
