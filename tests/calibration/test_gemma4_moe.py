@@ -14,7 +14,7 @@ from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
-from tests.calibration.test_streaming import build, streamed_logits
+from tests.calibration.test_streaming import assert_streamed_is_plain, build
 from tests.pico_gemma4_moe import EXPERTS, LAYERS, TOP_K, token_id
 
 CPU = torch.device("cpu")
@@ -34,11 +34,7 @@ def statistics(pico_gemma4: Path, samples: list[Sample]) -> CalibrationStatistic
 
 def test_streamed_forward_equals_the_plain_one(pico_gemma4: Path, plain: Any, samples: list[Sample]) -> None:
     inputs = build(pico_gemma4, samples[1:4])
-    logits = streamed_logits(open_streamed(Checkpoint.open(pico_gemma4), "cpu"), inputs)
-    for number, one in enumerate(inputs):
-        with torch.no_grad():
-            expected = plain(**one.model_arguments(CPU, torch.float32)).logits
-        torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-4)
+    assert_streamed_is_plain(open_streamed(Checkpoint.open(pico_gemma4), "cpu"), inputs, plain, atol=1e-4)
 
 
 def test_image_tokens_between_their_marks(pico_gemma4: Path, samples: list[Sample]) -> None:

@@ -15,7 +15,7 @@ from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
-from tests.calibration.test_streaming import build, streamed_logits
+from tests.calibration.test_streaming import assert_streamed_is_plain, build
 from tests.pico_glm4v_moe import DENSE_LAYERS, EXPERTS, LAYERS, PATCH, TOP_K, token_id
 
 CPU = torch.device("cpu")
@@ -58,11 +58,7 @@ def test_streamed_forward_equals_the_plain_one(
 ) -> None:
     folder: Path = request.getfixturevalue(layout)
     inputs = build(folder, samples[1:4])
-    logits = streamed_logits(open_streamed(Checkpoint.open(folder), "cpu"), inputs)
-    for number, one in enumerate(inputs):
-        with torch.no_grad():
-            expected = plain(**one.model_arguments(CPU, torch.float32)).logits
-        torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-4)
+    assert_streamed_is_plain(open_streamed(Checkpoint.open(folder), "cpu"), inputs, plain, atol=1e-4)
 
 
 def test_sums_are_those_of_the_whole_model(

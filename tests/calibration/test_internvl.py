@@ -15,7 +15,7 @@ from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
-from tests.calibration.test_streaming import build, streamed_logits
+from tests.calibration.test_streaming import assert_streamed_is_plain, build, streamed_logits
 from tests.pico_internvl import BLOCKS, EXPERTS, LAYERS, TOP_K, VISION_HIDDEN, mark_id, write_pico_internvl
 
 CPU = torch.device("cpu")
@@ -37,11 +37,7 @@ def test_streamed_forward_equals_the_plain_one(
 ) -> None:
     folder: Path = request.getfixturevalue(layout)
     inputs = build(folder, samples)
-    logits = streamed_logits(open_streamed(Checkpoint.open(folder), "cpu"), inputs)
-    for number, one in enumerate(inputs):
-        with torch.no_grad():
-            expected = plain(**one.model_arguments(CPU, torch.float32)).logits
-        torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-5)
+    assert_streamed_is_plain(open_streamed(Checkpoint.open(folder), "cpu"), inputs, plain, atol=1e-5)
 
 
 def test_streamed_forward_with_the_larger_vision_tower(

@@ -18,7 +18,7 @@ from mode_gguf.calibration.sample import Message, Sample
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.conftest import picture
-from tests.calibration.test_streaming import build, streamed_logits
+from tests.calibration.test_streaming import assert_streamed_is_plain, build, streamed_logits
 from tests.pico_mistral4 import EXPERTS, LAYERS, MERGE, PATCH, TOP_K, token_id, write_pico_mistral4
 
 CPU = torch.device("cpu")
@@ -36,11 +36,7 @@ def test_streamed_forward_equals_the_plain_one(
 ) -> None:
     folder: Path = request.getfixturevalue(layout)
     inputs = build(folder, samples[1:4])
-    logits = streamed_logits(open_streamed(Checkpoint.open(folder), "cpu"), inputs)
-    for number, one in enumerate(inputs):
-        with torch.no_grad():
-            expected = plain(**one.model_arguments(CPU, torch.float32)).logits
-        torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-4)
+    assert_streamed_is_plain(open_streamed(Checkpoint.open(folder), "cpu"), inputs, plain, atol=1e-4)
 
 
 def test_fp8_streams_as_the_weights_it_stands_for(tmp_path: Path, samples: list[Sample]) -> None:

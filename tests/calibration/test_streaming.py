@@ -54,6 +54,17 @@ def streamed_logits(streamed: StreamedModel, inputs: list[ModelInputs]) -> dict[
     return logits
 
 
+def assert_streamed_is_plain(
+    streamed: StreamedModel, inputs: list[ModelInputs], plain: torch.nn.Module, *, atol: float
+) -> None:
+    """All logits are those of the whole model's own forward."""
+    logits = streamed_logits(streamed, inputs)
+    for number, one in enumerate(inputs):
+        with torch.no_grad():
+            expected = plain(**one.model_arguments(CPU, torch.float32)).logits
+        torch.testing.assert_close(logits[number], expected, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("layout", ["pico", "pico_module"])
 def test_streamed_forward_equals_the_plain_one(
     layout: str, pico_module: Path, samples: list[Sample], request: pytest.FixtureRequest
@@ -61,12 +72,7 @@ def test_streamed_forward_equals_the_plain_one(
     folder: Path = request.getfixturevalue(layout)
     inputs = build(folder, samples)
     streamed = open_streamed(Checkpoint.open(folder), "cpu")
-    logits = streamed_logits(streamed, inputs)
-    plain = whole_model(pico_module, "sdpa")
-    for number, one in enumerate(inputs):
-        with torch.no_grad():
-            expected = plain(**one.model_arguments(CPU, torch.float32)).logits
-        torch.testing.assert_close(logits[number], expected, rtol=0, atol=2e-5)
+    assert_streamed_is_plain(streamed, inputs, whole_model(pico_module, "sdpa"), atol=2e-5)
     assert all(parameter.is_meta for layer in streamed.layers for parameter in layer.parameters())
 
 
