@@ -1,4 +1,4 @@
-"""Digests of what `convert` writes for every family and the demo, to hold a change that must not change results against.
+"""Digests of what `convert` writes for every family and the demo, to compare a change with that must not change it.
 
     python -m tests.digests before.json                     # on the commit before
     python -m tests.digests after.json --against before.json
@@ -45,7 +45,7 @@ def _demo(folder: Path) -> list[str | Path]:
 
 def _based(folder: Path) -> list[str | Path]:
     """Qwen3-VL's checkpoint, read as one without a family, from its own BF16 export."""
-    from mode_gguf.checkpoint import Checkpoint
+    from mode_gguf.checkpoint.folder import Checkpoint
     from tests.base_gguf import write_family_base
     from tests.pico import write_pico_qwen3vlmoe
 
