@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf import pipeline
-from mode_gguf.allocation.costs import CostModel, Measurements, expert_units, tensor_units
+from mode_gguf.allocation.costs import CostModel, MeasuredCosts, expert_units, tensor_units
 from mode_gguf.allocation.solver import solve
 from mode_gguf.allocation.units import DEFAULT_TYPES, AllocationUnit
 from mode_gguf.architectures import text_tensors
@@ -154,7 +154,7 @@ class Planner:
         """The units at these costs."""
         template = self.template
         # How often experts are used is inside Fisher costs already: no frequencies are asked for.
-        measured = Measurements(arrays, tuple(template.expert_types), tuple(template.dense_types), {})
+        measured = MeasuredCosts(arrays, tuple(template.expert_types), tuple(template.dense_types), {})
         return GRANULARITIES[self.granularity](self.tensors, DEFAULT_TYPES, measured, CostModel())
 
     def plans(self, units: Sequence[AllocationUnit]) -> list[Types]:

@@ -30,9 +30,9 @@ from mode_gguf.allocation.units import DEFAULT_TYPES, Granularity
 from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.quantization.packing import Rounding
 from mode_gguf.quantization.types import parse_types
 from mode_gguf.validation.reference import Settings
+from mode_gguf.vocabulary import Rounding
 from mode_gguf.workfolder import WorkFolder
 
 PROJECTOR = "F16"

@@ -25,12 +25,12 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.samples import load_samples
 from mode_gguf.export.imatrix_file import read_imatrix
-from mode_gguf.forward.hooks import KEY_VISION, MODALITIES, REDUNDANT_VISION
 from mode_gguf.forward.inputs import ANSWERS
-from mode_gguf.forward.key_tokens import CRITERIA, Criterion, KeyTokens
+from mode_gguf.forward.modality import KEY_VISION, MODALITIES, REDUNDANT_VISION, KeyTokens
 from mode_gguf.importance.sensitivity import measure_sensitivity
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType, quant_type
+from mode_gguf.vocabulary import KEY_TOKEN_RULES, KeyTokenRule
 from mode_gguf.workfolder import WorkFolder
 
 IMAGE = ANSWERS.index("image")
@@ -97,14 +97,16 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--calibration", required=True, help="the samples that calibrate was given")
     parser.add_argument("--out", type=Path, required=True, help="folder where calibrate has run")
-    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=[one for one in CRITERIA if one != "all"])
+    parser.add_argument(
+        "--criteria", nargs="+", choices=KEY_TOKEN_RULES, default=[one for one in KEY_TOKEN_RULES if one != "all"]
+    )
     parser.add_argument("--key-ratio", type=float, default=0.2)
     parser.add_argument("--type", default="Q2_K", help="of all experts")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the costs to this file")
     arguments = parser.parse_args()
     checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
-    criteria: Sequence[Criterion] = arguments.criteria
+    criteria: Sequence[KeyTokenRule] = arguments.criteria
     costs: dict[str, np.ndarray] = {}
     for criterion in criteria:
         key = KeyTokens(criterion, arguments.key_ratio)

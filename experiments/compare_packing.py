@@ -25,7 +25,7 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.importance.imatrix_kind import ImatrixKind, chosen_imatrix
-from mode_gguf.quantization.packing import Packing
+from mode_gguf.options import Packing
 from mode_gguf.quantization.types import QUANT_TYPES, quant_type
 from mode_gguf.validation.reference import Settings
 from mode_gguf.validation.report import Divergence

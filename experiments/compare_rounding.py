@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from mode_gguf.pipeline.measuring import calibration_samples
 from rich.console import Console
 from rich.table import Table
 
@@ -37,10 +38,9 @@ from mode_gguf.feedback.rounded_tensors import RoundedTensors, is_rounded, part_
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.token_weights import TokenWeights
-from mode_gguf.pipeline.measuring import calibration_samples
-from mode_gguf.quantization.packing import Rounding
 from mode_gguf.quantization.types import quant_type
 from mode_gguf.validation.reference import Settings
+from mode_gguf.vocabulary import Rounding
 from mode_gguf.workfolder import WorkFolder
 
 PROJECTOR = "F16"

@@ -58,10 +58,13 @@ QWEN = _pico("pico", "write_pico_qwen3vlmoe")
 CASES: dict[str, tuple[Callable[[Path], list[str | Path]], tuple[str, ...]]] = {
     "qwen3vl": (QWEN, ("--bpw", "4.0", *FEW)),
     "qwen3vl-expert": (QWEN, ("--bpw", "4.0", "--granularity", "expert", *FEW)),
-    "qwen3vl-exact": (QWEN, ("--size", "1.2MB", "--packing", "exact", *FEW)),
-    "qwen3vl-paper": (QWEN, ("--expert-bpw", "3.0", "--preset", "paper", *FEW)),
-    "qwen3vl-unit-kl": (QWEN, ("--bpw", "4.0", "--unit-kl", "--rounding", "nearest", *FEW)),
-    "qwen3vl-refine": (QWEN, ("--bpw", "4.0", "--refine", "1", "--measured-samples", "4", *FEW)),
+    "qwen3vl-exact": (QWEN, ("--size", "1.2MB", "--set", "sensitivity.packing.mode=exact", *FEW)),
+    "qwen3vl-paper": (QWEN, ("--set", "plan.budget.expert_bpw=3.0", "--preset", "paper", *FEW)),
+    "qwen3vl-unit-kl": (QWEN, ("--bpw", "4.0", "--set", "plan.unit_kl=true", "--rounding", "nearest", *FEW)),
+    "qwen3vl-refine": (
+        QWEN,
+        ("--bpw", "4.0", "--set", "plan.refine=1", "--set", "sensitivity.measured_samples=4", *FEW),
+    ),
     "qwen3_5": (_pico("pico_qwen3_5_moe", "write_pico_qwen3_5_moe", mtp=True), ("--bpw", "4.0", *FEW)),
     "gemma4": (_pico("pico_gemma4_moe", "write_pico_gemma4_moe"), ("--bpw", "4.5", *FEW)),
     "glm4v": (_pico("pico_glm4v_moe", "write_pico_glm4v_moe"), ("--bpw", "4.5", *FEW)),
@@ -139,6 +142,7 @@ def _of_json(path: Path) -> Any:
         value["made_from"].pop("tool_version", None)
         # The identity of a file of measurements, whose arrays have a digest of their own.
         value["made_from"].pop("sensitivity_fingerprint", None)
+        value.pop("expert_granularity", None)  # what a type per expert would cost, which plans no longer say
         value["tensors"] = {tensor["name"]: json.dumps(tensor, sort_keys=True) for tensor in value["tensors"]}
         return value
     if path.name != "stages.json":

@@ -16,9 +16,9 @@ from mode_gguf.forward.distributed import gathered, share_of, sum_over_ranks
 from mode_gguf.forward.hidden_store import HiddenStore
 from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
-from mode_gguf.forward.key_tokens import TEXT_ATTENTION, KeyTokens
 from mode_gguf.forward.layerwise import run_layerwise
 from mode_gguf.forward.limits import HIDDEN_BYTES, MAX_IMAGE_PIXELS, MAX_TOKENS
+from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
 from mode_gguf.forward.offload import TensorOffload
 from mode_gguf.forward.streaming import StreamedModel, open_streamed
 from mode_gguf.progress import Progress, silent
@@ -78,7 +78,7 @@ def calibrate(
         samples=reduce(add, gathered(count_samples(inputs))),
         key_tokens=key_tokens,
         datasets=tuple(dict.fromkeys(sample.dataset for sample in samples)),
-        sees=bool(streamed.family.projector_type),
+        has_vision=bool(streamed.family.projector_type),
     )
 
 

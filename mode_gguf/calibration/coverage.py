@@ -59,7 +59,7 @@ def _blind(statistics: "CalibrationStatistics") -> Iterator[str]:
 
 def _missing_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
     shown = statistics.samples
-    if statistics.imatrix or not statistics.sees:
+    if statistics.imatrix or not statistics.has_vision:
         return
     if not shown.image_samples:
         yield (

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.statistics import EXPERTS_HIDDEN, EXPERTS_INPUT
-from mode_gguf.forward.hooks import MODALITIES, ExpertsCall, SampleTrace
+from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
+from mode_gguf.forward.modality import MODALITIES
 
 N_MODALITIES = len(MODALITIES)
 

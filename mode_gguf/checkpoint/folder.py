@@ -92,6 +92,7 @@ class Checkpoint:
             finetunes of one model differ; independent of path and file times.
         base: GGUF files that names, metadata and tensors are taken from, of a model without a family; the checkpoint
             is then what the model is run from, and may be missing (no configuration and no tensors).
+        pre_tokenizer: llama.cpp's name of the tokenizer's, as the user gave it; None where it is to be recognised.
     """
 
     path: Path
@@ -102,6 +103,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     fingerprint: str
     base: "BaseGguf | None" = None
+    pre_tokenizer: str | None = None
 
     @property
     def files(self) -> set[Path]:
@@ -109,7 +111,7 @@ class Checkpoint:
         return {stored.file for stored in self.tensors.values()} or set(self.base.files if self.base else ())
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, pre_tokenizer: str | None = None) -> "Checkpoint":
         """Open a folder with config.json and one or several safetensors files.
 
         Raises:
@@ -145,6 +147,7 @@ class Checkpoint:
             config=config,
             tensors=tensors,
             fingerprint=_fingerprint(config, stored),
+            pre_tokenizer=pre_tokenizer,
         )
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -56,33 +56,33 @@ def disk_use(stages: Sequence[StageEstimate]) -> tuple[int, int]:
     return most, max((stage.temporary for stage in stages), default=0)
 
 
-def shortages(stages: Sequence[StageEstimate], room: FreeResources) -> list[str]:
+def shortages(stages: Sequence[StageEstimate], free: FreeResources) -> list[str]:
     """What there is too little of on disks, one sentence each."""
     working, temporary = disk_use(stages)
     found = []
-    if room.temporary is None:
+    if free.temporary is None:
         working, temporary = working + temporary, 0
-    if working > room.disk:
+    if working > free.disk:
         found.append(
-            f"{room.folder}: about {gigabytes(working)} are needed, {gigabytes(room.disk)} are free; choose another "
+            f"{free.folder}: about {gigabytes(working)} are needed, {gigabytes(free.disk)} are free; choose another "
             "disk with --out (and TMPDIR), or leave out what is compared with (--no-validate)"
         )
-    if room.temporary is not None and temporary > room.temporary:
+    if free.temporary is not None and temporary > free.temporary:
         found.append(
-            f"{room.temporary_folder}: about {gigabytes(temporary)} are needed for hidden states, "
-            f"{gigabytes(room.temporary)} are free; name a folder on a larger disk in TMPDIR, or raise --memory"
+            f"{free.temporary_folder}: about {gigabytes(temporary)} are needed for hidden states, "
+            f"{gigabytes(free.temporary)} are free; name a folder on a larger disk in TMPDIR, or raise --hidden-memory"
         )
     return found
 
 
-def memory_warning(stages: Sequence[StageEstimate], room: FreeResources) -> str | None:
+def memory_warning(stages: Sequence[StageEstimate], free: FreeResources) -> str | None:
     """What to say where a stage may take more memory than is free."""
     largest = max(stages, key=lambda stage: stage.memory)
-    if largest.memory <= room.memory:
+    if largest.memory <= free.memory:
         return None
     return (
-        f"`{largest.stage}` may take {largest.memory / 2**30:.1f} GiB of memory, {room.memory / 2**30:.1f} GiB are "
-        "free; lower --memory, or use fewer samples"
+        f"`{largest.stage}` may take {largest.memory / 2**30:.1f} GiB of memory, {free.memory / 2**30:.1f} GiB are "
+        "free; lower --hidden-memory, or use fewer samples"
     )
 
 

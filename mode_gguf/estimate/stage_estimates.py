@@ -1,7 +1,7 @@
 """What a conversion takes, stage by stage, known from shapes: memory, disk space and, from this machine's speed, time.
 
 Memory is counted, not guessed: a decoder layer and what lies outside the layers in the type that torch computes in,
-tensors of waiting samples up to `--memory`, and what the stage makes of the samples at one layer.
+tensors of waiting samples up to `--hidden-memory`, and what the stage makes of the samples at one layer.
 experiments/bench_scale.py puts it beside what was measured. Times are those of an idle machine, right within a factor
 of two.
 """
@@ -21,7 +21,7 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.estimate.machine import Machine, leaves_half
 from mode_gguf.forward.limits import LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
-from mode_gguf.pipeline.options import CalibrationOptions, ConvertOptions
+from mode_gguf.options import CalibrationOptions
 
 if TYPE_CHECKING:
     from mode_gguf.data.sample import Sample
@@ -188,43 +188,58 @@ class StageEstimate:
     seconds: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class EstimatedWork:
+    """What a conversion does, as far as memory, disk and time depend on it.
+
+    Attributes:
+        model_bytes: of the text model's file.
+        hidden_bytes: hidden states that are kept in memory.
+        expert_types, dense_types: how many candidates are measured.
+        without_model: whether statistics come from an importance matrix.
+        feedback: whether the file is rounded with feedback.
+    """
+
+    counts: TokenCounts
+    model_bytes: int
+    hidden_bytes: int
+    expert_types: int
+    dense_types: int
+    without_model: bool
+    feedback: bool
+    validate: bool
+
+
 def stage_estimates(
-    sizes: ModelSizes,
-    work: TokenCounts,
-    options: ConvertOptions,
-    model_bytes: int,
-    cores: int,
-    machine: Machine | None = None,
+    sizes: ModelSizes, work: EstimatedWork, cores: int, machine: Machine | None = None
 ) -> list[StageEstimate]:
     """What every stage of a conversion takes, in their order.
 
     Args:
-        model_bytes: of the text model's file.
         machine: measured; None leaves times out and takes torch to compute on the CPU.
     """
     gpu = machine is not None and machine.device_memory is not None
-    rounded = (options.rounding or options.packing.default_rounding) == "feedback"
-    kept = options.calibration.hidden_bytes
+    counts, kept, model_bytes = work.counts, work.hidden_bytes, work.model_bytes
     value = 2 if gpu else 4
     model = value * (sizes.outside + sizes.layer)
     # Of a sample that waits: the layer's input and the embeddings; of an image besides: what the encoder gave, and
     # what DeepStack adds, each as the encoder's output and as it is passed on.
-    waiting = value * sizes.hidden * (2 * work.tokens + 8 * work.vision_tokens)
-    of_all_layers = value * sizes.hidden * (work.tokens * sizes.layers + 8 * work.vision_tokens)
-    pixels = 4 * 6 * sizes.pixels_per_token * work.vision_tokens
-    step = value * work.longest * sizes.used * 3 * (sizes.width + sizes.hidden)
-    logits = 2 * value * work.longest * sizes.vocabulary
+    waiting = value * sizes.hidden * (2 * counts.tokens + 8 * counts.vision_tokens)
+    of_all_layers = value * sizes.hidden * (counts.tokens * sizes.layers + 8 * counts.vision_tokens)
+    pixels = 4 * 6 * sizes.pixels_per_token * counts.vision_tokens
+    step = value * counts.longest * sizes.used * 3 * (sizes.width + sizes.hidden)
+    logits = 2 * value * counts.longest * sizes.vocabulary
     sums = 8 * 3 * sizes.layers * sizes.experts * (sizes.hidden + sizes.width)
     imatrix = 4 * sizes.layers * sizes.experts * (2 * sizes.hidden + sizes.width)
-    routed = 2 * value * work.tokens * sizes.hidden
-    gradients = 4 * LABEL_DRAWS * work.tokens * sizes.hidden
-    n_dense_types = len(options.types.dense)
+    routed = 2 * value * counts.tokens * sizes.hidden
+    gradients = 4 * LABEL_DRAWS * counts.tokens * sizes.hidden
+    n_dense_types = work.dense_types
     of_head = 3 * 4 * sizes.vocabulary * sizes.hidden
     of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * (step + logits)
     held = (min(waiting, kept), min(of_all_layers, kept))
 
     def measuring(stage: str, samples: int, at_layer: int, **disk: int) -> StageEstimate:
-        here = PROCESS_BYTES + pixels + samples + min(_HEAP_VALUES * 4 * sizes.hidden * work.tokens, _MOST_HEAP)
+        here = PROCESS_BYTES + pixels + samples + min(_HEAP_VALUES * 4 * sizes.hidden * counts.tokens, _MOST_HEAP)
         if gpu:
             return StageEstimate(stage, here + CUDA_BYTES, model + at_layer + min(waiting, model), **disk)
         return StageEstimate(stage, here + model + at_layer, **disk)
@@ -234,7 +249,7 @@ def stage_estimates(
             StageEstimate("calibrate", EXPORT_BYTES + sums, written=sums + imatrix),
             StageEstimate("sensitivity", EXPORT_BYTES + imatrix),
         ]
-        if options.calibration.from_imatrix
+        if work.without_model
         else [
             measuring("calibrate", held[0] + 2 * sums, step, temporary=max(0, waiting - kept), written=sums + imatrix),
             measuring(
@@ -246,7 +261,7 @@ def stage_estimates(
             ),
         ]
     )
-    if rounded:
+    if work.feedback:
         packed = model_bytes // max(sizes.layers, 1)
         stages.append(
             measuring(
@@ -259,26 +274,25 @@ def stage_estimates(
         )
     stages.append(StageEstimate("export", EXPORT_BYTES, written=model_bytes))
     stages.append(StageEstimate("projector", EXPORT_BYTES, written=2 * sizes.vision))
-    if options.validate:
+    if work.validate:
         compared = leaves_half(2 * sizes.weights)
         stages.append(StageEstimate("validate", VALIDATION_BYTES, written=2 * sizes.weights * compared))
     if machine is None:
         return stages
-    seconds = _seconds(sizes, work, options, cores, machine)
+    seconds = _seconds(sizes, work, cores, machine)
     return [replace(stage, seconds=seconds[stage.stage]) for stage in stages]
 
 
-def _seconds(
-    sizes: ModelSizes, work: TokenCounts, options: ConvertOptions, cores: int, machine: Machine
-) -> dict[str, float]:
+def _seconds(sizes: ModelSizes, work: EstimatedWork, cores: int, machine: Machine) -> dict[str, float]:
     """Time of every stage, by name."""
-    forward = 2 * (sizes.active * work.tokens + 4 * sizes.vision * work.vision_tokens) / machine.flops
-    head = 2 * sizes.vocabulary * sizes.hidden * work.tokens / machine.flops
+    counts = work.counts
+    forward = 2 * (sizes.active * counts.tokens + 4 * sizes.vision * counts.vision_tokens) / machine.flops
+    head = 2 * sizes.vocabulary * sizes.hidden * counts.tokens / machine.flops
     read = sizes.stored_bytes / machine.read_rate
     packed = sizes.weights / (_PACKED_PER_SECOND * cores)
     return {
         "calibrate": _CALIBRATE * (forward - head) + read,
-        "sensitivity": _SENSITIVITY * forward + 2 * read + len(options.types.expert) * packed,
+        "sensitivity": _SENSITIVITY * forward + 2 * read + work.expert_types * packed,
         "round": _ROUND * (forward - head) + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
         "export": packed + read,
         "projector": 2 * sizes.vision / machine.read_rate,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
-import yaml  # type: ignore[import-untyped]  # what gguf reads model cards with
+import yaml  # what gguf reads model cards with
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from mode_gguf.architectures import Metadata

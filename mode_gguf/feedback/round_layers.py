@@ -24,10 +24,10 @@ from mode_gguf.forward.limits import HIDDEN_BYTES
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.token_weights import experts_entry
+from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.expert_groups import ExpertTypes, stored_tensors, stored_types
 from mode_gguf.quantization.packer import matrix_name, pack_by_rows, read_matrix
-from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
 from mode_gguf_kernels import Feedback
 

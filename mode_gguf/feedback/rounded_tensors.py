@@ -58,7 +58,7 @@ class RoundedTensors:
         """
         if not self.has(part):
             raise MissingResourceError(
-                f"{self._file(part)}: not there, or of another plan; run `mode-gguf round` in this work folder first"
+                f"{self._file(part)}: not there, or of another plan; run `mode-gguf export`, which makes it"
             )
 
     def nearest(self, part: str) -> dict[str, int]:

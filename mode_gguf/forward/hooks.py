@@ -20,22 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mode_gguf.forward.inputs import ModelInputs
-from mode_gguf.forward.key_tokens import KeyTokens, LayerAttention, key_vision_tokens
-from mode_gguf.forward.modality import KEY_VISION, MODALITIES, REDUNDANT_VISION, TEXT
-
-__all__ = [
-    "ATTENTION",
-    "EXPERTS",
-    "KEY_VISION",
-    "MODALITIES",
-    "REDUNDANT_VISION",
-    "TEXT",
-    "ExpertsCall",
-    "LayerRecorder",
-    "LinearCall",
-    "SampleTrace",
-    "recording",
-]
+from mode_gguf.forward.key_tokens import LayerAttention, key_vision_tokens
+from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, KeyTokens
 
 EXPERTS = "mode_gguf"
 ATTENTION = "mode_gguf"

@@ -16,17 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mode_gguf.forward.inputs import ModelInputs
-from mode_gguf.forward.modality import CRITERIA, TEXT_ATTENTION, Criterion, KeyTokens
-
-__all__ = [
-    "CRITERIA",
-    "TEXT_ATTENTION",
-    "Criterion",
-    "KeyTokens",
-    "LayerAttention",
-    "key_vision_tokens",
-    "most_diverse",
-]
+from mode_gguf.forward.modality import KeyTokens
 
 _BLOCK_ELEMENTS = 1 << 24
 """Most attention weights or distances computed at once: 64 MiB of float32."""

@@ -1,9 +1,10 @@
 """Kinds of tokens and of answers, and the choice of key tokens by name: what files hold, free of torch."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
 
 from mode_gguf.errors import UsageError
+from mode_gguf.options import CalibrationOptions
+from mode_gguf.vocabulary import KEY_TOKEN_RULES, KeyTokenRule
 
 TEXT, KEY_VISION, REDUNDANT_VISION = range(3)
 """Modalities, in the order of every array."""
@@ -12,22 +13,13 @@ MODALITIES = ("text", "key_vision", "redundant_vision")
 ANSWERS = ("text", "image")
 """Kinds of scored positions, in the order of every array: of samples without, and with, an image."""
 
-Criterion: TypeAlias = Literal[
-    "text-attention", "all", "redundant", "random", "received-attention", "max-min-diversity"
-]
-"""`text-attention`: those the text attends to most (the paper's); `redundant`: as many of those it attends to least
-(the paper's "text + redundant" baseline); `all`: every one (its "text + all vision" baseline); `random`: drawn anew for
-every sample and layer; `received-attention`: those that all later tokens, of text and image, attend to most;
-`max-min-diversity`: those that differ most from each other (DivPrune), see `most_diverse`."""
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
-
 
 @dataclass(frozen=True, slots=True)
 class KeyTokens:
     """How key vision tokens are chosen; what does not matter to the criterion is dropped, so that equal means alike.
 
     Attributes:
-        criterion: see `Criterion`.
+        criterion: the rule.
         ratio: share of an image's tokens that are key, 0 < ratio <= 1; `all` makes it 1.
         seed: of `random`; any other criterion makes it 0.
 
@@ -35,13 +27,14 @@ class KeyTokens:
         UsageError: unknown criterion, or a ratio out of range.
     """
 
-    criterion: Criterion = "text-attention"
-    ratio: float = 0.2
+    criterion: KeyTokenRule = CalibrationOptions.key_tokens
+    ratio: float = CalibrationOptions.key_ratio
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise UsageError(f"unknown criterion of key tokens {self.criterion!r}: choose from {', '.join(CRITERIA)}")
+        if self.criterion not in KEY_TOKEN_RULES:
+            rules = ", ".join(KEY_TOKEN_RULES)
+            raise UsageError(f"unknown criterion of key tokens {self.criterion!r}: choose from {rules}")
         if not 0 < self.ratio <= 1:
             raise UsageError(
                 f"key ratio {self.ratio} is out of range: choose a share of the vision tokens above 0, up to 1"
@@ -50,6 +43,11 @@ class KeyTokens:
             object.__setattr__(self, "ratio", 1.0)
         if self.criterion != "random":
             object.__setattr__(self, "seed", 0)
+
+    @classmethod
+    def of(cls, options: CalibrationOptions) -> "KeyTokens":
+        """The rule that calibration's options stand for."""
+        return cls(options.key_tokens, options.key_ratio, options.seed)
 
     def __str__(self) -> str:
         seed = f", seed {self.seed}" if self.criterion == "random" else ""

@@ -1,19 +1,16 @@
 """How a model is going to be run, as far as memory depends on it."""
 
-from typing import Annotated, Final, Literal, TypeAlias
+from dataclasses import fields
+from typing import Annotated, Final
 
 from pydantic import Field
 
 from mode_gguf.artifacts import Record
-
-KvType: TypeAlias = Literal["f16", "q8_0", "q4_0"]
-"""Types of the KV cache that every build of llama.cpp has flash attention for."""
+from mode_gguf.options import ExportOptions, FitOptions
+from mode_gguf.vocabulary import KvType
 
 BATCH: Final = 512
 """Tokens that llama.cpp computes at once, its default (`--ubatch-size`)."""
-RESERVE: Final = 1 << 30
-"""Bytes left alone: what the driver and its libraries take for a process, and what else is shown on the screen. It is
-also the margin that llama-server wants to see free before it moves parts of a model off the GPU."""
 
 
 class FitSettings(Record):
@@ -29,12 +26,18 @@ class FitSettings(Record):
     """
 
     context: Annotated[int, Field(gt=0, le=1 << 24)]
-    parallel: Annotated[int, Field(gt=0, le=256)] = 1
-    kv_type: KvType = "f16"
+    parallel: Annotated[int, Field(gt=0, le=256)] = FitOptions.parallel
+    kv_type: KvType = FitOptions.kv_type
     image_tokens: Annotated[int, Field(gt=0)] | None = None
-    reserve: Annotated[int, Field(ge=0)] = RESERVE
-    projector_type: str = "F16"
+    reserve: Annotated[int, Field(ge=0)] = FitOptions.reserve
+    projector_type: str = ExportOptions.mmproj_type
     batch: Annotated[int, Field(gt=0)] = BATCH
+
+    @classmethod
+    def of(cls, options: FitOptions, projector_type: str) -> "FitSettings":
+        """From the options, which have a context."""
+        values = {one.name: getattr(options, one.name) for one in fields(options)}
+        return cls(projector_type=projector_type, **values)
 
     @property
     def cells_per_stream(self) -> int:

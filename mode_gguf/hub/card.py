@@ -95,7 +95,7 @@ def _method(release: Release) -> str:
         return ""
     if release.calibration.get("imatrix"):
         return ": mixed precision after an importance matrix, which does not tell text from pictures"
-    if not release.calibration.get("sees", True):
+    if not release.calibration.get("has_vision", True):
         return f": mixed precision after {_PAPER}, from what text needs of every expert"
     return f": mixed precision after {_PAPER}, from what text and pictures need of every expert"
 

@@ -46,7 +46,7 @@ class Published:
     private: bool
 
 
-def upload(repository: str, uploads: Sequence[Upload], private: bool | None, progress: Progress = silent) -> Published:
+def send(repository: str, uploads: Sequence[Upload], private: bool | None, progress: Progress = silent) -> Published:
     """Upload files into a repository, which is made if it is not there; files that it has besides stay.
 
     What has arrived of an upload that broke off is not sent again. The repository changes in one commit, at the end.

@@ -36,15 +36,16 @@ from mode_gguf.architectures.experts import rows_of
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.forward.distributed import gathered_in_order, number_among_all, sum_over_ranks
 from mode_gguf.forward.hidden_store import HiddenStore
-from mode_gguf.forward.hooks import TEXT, LayerRecorder, SampleTrace, recording
+from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import ModelInputs
 from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.modality import TEXT
 from mode_gguf.forward.offload import TensorOffload
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.fisher_imatrix import ColumnSums, squared_norms
 from mode_gguf.importance.group_sums import N_ANSWERS, N_MODALITIES, group_of, group_sums
 from mode_gguf.importance.imatrix import Imatrix, Importance, importance_of
-from mode_gguf.importance.sensitivity_settings import Measurement, SensitivitySettings
+from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
 from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.importance.unrouted_experts import fill_unrouted, unrouted_experts
 from mode_gguf.importance.weight_errors import expert_changes, matrix_changes, parts_of
@@ -77,7 +78,7 @@ class _Trace:
 
 def fisher_sensitivity(
     streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: SensitivitySettings, progress: Progress = silent
-) -> Measurement:
+) -> SensitivityResult:
     """Fisher sensitivity of every expert, matrix and the embedding at every candidate type, on all processes' inputs.
 
     Hidden states of all samples and layers are kept, samples x tokens x layers x H values: what is beyond
@@ -93,12 +94,12 @@ def _measured(
     settings: SensitivitySettings,
     store: HiddenStore,
     progress: Progress,
-) -> Measurement:
+) -> SensitivityResult:
     positions = np.zeros(N_ANSWERS)
     for one in inputs:
         positions[one.answer] += len(one.scored)
     positions = _over_ranks(positions)
-    result = Measurement({}, tuple(int(n) for n in positions), {})
+    result = SensitivityResult({}, tuple(int(n) for n in positions), {})
     per_position = 1 / np.maximum(positions, 1)[:, None]
     traces = [_Trace(one, SampleTrace.of(one, streamed.device)) for one in inputs]
     _forward_all(streamed, traces, settings, store, progress)
@@ -201,7 +202,7 @@ def _backward_all(
     settings: SensitivitySettings,
     store: HiddenStore,
     per_position: np.ndarray,
-    result: Measurement,
+    result: SensitivityResult,
     progress: Progress,
 ) -> None:
     """Carry the traces' gradients to the embedding, measuring every layer on the way."""
@@ -358,7 +359,7 @@ def _measure_experts(
     routed: _Routed,
     settings: SensitivitySettings,
     per_position: np.ndarray,
-    result: Measurement,
+    result: SensitivityResult,
 ) -> None:
     """Arrays and importance of one layer's experts, from the routed tokens of all of this process's samples at once."""
     projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
@@ -446,7 +447,7 @@ def _head_cost(
     traces: Sequence[_Trace],
     settings: SensitivitySettings,
     per_position: np.ndarray,
-    result: Measurement,
+    result: SensitivityResult,
 ) -> np.ndarray:
     """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model.
 
@@ -496,7 +497,7 @@ def _embedding_cost(
     embedding: SourceTensor,
     traces: Sequence[_Trace],
     settings: SensitivitySettings,
-    result: Measurement,
+    result: SensitivityResult,
 ) -> np.ndarray:
     """Summed cost (A, M, T) of the token embedding: its gradients are those at the first layer's input."""
     cost = _no_cost([], settings)

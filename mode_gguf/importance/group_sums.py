@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mode_gguf.forward.hooks import MODALITIES
 from mode_gguf.forward.inputs import ANSWERS
+from mode_gguf.forward.modality import MODALITIES
 
 N_ANSWERS, N_MODALITIES = len(ANSWERS), len(MODALITIES)
 

@@ -17,11 +17,12 @@ import numpy as np
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.forward.modality import MODALITIES, TEXT
 from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.ordered_parallel import ordered_parallel
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QuantType
 
 

@@ -1,12 +1,7 @@
 """Which importance matrix packs; free of torch, so that a conversion can be refused before anything is computed."""
 
-from typing import Literal, TypeAlias, get_args
-
 from mode_gguf.errors import UsageError
-
-ImatrixKind: TypeAlias = Literal["plain", "fisher"]
-"""`plain`: mean squares of a matrix's inputs, as llama-imatrix; `fisher`: the same weighed by gradients."""
-IMATRIX_KINDS: tuple[ImatrixKind, ...] = get_args(ImatrixKind)
+from mode_gguf.vocabulary import IMATRIX_KINDS, ImatrixKind
 
 
 def chosen_imatrix(kind: str | None, method: str) -> ImatrixKind:

@@ -25,11 +25,12 @@ from torch.nn.functional import linear
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.forward.distributed import gathered, sum_over_ranks
-from mode_gguf.forward.hooks import TEXT, SampleTrace
+from mode_gguf.forward.hooks import SampleTrace
 from mode_gguf.forward.inputs import ModelInputs
+from mode_gguf.forward.modality import TEXT
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.group_sums import N_MODALITIES, group_sums
-from mode_gguf.importance.sensitivity_settings import Measurement, SensitivitySettings
+from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
 from mode_gguf.importance.unrouted_experts import fill_unrouted, unrouted_experts
 from mode_gguf.importance.weight_errors import expert_changes, matrix_changes, parts_of
 from mode_gguf.progress import Progress, silent
@@ -57,14 +58,14 @@ class _Routed:
 
 def expert_mse(
     streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: SensitivitySettings, progress: Progress = silent
-) -> Measurement:
+) -> SensitivityResult:
     """Mean squared output error of every expert, matrix and the embedding, at every candidate type."""
     return _output_error(streamed, inputs, settings, progress, of_block=False)
 
 
 def block_mse(
     streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: SensitivitySettings, progress: Progress = silent
-) -> Measurement:
+) -> SensitivityResult:
     """As `expert_mse`, but for experts the share of their MoE block's mean squared error."""
     return _output_error(streamed, inputs, settings, progress, of_block=True)
 
@@ -76,8 +77,8 @@ def _output_error(
     progress: Progress,
     *,
     of_block: bool,
-) -> Measurement:
-    result = Measurement({}, (sum(gathered(sum(len(one.input_ids) for one in inputs))),), {})
+) -> SensitivityResult:
+    result = SensitivityResult({}, (sum(gathered(sum(len(one.input_ids) for one in inputs))),), {})
     last = len(streamed.layers) - 1
     seen = _LayerInputs()
 
@@ -125,7 +126,7 @@ def _matrix_error(
     x: Tensor,
     modality: Tensor,
     settings: SensitivitySettings,
-    result: Measurement,
+    result: SensitivityResult,
 ) -> np.ndarray:
     """Mean squared error of a linear layer's output, (1, M, T)."""
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
@@ -139,7 +140,7 @@ def _embedding_error(
     tensor: SourceTensor,
     inputs: Sequence[ModelInputs],
     settings: SensitivitySettings,
-    result: Measurement,
+    result: SensitivityResult,
 ) -> np.ndarray:
     """Mean squared error of the embeddings of all text tokens, (1, M, T)."""
     ids = torch.cat([one.input_ids[~one.is_vision] for one in inputs]).to(streamed.device)
@@ -155,7 +156,7 @@ def _measure_experts(
     layer: int,
     routed: _Routed,
     settings: SensitivitySettings,
-    result: Measurement,
+    result: SensitivityResult,
     *,
     of_block: bool,
 ) -> None:

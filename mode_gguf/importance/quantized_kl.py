@@ -23,18 +23,18 @@ from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.forward.hidden_store import HiddenStore
-from mode_gguf.forward.hooks import TEXT, LayerRecorder, SampleTrace, recording
+from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import ModelInputs
-from mode_gguf.forward.key_tokens import KeyTokens
 from mode_gguf.forward.layerwise import run_layerwise
 from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.forward.modality import TEXT, KeyTokens
 from mode_gguf.forward.streaming import FINAL_NORM, StreamedModel
 from mode_gguf.importance.group_sums import N_ANSWERS
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_layer import QuantizedLayer, Row
 from mode_gguf.importance.variants import TypeChanges, TypesByTensor, Variant, check_types, type_changes
+from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.packing import Packing
 
 TOKENS_PER_CALL = 1 << 13
 """Rows times tokens that run through a layer at once."""

@@ -17,17 +17,17 @@ from mode_gguf.forward.limits import HIDDEN_BYTES, LABEL_DRAWS, MAX_IMAGE_PIXELS
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Imatrix, Importance
-from mode_gguf.importance.imatrix_kind import ImatrixKind, chosen_imatrix
+from mode_gguf.importance.imatrix_kind import chosen_imatrix
 from mode_gguf.importance.output_error import block_mse, expert_mse
 from mode_gguf.importance.sensitivity_settings import SensitivitySettings
-from mode_gguf.importance.sensitivity_table import METHODS, Method, SensitivityTable
+from mode_gguf.importance.sensitivity_table import METHODS, SensitivityTable
 from mode_gguf.importance.token_weights import TokenWeights, tokens_digest
+from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.fallback_types import fallback_types_of
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QuantType
-
-__all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
+from mode_gguf.vocabulary import ImatrixKind, Method
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,10 @@ import numpy as np
 from mode_gguf.forward.limits import HIDDEN_BYTES
 from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.imatrix import Imatrix, Importance
-from mode_gguf.importance.imatrix_kind import ImatrixKind
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.options import Packing
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QuantType
+from mode_gguf.vocabulary import ImatrixKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class SensitivitySettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class SensitivityResult:
     """Arrays, scored positions per kind of answer, and experts whose values are estimates; see `SensitivityTable`.
 
     `imatrix` is the Fisher importance of all tensors that have an activation, `token_weights` what it weighed tokens by

@@ -3,17 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.forward.modality import ANSWERS, MODALITIES
-from mode_gguf.importance.imatrix_kind import ImatrixKind
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.options import Packing
+from mode_gguf.quantization.packing import EXACT
+from mode_gguf.vocabulary import ImatrixKind, Method
 
-Method: TypeAlias = Literal["fisher", "expert-mse", "block-mse", "imatrix-error"]
 METHODS: tuple[Method, ...] = ("fisher", "expert-mse", "block-mse")
 """Those that run the model."""
 

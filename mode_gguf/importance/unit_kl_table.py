@@ -10,9 +10,9 @@ from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.errors import InputError
 from mode_gguf.forward.modality import ANSWERS, MODALITIES
-from mode_gguf.importance.imatrix_kind import ImatrixKind
 from mode_gguf.importance.sensitivity_table import SensitivityTable
-from mode_gguf.quantization.packing import Packing
+from mode_gguf.options import Packing
+from mode_gguf.vocabulary import ImatrixKind
 
 KIND = "unit-kl"
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.errors import UsageError
-from mode_gguf.forward.hooks import MODALITIES
+from mode_gguf.forward.modality import MODALITIES
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.weight_errors import change_of_weights
+from mode_gguf.options import Packing
 from mode_gguf.quantization.ordered_parallel import ordered_parallel
-from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
 
 TypesByTensor: TypeAlias = Mapping[str, tuple[QuantType, ...]]

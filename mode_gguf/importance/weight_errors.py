@@ -17,11 +17,11 @@ from mode_gguf.architectures.tensors import SourceTensor, as_float32
 from mode_gguf.forward.distributed import n_threads
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
-from mode_gguf.importance.sensitivity_settings import Measurement, SensitivitySettings
+from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
+from mode_gguf.options import Packing
 from mode_gguf.quantization.fallback_types import stored_as
 from mode_gguf.quantization.ordered_parallel import ordered_parallel
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
-from mode_gguf.quantization.packing import Packing
 from mode_gguf.quantization.types import QuantType
 
 Part: TypeAlias = str
@@ -76,7 +76,7 @@ def matrix_changes(
     tensor: SourceTensor,
     settings: SensitivitySettings,
     importance: Importance,
-    result: Measurement,
+    result: SensitivityResult,
     device: torch.device,
 ) -> Iterator[tuple[int, Tensor]]:
     """Changes of a matrix that is no expert, with the index of their type, at all dense types or their stand-ins.

@@ -4,12 +4,12 @@ import ctypes
 import logging
 from ctypes import c_float, c_void_p
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 from mode_gguf.errors import UsageError
 from mode_gguf.llama_cpp import c_api
-
-SplitMode: TypeAlias = Literal["none", "layer", "row", "tensor"]
+from mode_gguf.options import PlacementOptions
+from mode_gguf.vocabulary import SplitMode
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,34 @@ class Offload:
 
 
 ON_CPU: Final = Offload()
+
+
+def placement_of(options: PlacementOptions) -> Offload:
+    """The placement that options ask for.
+
+    Raises:
+        UsageError: shares that are none, or an override without its buffer.
+    """
+    shares = options.tensor_split
+    if shares and not (all(0 <= share < float("inf") for share in shares) and any(shares)):
+        raise UsageError(f"--tensor-split: shares of 0 or more expected, not all 0, {shares} found")
+    return Offload(
+        n_gpu_layers=options.n_gpu_layers,
+        split_mode=options.split_mode,
+        main_gpu=options.main_gpu,
+        tensor_split=shares,
+        devices=options.devices,
+        override_tensors=tuple(map(_override, options.override_tensors)),
+        kv_cache=options.kv_offload,
+        projector=options.mmproj_offload,
+    )
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, _, buffer = text.rpartition("=")
+    if not pattern or not buffer:
+        raise UsageError(f"--override-tensor: REGEX=BUFFER expected, such as exps=CPU, {text!r} found")
+    return pattern, buffer
 
 
 def apply_to_model(offload: Offload, params: c_api.ModelParams, lib: ctypes.CDLL) -> list[object]:

@@ -84,7 +84,7 @@ class ServerModel:
         return f"llama-server {self.build} at {self._url}"
 
     @property
-    def sees(self) -> bool:
+    def has_vision(self) -> bool:
         """Whether it has a projector loaded."""
         return bool(self._props.get("modalities", {}).get("vision"))
 

@@ -20,10 +20,12 @@ from urllib.request import ProxyHandler, build_opener
 
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
 from mode_gguf.gguf.header import read_header
-from mode_gguf.gpu_memory.fit_settings import FitSettings, KvType
+from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.llama_cpp.c_api import library_version
 from mode_gguf.llama_cpp.command_line import command_line
 from mode_gguf.llama_cpp.engines import has_expert_groups
+from mode_gguf.options import ServingOptions
+from mode_gguf.vocabulary import KvType
 
 DEFAULT_CONTEXT: Final = 16384
 """Tokens; as many as a model was trained for, 262,144, would take gigabytes of KV cache."""
@@ -80,17 +82,14 @@ def serving_of(
     model: Path,
     mmproj: Path | None,
     fit: FitSettings | None,
-    *,
-    host: str,
-    port: int,
-    context: int | None = None,
+    options: ServingOptions,
     extra: Sequence[str] = (),
 ) -> Serving:
     """Settings from those that memory was planned for, or defaults.
 
     Args:
-        port: 0 for any that is free.
-        context: other than planned.
+        fit: what memory was planned for.
+        options: address and context, where it is other than planned.
         extra: what llama-server is told besides; a host or a port among it is what counts.
 
     Raises:
@@ -99,10 +98,11 @@ def serving_of(
     """
     trained = next((v for k, v in read_header(model).metadata.items() if k.endswith(".context_length")), None)
     default = min(int(trained), DEFAULT_CONTEXT) if trained else DEFAULT_CONTEXT
-    host, told = _told(extra, "--host") or host, _told(extra, "--port")
+    context = options.context
+    host, told = _told(extra, "--host") or options.host, _told(extra, "--port")
     if told is not None and not told.isdecimal():
         raise UsageError(f"--port {told} is not a port: give a number, such as 8080")
-    serving = Serving(model, mmproj, host, port if told is None else int(told), context or default)
+    serving = Serving(model, mmproj, host, options.port if told is None else int(told), context or default)
     if fit is not None:
         serving = replace(
             serving,

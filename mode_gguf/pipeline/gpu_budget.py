@@ -8,7 +8,7 @@ from mode_gguf.allocation.budget import Budget, Reach, effective_types, in_syste
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.planner import FIXED_DENSE, reachable_candidates
 from mode_gguf.allocation.presets import Preset
-from mode_gguf.allocation.units import CandidateTypes, Granularity, tensor_bytes
+from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint.folder import Checkpoint
@@ -18,6 +18,7 @@ from mode_gguf.export.text_model import metadata_bytes
 from mode_gguf.gpu_memory.breakdown import MemoryBreakdown, MemoryLine, ModelShape, needs
 from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.quantization.expert_groups import layer_groups
+from mode_gguf.vocabulary import Granularity
 
 _STEP = 256
 """Tokens by which llama.cpp's contexts differ."""
@@ -28,7 +29,6 @@ def reachable_sizes(
     budget: Budget,
     types: CandidateTypes,
     preset: Preset,
-    pre_tokenizer: str | None = None,
     granularity: Granularity = "tensor",
 ) -> tuple[CandidateTypes, Reach, int]:
     """The candidates that preset and budget leave, what they reach, and what the budget pays for beside tensors.
@@ -39,7 +39,7 @@ def reachable_sizes(
     """
     tensors = text_tensors(checkpoint)
     groups = len(types.expert) if granularity == "expert" else 1
-    overhead = _overhead(checkpoint, budget, pre_tokenizer, groups)
+    overhead = _overhead(checkpoint, budget, groups)
     try:
         return *reachable_candidates(tensors, types, budget, preset, overhead), overhead
     except InfeasibleBudgetError:
@@ -88,11 +88,11 @@ def _ledger(
     return MemoryBreakdown(memory=int(budget.value), settings=budget.fit, lines=tuple(lines))
 
 
-def _overhead(checkpoint: Checkpoint, budget: Budget, pre_tokenizer: str | None, groups: int) -> int:
+def _overhead(checkpoint: Checkpoint, budget: Budget, groups: int) -> int:
     """Bytes that the budget pays for beside tensors."""
     if budget.fit is not None:
         return _claimed(checkpoint, budget.fit, groups)
-    return metadata_bytes(checkpoint, pre_tokenizer, groups) if budget.kind == "size" else 0
+    return metadata_bytes(checkpoint, groups) if budget.kind == "size" else 0
 
 
 def _claimed(checkpoint: Checkpoint, fit: FitSettings, groups: int) -> int:

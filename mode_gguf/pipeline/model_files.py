@@ -12,7 +12,7 @@ from mode_gguf.errors import InputError
 from mode_gguf.gguf.header import read_header
 from mode_gguf.gguf.shards import earlier_shards, is_later_shard
 from mode_gguf.gpu_memory.fit_settings import FitSettings
-from mode_gguf.pipeline.exporting import model_path
+from mode_gguf.pipeline.stages.export import model_path
 from mode_gguf.workfolder import WorkFolder
 
 _FULL_PRECISION: Final = (LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_BF16)
@@ -25,13 +25,13 @@ class ModelFiles:
 
     Attributes:
         plan: that the model was made by, if it was this folder's.
-        remarks: what was chosen among several, in words.
+        notes: what was chosen among several, in words.
     """
 
     model: Path
     mmproj: Path | None
     plan: Plan | None = None
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def fit(self) -> FitSettings | None:
@@ -56,17 +56,17 @@ def find_model_files(folder: Path) -> ModelFiles:
     planned = _planned(folder, plan) if plan else None
     model = planned if planned in texts else sorted(texts, key=_is_full_precision)[0]
     assert model is not None
-    remarks = []
+    notes = []
     if len(texts) > 1:
         why = "the one of plan.json" if model == planned else "the newest"
-        remarks.append(f"of {len(texts)} models in {folder}, {why} is taken: {model.name}")
+        notes.append(f"of {len(texts)} models in {folder}, {why} is taken: {model.name}")
     projectors = [path for path in files if path.name.startswith("mmproj-")]
     mmproj = _projector(projectors, plan) if projectors else None
     if mmproj is None:
-        remarks.append(f"{folder} holds no projector (mmproj-*.gguf): there will be no pictures")
+        notes.append(f"{folder} holds no projector (mmproj-*.gguf): there will be no pictures")
     elif len(projectors) > 1:
-        remarks.append(f"of {len(projectors)} projectors {mmproj.name} is taken")
-    return ModelFiles(model, mmproj, plan if model == planned else None, tuple(remarks))
+        notes.append(f"of {len(projectors)} projectors {mmproj.name} is taken")
+    return ModelFiles(model, mmproj, plan if model == planned else None, tuple(notes))
 
 
 def _planned(folder: Path, plan: Plan) -> Path:

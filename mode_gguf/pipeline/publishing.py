@@ -14,9 +14,9 @@ from mode_gguf.hub.card import model_card
 from mode_gguf.hub.local_paths import without_local_paths
 from mode_gguf.hub.names import repository_name
 from mode_gguf.hub.released_files import Release, ReleasedFile, Role, commands_of, sha256_of
-from mode_gguf.hub.upload import Published, Upload, upload
+from mode_gguf.hub.upload import Published, Upload, send
 from mode_gguf.pipeline.folder_lock import folder_lock
-from mode_gguf.pipeline.stage_cache import Stage, StageCache, file_identity
+from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.structure import describe
@@ -36,7 +36,7 @@ class Publication:
 
 def write_card(
     path: Path,
-    repository: str | None = None,
+    repository: str,
     *,
     base_model: str | None = None,
     replace: bool = False,
@@ -53,12 +53,12 @@ def write_card(
         InputError: `path` is no work folder with a finished export, or a file was changed since.
     """
     folder, plan = _opened(path)
-    named = repository_name(repository) if repository else None
+    named = repository_name(repository)
     base_model = repository_name(base_model) if base_model else None
     readme = folder.readme
     with folder_lock(folder):
         if not replace and not _is_ours(folder):
-            raise UsageError(f"{readme}: was edited, or comes from elsewhere; give --replace, or move it away")
+            raise UsageError(f"{readme}: was edited, or comes from elsewhere; give --replace-card, or move it away")
         release, doubt = _release(folder, plan, progress)
         if doubt:
             log.warning("%s; the card says that nothing was measured", doubt)
@@ -71,7 +71,7 @@ def publish(
     path: Path,
     repository: str,
     *,
-    really: bool,
+    upload: bool,
     private: bool | None = None,
     unvalidated: bool = False,
     base_model: str | None = None,
@@ -82,12 +82,12 @@ def publish(
     README.md is made for this repository, unless it was edited.
 
     Args:
-        really: upload; without it nothing is written or sent.
-        private: see `hub.upload.upload`.
+        upload: send it; without it nothing is written or sent.
+        private: see `hub.upload.send`.
         unvalidated: publish files that no report speaks of.
 
     Raises:
-        UsageError: no name of a repository, or see `hub.upload.upload`.
+        UsageError: no name of a repository, or see `hub.upload.send`.
         InputError: `path` is no work folder with a finished export, or a file was changed since; the hub refuses.
         ValidationError: the files were not validated, or failed, which `unvalidated` does not help.
     """
@@ -100,11 +100,11 @@ def publish(
             raise ValidationError(f"{doubt}; validate the file, or give --unvalidated to publish it all the same")
         card = model_card(release, named, base_model) if _is_ours(folder) else _edited_card(folder, release)
         uploads = _uploads(folder, release, card)
-        if not really:
+        if not upload:
             return Publication(uploads, card, None)
         if _is_ours(folder):
             _save_card(folder, card, named, base_model)
-        return Publication(uploads, card, upload(named, uploads, private, progress))
+        return Publication(uploads, card, send(named, uploads, private, progress))
 
 
 def _opened(path: Path) -> tuple[WorkFolder, Plan]:
@@ -199,7 +199,7 @@ def _save_card(folder: WorkFolder, card: str, repository: str | None, base_model
     started = time.monotonic()
     write_text(folder.readme, card)
     settings = {"repository": repository, "base model": base_model}
-    StageCache(folder).record(Stage("card", settings, (folder.readme,)), round(time.monotonic() - started, 3))
+    StageCache(folder).record(StageState("card", settings, (folder.readme,)), round(time.monotonic() - started, 3))
 
 
 def _edited_card(folder: WorkFolder, release: Release) -> str:
@@ -212,7 +212,7 @@ def _edited_card(folder: WorkFolder, release: Release) -> str:
         if file.sha256 not in card:
             raise InputError(
                 f"{folder.readme}: was edited, and its table of files does not have {file.path.name} as it is now "
-                f"(sha256 {file.sha256}); correct it, or make it again with `mode-gguf card --replace`"
+                f"(sha256 {file.sha256}); correct it, or make it again with `publish --card-only --replace-card`"
             )
     return card
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mode_gguf.allocation.costs import Measurements, cost_of_types, expert_units, tensor_units
+from mode_gguf.allocation.costs import MeasuredCosts, cost_of_types, expert_units, tensor_units
 from mode_gguf.allocation.frontier import frontier, predicted_answers
 from mode_gguf.allocation.plan import Plan, PlannedTensor
 from mode_gguf.allocation.planner import uniform_plan
@@ -23,7 +23,7 @@ from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor
 from mode_gguf.artifacts import read_metadata
 from mode_gguf.errors import InputError, ModeGgufError
 from mode_gguf.feedback.feedback_factor import with_feedback_factor
-from mode_gguf.pipeline.planning import measurements_of
+from mode_gguf.pipeline.planning import measured_costs
 from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.validation.conversion_record import (
@@ -108,7 +108,7 @@ class _Priced:
     plan: Plan
     tensors: Sequence[SourceTensor]
     table: "SensitivityTable"
-    measured: Measurements
+    measured: MeasuredCosts
     preset: Preset
     types: CandidateTypes
 
@@ -219,7 +219,7 @@ def _priced(
         missing.setdefault("sensitivity", missing["prediction"])
         return None
     try:
-        measured, preset = measurements_of(folder, table, statistics, plan.signals or PRESETS["mode"])
+        measured, preset = measured_costs(folder, table, statistics, plan.signals or PRESETS["mode"])
     except ModeGgufError as error:
         missing["prediction"] = missing["sensitivity"] = str(error)
         return None

@@ -30,8 +30,8 @@ journal = logging.getLogger(JOURNAL)
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """One stage as it is asked for.
+class StageState:
+    """A stage as it is asked for.
 
     Attributes:
         name: as its command is called.
@@ -49,7 +49,7 @@ class RunningStage:
     """A stage that has begun; `StageCache.begin` makes it."""
 
     ledger: "StageCache"
-    stage: Stage
+    stage: StageState
     started: float
 
     def finish(self) -> None:
@@ -68,21 +68,21 @@ class StageCache:
     def __init__(self, folder: WorkFolder) -> None:
         self._folder = folder
 
-    def begin(self, stage: Stage) -> RunningStage:
+    def begin(self, stage: StageState) -> RunningStage:
         """Forget what is known of the stage's outputs, which are about to change."""
         self.forget(stage.name)
         journal.info("%s: begins with %s", stage.name, json.dumps(_plain(stage.settings)))
         return RunningStage(self, stage, time.monotonic())
 
-    def is_current(self, stage: Stage) -> bool:
+    def is_current(self, stage: StageState) -> bool:
         """Whether all outputs are there, as they were made with just these settings."""
         return self.has_settings(stage) and self._entry(stage.name)["outputs"] == self._identities(stage.outputs)
 
-    def has_settings(self, stage: Stage) -> bool:
+    def has_settings(self, stage: StageState) -> bool:
         """Whether the stage last ran with these settings, whatever became of its outputs."""
         return self._entry(stage.name).get("settings") == _plain(stage.settings)
 
-    def edited(self, stage: Stage) -> list[Path]:
+    def edited(self, stage: StageState) -> list[Path]:
         """Outputs that are there, and are not what the stage left."""
         left = self._entry(stage.name).get("outputs", {})
         now = self._identities(stage.outputs)
@@ -111,7 +111,7 @@ class StageCache:
             entries[stage]["outputs"][self._name(path)] = file_identity(path)
             write_json(self._folder.stages, entries)
 
-    def check_unchanged(self, stages: Sequence[Stage]) -> None:
+    def check_unchanged(self, stages: Sequence[StageState]) -> None:
         """Refuse to throw away what took long to measure.
 
         Raises:
@@ -142,7 +142,7 @@ class StageCache:
         if entries.pop(stage, None):
             write_json(self._folder.stages, entries)
 
-    def record(self, stage: Stage, seconds: float) -> None:
+    def record(self, stage: StageState, seconds: float) -> None:
         """Remember a stage whose outputs are there."""
         entry = {
             "settings": _plain(stage.settings),

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mode_gguf.allocation.frontier_plot import draw
 
 from mode_gguf.allocation.frontier import Frontier, frontier
-from mode_gguf.allocation.frontier_plot import draw
 from mode_gguf.allocation.planner import uniform_plan
 from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import CandidateTypes

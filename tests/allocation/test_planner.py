@@ -12,7 +12,7 @@ from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.costs import (
     CostModel,
     ExpertUse,
-    Measurements,
+    MeasuredCosts,
     cost_of_types,
     expert_units,
     tensor_units,
@@ -59,7 +59,7 @@ def model(expert_width: int = 256) -> list[SourceTensor]:
 
 def measurements(
     tensors: list[SourceTensor], seed: int = 0, expert_types: tuple[str, ...] = EXPERT_TYPES
-) -> Measurements:
+) -> MeasuredCosts:
     generator = np.random.default_rng(seed)
     expert_drop, dense_drop = np.array([1.0, 0.25, 0.06]), np.array([1.0, 0.25, 0.06, 0.001])
     arrays: dict[str, np.ndarray] = {}
@@ -74,12 +74,12 @@ def measurements(
         elif t.role is not Role.KEEP:
             arrays[f"{t.name}.unit"] = generator.random((2, 3, 1)) * dense_drop * 0.1
     use = {layer: ExpertUse(np.full((3, E), 10), np.full((3, E), 2.5)) for layer in range(LAYERS)}
-    return Measurements(arrays, expert_types, DENSE_TYPES, use)
+    return MeasuredCosts(arrays, expert_types, DENSE_TYPES, use)
 
 
 def plan_for(
     tensors: list[SourceTensor],
-    measured: Measurements,
+    measured: MeasuredCosts,
     *,
     bpw: float,
     types: CandidateTypes = TYPES,

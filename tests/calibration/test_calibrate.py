@@ -17,7 +17,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.forward.inputs import InputBuilder
-from mode_gguf.forward.key_tokens import KeyTokens
+from mode_gguf.forward.modality import KeyTokens
 
 CPU = torch.device("cpu")
 TOP_K = 2

@@ -1,7 +1,8 @@
 """The variants that compare_packing understands."""
 
 from compare_packing import Result, Variant
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.options import Packing
+from mode_gguf.quantization.packing import EXACT
 
 
 def test_a_variant_names_imatrix_and_packing() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mode_gguf_cli.options import KeyTokensName
 from safetensors.numpy import save_file
 
 from mode_gguf.artifacts import SCHEMA_VERSION
@@ -16,17 +17,14 @@ from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
 from mode_gguf.forward.inputs import ModelInputs
 from mode_gguf.forward.key_tokens import (
-    CRITERIA,
-    TEXT_ATTENTION,
-    Criterion,
-    KeyTokens,
     LayerAttention,
     key_vision_tokens,
     most_diverse,
     received_attention,
     text_attention,
 )
-from mode_gguf_cli.options import KeyTokensName
+from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
+from mode_gguf.vocabulary import KEY_TOKEN_RULES, KeyTokenRule
 
 LENGTH, FIRST, N_VISION = 14, 2, 8
 CAUSAL = torch.ones(LENGTH, LENGTH).tril().bool()
@@ -88,7 +86,7 @@ def test_most_diverse_is_the_greedy_farthest_point_choice(monkeypatch: pytest.Mo
 
 
 def test_what_each_criterion_chooses(attention: LayerAttention) -> None:
-    def chosen(criterion: Criterion) -> list[int]:
+    def chosen(criterion: KeyTokenRule) -> list[int]:
         return sorted(key_vision_tokens(KeyTokens(criterion, 0.25), INPUTS, 3, attention).tolist())
 
     weights = whole(attention)
@@ -100,7 +98,9 @@ def test_what_each_criterion_chooses(attention: LayerAttention) -> None:
     assert chosen("received-attention") == sorted(vision[by_all.topk(2).indices].tolist())
     values = torch.cat(list(attention.value[:, IS_VISION]), dim=-1)
     assert chosen("max-min-diversity") == sorted(vision[most_diverse(values, 2)].tolist())
-    assert len({tuple(chosen(criterion)) for criterion in CRITERIA}) == len(CRITERIA), "the test tells them apart"
+    assert len({tuple(chosen(criterion)) for criterion in KEY_TOKEN_RULES}) == len(KEY_TOKEN_RULES), (
+        "the test tells them apart"
+    )
 
 
 def test_random_tokens_differ_by_layer_sample_and_seed_and_come_again(attention: LayerAttention) -> None:
@@ -145,12 +145,12 @@ def test_bad_options() -> None:
 
 
 def test_the_command_line_offers_every_criterion() -> None:
-    assert tuple(name.value for name in KeyTokensName) == CRITERIA
+    assert tuple(name.value for name in KeyTokensName) == KEY_TOKEN_RULES
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", KEY_TOKEN_RULES)
 def test_calibration_by_every_criterion(
-    criterion: Criterion, pico: Path, samples: list[Sample], tmp_path: Path
+    criterion: KeyTokenRule, pico: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
     key = KeyTokens(criterion, 0.25, seed=3)
     statistics = calibrate(Checkpoint.open(pico), samples[2:4], device="cpu", key_tokens=key)

@@ -10,10 +10,10 @@ from transformers import AutoModelForImageTextToText
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
-from mode_gguf.forward.hooks import KEY_VISION, REDUNDANT_VISION, TEXT, LayerRecorder, SampleTrace, recording
+from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
-from mode_gguf.forward.key_tokens import KeyTokens
 from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, KeyTokens
 from mode_gguf.forward.streaming import StreamedModel, choose_device, open_streamed
 
 CPU = torch.device("cpu")

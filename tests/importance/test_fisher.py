@@ -19,9 +19,8 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.forward.hidden_store import HiddenStore
-from mode_gguf.forward.hooks import TEXT
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
-from mode_gguf.forward.key_tokens import TEXT_ATTENTION
+from mode_gguf.forward.modality import TEXT, TEXT_ATTENTION
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Importance

@@ -14,7 +14,7 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.forward.inputs import InputBuilder
-from mode_gguf.forward.key_tokens import TEXT_ATTENTION
+from mode_gguf.forward.modality import TEXT_ATTENTION
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.output_error import block_mse

@@ -13,7 +13,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.export.imatrix_file import read_imatrix, write_imatrix
-from mode_gguf.forward.key_tokens import TEXT_ATTENTION
+from mode_gguf.forward.modality import TEXT_ATTENTION
 from mode_gguf.importance.imatrix import DEFAULT_MODALITY_WEIGHTS, Importance, balanced_imatrix, importance_of
 
 TENSOR = SourceTensor(

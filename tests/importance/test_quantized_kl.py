@@ -19,9 +19,9 @@ from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
-from mode_gguf.forward.hooks import KEY_VISION, REDUNDANT_VISION, TEXT, SampleTrace
+from mode_gguf.forward.hooks import SampleTrace
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
-from mode_gguf.forward.key_tokens import TEXT_ATTENTION
+from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, TEXT_ATTENTION
 from mode_gguf.forward.streaming import StreamedModel, open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_kl import KlSettings, _kl, quantized_kl

@@ -17,7 +17,7 @@ from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
 from mode_gguf.forward.inputs import InputBuilder
-from mode_gguf.forward.key_tokens import TEXT_ATTENTION, KeyTokens
+from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity

@@ -10,7 +10,7 @@ from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
-from mode_gguf.forward.key_tokens import KeyTokens
+from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
 from mode_gguf.importance.sensitivity_table import METHODS

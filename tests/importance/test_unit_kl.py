@@ -10,8 +10,7 @@ import pytest
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.forward.hooks import TEXT
-from mode_gguf.forward.key_tokens import TEXT_ATTENTION, KeyTokens
+from mode_gguf.forward.modality import TEXT, TEXT_ATTENTION, KeyTokens
 from mode_gguf.importance import unit_kl
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_kl import KlSettings, QuantizedKl, quantized_kl

@@ -62,7 +62,7 @@ def held_out(held_out_folder: Path) -> HeldOut:
 def test_what_it_says_of_itself(server: Server, model: LlamaModel, small: Files) -> None:
     remote = ServerModel(server)
     assert remote.n_vocab == model.n_vocab == VOCABULARY
-    assert remote.sees
+    assert remote.has_vision
     assert remote.tokenize(TEXT) == model.tokenize(TEXT)
     assert remote.detokenize(model.tokenize(TEXT)) == TEXT
     assert remote.tokenize("<|im_end|>") == model.tokenize("<|im_end|>")

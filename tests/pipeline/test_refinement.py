@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mode_gguf.allocation.costs import CostModel, Measurements, tensor_units
+from mode_gguf.allocation.costs import CostModel, MeasuredCosts, tensor_units
 from mode_gguf.allocation.solver import solve
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes
 from mode_gguf.architectures import text_tensors
@@ -15,7 +15,7 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import UsageError
-from mode_gguf.forward.key_tokens import TEXT_ATTENTION
+from mode_gguf.forward.modality import TEXT_ATTENTION
 from mode_gguf.importance.quantized_kl import KlSettings
 from mode_gguf.importance.unit_kl import open_kl_model
 from mode_gguf.pipeline.refinement import Measure, measure_plans, refine
@@ -171,7 +171,7 @@ def test_on_a_model(pico: Path) -> None:
         if tensor.role is not Role.KEEP
     }
     names = (NAMES, ("Q4_K", "Q6_K"))
-    units = tensor_units(tensors, types, Measurements(arrays, *names, {}), CostModel())
+    units = tensor_units(tensors, types, MeasuredCosts(arrays, *names, {}), CostModel())
     first = [unit.candidates[0] for unit in units[:-6]] + [unit.candidates[-1] for unit in units[-6:]]
     budget = sum(choice.size_bytes for choice in first)
     model = open_kl_model(checkpoint, samples, device="cpu")

@@ -3,7 +3,8 @@
 import pytest
 
 from mode_gguf.errors import UsageError
-from mode_gguf.quantization.packing import DEFAULT_PACKING, EXACT, Packing
+from mode_gguf.options import Packing
+from mode_gguf.quantization.packing import DEFAULT_PACKING, EXACT
 from mode_gguf_kernels import Refinement
 
 

@@ -6,14 +6,14 @@ import numpy as np
 from PIL import Image
 
 from mode_gguf.allocation.budget import Budget
-from mode_gguf.allocation.costs import ExpertUse, Measurements
+from mode_gguf.allocation.costs import ExpertUse, MeasuredCosts
 from mode_gguf.allocation.plan import Plan, Provenance
 from mode_gguf.allocation.planner import Problem, expert_plan, optimal_plan
 from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.forward.key_tokens import KeyTokens
+from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.pipeline.stage_cache import Stage, StageCache
 from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, ValidationReport
@@ -54,7 +54,7 @@ def write_folder(
     table = _table(name, model, statistics, random)
     table.save(folder.sensitivity)
     use = {layer: ExpertUse(statistics.counts(layer), statistics.routing_weights(layer)) for layer in range(layers)}
-    measured = Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
+    measured = MeasuredCosts(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
     budget, made_from = Budget(value=bpw), Provenance(tool_version="0", model=name, model_fingerprint=FINGERPRINT)
     problem = Problem.of(model, measured, budget=budget, types=DEFAULT_TYPES, preset=PRESETS["mode"])
     plan = (expert_plan if per_expert else optimal_plan)(problem, made_from, budget)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from mode_gguf_cli import options
+from mode_gguf_cli import arguments
 from mode_gguf_cli.console import emit_json, progress, say, show
-from mode_gguf_cli.quiet import with_quiet
+from mode_gguf_cli.generated import with_quiet
 
 app = typer.Typer(
     help="Build llama.cpp with the patch that files with one type per expert need, or find what was built.",
@@ -33,7 +33,7 @@ def build(
     ] = None,
     stock: Stock = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build it even if it is there.")] = False,
-    json: options.Json = False,
+    json: arguments.Json = False,
 ) -> None:
     """Build llama.cpp's programs and libraries into ~/.cache/mode-gguf (XDG_CACHE_HOME), once; takes minutes.
 
