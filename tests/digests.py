@@ -88,9 +88,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     arguments = parser.parse_args()
     names = [name for name in CASES if not arguments.only or name in arguments.only.split(",")]
+    digests: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        digests = dict(zip(names, pool.map(partial(_case, Path(folder)), names), strict=True))
-    arguments.out.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        for name, digest in zip(names, pool.map(partial(_case, Path(folder)), names), strict=True):
+            digests[name] = digest
+            arguments.out.write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            print(name, file=sys.stderr)
     if arguments.against:
         before = json.loads(arguments.against.read_text(encoding="utf-8"))
         changes = [line for name in names for line in _changes(name, before.get(name), digests[name])]
