@@ -28,7 +28,7 @@ from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 log = logging.getLogger(__name__)
 
-MTP_WAY_OUT = "; `mode-gguf mtp` writes them to a file to draft with"
+MTP_WAY_OUT = "; `export --mtp Q8_0` writes them to a file to draft with"
 
 ImportanceOf: TypeAlias = Callable[[str], np.ndarray | None]
 """Importance float32 (E, n) of a stored tensor, looked up when its turn comes: all of it would grow with the model."""

@@ -10,6 +10,7 @@ from PIL import Image
 
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from tests.calibration.conftest import picture
+from tests.e2e.conftest import settings
 from tests.pico_glm4v_moe import LAYERS
 
 SAMPLES = ("--image-samples", "2", "--text-samples", "1")
@@ -18,7 +19,9 @@ SAMPLES = ("--image-samples", "2", "--text-samples", "1")
 def test_convert_and_answer_about_a_picture(
     pico_glm4v: Path, tmp_path: Path, run: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    types = ("--types", "Q3_K,Q5_K", "--dense-types", "Q4_K,Q8_0", "--effort", "fast")
+    types = settings(
+        "sensitivity.types=Q3_K,Q5_K", "sensitivity.dense_types=Q4_K,Q8_0", "sensitivity.packing.effort=fast"
+    )
     options = ("--bpw", "4.5", "--out", tmp_path, "--json", "--no-validate", *types, *SAMPLES)
     with caplog.at_level("INFO", "mode_gguf"):
         result = json.loads(run("convert", pico_glm4v, *options))
@@ -37,7 +40,7 @@ def test_convert_and_answer_about_a_picture(
 def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(
     pico_glm4v: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
-    options = ("--types", "Q3_K,Q4_K", "--bpw", "2.0", "--out", tmp_path, *SAMPLES)
+    options = (*settings("sensitivity.types=Q3_K,Q4_K"), "--bpw", "2.0", "--out", tmp_path, *SAMPLES)
     error = run("convert", pico_glm4v, *options, code=3)
     assert "--bpw 2 cannot be reached" in error
     assert re.search(r"rows of 352 in 3 tensors .*do not fit Q3_K, Q4_K", error)

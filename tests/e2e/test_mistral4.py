@@ -14,13 +14,14 @@ from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.pipeline.report_data import planned_tensors
 from tests.calibration.conftest import picture
+from tests.e2e.conftest import settings
 from tests.pico_mistral4 import write_pico_mistral4
 
 
 def test_convert_and_answer_about_a_picture(tmp_path: Path, run: Callable[..., str]) -> None:
     checkpoint, out = write_pico_mistral4(tmp_path / "Pico-Mistral", fp8=True), tmp_path / "out"
     samples = ("--image-samples", "1", "--text-samples", "1", "--no-validate", "--rounding", "nearest")
-    types = ("--types", "Q2_K,Q4_K", "--dense-types", "Q2_K,Q4_K,Q8_0")
+    types = settings("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q2_K,Q4_K,Q8_0")
     result = json.loads(run("convert", checkpoint, "--bpw", "3.0", "--out", out, "--json", *samples, *types))
     assert 3.0 * 0.995 <= result["bpw"] <= 3.0
     plan = Plan.load(out / "plan.json")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mode_gguf.gguf.header import read_header
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from tests.calibration.conftest import picture
 
@@ -17,10 +18,10 @@ def test_convert_and_answer_about_a_picture(
     samples = ("--image-samples", "2", "--text-samples", "2", "--no-validate")
     with caplog.at_level("INFO", "mode_gguf"):
         result = json.loads(run("convert", pico_qwen3_5, "--bpw", "3.0", "--out", tmp_path, "--json", *samples))
-    assert "more tensors are left out; `mode-gguf mtp` writes them to a file to draft with" in caplog.text
-    drafting = json.loads(run("mtp", pico_qwen3_5, "--out", tmp_path, "--json"))
+    assert "more tensors are left out; `export --mtp Q8_0` writes them to a file to draft with" in caplog.text
+    drafting = json.loads(run("export", pico_qwen3_5, "--out", tmp_path, "--mtp", "Q8_0", "--json"))
     assert Path(drafting["mtp"]).name == f"mtp-{pico_qwen3_5.name}-Q8_0.gguf"
-    assert Path(drafting["mtp"]).stat().st_size == drafting["size_bytes"]
+    assert read_header(Path(drafting["mtp"])).tensors
     assert 3.0 * 0.995 <= result["bpw"] <= 3.0
     types = {tensor["name"]: tensor["type"] for tensor in json.loads((tmp_path / "plan.json").read_text())["tensors"]}
     assert types["blk.0.ssm_a"] == types["blk.0.ffn_gate_inp_shexp.weight"] == "F32"

@@ -15,7 +15,7 @@ from mode_gguf.export.text_model import text_model_files, write_text_model
 from mode_gguf.gguf.header import read_header
 from mode_gguf.llama_cpp.engines import has_expert_groups
 from mode_gguf.llama_cpp.in_process import LlamaModel
-from mode_gguf.pipeline.stage_cache import Stage, StageCache
+from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.validation.structure import check_structure, describe
 from mode_gguf.workfolder import WorkFolder
@@ -188,7 +188,7 @@ class TestStopped:
         folder = WorkFolder(tmp_path, "model")
         ledger = StageCache(folder)
         outputs = text_model_files(tmp_path / "model.gguf", checkpoint, types, None, 10**6)
-        stage = Stage("export", {}, tuple(outputs))
+        stage = StageState("export", {}, tuple(outputs))
         running = ledger.begin(stage)
         files = write(tmp_path, checkpoint, types, 10**6)
         running.finish()

@@ -21,12 +21,13 @@ from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.importance.sensitivity_table import METHODS, Method, SensitivityTable
+from mode_gguf.importance.sensitivity_table import METHODS, SensitivityTable
 from mode_gguf.importance.unrouted_experts import fill_unrouted, unrouted_experts
 from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.vocabulary import Method
 from tests.pico import write_pico_qwen3vlmoe
 
 TYPES = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
