@@ -496,7 +496,7 @@ DEFAULT_KEY_RATIO = 0.2
 DEFAULT_SIZE_POWER = 0.0
 DEFAULT_EXPERT_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"
 DEFAULT_GROUP_TYPES = "IQ2_XXS," + DEFAULT_EXPERT_TYPES
-"""With a type per expert: rarely used ones in two bits leave room for the others (docs/EXPERIMENTS.md)."""
+"""With a type per expert: rarely used ones in two bits leave room for others (docs/experiments/type-per-expert.md)."""
 DEFAULT_DENSE_TYPES = "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0"
 DEFAULT_BPW = 3.0
 DEFAULT_MEASURED_SAMPLES = 64

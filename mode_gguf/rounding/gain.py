@@ -12,7 +12,7 @@ from mode_gguf.rounding.spill import is_rounded
 GAIN = 0.45
 """Cost of a tensor rounded with feedback over its cost rounded to nearest.
 
-Much the same for all K-quants, and for experts, attention and output (docs/EXPERIMENTS.md, "Planning for feedback").
+Much the same for all K-quants, and for experts, attention and output (docs/experiments/rounding.md).
 What a plan changes for is what has no feedback: the embedding, and types without even steps.
 """
 
