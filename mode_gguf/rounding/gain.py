@@ -23,7 +23,7 @@ def with_gain(
     expert_types: Sequence[str],
     dense_types: Sequence[str],
 ) -> dict[str, np.ndarray]:
-    """Costs to nearest, as docs/DESIGN.md names them, turned into expected costs with feedback.
+    """Costs to nearest, as docs/design/artefacts.md names them, turned into expected costs with feedback.
 
     Args:
         expert_types, dense_types: what the last axis of experts' and of all other arrays stands for.
