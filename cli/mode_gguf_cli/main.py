@@ -5,8 +5,8 @@ import sys
 
 import typer
 
-from mode_gguf.calibration import distributed
 from mode_gguf.errors import ModeGgufError
+from mode_gguf.forward import distributed
 from mode_gguf_cli.commands import (
     calibrate,
     card,

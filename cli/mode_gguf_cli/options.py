@@ -36,7 +36,7 @@ class PresetName(StrEnum):
 
 
 class MetricName(StrEnum):
-    """Sensitivity metrics; see `mode_gguf.importance.table`."""
+    """Sensitivity metrics; see `mode_gguf.importance.sensitivity_table`."""
 
     FISHER = "fisher"
     EXPERT_MSE = "expert-mse"
@@ -45,7 +45,7 @@ class MetricName(StrEnum):
 
 
 class KvTypeName(StrEnum):
-    """Types of the KV cache; see `mode_gguf.memory.settings`."""
+    """Types of the KV cache; see `mode_gguf.gpu_memory.fit_settings`."""
 
     F16 = "f16"
     Q8_0 = "q8_0"
@@ -77,7 +77,7 @@ class DenseName(StrEnum):
 
 
 class ImatrixName(StrEnum):
-    """Importance matrices; see `mode_gguf.importance.choice`."""
+    """Importance matrices; see `mode_gguf.importance.imatrix_kind`."""
 
     PLAIN = "plain"
     FISHER = "fisher"
@@ -119,7 +119,7 @@ class Effort(StrEnum):
 
 
 class KeyTokensName(StrEnum):
-    """Ways of choosing key vision tokens; see `mode_gguf.calibration.key_tokens`."""
+    """Ways of choosing key vision tokens; see `mode_gguf.forward.key_tokens`."""
 
     TEXT_ATTENTION = "text-attention"
     ALL = "all"
@@ -526,7 +526,7 @@ def measured_types(
     Raises:
         InputError: `sensitivity` has not run there.
     """
-    from mode_gguf.importance.table import SensitivityTable
+    from mode_gguf.importance.sensitivity_table import SensitivityTable
 
     if expert is None or dense is None:
         table = SensitivityTable.load(folder.sensitivity)
@@ -588,7 +588,7 @@ def fit_of(
     """
     from mode_gguf.allocation.budget import Budget, parse_size
     from mode_gguf.errors import UsageError
-    from mode_gguf.memory.settings import RESERVE, FitSettings
+    from mode_gguf.gpu_memory.fit_settings import RESERVE, FitSettings
 
     if fit is None:
         others = {

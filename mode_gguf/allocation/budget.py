@@ -10,7 +10,7 @@ from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import Record
 from mode_gguf.errors import InfeasibleBudgetError, UsageError
-from mode_gguf.memory.settings import FitSettings
+from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.quantization.types import QuantType
 
 _SIZE_UNITS = {"": 1, "B": 1} | {

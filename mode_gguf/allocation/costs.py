@@ -15,7 +15,7 @@ import numpy as np
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.quantization.stand_ins import stored_as
+from mode_gguf.quantization.fallback_types import stored_as
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 Combination: TypeAlias = Literal["sensitivity", "product", "frequency", "pmq", "random"]

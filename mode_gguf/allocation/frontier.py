@@ -7,7 +7,7 @@ import numpy as np
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.costs import CostModel, Measurements, tensor_units
-from mode_gguf.allocation.planner import FIXED_DENSE, Problem, settled_types, uniform_dense, uniform_type
+from mode_gguf.allocation.planner import FIXED_DENSE, Problem, reachable_candidates, uniform_dense, uniform_type
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
@@ -81,7 +81,7 @@ def frontier(
     solved = []
     for budget in np.linspace(lowest, highest, points).astype(np.int64).tolist():
         problem = Problem(
-            tensors, measured, preset, *settled_types(tensors, types, Budget(kind="size", value=budget), preset)
+            tensors, measured, preset, *reachable_candidates(tensors, types, Budget(kind="size", value=budget), preset)
         )
         units = problem.tensor_units()
         try:

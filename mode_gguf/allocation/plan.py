@@ -9,7 +9,7 @@ from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
-from mode_gguf.memory.ledger import MemoryLedger
+from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
 from mode_gguf.quantization.expert_groups import layer_groups, stored_types
 from mode_gguf.quantization.packing import EXACT, Packing, Rounding
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
@@ -85,7 +85,7 @@ class Plan(Record):
     """The preset with all its parts, as options may have changed them; None for a plan that weighs nothing."""
     budget: Budget | None = None
     """What it was chosen for; None for a plan that was not."""
-    memory: MemoryLedger | None = None
+    memory: MemoryBreakdown | None = None
     """Where the GPU's memory goes, of a plan that was made to fit into it."""
     bpw: float
     experts_bpw: float

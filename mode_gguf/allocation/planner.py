@@ -68,7 +68,7 @@ class Problem:
         Raises:
             InfeasibleBudgetError: the budget is out of reach for these tensors and candidates.
         """
-        return cls(tensors, measured, preset, *settled_types(tensors, types, budget, preset, overhead))
+        return cls(tensors, measured, preset, *reachable_candidates(tensors, types, budget, preset, overhead))
 
     def tensor_units(self) -> list[AllocationUnit]:
         """One unit per tensor."""
@@ -137,7 +137,7 @@ class Problem:
         return ranges
 
 
-def settled_types(
+def reachable_candidates(
     tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, preset: Preset, overhead: int = 0
 ) -> tuple[CandidateTypes, Reach]:
     """The candidates that a preset leaves under a budget, and what they reach; needs shapes only.

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
-from mode_gguf.quantization.stand_ins import STAND_INS, nearest_in_bits, stored_as
+from mode_gguf.quantization.fallback_types import STAND_INS, nearest_in_bits, stored_as
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 Granularity: TypeAlias = Literal["tensor", "expert"]

@@ -10,8 +10,8 @@ import numpy as np
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.calibration.coverage import LayerCoverage, calibration_warnings
-from mode_gguf.calibration.kinds import MODALITIES, KeyTokens
 from mode_gguf.errors import InputError
+from mode_gguf.forward.modality import MODALITIES, KeyTokens
 
 EXPERTS_INPUT = "blk.{layer}.ffn_exps.input"
 """Activation that gate and up read."""

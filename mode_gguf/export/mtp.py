@@ -11,9 +11,9 @@ from gguf import GGUFWriter
 
 from mode_gguf.architectures import find_family, mtp_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import UsageError
-from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, write_gguf
+from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, write_gguf
 from mode_gguf.export.metadata import add_general_keys, file_type
 from mode_gguf.export.text_model import kept
 from mode_gguf.export.tokenizer import add_tokenizer_keys

@@ -11,11 +11,12 @@ from gguf import GGUFWriter
 
 from mode_gguf.architectures import Metadata, find_family, left_out, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, header_bytes, write_gguf
+from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, finite, header_bytes, write_gguf
 from mode_gguf.export.metadata import add_base_keys, add_general_keys, file_type, main_expert_type
 from mode_gguf.export.tokenizer import add_tokenizer_keys
+from mode_gguf.gguf.shards import assign_to_shards, shard_paths
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import expert_groups
 from mode_gguf.quantization.expert_groups import ExpertTypes, StoredTensors, group_name, map_name, stored_tensors
@@ -23,7 +24,6 @@ from mode_gguf.quantization.libggml import check_available, needs_importance
 from mode_gguf.quantization.packer import n_chunks, packed_chunks
 from mode_gguf.quantization.packing import EXACT, Packing
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from mode_gguf.shards import assign_to_shards, shard_paths
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
-from mode_gguf import tiktoken_model
-from mode_gguf.checkpoint import read_json
+from mode_gguf.checkpoint import tiktoken_model
+from mode_gguf.checkpoint.folder import read_json
 from mode_gguf.errors import InputError
 
 QWEN2_SPLIT = (

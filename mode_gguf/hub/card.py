@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mode_gguf.hub.names import HubModel
-from mode_gguf.hub.release import Release
-from mode_gguf.runtime.release import B11434
+from mode_gguf.hub.released_files import Release
+from mode_gguf.llama_cpp.runtime.pinned_release import B11434
 from mode_gguf.validation.report import Accuracy, Divergence, ValidationReport
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mode_gguf.errors import UsageError, ValidationError
 from mode_gguf.hub.client import hub_api, without_bars
-from mode_gguf.hub.errors import explained
+from mode_gguf.hub.error_messages import explained
 from mode_gguf.hub.names import is_model_file, quant_tag
 from mode_gguf.progress import Advance, Progress, silent
 

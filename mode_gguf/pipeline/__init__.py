@@ -14,7 +14,9 @@ from mode_gguf.pipeline.exporting import (
     run_export,
     run_reference,
 )
+from mode_gguf.pipeline.folder_lock import folder_lock
 from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl
+from mode_gguf.pipeline.model_files import ModelFiles, find_model_files
 from mode_gguf.pipeline.options import (
     DEFAULT_MEASURED_SAMPLES,
     CalibrationOptions,
@@ -22,7 +24,6 @@ from mode_gguf.pipeline.options import (
     ConvertResult,
     Estimate,
 )
-from mode_gguf.pipeline.pair import Pair, find_pair
 from mode_gguf.pipeline.planning import (
     make_uniform_plan,
     planning_problem,
@@ -34,9 +35,8 @@ from mode_gguf.pipeline.planning import (
     with_unit_kl,
 )
 from mode_gguf.pipeline.publishing import publish, write_card
-from mode_gguf.pipeline.reporting import draw_validated, facts_about, run_report
+from mode_gguf.pipeline.reporting import conversion_of, draw_validated, run_report
 from mode_gguf.pipeline.rounding import run_rounding
-from mode_gguf.pipeline.session import working_in
 from mode_gguf.pipeline.validating import environment, run_validation, runtime_speed
 
 __all__ = [
@@ -47,14 +47,15 @@ __all__ = [
     "ConvertOptions",
     "ConvertResult",
     "Estimate",
-    "Pair",
+    "ModelFiles",
+    "conversion_of",
     "convert",
     "draw_validated",
     "environment",
     "estimate",
     "export_text",
-    "facts_about",
-    "find_pair",
+    "find_model_files",
+    "folder_lock",
     "make_uniform_plan",
     "merge",
     "model_files",
@@ -79,6 +80,5 @@ __all__ = [
     "runtime_speed",
     "save_plan",
     "with_unit_kl",
-    "working_in",
     "write_card",
 ]

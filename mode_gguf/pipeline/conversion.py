@@ -13,10 +13,13 @@ from mode_gguf.allocation.presets import Preset
 from mode_gguf.architectures import checkpoint_with_base, find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.base_gguf import open_base
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
+from mode_gguf.estimate.free_resources import free_resources, memory_warning, shortages
+from mode_gguf.estimate.machine import measure_machine
+from mode_gguf.estimate.stage_estimates import ModelSizes, StageEstimate, TokenCounts, stage_estimates
 from mode_gguf.hub.source import Download, checkpoint_folder, checkpoint_outline
-from mode_gguf.importance.choice import chosen_imatrix
+from mode_gguf.importance.imatrix_kind import chosen_imatrix
 from mode_gguf.pipeline.exporting import (
     model_files,
     projector_path,
@@ -26,10 +29,8 @@ from mode_gguf.pipeline.exporting import (
     run_reference,
     run_text_export,
 )
-from mode_gguf.pipeline.facts import conversion_facts
-from mode_gguf.pipeline.fitting import ledger_of_reach, settle
-from mode_gguf.pipeline.ledger import RunningStage, Stage, StageLedger
-from mode_gguf.pipeline.machine import look_at_machine
+from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.gpu_budget import breakdown_of_reach, reachable_sizes
 from mode_gguf.pipeline.measuring import (
     calibration_samples,
     run_calibration,
@@ -37,14 +38,13 @@ from mode_gguf.pipeline.measuring import (
     run_unit_kl,
     warnings_of_calibration,
 )
-from mode_gguf.pipeline.needs import Sizes, StageNeeds, Work, stage_needs
 from mode_gguf.pipeline.options import ConvertOptions, ConvertResult, Estimate
 from mode_gguf.pipeline.planning import run_plan, run_refined_plan, save_tensor_types
+from mode_gguf.pipeline.report_data import conversion_record
 from mode_gguf.pipeline.reporting import draw_converted
-from mode_gguf.pipeline.room import look_at_room, memory_warning, shortages
+from mode_gguf.pipeline.resolve_options import base_warnings, resolve_options
 from mode_gguf.pipeline.rounding import forget_rounded, run_rounding, warnings_of_rounding
-from mode_gguf.pipeline.session import working_in
-from mode_gguf.pipeline.settled import remarks_about, settled_options
+from mode_gguf.pipeline.stage_cache import RunningStage, Stage, StageCache
 from mode_gguf.pipeline.stages import (
     calibrate_stage,
     export_stage,
@@ -118,11 +118,11 @@ def estimate(
         UsageError: the preset makes no importance matrix of the kind asked for.
         InfeasibleBudgetError: the bits per weight are out of reach.
     """
-    options = settled_options(checkpoint, options)
+    options = resolve_options(checkpoint, options)
     chosen_imatrix(options.imatrix, options.preset.method)
     tensors = text_tensors(checkpoint)
     budget = options.budget
-    types, reach, overhead = settle(
+    types, reach, overhead = reachable_sizes(
         checkpoint, budget, options.types, options.preset, options.pre_tokenizer, options.granularity
     )
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
@@ -138,22 +138,22 @@ def estimate(
         layers=len({tensor.layer for tensor in experts}),
         experts=max(tensor.n_experts for tensor in experts),
         stages=tuple(_needs(checkpoint, options, model_bytes, measured=measured)),
-        room=look_at_room(folder),
-        memory=ledger_of_reach(checkpoint, budget, types, reach),
+        room=free_resources(folder),
+        memory=breakdown_of_reach(checkpoint, budget, types, reach),
     )
 
 
-def _needs(checkpoint: Checkpoint, options: ConvertOptions, model_bytes: int, *, measured: bool) -> list[StageNeeds]:
-    sizes = Sizes.of(checkpoint)
-    work, machine = Work.at_most(options.calibration, sizes), None
+def _needs(checkpoint: Checkpoint, options: ConvertOptions, model_bytes: int, *, measured: bool) -> list[StageEstimate]:
+    sizes = ModelSizes.of(checkpoint)
+    work, machine = TokenCounts.at_most(options.calibration, sizes), None
     if options.calibration.from_imatrix is not None:
-        work = Work(0, 0, 0)
+        work = TokenCounts(0, 0, 0)
     elif measured:
-        work = Work.of(calibration_samples(options.calibration), sizes)
+        work = TokenCounts.of(calibration_samples(options.calibration), sizes)
     if measured:
         device = "cpu" if options.calibration.from_imatrix else options.calibration.device
-        machine = look_at_machine(device, checkpoint.files)
-    return stage_needs(sizes, work, options, model_bytes, options.threads or os.cpu_count() or 1, machine)
+        machine = measure_machine(device, checkpoint.files)
+    return stage_estimates(sizes, work, options, model_bytes, options.threads or os.cpu_count() or 1, machine)
 
 
 def convert(
@@ -170,20 +170,20 @@ def convert(
     """
     if options.refine and options.granularity == "expert":
         raise UsageError("--refine improves a type per tensor; leave it out with --granularity expert")
-    options = settled_options(checkpoint, options)
+    options = resolve_options(checkpoint, options)
     expected = estimate(checkpoint, folder, options)
     for shortage in shortages(expected.stages, expected.room):
         raise MissingResourceError(shortage)
     if warning := memory_warning(expected.stages, expected.room):
         log.warning("%s", warning)
-    with working_in(folder):
-        for remark in remarks_about(checkpoint):
+    with folder_lock(folder):
+        for remark in base_warnings(checkpoint):
             log.warning("%s", remark)
         return _convert(checkpoint, folder, options, progress)
 
 
 def _convert(checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, progress: Progress) -> ConvertResult:
-    ledger = StageLedger(folder)
+    ledger = StageCache(folder)
     seconds: dict[str, float] = {}
     method, calibration, types = options.preset.method, options.calibration, options.types
     imatrix = chosen_imatrix(options.imatrix, method)
@@ -277,7 +277,7 @@ def _plan(
     checkpoint: Checkpoint, folder: WorkFolder, options: ConvertOptions, rounding: Rounding, progress: Progress
 ) -> float:
     """Plan, unless the plan that is there is for these settings, be it edited; returns the seconds that took."""
-    ledger = StageLedger(folder)
+    ledger = StageCache(folder)
     asked = plan_stage(
         checkpoint,
         folder,
@@ -353,11 +353,11 @@ def _validate(
         llama_cpp=options.llama_cpp,
         reference_folder=folder.reference,
         warnings=[
-            *remarks_about(checkpoint),
+            *base_warnings(checkpoint),
             *warnings_of_calibration(folder),
             *_warnings_of_rounding(folder, plan),
         ],
-        conversion=conversion_facts(folder),
+        conversion=conversion_record(folder),
         progress=progress,
     )
     stage.finish()
@@ -386,7 +386,7 @@ def merge(
         raise UsageError(f"{folder.plan}: all experts of a tensor have one type already; there is nothing to merge")
     if plan.budget is None or plan.signals is None:
         raise InputError(f"{folder.plan}: was not made for a budget; make a plan with `mode-gguf plan`")
-    with working_in(folder):
+    with folder_lock(folder):
         return _merge(checkpoint, folder, options, plan.budget, plan.signals, plan.rounding, progress)
 
 

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.export.imatrix import read_imatrix
+from mode_gguf.estimate.machine import leaves_half, total_memory
+from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import text_model_files, write_text_model
-from mode_gguf.importance.choice import ImatrixKind
-from mode_gguf.pipeline.ledger import StageLedger
-from mode_gguf.pipeline.machine import leaves_half, total_memory
+from mode_gguf.importance.imatrix_kind import ImatrixKind
 from mode_gguf.pipeline.measuring import check_same_model
 from mode_gguf.pipeline.planning import make_uniform_plan
 from mode_gguf.pipeline.rounding import packed_sources
+from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.pipeline.stages import export_stage, projector_stage, reference_stage
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import Rounding
@@ -81,7 +81,7 @@ def run_text_export(
         pre_tokenizer=pre_tokenizer,
         shard_bytes=shard_bytes,
     )
-    stage = StageLedger(folder).begin(asked)
+    stage = StageCache(folder).begin(asked)
     text = export_text(
         checkpoint,
         folder,
@@ -100,7 +100,7 @@ def run_text_export(
 def run_projector(checkpoint: Checkpoint, folder: WorkFolder, projector_type: str, progress: Progress = silent) -> Path:
     """Write the projector; returns its path."""
     projector = projector_path(folder, projector_type)
-    stage = StageLedger(folder).begin(projector_stage(checkpoint, projector, projector_type))
+    stage = StageCache(folder).begin(projector_stage(checkpoint, projector, projector_type))
     write_projector(projector, checkpoint, projector_type, progress=progress)
     stage.finish()
     return projector
@@ -124,7 +124,7 @@ def export_text(
         imatrix: which of them; None for the one that the plan's measurements were packed with, and that one may be
             missing if it is the plain one.
         rounding: None for the plan's; `feedback` takes what `run_rounding` has packed.
-        shard_bytes: most bytes of tensors in one file, see `mode_gguf.shards`.
+        shard_bytes: most bytes of tensors in one file, see `mode_gguf.gguf.shards`.
 
     Raises:
         UsageError: there would be more shards than llama.cpp loads.
@@ -162,7 +162,7 @@ def run_reference(
 ) -> Path:
     """Write, unless it is there already, the full-precision text model that results are compared with."""
     plan = make_uniform_plan(checkpoint, folder, REFERENCE_TYPE, imatrix="plain")
-    path, ledger = model_path(folder, plan), StageLedger(folder)
+    path, ledger = model_path(folder, plan), StageCache(folder)
     asked = reference_stage(checkpoint, path, pre_tokenizer)
     if not ledger.is_current(asked):
         stage = ledger.begin(asked)

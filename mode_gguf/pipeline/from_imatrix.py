@@ -10,11 +10,11 @@ from mode_gguf.allocation.units import CandidateTypes
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.coverage import calibration_warnings
-from mode_gguf.calibration.kinds import MODALITIES, TEXT, KeyTokens
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.imatrix import read_imatrix, read_imatrix_header, read_sums, write_imatrix
+from mode_gguf.export.imatrix_file import read_imatrix, read_imatrix_header, read_sums, write_imatrix
+from mode_gguf.forward.modality import MODALITIES, TEXT, KeyTokens
 from mode_gguf.importance.imatrix_error import imatrix_error
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import needs_importance

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from mode_gguf.allocation.units import CandidateTypes
 from mode_gguf.architectures import text_tensors
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.imatrix import read_imatrix, write_imatrix
-from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
-from mode_gguf.pipeline.ledger import StageLedger
+from mode_gguf.export.imatrix_file import read_imatrix, write_imatrix
+from mode_gguf.importance.imatrix_kind import ImatrixKind, chosen_imatrix
 from mode_gguf.pipeline.options import DEFAULT_MEASURED_SAMPLES, CalibrationOptions
+from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.pipeline.stages import calibrate_stage, sensitivity_stage, unit_kl_stage
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing
@@ -21,14 +21,14 @@ from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
-    from mode_gguf.calibration.kinds import KeyTokens
-    from mode_gguf.calibration.sample import Sample
     from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.data.sample import Sample
+    from mode_gguf.forward.modality import KeyTokens
     from mode_gguf.importance.imatrix import Imatrix
     from mode_gguf.importance.quantized_kl import KlSettings
-    from mode_gguf.importance.table import Method, SensitivityTable
+    from mode_gguf.importance.sensitivity_table import Method, SensitivityTable
     from mode_gguf.importance.unit_kl import KlModel
-    from mode_gguf.importance.unit_table import UnitKl
+    from mode_gguf.importance.unit_kl_table import UnitKl
 
 log = logging.getLogger(__name__)
 
@@ -40,18 +40,18 @@ def run_calibration(
     if options.from_imatrix is not None:
         from mode_gguf.pipeline.from_imatrix import take_statistics
 
-        stage = StageLedger(folder).begin(calibrate_stage(checkpoint, folder, options))
+        stage = StageCache(folder).begin(calibrate_stage(checkpoint, folder, options))
         taken = take_statistics(checkpoint, folder, options.from_imatrix)
         stage.finish()
         return taken
     from mode_gguf.calibration.calibrate import calibrate
     from mode_gguf.calibration.coverage import calibration_warnings
-    from mode_gguf.calibration.distributed import everywhere
+    from mode_gguf.forward.distributed import on_all_ranks
     from mode_gguf.importance.imatrix import balanced_imatrix
 
-    stage = StageLedger(folder).begin(calibrate_stage(checkpoint, folder, options))
+    stage = StageCache(folder).begin(calibrate_stage(checkpoint, folder, options))
     with _of_any_form(checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
-        statistics = everywhere(
+        statistics = on_all_ranks(
             calibrate,
             checkpoint,
             calibration_samples(options),
@@ -93,12 +93,12 @@ def run_sensitivity(
         from mode_gguf.pipeline.from_imatrix import measure_imatrix_error
 
         kind = chosen_imatrix(imatrix, method)
-        stage = StageLedger(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, kind, packing))
+        stage = StageCache(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, kind, packing))
         measure_imatrix_error(checkpoint, folder, types, packing, progress=progress)
         stage.finish()
         return
-    from mode_gguf.calibration.distributed import everywhere
     from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.forward.distributed import on_all_ranks
     from mode_gguf.importance.sensitivity import measure_sensitivity
 
     statistics = CalibrationStatistics.load(folder.calibration)
@@ -109,9 +109,9 @@ def run_sensitivity(
             _key_tokens(options),
         )
     imatrix = chosen_imatrix(imatrix, method)
-    stage = StageLedger(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, imatrix, packing))
+    stage = StageCache(folder).begin(sensitivity_stage(checkpoint, folder, options, method, types, imatrix, packing))
     with _of_any_form(checkpoint, "plan by errors weighed with calibration's importance: --sensitivity imatrix-error"):
-        measured = everywhere(
+        measured = on_all_ranks(
             measure_sensitivity,
             checkpoint,
             calibration_samples(options),
@@ -177,7 +177,7 @@ def run_unit_kl(
         tuple(QUANT_TYPES[name] for name in table.expert_types), tuple(QUANT_TYPES[name] for name in table.dense_types)
     )
     packed = sensitivity_stage(checkpoint, folder, options, table.method, types, table.imatrix, table.packing)
-    stage = StageLedger(folder).begin(unit_kl_stage(folder, packed, sample_budget))
+    stage = StageCache(folder).begin(unit_kl_stage(folder, packed, sample_budget))
     model, settings = kl_measurement(checkpoint, folder, options, sample_budget)
     measured = measure_unit_kl(
         model,
@@ -197,7 +197,7 @@ def run_unit_kl(
 def measured_tables(checkpoint: Checkpoint, folder: WorkFolder) -> tuple["SensitivityTable", "CalibrationStatistics"]:
     """What `sensitivity` and `calibrate` left in the folder, when it is of this checkpoint."""
     from mode_gguf.calibration.statistics import CalibrationStatistics
-    from mode_gguf.importance.table import SensitivityTable
+    from mode_gguf.importance.sensitivity_table import SensitivityTable
 
     table, statistics = SensitivityTable.load(folder.sensitivity), CalibrationStatistics.load(folder.calibration)
     check_same_model(checkpoint, folder.sensitivity, table.fingerprint)
@@ -252,14 +252,14 @@ def _write_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStati
 
 
 def _key_tokens(options: CalibrationOptions) -> "KeyTokens":
-    from mode_gguf.calibration.kinds import KeyTokens
+    from mode_gguf.forward.modality import KeyTokens
 
     return KeyTokens(options.key_tokens, options.key_ratio, options.seed)
 
 
 def calibration_samples(options: CalibrationOptions) -> "Sequence[Sample]":
     """The samples that the options stand for."""
-    from mode_gguf.calibration.samples import load_samples
+    from mode_gguf.data.samples import load_samples
 
     return load_samples(
         options.source,

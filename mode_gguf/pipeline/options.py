@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from mode_gguf.allocation.budget import Budget, Reach
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes, Granularity
-from mode_gguf.calibration.limits import HIDDEN_BYTES
-from mode_gguf.importance.choice import ImatrixKind
-from mode_gguf.memory.ledger import MemoryLedger
+from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
+from mode_gguf.importance.imatrix_kind import ImatrixKind
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 
 if TYPE_CHECKING:
-    from mode_gguf.calibration.key_tokens import Criterion
-    from mode_gguf.pipeline.needs import StageNeeds
-    from mode_gguf.pipeline.room import Room
+    from mode_gguf.estimate.free_resources import FreeResources
+    from mode_gguf.estimate.stage_estimates import StageEstimate
+    from mode_gguf.forward.key_tokens import Criterion
 
 DEFAULT_MEASURED_SAMPLES = 64
 """Calibration samples that KL is measured on, where it is measured rather than predicted."""
@@ -27,7 +27,7 @@ class CalibrationOptions:
     """What the model is run on, and where.
 
     `source` is as in `load_samples`; `key_ratio` is the share of an image's tokens that count as key vision tokens, and
-    `key_tokens` the criterion that chooses them, see `mode_gguf.calibration.key_tokens`. `hidden_bytes` of hidden
+    `key_tokens` the criterion that chooses them, see `mode_gguf.forward.key_tokens`. `hidden_bytes` of hidden
     states are kept in memory, further ones in temporary files, which changes no result.
     """
 
@@ -101,7 +101,7 @@ class Estimate:
     expert_weights: int
     layers: int
     experts: int
-    stages: "tuple[StageNeeds, ...]"
-    room: "Room"
-    memory: MemoryLedger | None = None
+    stages: "tuple[StageEstimate, ...]"
+    room: "FreeResources"
+    memory: MemoryBreakdown | None = None
     """Where a GPU's memory will go, if that is the budget."""

@@ -17,28 +17,28 @@ from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, Granularity
 from mode_gguf.architectures import text_tensors
 from mode_gguf.artifacts import file_fingerprint, write_text
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import UsageError
 from mode_gguf.export.tensor_types import tensor_types_text
-from mode_gguf.importance.choice import ImatrixKind
-from mode_gguf.pipeline.fitting import settle, with_ledger
-from mode_gguf.pipeline.ledger import StageLedger
+from mode_gguf.feedback.feedback_factor import with_feedback_factor
+from mode_gguf.importance.imatrix_kind import ImatrixKind
+from mode_gguf.pipeline.gpu_budget import reachable_sizes, with_breakdown
 from mode_gguf.pipeline.measuring import kl_measurement, measured_tables
 from mode_gguf.pipeline.options import DEFAULT_MEASURED_SAMPLES, CalibrationOptions
+from mode_gguf.pipeline.refinement import measure_plans, refine
+from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.pipeline.stages import plan_stage, refinement_settings
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packing import DEFAULT_PACKING, Packing, Rounding
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.refinement import measure_plans, refine
-from mode_gguf.rounding.gain import with_gain
 from mode_gguf.workfolder import WorkFolder
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from mode_gguf.calibration.statistics import CalibrationStatistics
-    from mode_gguf.importance.table import SensitivityTable
-    from mode_gguf.importance.unit_table import UnitKl
+    from mode_gguf.importance.sensitivity_table import SensitivityTable
+    from mode_gguf.importance.unit_kl_table import UnitKl
 
 
 def run_plan(
@@ -67,7 +67,7 @@ def run_plan(
     problem, made_from, packing = planning_problem(
         checkpoint, folder, budget, preset, types, pre_tokenizer, rounding, granularity
     )
-    stage = StageLedger(folder).begin(
+    stage = StageCache(folder).begin(
         plan_stage(
             checkpoint,
             folder,
@@ -82,7 +82,7 @@ def run_plan(
     plan = optimal_plan(problem, made_from, budget, packing)
     if granularity == "expert":
         plan = _better(expert_plan(problem, made_from, budget, packing), plan)
-    saved = save_plan(folder, with_ledger(checkpoint, plan.model_copy(update={"rounding": rounding})))
+    saved = save_plan(folder, with_breakdown(checkpoint, plan.model_copy(update={"rounding": rounding})))
     stage.finish()
     return saved
 
@@ -102,10 +102,10 @@ def planning_problem(
     Raises like `run_plan`.
     """
     tensors = text_tensors(checkpoint)
-    _, _, overhead = settle(checkpoint, budget, types, preset, pre_tokenizer, granularity)
+    _, _, overhead = reachable_sizes(checkpoint, budget, types, preset, pre_tokenizer, granularity)
     measured, preset, table = _measurements(checkpoint, folder, preset)
     if rounding == "feedback":
-        arrays = with_gain(measured.arrays, tensors, measured.expert_types, measured.dense_types)
+        arrays = with_feedback_factor(measured.arrays, tensors, measured.expert_types, measured.dense_types)
         measured = replace(measured, arrays=arrays)
     problem = Problem.of(tensors, measured, budget=budget, types=types, preset=preset, overhead=overhead)
     return problem, _provenance(checkpoint, folder, table.method, table.imatrix), table.packing
@@ -134,7 +134,7 @@ def run_refined_plan(
         sample_budget: of the calibration samples, half of them with an image.
     """
     problem, made_from, packing = planning_problem(checkpoint, folder, budget, preset, types, pre_tokenizer, rounding)
-    stage = StageLedger(folder).begin(
+    stage = StageCache(folder).begin(
         plan_stage(
             checkpoint,
             folder,
@@ -163,7 +163,7 @@ def run_refined_plan(
     ]
     best = replace(first, choices=refined.choices)
     plan = plan_of(problem, units, best, made_from, budget, packing, history)
-    saved = save_plan(folder, with_ledger(checkpoint, plan.model_copy(update={"rounding": rounding})))
+    saved = save_plan(folder, with_breakdown(checkpoint, plan.model_copy(update={"rounding": rounding})))
     stage.finish()
     return saved
 
@@ -262,7 +262,7 @@ def make_uniform_plan(
 
 def save_plan(folder: WorkFolder, plan: Plan) -> Plan:
     """Write plan.json, and tensor-types.txt for llama-quantize where it can do the same."""
-    StageLedger(folder).forget("plan")
+    StageCache(folder).forget("plan")
     plan.save(folder.plan)
     save_tensor_types(folder, plan)
     return plan
@@ -283,7 +283,7 @@ def with_unit_kl(
 
     A product with frequencies is formed before its proportions are taken, because measured KL holds frequency already.
     """
-    from mode_gguf.importance.unit_table import shared_out
+    from mode_gguf.importance.unit_kl_table import shared_out
 
     if preset.costs.combination == "product":
         shares = {f"blk.{layer}": expert_frequency(one.counts, preset.costs) for layer, one in use.items()}
@@ -331,7 +331,7 @@ def measurements_of(
         InputError: measured KL is needed, and is missing or belongs to other tables.
         UsageError: the table was made for another preset.
     """
-    from mode_gguf.importance.unit_table import UnitKl
+    from mode_gguf.importance.unit_kl_table import UnitKl
 
     if table.method != preset.method:
         raise UsageError(

@@ -8,15 +8,15 @@ from pathlib import Path
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import fingerprint, read_metadata, write_text
 from mode_gguf.errors import InputError, UsageError, ValidationError
-from mode_gguf.export.imatrix import read_imatrix_header
-from mode_gguf.gguf_header import read_header
+from mode_gguf.export.imatrix_file import read_imatrix_header
+from mode_gguf.gguf.header import read_header
 from mode_gguf.hub.card import model_card
 from mode_gguf.hub.local_paths import without_local_paths
 from mode_gguf.hub.names import repository_name
-from mode_gguf.hub.release import Release, ReleasedFile, Role, commands_of, sha256_of
+from mode_gguf.hub.released_files import Release, ReleasedFile, Role, commands_of, sha256_of
 from mode_gguf.hub.upload import Published, Upload, upload
-from mode_gguf.pipeline.ledger import Stage, StageLedger, file_identity
-from mode_gguf.pipeline.session import working_in
+from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.stage_cache import Stage, StageCache, file_identity
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.structure import describe
@@ -56,7 +56,7 @@ def write_card(
     named = repository_name(repository) if repository else None
     base_model = repository_name(base_model) if base_model else None
     readme = folder.readme
-    with working_in(folder):
+    with folder_lock(folder):
         if not replace and not _is_ours(folder):
             raise UsageError(f"{readme}: was edited, or comes from elsewhere; give --replace, or move it away")
         release, doubt = _release(folder, plan, progress)
@@ -94,7 +94,7 @@ def publish(
     named = repository_name(repository)
     base_model = repository_name(base_model) if base_model else None
     folder, plan = _opened(path)
-    with working_in(folder):
+    with folder_lock(folder):
         release, doubt = _release(folder, plan, progress)
         if doubt and not unvalidated:
             raise ValidationError(f"{doubt}; validate the file, or give --unvalidated to publish it all the same")
@@ -122,7 +122,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
         InputError: no export has finished here, or what it wrote was changed since.
         ValidationError: it failed.
     """
-    ledger = StageLedger(folder)
+    ledger = StageCache(folder)
     settings, model = ledger.left("export")
     _, projector = ledger.left("projector")
     if not model or not (projector or settings.get("projector") == "none"):
@@ -173,7 +173,7 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
     if not path.exists():
         return None, f"{path}: not there; the model was never validated"
     report = ValidationReport.load(path)
-    _, left = StageLedger(folder).left("validate")
+    _, left = StageCache(folder).left("validate")
     if left and left.get(path) != file_identity(path):
         return None, f"{path}: is not what `validate` wrote"
     sizes = {first.name: sum(file.size_bytes for file in files if file.role == "text model")}
@@ -191,7 +191,7 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
 
 def _is_ours(folder: WorkFolder) -> bool:
     """Whether README.md may be written: it is not there, or just as it was written last."""
-    left = StageLedger(folder).left("card")[1].get(folder.readme)
+    left = StageCache(folder).left("card")[1].get(folder.readme)
     return not folder.readme.exists() or left == file_identity(folder.readme)
 
 
@@ -199,7 +199,7 @@ def _save_card(folder: WorkFolder, card: str, repository: str | None, base_model
     started = time.monotonic()
     write_text(folder.readme, card)
     settings = {"repository": repository, "base model": base_model}
-    StageLedger(folder).record(Stage("card", settings, (folder.readme,)), round(time.monotonic() - started, 3))
+    StageCache(folder).record(Stage("card", settings, (folder.readme,)), round(time.monotonic() - started, 3))
 
 
 def _edited_card(folder: WorkFolder, release: Release) -> str:

@@ -13,17 +13,17 @@ from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.artifacts import Record, file_fingerprint, fingerprint, read_record, write_text
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.export.imatrix import read_imatrix
-from mode_gguf.importance.choice import ImatrixKind
-from mode_gguf.pipeline.ledger import StageLedger
+from mode_gguf.export.imatrix_file import read_imatrix
+from mode_gguf.feedback.rounded_tensors import RoundedTensors, is_rounded, part_of
+from mode_gguf.importance.imatrix_kind import ImatrixKind
 from mode_gguf.pipeline.measuring import calibration_samples, check_same_model
 from mode_gguf.pipeline.options import CalibrationOptions
+from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.pipeline.stages import round_stage
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.expert_groups import stored_tensors
-from mode_gguf.rounding.spill import RoundedTensors, is_rounded, part_of
 from mode_gguf.workfolder import WorkFolder
 
 log = logging.getLogger(__name__)
@@ -74,14 +74,14 @@ def run_rounding(
         InputError: plan or token weights belong to another model or other samples, or a weight cannot be packed.
         MissingResourceError: no importance matrix or token weights in the folder, or not enough disk space.
     """
-    from mode_gguf.calibration.inputs import InputBuilder
-    from mode_gguf.calibration.streaming import open_streamed
+    from mode_gguf.feedback.round_layers import RoundingSettings, round_tensors
+    from mode_gguf.forward.inputs import InputBuilder
+    from mode_gguf.forward.streaming import open_streamed
     from mode_gguf.importance.token_weights import TokenWeights
-    from mode_gguf.rounding.round import RoundingSettings, round_tensors
 
     check_same_model(checkpoint, folder.plan, plan.made_from.model_fingerprint)
     rounded = rounded_tensors(checkpoint, folder, plan, imatrix)
-    stage = StageLedger(folder).begin(round_stage(checkpoint, folder, plan, imatrix))
+    stage = StageCache(folder).begin(round_stage(checkpoint, folder, plan, imatrix))
     builder = InputBuilder.open(checkpoint)
     inputs = [builder.build(sample) for sample in calibration_samples(options)]
     weights = {}

@@ -12,10 +12,10 @@ from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, Granularity
 from mode_gguf.architectures import projector_tensors
 from mode_gguf.artifacts import fingerprint, samples_fingerprint
-from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.importance.choice import ImatrixKind
-from mode_gguf.pipeline.ledger import Stage, file_identity
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.importance.imatrix_kind import ImatrixKind
 from mode_gguf.pipeline.options import CalibrationOptions
+from mode_gguf.pipeline.stage_cache import Stage, file_identity
 from mode_gguf.quantization.packing import Packing, Rounding
 from mode_gguf.workfolder import WorkFolder
 

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import write_text
-from mode_gguf.conversion_facts import ConversionFacts
 from mode_gguf.errors import MissingResourceError, ValidationError
-from mode_gguf.pipeline.ledger import StageLedger
+from mode_gguf.llama_cpp.c_api import library_version
+from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
+from mode_gguf.llama_cpp.runtime.installed import HOW_TO_BUILD, find_runtime
+from mode_gguf.llama_cpp.runtime.speed import bench
+from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.types import Packer, types_packed_by
-from mode_gguf.runtime.bench import bench
-from mode_gguf.runtime.installed import HOW_TO_BUILD, find_runtime
 from mode_gguf.validation.bounds import Bounds
-from mode_gguf.validation.c_api import library_version
+from mode_gguf.validation.conversion_record import ConversionRecord
 from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.reference import Settings, Source
 from mode_gguf.validation.report import ValidationReport
-from mode_gguf.validation.runtimes import find_llama_cpp
 from mode_gguf.validation.validate import NO_BOUNDS, validate
 from mode_gguf.workfolder import WorkFolder, failure_beside
 
@@ -38,7 +38,7 @@ def run_validation(
     reference_folder: Path | None = None,
     bounds: Bounds = NO_BOUNDS,
     warnings: Sequence[str] = (),
-    conversion: ConversionFacts | None = None,
+    conversion: ConversionRecord | None = None,
     progress: Progress = silent,
 ) -> ValidationReport:
     """Run candidate and reference in llama.cpp, compare them, and write the report to `report`.
@@ -68,7 +68,7 @@ def run_validation(
 def _failure_noted(report: Path) -> Iterator[None]:
     """Leave no report of an earlier run where validation fails, but a note of what failed."""
     failure = failure_beside(report)
-    StageLedger(WorkFolder(report.parent, "")).forget("validate")  # if `convert` put its report there
+    StageCache(WorkFolder(report.parent, "")).forget("validate")  # if `convert` put its report there
     for before in (report, failure):
         before.unlink(missing_ok=True)
     try:
@@ -80,7 +80,7 @@ def _failure_noted(report: Path) -> Iterator[None]:
 
 def environment(llama_cpp: Path | None = None) -> dict[str, object]:
     """What computes, packs and validates here: torch's device, who packs which types, and every llama.cpp found."""
-    from mode_gguf.calibration.streaming import choose_device
+    from mode_gguf.forward.streaming import choose_device
 
     tools = find_llama_cpp(llama_cpp)
     runtime = find_runtime()

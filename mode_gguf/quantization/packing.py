@@ -44,7 +44,7 @@ class Packing:
             raise UsageError(f"size power {self.size_power:g}: 0, 0.5, 1, ... 4 expected")
 
     @property
-    def keeps_gain(self) -> bool:
+    def is_unbiased(self) -> bool:
         """Whether what is packed is scaled so that outputs keep their size."""
         return self.mode == "refined" and self.unbiased
 

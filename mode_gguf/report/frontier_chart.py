@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from mode_gguf.conversion_facts import SizePoint
+from mode_gguf.validation.conversion_record import SizePoint
 
 WIDTH, HEIGHT = 400, 300
 """Of the drawing, in units that are pixels on a phone; letters grow with it on larger screens."""

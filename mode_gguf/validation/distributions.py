@@ -4,8 +4,8 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from mode_gguf.llama_cpp.model_protocol import Logits
 from mode_gguf.validation.divergence import log_softmax
-from mode_gguf.validation.models import Logits
 
 Array: TypeAlias = np.ndarray
 

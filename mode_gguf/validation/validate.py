@@ -14,15 +14,17 @@ import numpy as np
 
 from mode_gguf import __version__
 from mode_gguf.errors import InputError, UsageError, ValidationError
-from mode_gguf.gguf_header import read_header
+from mode_gguf.gguf.header import read_header
+from mode_gguf.llama_cpp.engines import Engine, engine_for, has_expert_groups
+from mode_gguf.llama_cpp.http_model import Server, ServerModel
+from mode_gguf.llama_cpp.in_process import LlamaModel
+from mode_gguf.llama_cpp.installed_tools import LlamaCppTools, find_llama_cpp, smoke_test
+from mode_gguf.llama_cpp.model_protocol import Logits, Model
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
 from mode_gguf.validation.bounds import ALL_KINDS, Bounds, check_measurable, checks_of
-from mode_gguf.validation.default_set import default_held_out
+from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
-from mode_gguf.validation.engines import Engine, engine_for, has_expert_groups
-from mode_gguf.validation.llama_cpp import LlamaModel
-from mode_gguf.validation.models import Logits, Model
 from mode_gguf.validation.questions import HeldOut, Question, is_right, wilson_interval
 from mode_gguf.validation.reference import (
     Reference,
@@ -37,9 +39,7 @@ from mode_gguf.validation.reference import (
     scored_answer,
     stored_reference,
 )
-from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileFacts, Smoke, ValidationReport
-from mode_gguf.validation.runtimes import LlamaCppTools, find_llama_cpp, smoke_test
-from mode_gguf.validation.server import Server, ServerModel
+from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, Smoke, ValidationReport
 from mode_gguf.validation.structure import check_structure
 
 NO_BOUNDS = Bounds()
@@ -282,9 +282,9 @@ def _accuracy(held_out: HeldOut, answers: list[str] | list[str | None]) -> dict[
     return {kind: Accuracy.of(wilson_interval(sum(right), len(right))) for kind, right in sorted(hits.items())}
 
 
-def _projector_facts(mmproj: Path) -> FileFacts:
+def _projector_facts(mmproj: Path) -> FileRecord:
     header = read_header(mmproj)
-    return FileFacts(name=mmproj.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=None)
+    return FileRecord(name=mmproj.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=None)
 
 
 @contextmanager

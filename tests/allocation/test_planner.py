@@ -24,7 +24,7 @@ from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes
 from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError, InputError
 from mode_gguf.quantization.expert_groups import stored_tensors
-from mode_gguf.quantization.stand_ins import stored_as
+from mode_gguf.quantization.fallback_types import stored_as
 from mode_gguf.quantization.types import QUANT_TYPES
 
 E, LAYERS = 4, 6

@@ -8,7 +8,7 @@ import pytest
 
 from mode_gguf.architectures import find_family, gemma4_moe, left_out, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed

@@ -9,7 +9,7 @@ from gguf.constants import TokenType
 
 from mode_gguf.architectures import find_family, glm4v_moe, left_out, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.export.tokenizer import read_vocabulary

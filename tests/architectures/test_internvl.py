@@ -12,7 +12,7 @@ from transformers import InternVLConfig
 from mode_gguf.architectures import find_family, internvl, projector_tensors, text_tensors
 from mode_gguf.architectures.images import ImagePlace, scaled_size
 from mode_gguf.architectures.tensors import SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed

@@ -11,7 +11,7 @@ from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 from mode_gguf.architectures import find_family, moon_vit, projector_tensors, text_tensors
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from tests.architectures.test_qwen3_vl_moe import changed
 from tests.pico_kimi import EXPERTS, LAYERS, POSITIONS, VISION_HEADS, VISION_HIDDEN, WIDTH, special

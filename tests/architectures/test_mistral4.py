@@ -9,7 +9,7 @@ from gguf import GGUFWriter, TokenType
 
 from mode_gguf.architectures import find_family, mistral4, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import add_tokenizer_keys, read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed

@@ -9,7 +9,7 @@ import pytest
 
 from mode_gguf.architectures import find_family, projector_tensors, qwen3_vl_moe, qwen_vision, text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from tests import pico as sizes
 from tests.pico import write_pico_qwen3vlmoe

@@ -10,14 +10,14 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from mode_gguf.architectures import checkpoint_with_base, text_tensors
-from mode_gguf.calibration.calibrate import calibrate, run_watched
-from mode_gguf.calibration.inputs import InputBuilder
+from mode_gguf.calibration.calibrate import calibrate, run_recorded
 from mode_gguf.calibration.observers import Observer
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.samples import load_samples
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.data.samples import load_samples
 from mode_gguf.errors import InputError
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import balanced_imatrix, importance_of
 from mode_gguf.importance.sensitivity import measure_sensitivity
 from mode_gguf.pipeline import CalibrationOptions, run_calibration
@@ -65,7 +65,7 @@ def watched(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Ten
     read: list[torch.Tensor] = []
     head = streamed.model.get_submodule("lm_head")
     hook = head.register_forward_hook(lambda module, arguments, output: read.append(arguments[0][0]))
-    run_watched(
+    run_recorded(
         streamed,
         inputs,
         key_tokens=None,

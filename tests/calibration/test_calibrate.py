@@ -11,13 +11,13 @@ from transformers import AutoModelForImageTextToText
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.calibration.observers import Observer
-from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics, merge
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.key_tokens import KeyTokens
 
 CPU = torch.device("cpu")
 TOP_K = 2

@@ -10,11 +10,11 @@ from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
-from tests.calibration.test_streaming import assert_streamed_is_plain, build
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.forward.streaming import open_streamed
+from tests.forward.test_streaming import assert_streamed_is_plain, build
 from tests.pico_gemma4_moe import EXPERTS, LAYERS, TOP_K, token_id
 
 CPU = torch.device("cpu")

@@ -10,12 +10,12 @@ from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import internvl
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
-from tests.calibration.test_streaming import assert_streamed_is_plain, build, streamed_logits
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.streaming import open_streamed
+from tests.forward.test_streaming import assert_streamed_is_plain, build, streamed_logits
 from tests.pico_internvl import BLOCKS, EXPERTS, LAYERS, TOP_K, VISION_HIDDEN, mark_id, write_pico_internvl
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
 from mode_gguf.architectures import find_family
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
-from tests.calibration.test_streaming import build, streamed_logits
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.forward.streaming import open_streamed
+from tests.forward.test_streaming import build, streamed_logits
 from tests.pico_kimi import EXPERTS, TOP_K, special
 
 CPU = torch.device("cpu")

@@ -12,13 +12,13 @@ from transformers import AutoModelForImageTextToText
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.converted import as_tensor
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.sample import Message, Sample
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Message, Sample
+from mode_gguf.forward.converted_weights import as_tensor
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.streaming import open_streamed
 from tests.calibration.conftest import picture
-from tests.calibration.test_streaming import assert_streamed_is_plain, build, streamed_logits
+from tests.forward.test_streaming import assert_streamed_is_plain, build, streamed_logits
 from tests.pico_mistral4 import EXPERTS, LAYERS, MERGE, PATCH, TOP_K, token_id, write_pico_mistral4
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import pytest
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.export.imatrix import write_imatrix
-from mode_gguf.gguf_header import read_header
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.export.imatrix_file import write_imatrix
+from mode_gguf.gguf.header import read_header
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
 from tests.pico_base import write_pico_olmoe
 

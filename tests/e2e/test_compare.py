@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mode_gguf.quantization.comparison import compare
-from tests.quantization.test_comparison import EXPERT_NAMES, weights, write
+from mode_gguf.quantization.file_comparison import compare
+from tests.quantization.test_file_comparison import EXPERT_NAMES, weights, write
 
 
 def test_compare(tmp_path: Path, run: Callable[..., str]) -> None:

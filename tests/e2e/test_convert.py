@@ -11,10 +11,10 @@ from gguf import LlamaFileType
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import file_fingerprint
-from mode_gguf.importance.table import SensitivityTable
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import EXACT
-from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.structure import check_structure
 from mode_gguf.workfolder import WorkFolder
 from tests.report.pages import Page

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mode_gguf.validation.llama_cpp import LlamaModel
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from tests.calibration.conftest import picture
 
 

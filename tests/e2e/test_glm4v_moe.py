@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mode_gguf.validation.llama_cpp import LlamaModel
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from tests.calibration.conftest import picture
 from tests.pico_glm4v_moe import LAYERS
 

@@ -9,8 +9,8 @@ import pytest
 
 from mode_gguf import pipeline
 from mode_gguf.allocation.units import CandidateTypes
-from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.calibration.statistics import CalibrationStatistics
+from mode_gguf.forward.key_tokens import KeyTokens
 from mode_gguf.quantization.types import QUANT_TYPES
 
 SMALL = ("--image-samples", "2", "--text-samples", "2", "--preset", "paper", "--bpw", "4.0", "--no-validate", "--json")

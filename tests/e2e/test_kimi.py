@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mode_gguf.validation.llama_cpp import LlamaModel
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from tests.calibration.conftest import picture
 
 

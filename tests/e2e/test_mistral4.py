@@ -8,11 +8,11 @@ from PIL import Image
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
-from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.export.imatrix import read_imatrix
-from mode_gguf.importance.table import SensitivityTable
-from mode_gguf.pipeline.facts import planned_tensors
-from mode_gguf.validation.llama_cpp import LlamaModel
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.export.imatrix_file import read_imatrix
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.llama_cpp.in_process import LlamaModel
+from mode_gguf.pipeline.report_data import planned_tensors
 from tests.calibration.conftest import picture
 from tests.pico_mistral4 import write_pico_mistral4
 

@@ -39,7 +39,7 @@ processes.set_forkserver_preload(
         "mode_gguf.pipeline",
         "mode_gguf.importance.unit_kl",
         "mode_gguf.importance.sensitivity",
-        "mode_gguf.rounding.round",
+        "mode_gguf.feedback.round_layers",
         "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl",
         "xllamacpp",

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from mode_gguf.allocation.budget import Budget
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.hub import source
 from mode_gguf.hub.source import checkpoint_folder, checkpoint_outline

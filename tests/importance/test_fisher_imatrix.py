@@ -13,16 +13,16 @@ from transformers import AutoModelForImageTextToText
 from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.export.imatrix import read_imatrix, write_imatrix
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.export.imatrix_file import read_imatrix, write_imatrix
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.key_tokens import TEXT_ATTENTION
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.fisher_imatrix import PRIOR_TOKENS, ColumnSums
 from mode_gguf.importance.imatrix import Importance, importance_of
-from mode_gguf.importance.measurement import Measurement, MeasurementSettings
+from mode_gguf.importance.sensitivity_settings import Measurement, SensitivitySettings
 from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -39,7 +39,7 @@ def inputs(checkpoint: Checkpoint, samples: list[Sample]) -> list[ModelInputs]:
 
 
 def measure(checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, **options: Any) -> Measurement:
-    settings = MeasurementSettings(TYPES, TYPES, importance, TEXT_ATTENTION, DRAWS, SEED, **options)
+    settings = SensitivitySettings(TYPES, TYPES, importance, TEXT_ATTENTION, DRAWS, SEED, **options)
     return fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings)
 
 

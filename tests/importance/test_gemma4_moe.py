@@ -11,17 +11,17 @@ from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.key_tokens import TEXT_ATTENTION
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
-from mode_gguf.importance.measurement import MeasurementSettings
 from mode_gguf.importance.output_error import block_mse
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
-from mode_gguf.importance.type_changes import Variant
-from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.importance.sensitivity_settings import SensitivitySettings
+from mode_gguf.importance.variants import Variant
+from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.pico_gemma4_moe import EXPERTS, HIDDEN, WIDTH
@@ -43,7 +43,7 @@ def test_kl_and_fisher_against_the_whole_model(pico_gemma4: Path, samples: list[
     tensors = {tensor.name: tensor for tensor in text_tensors(checkpoint)}
     variants = [Variant(name, {name: (TYPE,) * tensors[name].n_experts}) for name in NAMES]
     measured = quantized_kl(open_streamed(checkpoint, "cpu"), inputs, variants, KlSettings({}, EXACT, TEXT_ATTENTION))
-    settings = MeasurementSettings((TYPE,), (TYPE,), {}, TEXT_ATTENTION, draws=8, seed=0)
+    settings = SensitivitySettings((TYPE,), (TYPE,), {}, TEXT_ATTENTION, draws=8, seed=0)
     fisher = fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings)
     model: Any = AutoModelForImageTextToText.from_pretrained(pico_gemma4, dtype=torch.float32).eval()
     parameters = dict(model.named_parameters())
@@ -75,7 +75,7 @@ def test_arrays_of_fused_experts(pico_gemma4: Path, samples: list[Sample]) -> No
     checkpoint = Checkpoint.open(pico_gemma4)
     inputs = [InputBuilder.open(checkpoint).build(sample) for sample in samples[:1]]
     result = block_mse(
-        open_streamed(checkpoint, "cpu"), inputs, MeasurementSettings((TYPE,), (TYPE,), {}, TEXT_ATTENTION, 1, 0)
+        open_streamed(checkpoint, "cpu"), inputs, SensitivitySettings((TYPE,), (TYPE,), {}, TEXT_ATTENTION, 1, 0)
     )
     for name in ("ffn_gate_up_exps.weight", "ffn_down_exps.weight", "ffn_exps"):
         values = result.arrays[f"blk.0.{name}.expert"]

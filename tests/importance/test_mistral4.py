@@ -11,14 +11,14 @@ from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.key_tokens import TEXT_ATTENTION
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
-from mode_gguf.importance.type_changes import Variant
-from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.importance.variants import Variant
+from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 

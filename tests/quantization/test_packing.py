@@ -9,14 +9,14 @@ from mode_gguf_kernels import Refinement
 
 def test_exact_asks_the_kernels_for_no_refinement() -> None:
     assert EXACT.refinement is None
-    assert not EXACT.keeps_gain
+    assert not EXACT.is_unbiased
 
 
 def test_refined_asks_for_what_it_says() -> None:
-    assert DEFAULT_PACKING.keeps_gain
+    assert DEFAULT_PACKING.is_unbiased
     assert DEFAULT_PACKING.refinement == Refinement("default", 0.0, unbiased=True)
     assert Packing("refined", "max", 1.5, unbiased=False).refinement == Refinement("max", 1.5, unbiased=False)
-    assert not Packing("refined", unbiased=False).keeps_gain
+    assert not Packing("refined", unbiased=False).is_unbiased
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from mode_gguf.allocation.planner import Problem, expert_plan, optimal_plan
 from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
-from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.importance.table import SensitivityTable
-from mode_gguf.pipeline.ledger import Stage, StageLedger
-from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileFacts, ValidationReport
+from mode_gguf.forward.key_tokens import KeyTokens
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.pipeline.stage_cache import Stage, StageCache
+from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, ValidationReport
 from mode_gguf.workfolder import WorkFolder
 
 HIDDEN, WIDTH, VOCABULARY = 256, 512, 1024
@@ -59,7 +59,7 @@ def write_folder(
     problem = Problem.of(model, measured, budget=budget, types=DEFAULT_TYPES, preset=PRESETS["mode"])
     plan = (expert_plan if per_expert else optimal_plan)(problem, made_from, budget)
     plan.save(folder.plan)
-    ledger = StageLedger(folder)
+    ledger = StageCache(folder)
     for stage, output in (
         ("calibrate", folder.calibration),
         ("sensitivity", folder.sensitivity),
@@ -97,7 +97,7 @@ def report(plan: Plan, bpw: float | None = None) -> ValidationReport:
         )
         for number in range(4)
     ]
-    file = FileFacts(name="drawn.gguf", size_bytes=plan.size_bytes + 4096, bpw=bpw or plan.bpw, experts_bpw=2.9)
+    file = FileRecord(name="drawn.gguf", size_bytes=plan.size_bytes + 4096, bpw=bpw or plan.bpw, experts_bpw=2.9)
     return ValidationReport(
         tool_version="0",
         runtime="llama.cpp b1",

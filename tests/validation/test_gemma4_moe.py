@@ -11,15 +11,15 @@ from gguf import Keys
 from PIL import Image
 
 from mode_gguf.architectures import gemma4_moe, text_tensors
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export import projector
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.divergence import compare
-from mode_gguf.validation.llama_cpp import LlamaModel
+from tests.llama_cpp.test_in_process import ANSWER, QUESTION, TEXT, Transformers, image_prompt
 from tests.pico_gemma4_moe import PICTURE, SOFT_TOKENS, WINDOW, write_pico_gemma4_moe
-from tests.validation.test_llama_cpp import ANSWER, QUESTION, TEXT, Transformers, image_prompt
 
 
 class Gemma(Transformers):

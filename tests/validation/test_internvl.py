@@ -12,15 +12,15 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.sample import Message, Sample
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Message, Sample
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.divergence import Scores, compare
-from mode_gguf.validation.llama_cpp import LlamaModel
-from tests.validation.test_llama_cpp import ANSWER, QUESTION, TEXT
+from tests.llama_cpp.test_in_process import ANSWER, QUESTION, TEXT
 
 SIZES = [(56, 56), (30, 40), (128, 96), (96, 160), (61, 200)]
 """One tile as it is and enlarged; two by three and one by four, with the whole picture, shrunk in both directions."""

@@ -12,15 +12,15 @@ from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
 from mode_gguf.architectures import moon_vit, text_tensors
 from mode_gguf.architectures.images import ImagePlace
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.divergence import compare
-from mode_gguf.validation.llama_cpp import LlamaModel
 from tests.calibration.conftest import picture
-from tests.validation.test_llama_cpp import ANSWER, QUESTION, TEXT, image_prompt
+from tests.llama_cpp.test_in_process import ANSWER, QUESTION, TEXT, image_prompt
 
 
 @dataclass

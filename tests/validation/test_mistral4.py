@@ -13,15 +13,15 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.pixtral import RMS_NORM_EPSILON
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import ModeGgufError
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.divergence import compare
-from mode_gguf.validation.llama_cpp import LlamaModel
+from tests.llama_cpp.test_in_process import ANSWER, QUESTION, TEXT, image_prompt
 from tests.pico_mistral4 import MERGE, ORIGINAL_CONTEXT, PATCH
-from tests.validation.test_llama_cpp import ANSWER, QUESTION, TEXT, image_prompt
 
 SIDE = PATCH * MERGE
 LONG = TEXT * 6

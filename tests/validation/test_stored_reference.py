@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mode_gguf.errors import InputError
-from mode_gguf.validation.offload import Offload
+from mode_gguf.llama_cpp.gpu_offload import Offload
 from mode_gguf.validation.questions import HeldOut, load_held_out
 from mode_gguf.validation.reference import RECORD, Settings, measure_reference, stored_reference
 from mode_gguf.validation.validate import validate

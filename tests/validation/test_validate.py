@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mode_gguf.errors import InputError, ValidationError
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation import distributions, reference
 from mode_gguf.validation.divergence import compare
-from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.questions import HeldOut, Question, load_held_out
 from mode_gguf.validation.reference import ScoredSample, Settings, measure_reference
 from mode_gguf.validation.report import ValidationReport

@@ -37,7 +37,7 @@ def command(
         key_tokens=key_tokens,
     )
     checkpoint, folder = pipeline.open_model(model, out, progress())
-    with pipeline.working_in(folder):
+    with pipeline.folder_lock(folder):
         statistics = pipeline.run_calibration(checkpoint, folder, chosen, progress())
     counts = asdict(statistics.samples)
     never = {layer.layer: layer.never_routed for layer in statistics.coverage() if any(layer.never_routed.values())}

@@ -11,7 +11,7 @@ from mode_gguf_cli import options
 from mode_gguf_cli.console import emit_json, progress, show, stdout
 
 if TYPE_CHECKING:
-    from mode_gguf.quantization.comparison import Comparison
+    from mode_gguf.quantization.file_comparison import Comparison
 
 WIDTH = 140
 """Of tables, where nobody watches."""
@@ -30,7 +30,7 @@ def command(
     The error is relative and squared: the sum of (B - A)^2 over the sum of A^2, of weights as llama.cpp unpacks them.
     Of a split file give the first shard; experts in groups are compared expert by expert.
     """
-    from mode_gguf.quantization.comparison import compare
+    from mode_gguf.quantization.file_comparison import compare
 
     found = compare(first, second, threads=threads, progress=progress())
     if json:

@@ -186,10 +186,10 @@ def _default_types(granularity: options.GranularityName) -> str:
 
 
 def _show_estimate(estimate: "Estimate", download: "Download | None", *, as_json: bool) -> None:
-    from mode_gguf.pipeline.room import disk_needs, gigabytes, memory_warning, shortages
+    from mode_gguf.estimate.free_resources import disk_use, gigabytes, memory_warning, shortages
 
     reach, room = estimate.reach, estimate.room
-    working, temporary = disk_needs(estimate.stages)
+    working, temporary = disk_use(estimate.stages)
     warning = memory_warning(estimate.stages, room)
     problems = [*shortages(estimate.stages, room), *([warning] if warning else [])]
     bpw = 8 * reach.budget / reach.n_weights

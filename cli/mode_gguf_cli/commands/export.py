@@ -42,7 +42,7 @@ def command(
     shard_bytes = options.shard_bytes_of(shard_size)
     checkpoint, folder = pipeline.open_model(model, out, progress())
     loaded = Plan.load(plan or folder.plan)
-    with pipeline.working_in(folder):
+    with pipeline.folder_lock(folder):
         text, mmproj = pipeline.run_export(
             checkpoint,
             folder,

@@ -40,7 +40,7 @@ def command(
     checkpoint, folder = pipeline.open_model(model, out, progress())
     candidates = options.measured_types(folder, types, dense_types, floor or ())
     plot = png or folder.frontier_plot
-    with pipeline.working_in(folder):
+    with pipeline.folder_lock(folder):
         made = pipeline.run_frontier(
             checkpoint, folder, options.preset_of(preset), candidates, points=points, plot=plot
         )

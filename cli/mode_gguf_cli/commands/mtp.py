@@ -39,7 +39,7 @@ def command(
 
     checkpoint, folder = pipeline.open_model(model, out, progress())
     path = folder.path / mtp_file_name(folder.name, type.value)
-    with pipeline.working_in(folder):
+    with pipeline.folder_lock(folder):
         write_mtp(
             path,
             checkpoint,

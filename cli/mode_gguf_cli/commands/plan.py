@@ -102,7 +102,7 @@ def command(
             packing=Packing(packing.value) if packing else DEFAULT_PACKING,
             rounding=rounding.value,
         )
-        with pipeline.working_in(folder):
+        with pipeline.folder_lock(folder):
             pipeline.save_plan(folder, made)
     elif imatrix or packing:
         option = "--imatrix" if imatrix else "--packing"
@@ -133,7 +133,7 @@ def command(
         if refine and granularity is not Compared.TENSOR:
             raise UsageError("--refine improves a type per tensor; leave it out with --granularity " + granularity)
         if granularity is Compared.COMPARE:
-            with pipeline.working_in(folder):
+            with pipeline.folder_lock(folder):
                 report = pipeline.run_granularity(
                     checkpoint,
                     folder,
@@ -148,7 +148,7 @@ def command(
             _show_granularity(report, folder.granularity, as_json=json)
             return
         if refine:
-            with pipeline.working_in(folder):
+            with pipeline.folder_lock(folder):
                 made = pipeline.run_refined_plan(
                     checkpoint,
                     folder,
@@ -163,7 +163,7 @@ def command(
                     progress=progress(),
                 )
         else:
-            with pipeline.working_in(folder):
+            with pipeline.folder_lock(folder):
                 made = pipeline.run_plan(
                     checkpoint,
                     folder,

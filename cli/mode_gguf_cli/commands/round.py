@@ -40,7 +40,7 @@ def command(
 
     checkpoint, folder = pipeline.open_model(model, out, progress())
     chosen = options.calibration_options(calibration, image_samples, text_samples, device, seed, memory)
-    with pipeline.working_in(folder):
+    with pipeline.folder_lock(folder):
         report = pipeline.run_rounding(
             checkpoint,
             folder,

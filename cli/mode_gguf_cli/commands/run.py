@@ -17,7 +17,7 @@ from mode_gguf_cli import options
 from mode_gguf_cli.console import say, show
 
 if TYPE_CHECKING:
-    from mode_gguf.pipeline import Pair
+    from mode_gguf.pipeline import ModelFiles
 
 _QUESTION = "What is in this picture?"
 
@@ -67,9 +67,9 @@ def command(
     command.
     """
     from mode_gguf import pipeline
-    from mode_gguf.validation.launch import command_line
+    from mode_gguf.llama_cpp.command_line import command_line
 
-    pair = pipeline.find_pair(model) if model.is_dir() else pipeline.Pair(model, None)
+    pair = pipeline.find_model_files(model) if model.is_dir() else pipeline.ModelFiles(model, None)
     for remark in pair.remarks:
         say(remark.replace("[", r"\["))
     if tool is Tool.SERVER:
@@ -86,7 +86,7 @@ def command(
 
 
 def _serve(
-    pair: "Pair",
+    pair: "ModelFiles",
     mmproj: Path | None,
     extra: Sequence[str],
     llama_cpp: Path | None,
@@ -96,7 +96,7 @@ def _serve(
     *,
     verbose: bool,
 ) -> None:
-    from mode_gguf.validation.serving import running, server_command, serving_of
+    from mode_gguf.llama_cpp.llama_server import running, server_command, serving_of
 
     serving = serving_of(pair.model, mmproj, pair.fit, host=host, port=port, context=ctx, extra=extra)
     line, program = server_command(serving, extra, llama_cpp)

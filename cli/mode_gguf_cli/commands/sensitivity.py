@@ -31,7 +31,7 @@ def command(
     the Fisher importance matrix, whichever --imatrix the candidates are packed with.
     """
     from mode_gguf import pipeline
-    from mode_gguf.importance.choice import chosen_imatrix
+    from mode_gguf.importance.imatrix_kind import chosen_imatrix
 
     chosen = options.calibration_options(
         calibration,
@@ -46,7 +46,7 @@ def command(
     checkpoint, folder = pipeline.open_model(model, out, progress())
     method = options.preset_of(preset, sensitivity).method
     candidates = options.candidate_types(types, dense_types)
-    with pipeline.working_in(folder):
+    with pipeline.folder_lock(folder):
         pipeline.run_sensitivity(
             checkpoint,
             folder,

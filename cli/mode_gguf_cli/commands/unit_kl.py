@@ -24,14 +24,14 @@ def command(
     measured, if they are KL divergences, too. Interrupted, it continues where it was.
     """
     from mode_gguf import pipeline
-    from mode_gguf.importance.table import SensitivityTable
-    from mode_gguf.importance.unit_table import compared
+    from mode_gguf.importance.sensitivity_table import SensitivityTable
+    from mode_gguf.importance.unit_kl_table import compared
 
     chosen = options.calibration_options(calibration, image_samples, text_samples, device, seed, memory)
     checkpoint, folder = pipeline.open_model(model, out, progress())
     table = SensitivityTable.load(folder.sensitivity)
     candidates = options.measured_types(folder, types, dense_types)
-    with pipeline.working_in(folder):
+    with pipeline.folder_lock(folder):
         measured = pipeline.run_unit_kl(
             checkpoint, folder, chosen, candidates, sample_budget=measured_samples, progress=progress()
         )

@@ -11,7 +11,7 @@ from mode_gguf_cli import options
 from mode_gguf_cli.console import emit_json, progress, show
 
 if TYPE_CHECKING:
-    from mode_gguf.validation.offload import Offload
+    from mode_gguf.llama_cpp.gpu_offload import Offload
     from mode_gguf.validation.reference import Source
     from mode_gguf.validation.report import ValidationReport
 
@@ -154,8 +154,8 @@ def command(
     accuracy. A server lists the most likely tokens only: KL is then what it is at least and at most.
     """
     from mode_gguf import pipeline
+    from mode_gguf.llama_cpp.engines import named_engine
     from mode_gguf.validation.bounds import Bounds, require_kept
-    from mode_gguf.validation.engines import named_engine
     from mode_gguf.validation.reference import Settings
 
     settings = Settings(
@@ -197,7 +197,7 @@ def command(
         settings=settings,
         reference_folder=reference_data or report.parent / "reference",
         bounds=bounds,
-        conversion=pipeline.facts_about(source) if isinstance(source, Path) else None,
+        conversion=pipeline.conversion_of(source) if isinstance(source, Path) else None,
         progress=progress(),
     )
     page = pipeline.draw_validated(report, result, samples)
@@ -209,7 +209,7 @@ def command(
 
 
 def _source(text: str) -> "Source":
-    from mode_gguf.validation.server import Server
+    from mode_gguf.llama_cpp.http_model import Server
 
     return Server(text) if text.startswith(("http://", "https://")) else Path(text)
 
@@ -224,7 +224,7 @@ def _offload(
     kv_offload: bool,
     mmproj_offload: bool,
 ) -> "Offload":
-    from mode_gguf.validation.offload import Offload
+    from mode_gguf.llama_cpp.gpu_offload import Offload
 
     return Offload(
         n_gpu_layers=n_gpu_layers,
