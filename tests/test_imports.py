@@ -1,4 +1,4 @@
-"""The import rules of ARCHITECTURE (README): who may import whom, and which heavy libraries live where."""
+"""The import rules of docs/design/architecture.md: who may import whom, and which heavy libraries live where."""
 
 import ast
 import subprocess

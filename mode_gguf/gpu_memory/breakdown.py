@@ -1,7 +1,7 @@
 """What a model takes on a GPU beside its text model's tensors, line by line.
 
 All of it is computed from metadata: llama.cpp's KV cache has a size per cell, and its compute buffers are those of its
-graphs, which are walked as it walks them (`graph.py`). docs/DESIGN.md says what was checked, and against what.
+graphs, which are walked as it walks them (`graph.py`). What was checked, and against what: docs/design/gpu-memory.md.
 """
 
 from collections.abc import Mapping
