@@ -8,7 +8,8 @@ The kernels need nothing but NumPy and Numba. On x86-64 they use AVX-512 or AVX2
 16 lanes.
 """
 
-from mode_gguf_kernels.registry import TYPES, Kernels, NonFiniteError, PackingError, Refinement, pack, unpack
+from mode_gguf_kernels.matrix import Kernels
+from mode_gguf_kernels.registry import TYPES, NonFiniteError, PackingError, Refinement, pack, unpack
 from mode_gguf_kernels.rounding import FEEDBACK_TYPES, Feedback, round_again
 
 __all__ = [

@@ -6,10 +6,10 @@ from functools import partial
 import numpy as np
 
 from mode_gguf_kernels.feedback import polish, round_with_feedback
-from mode_gguf_kernels.levels import LAYOUTS, grid_of, write_levels
+from mode_gguf_kernels.levels import grid_of, write_levels
 from mode_gguf_kernels.registry import TYPES, PackingError, unpack
 
-FEEDBACK_TYPES = tuple(LAYOUTS)
+FEEDBACK_TYPES = tuple(name for name, kernels in TYPES.items() if kernels.layout)
 """The types that can be rounded with feedback."""
 
 SWEEPS = 8
@@ -43,21 +43,21 @@ def round_again(packed: np.ndarray, type_name: str, matrix: np.ndarray, feedback
     Raises:
         PackingError: another type, or shapes that do not go together.
     """
-    if type_name not in LAYOUTS:
+    kernels = TYPES.get(type_name)
+    if kernels is None or kernels.layout is None:
         raise PackingError(f"{type_name} cannot be rounded with feedback: choose from {', '.join(FEEDBACK_TYPES)}")
-    layout, kernels = LAYOUTS[type_name], TYPES[type_name]
     rows, n = matrix.shape
     shapes = feedback.moments.shape, feedback.factor.shape
     if packed.shape != (rows, n // kernels.block_size * kernels.block_bytes) or shapes != ((n, n), (n, n)):
         raise PackingError(f"packed {packed.shape}, matrix {matrix.shape} and feedback {shapes} do not go together")
     blocks = packed.reshape(rows, -1, kernels.block_bytes)
-    grid = grid_of(blocks, layout, partial(_weights, type_name=type_name, n=n))
+    grid = grid_of(blocks, kernels.layout, partial(_weights, type_name=type_name, n=n))
     levels = np.empty((rows, n), np.uint8)
     weights = np.ascontiguousarray(matrix, np.float32)
     grid = grid._replace(lowest=np.ascontiguousarray(grid.lowest), step=np.ascontiguousarray(grid.step))
     round_with_feedback(weights, grid, feedback.factor, levels)
     polish(weights, grid, feedback.moments, levels, SWEEPS)
-    write_levels(levels, layout, blocks)
+    write_levels(levels, kernels.layout, blocks)
 
 
 def _weights(blocks: np.ndarray, type_name: str, n: int) -> np.ndarray:

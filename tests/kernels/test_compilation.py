@@ -84,5 +84,5 @@ def test_threads_may_share_the_first_call_and_later_processes_what_it_compiled(t
     digest, compiled = run(THREADS_COMPILE, tmp_path).split()
     assert compiled == "1"
     cached = {path.name.split("-")[0] for path in (tmp_path / f"mode_gguf_kernels-{digest}").rglob("*.nbc")}
-    assert cached == {"q8_0.pack"}
+    assert cached == {"matrix.Q8_0.pack"}
     assert run(THREADS_COMPILE, tmp_path).split() == [digest, "0"]
