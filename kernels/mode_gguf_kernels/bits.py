@@ -1,4 +1,4 @@
-"""Small integers into the words of a block, and out again.
+"""Bit packing: small integers in the words of a block, the way ggml lays them out.
 
 ggml's layouts are all of one kind: a byte holds values that stand `stride` apart, the first in its lowest bits. With
 8 / n_bits = k values to a byte, each group of k * stride values fills stride bytes:
@@ -29,8 +29,12 @@ def pack_bits(values: Tile, count: int, shift: int, n_bits: int, stride: int, wo
 
 
 @device
-def unpack_bits(words: Tile, first_word: int, count: int, shift: int, n_bits: int, stride: int, values: Tile) -> None:
-    """The inverse of `pack_bits`: OR the fields into bits [shift, shift + n_bits) of values 0..count-1."""
+def unpack_bits(
+    words: Tile, first_word: int, count: int, shift: int, n_bits: int, stride: int, adds: bool, values: Tile
+) -> None:
+    """The inverse of `pack_bits`: values 0..count-1 get bits [shift, shift + n_bits), beside those they have if `adds`,
+    else alone.
+    """
     per_byte = 8 // n_bits
     mask = (1 << n_bits) - 1
     for i in range(count // (4 * per_byte)):
@@ -40,14 +44,7 @@ def unpack_bits(words: Tile, first_word: int, count: int, shift: int, n_bits: in
             for j in range(per_byte):
                 item = (group * per_byte + j) * stride + m
                 field = ((word >> (8 * byte + j * n_bits)) & mask) << shift
-                store(values, item, load(values, item) | field)
-
-
-@device
-def clear(values: Tile, count: int) -> None:
-    """Set values 0..count-1 to zero, ready for `unpack_bits`."""
-    for i in range(count):
-        store(values, i, splat(0))
+                store(values, item, load(values, item) | field if adds else field)
 
 
 @device
@@ -99,14 +96,18 @@ def field_unpacker(fields: tuple[Field, ...], start: int = 0) -> Callable[[Tile,
     """A device function unpack(words, values), the inverse of `field_packer`'s."""
     first, shift, n_bits, stride, count = fields[0]
     first_word = (first - start) // 4
-    unpack_others = field_unpacker(fields[1:], start) if len(fields) > 1 else None
+    if len(fields) == 1:
+
+        @device
+        def unpack_field(words: Tile, values: Tile) -> None:
+            unpack_bits(words, first_word, count, shift, n_bits, stride, False, values)
+
+        return unpack_field
+    unpack_others = field_unpacker(fields[1:], start)
 
     @device
     def unpack_fields(words: Tile, values: Tile) -> None:
-        if unpack_others is None:
-            clear(values, count)
-        else:
-            unpack_others(words, values)
-        unpack_bits(words, first_word, count, shift, n_bits, stride, values)
+        unpack_others(words, values)
+        unpack_bits(words, first_word, count, shift, n_bits, stride, True, values)
 
     return unpack_fields

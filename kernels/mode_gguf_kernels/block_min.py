@@ -11,7 +11,7 @@ from mode_gguf_kernels.levels import Layout
 from mode_gguf_kernels.matrix import Kernels
 from mode_gguf_kernels.refine import Search, as_half, error_weights, limited, lost_gain, reciprocal
 from mode_gguf_kernels.refine_min import start_with_min
-from mode_gguf_kernels.search import TOGETHER, F, bounded_level, make_qkx_quants, nearest_int, weigh_by_size
+from mode_gguf_kernels.search import INTERLEAVED, F, bounded_level, make_qkx_quants, nearest_int, weigh_by_size
 from mode_gguf_kernels.simd import (
     Floats,
     Ints,
@@ -63,20 +63,20 @@ def _encode_blocks(
     With `weighted`, w is overwritten.
     """
     if not weighted:
-        for k in range(TOGETHER):
+        for k in range(INTERLEAVED):
             store(halves, k, _encode_between_extremes(x, k, highest, level))
         return
     scales, lows, inverses, offsets = (
-        float_tile(TOGETHER),
-        float_tile(TOGETHER),
-        float_tile(TOGETHER),
-        float_tile(TOGETHER),
+        float_tile(INTERLEAVED),
+        float_tile(INTERLEAVED),
+        float_tile(INTERLEAVED),
+        float_tile(INTERLEAVED),
     )
-    for k in range(TOGETHER):
+    for k in range(INTERLEAVED):
         weigh_by_size(x, w, BLOCK_SIZE * k, BLOCK_SIZE, load(mean_squares, k))
     found = scales, lows, inverses, offsets
     make_qkx_quants(x, w, 0, BLOCK_SIZE, highest, F(-0.9), F(0.05), 36, False, True, found, 0)
-    for k in range(TOGETHER):
+    for k in range(INTERLEAVED):
         inverse, offset = load(inverses, k), load(offsets, k)
         for i in range(BLOCK_SIZE * k, BLOCK_SIZE * (k + 1)):
             store(level, i, nearest_int(bounded_level(inverse * (load(x, i) - offset), F(highest))))

@@ -11,7 +11,7 @@ from mode_gguf_kernels.levels import Layout
 from mode_gguf_kernels.matrix import Kernels
 from mode_gguf_kernels.refine import Search, as_half, error_weights, limited, lost_gain, reciprocal
 from mode_gguf_kernels.refine_signed import start_signed
-from mode_gguf_kernels.search import TOGETHER, F, make_qx_quants, signed_extreme, signed_level, weigh_by_size
+from mode_gguf_kernels.search import INTERLEAVED, F, make_qx_quants, signed_extreme, signed_level, weigh_by_size
 from mode_gguf_kernels.simd import (
     Floats,
     Ints,
@@ -39,11 +39,11 @@ def signed_block_kernels(name: str, layout: Layout) -> Kernels:
     @device
     def encode(x: Tile, w: Tile, mean_squares: Tile, weighted: bool, level: Tile, halves: Tile) -> None:
         scratch = float_tile(BLOCK_SIZE)
-        for k in range(TOGETHER):
+        for k in range(INTERLEAVED):
             store(halves, k, _encode_block(x, w, scratch, mean_squares, k, highest, weighted, level))
 
     @device
-    def start(x: Tile, w: Tile, first: int, encoders: int) -> Floats:
+    def start_scale(x: Tile, w: Tile, first: int, encoders: int) -> Floats:
         return start_signed(x, w, first, BLOCK_SIZE, highest, encoders)
 
     @device
@@ -56,7 +56,7 @@ def signed_block_kernels(name: str, layout: Layout) -> Kernels:
 
     @device
     def refine(x: Tile, w: Tile, k: int, weighted: bool, search: Search, level: Tile) -> Ints:
-        return refine_scale(start, nearest, level_of, x, w, k, weighted, search, level)
+        return refine_scale(start_scale, nearest, level_of, x, w, k, weighted, search, level)
 
     @device
     def decode(half: Ints, level: Tile, x: Tile) -> None:
@@ -95,7 +95,7 @@ def _encode_block(
 
 @device
 def refine_scale(
-    start: Callable[[Tile, Tile, int, int], Floats],
+    start_scale: Callable[[Tile, Tile, int, int], Floats],
     nearest: Callable[[Floats], Floats],
     level_of: Callable[[Floats], Ints],
     x: Tile,
@@ -107,12 +107,13 @@ def refine_scale(
 ) -> Ints:
     """Levels of block k of less error, for weight = d * value; returns the float16 bits of d. w is overwritten.
 
-    start(x, w, first, encoders) gives the first d, nearest(x / d) the value that is stored, level_of(x / d) its level.
+    start_scale(x, w, first, encoders) gives the first d, nearest(x / d) the value that is stored, level_of(x / d) its
+    level.
     """
     first, last = BLOCK_SIZE * k, BLOCK_SIZE * (k + 1)
     zero = splat(F(0))
     error_weights(x, w, first, BLOCK_SIZE, weighted, search.half_powers)
-    d = as_half(start(x, w, first, search.encoders))
+    d = as_half(start_scale(x, w, first, search.encoders))
     best, best_d = splat(F(np.inf)), d
     for _ in range(search.rounds):
         inverse = reciprocal(d)

@@ -6,9 +6,9 @@ from typing import Any
 from mode_gguf_kernels.bits import after_half, field_packer, field_unpacker, without_half
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.levels import Layout
-from mode_gguf_kernels.matrix import Kernels, TileFunctions, matrix_kernels, part
+from mode_gguf_kernels.matrix import Kernels, TileFunctions, block_items, matrix_kernels
 from mode_gguf_kernels.refine import Search
-from mode_gguf_kernels.search import TOGETHER
+from mode_gguf_kernels.search import INTERLEAVED
 from mode_gguf_kernels.simd import Ints, Tile, load, store
 from mode_gguf_kernels.tiles import int_tile, staging_words
 
@@ -36,7 +36,7 @@ def block_kernels(
     Args:
         name: GGUF name.
         layout: where levels lie; what is before them, 2 or 4 bytes, is the block's float16 numbers, its *halves*.
-        encode: encode(x, w, mean_squares, weighted, level, halves) chooses levels and halves of a lane's `TOGETHER`
+        encode: encode(x, w, mean_squares, weighted, level, halves) chooses levels and halves of a lane's `INTERLEAVED`
             blocks as ggml does.
         refine: refine(x, w, k, weighted, search, level) chooses levels of block k with less error and returns its
             halves.
@@ -64,17 +64,19 @@ def block_kernels(
 
     @device
     def pack_tile(x: Tile, w: Tile, mean_squares: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
-        level, halves = int_tile(TOGETHER * BLOCK_SIZE), int_tile(TOGETHER)
+        level, halves = int_tile(INTERLEAVED * BLOCK_SIZE), int_tile(INTERLEAVED)
         encode(x, w, mean_squares, weighted, level, halves)
-        for k in range(TOGETHER):
-            lay_out(part(level, k, BLOCK_SIZE), load(halves, k), part(words, k, staging_words(block_bytes)))
+        for k in range(INTERLEAVED):
+            lay_out(
+                block_items(level, k, BLOCK_SIZE), load(halves, k), block_items(words, k, staging_words(block_bytes))
+            )
 
     @device
     def refine_tile(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, search: Any, words: Tile) -> None:
-        level = int_tile(TOGETHER * BLOCK_SIZE)
-        for k in range(TOGETHER):
+        level = int_tile(INTERLEAVED * BLOCK_SIZE)
+        for k in range(INTERLEAVED):
             halves = refine(x, w, k, weighted, search, level)
-            lay_out(part(level, k, BLOCK_SIZE), halves, part(words, k, staging_words(block_bytes)))
+            lay_out(block_items(level, k, BLOCK_SIZE), halves, block_items(words, k, staging_words(block_bytes)))
 
     @device
     def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:

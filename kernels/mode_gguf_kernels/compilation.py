@@ -1,4 +1,4 @@
-"""How kernels are compiled: without the GIL, without fast-math, cached on disk under a name no edit can leave stale.
+"""Compilation with Numba: without the GIL, without fast-math, cached on disk under a name no edit can leave stale.
 
 Numba notices an edit of the file a cached function stands in, but not of a helper in another file. So the cache
 folder's name carries a digest of every source of this package, of the versions of Numba and llvmlite, of the number

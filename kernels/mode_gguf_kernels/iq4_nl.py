@@ -14,7 +14,7 @@ from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits, half_value
 from mode_gguf_kernels.levels import Field, Layout
 from mode_gguf_kernels.refine import Search
-from mode_gguf_kernels.search import GROUP_MAX_EPS, TOGETHER, F, signed_extreme, sum_of_squares, weigh_by_size
+from mode_gguf_kernels.search import GROUP_MAX_EPS, INTERLEAVED, F, signed_extreme, sum_of_squares, weigh_by_size
 from mode_gguf_kernels.simd import Floats, Ints, Tile, load, negative, select, splat, store
 
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -106,7 +106,7 @@ def _scale(x: Tile, w: Tile, first: int, tries: int, step: np.float32) -> Floats
 @device
 def encode(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, level: Tile, halves: Tile) -> None:
     """Levels and d of a lane's blocks as ggml chooses them; w is overwritten."""
-    for k in range(TOGETHER):
+    for k in range(INTERLEAVED):
         first, last = BLOCK_SIZE * k, BLOCK_SIZE * (k + 1)
         if weighted:
             weigh_by_size(x, w, first, BLOCK_SIZE, sum_of_squares(x, first, BLOCK_SIZE) * F(2 / 32))
@@ -121,7 +121,7 @@ def encode(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, level: Tile, h
 
 
 @device
-def start(x: Tile, w: Tile, first: int, encoders: int) -> Floats:
+def start_scale(x: Tile, w: Tile, first: int, encoders: int) -> Floats:
     """The scale that refining starts from."""
     tries = encoders // 2
     return _scale(x, w, first, tries, F(8) / F(tries))
@@ -130,7 +130,7 @@ def start(x: Tile, w: Tile, first: int, encoders: int) -> Floats:
 @device
 def refine(x: Tile, w: Tile, k: int, weighted: bool, search: Search, level: Tile) -> Ints:
     """Levels of block k of less error; returns the float16 bits of d. w is overwritten."""
-    return refine_scale(start, nearest_value, nearest_level, x, w, k, weighted, search, level)
+    return refine_scale(start_scale, nearest_value, nearest_level, x, w, k, weighted, search, level)
 
 
 @device

@@ -1,4 +1,4 @@
-"""Whole matrices, a tile of blocks at a time: the loops that all types share, and the kernels made of them.
+"""Loops over whole matrices, a tile of blocks at a time, and the kernels that are made of them for each type.
 
 `_pack` and `_unpack` are templates: `matrix_kernels` compiles a copy of each for a type, with the names declared here
 as that type's constants. A tile holds `BLOCKS_PER_LANE` blocks per lane side by side: item BLOCK_SIZE k + i is weight i
@@ -14,7 +14,7 @@ import numpy as np
 from mode_gguf_kernels.compilation import device, kernel_of
 from mode_gguf_kernels.levels import Layout
 from mode_gguf_kernels.refine import Search
-from mode_gguf_kernels.search import TOGETHER, F
+from mode_gguf_kernels.search import INTERLEAVED, F
 from mode_gguf_kernels.simd import LANES, Tile, load, splat, store
 from mode_gguf_kernels.tiles import (
     float_tile,
@@ -28,6 +28,9 @@ from mode_gguf_kernels.tiles import (
     store_blocks,
     store_weights,
 )
+
+QK_K = 256
+"""Weights in a super-block of any K-quant; the name is ggml's."""
 
 BLOCK_SIZE: Any = ...
 BLOCK_BYTES: Any = ...
@@ -46,7 +49,7 @@ class Kernels:
         name: GGUF name.
         block_size: weights in a block; rows hold whole blocks.
         block_bytes: bytes a block is packed into.
-        pack: pack(source, kind, importance, blocks_per_row, (), packed): `source` holds the matrix's bytes, `kind` says
+        pack: pack(source, source_dtype, importance, blocks_per_row, (), packed): `source` holds the matrix's bytes, `source_dtype` says
             of what (`tiles.FLOAT32`, ...), `importance` is empty for none. Returns the number of blocks; or the first
             block of a run of `simd.LANES` blocks among which one holds a value that is not finite.
         unpack: unpack(packed, weights), both flat.
@@ -91,11 +94,11 @@ def matrix_kernels(
     layout: Layout | None = None,
     uses_row_squares: bool = False,
 ) -> Kernels:
-    """The kernels of a type; blocks of 32 weights are packed `search.TOGETHER` per lane, others one."""
+    """The kernels of a type; blocks of 32 weights are packed `search.INTERLEAVED` per lane, others one."""
     common = {
         "BLOCK_SIZE": block_size,
         "BLOCK_BYTES": block_bytes,
-        "BLOCKS_PER_LANE": TOGETHER if block_size == 32 else 1,
+        "BLOCKS_PER_LANE": INTERLEAVED if block_size == 32 else 1,
         "USES_IMPORTANCE": bool(searches),
     }
     exact = {**common, "pack_tile": tiles.pack, "USES_ROW_SQUARES": uses_row_squares}
@@ -113,7 +116,7 @@ def matrix_kernels(
 
 
 def _pack(
-    source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, search: Any, packed: np.ndarray
+    source: np.ndarray, source_dtype: int, importance: np.ndarray, blocks_per_row: int, search: Any, packed: np.ndarray
 ) -> int:
     """Pack a whole matrix; see `Kernels`."""
     weighted = USES_IMPORTANCE and importance.size > 0
@@ -124,20 +127,20 @@ def _pack(
     n_blocks: int = packed.size // BLOCK_BYTES
     if USES_ROW_SQUARES:
         n_rows = n_blocks // blocks_per_row if weighted else 0
-        row_squares = mean_squares(source, kind, n_rows, blocks_per_row * BLOCK_SIZE)
+        row_squares = mean_squares(source, source_dtype, n_rows, blocks_per_row * BLOCK_SIZE)
     for start in range(0, n_blocks, BLOCKS_PER_LANE * LANES):
         for k in range(BLOCKS_PER_LANE):
             first = start + k * LANES
-            if not load_weights(source, kind, first, n_blocks, BLOCK_SIZE, part(x, k, BLOCK_SIZE)):
+            if not load_weights(source, source_dtype, first, n_blocks, BLOCK_SIZE, block_items(x, k, BLOCK_SIZE)):
                 return first
             if USES_IMPORTANCE and weighted:
-                load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, part(w, k, BLOCK_SIZE))
+                load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, block_items(w, k, BLOCK_SIZE))
             if USES_ROW_SQUARES and weighted:
                 for lane in range(LANES):
                     squares[k * LANES + lane] = row_squares[min(first + lane, n_blocks - 1) // blocks_per_row]
         pack_tile(x, w, squares, weighted, search, words)
         for k in range(BLOCKS_PER_LANE):
-            store_blocks(part(words, k, stride), BLOCK_BYTES, start + k * LANES, n_blocks, staging, packed)
+            store_blocks(block_items(words, k, stride), BLOCK_BYTES, start + k * LANES, n_blocks, staging, packed)
     return n_blocks
 
 
@@ -153,13 +156,13 @@ def _unpack(packed: np.ndarray, weights: np.ndarray) -> None:
 
 
 @device
-def part(tile: Tile, k: int, items: int) -> Tile:
+def block_items(tile: Tile, k: int, items: int) -> Tile:
     """The items of a lane's block k, of `items` per block."""
     return tile[k * items * LANES : (k + 1) * items * LANES]
 
 
 @device
-def mean_squares(source: np.ndarray, kind: int, n_rows: int, n: int) -> np.ndarray:
+def mean_squares(source: np.ndarray, source_dtype: int, n_rows: int, n: int) -> np.ndarray:
     """The mean square of every row of n weights, summed in order; a row per lane."""
     result = np.empty(n_rows, np.float32)
     run, total = float_tile(16), float_tile(1)
@@ -167,7 +170,7 @@ def mean_squares(source: np.ndarray, kind: int, n_rows: int, n: int) -> np.ndarr
         starts = lane_starts(first, n_rows, n)
         store(total, 0, splat(F(0)))
         for column in range(0, n, 16):
-            load_run(source, kind, starts, column, run, 0)
+            load_run(source, source_dtype, starts, column, run, 0)
             summed = load(total, 0)
             for item in range(16):
                 value = load(run, item)

@@ -9,22 +9,22 @@ A block of 32 weights, `block_q8_0` of ggml:
 """
 
 from mode_gguf_kernels.bits import byte_of
+from mode_gguf_kernels.blocks import BLOCK_SIZE
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits, half_value
-from mode_gguf_kernels.matrix import TileFunctions, matrix_kernels, part
-from mode_gguf_kernels.search import TOGETHER, F, signed_extreme
+from mode_gguf_kernels.matrix import TileFunctions, block_items, matrix_kernels
+from mode_gguf_kernels.search import INTERLEAVED, F, signed_extreme
 from mode_gguf_kernels.simd import Tile, absolute, load, round_away, select, splat, store, to_float, to_int
 from mode_gguf_kernels.tiles import staging_words
 
-BLOCK_SIZE = 32
 BLOCK_BYTES = 2 + 32
 
 
 @device
 def pack_tile(x: Tile, _w: Tile, _mean_squares: Tile, _weighted: bool, _search: tuple[()], words: Tile) -> None:
     """Pack a lane's blocks: `quantize_row_q8_0_ref`."""
-    for k in range(TOGETHER):
-        _pack_block(part(x, k, BLOCK_SIZE), part(words, k, staging_words(BLOCK_BYTES)))
+    for k in range(INTERLEAVED):
+        _pack_block(block_items(x, k, BLOCK_SIZE), block_items(words, k, staging_words(BLOCK_BYTES)))
 
 
 @device

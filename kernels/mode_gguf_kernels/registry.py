@@ -10,7 +10,7 @@ from mode_gguf_kernels.matrix import Kernels
 from mode_gguf_kernels.refine import Search
 from mode_gguf_kernels.tiles import BFLOAT16, FLOAT16, FLOAT32
 
-_KINDS = {
+_SOURCE_DTYPES = {
     np.dtype(np.float32): FLOAT32,
     np.dtype(np.float16): FLOAT16,
     np.dtype(np.uint16): BFLOAT16,
@@ -32,7 +32,7 @@ class NonFiniteError(PackingError):
 
 
 Effort: TypeAlias = Literal["fast", "default", "max"]
-"""How long to search for less error."""
+"""Search effort of a refinement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,8 @@ def pack(
         PackingError: an argument does not fit this description.
     """
     kernels = _kernels(type_name)
-    kind = _KINDS.get(matrix.dtype)
-    if kind is None:
+    source_dtype = _SOURCE_DTYPES.get(matrix.dtype)
+    if source_dtype is None:
         raise PackingError(f"a matrix of {matrix.dtype} cannot be packed: float32, float16 or uint16 expected")
     if matrix.ndim != 2:
         raise PackingError(f"shape {matrix.shape} cannot be packed: a matrix (rows, n) expected")
@@ -108,10 +108,10 @@ def pack(
     source = _read_only(np.ascontiguousarray(matrix).reshape(-1).view(np.uint8))
     weights = _read_only(np.ascontiguousarray(importance))
     if refinement is None or kernels.pack_refined is None:
-        n_packed = kernels.pack(source, kind, weights, blocks_per_row, (), out.reshape(-1))
+        n_packed = kernels.pack(source, source_dtype, weights, blocks_per_row, (), out.reshape(-1))
     else:
         search = _search(kernels, refinement)
-        n_packed = kernels.pack_refined(source, kind, weights, blocks_per_row, search, out.reshape(-1))
+        n_packed = kernels.pack_refined(source, source_dtype, weights, blocks_per_row, search, out.reshape(-1))
     if n_packed < rows * blocks_per_row:
         raise _non_finite_error(matrix, n_packed // blocks_per_row)
     return out

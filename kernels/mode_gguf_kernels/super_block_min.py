@@ -10,11 +10,11 @@ from mode_gguf_kernels.bits import field_packer, field_unpacker
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits, half_value
 from mode_gguf_kernels.levels import Layout
-from mode_gguf_kernels.matrix import Kernels, TileFunctions, matrix_kernels
+from mode_gguf_kernels.matrix import QK_K, Kernels, TileFunctions, matrix_kernels
 from mode_gguf_kernels.refine import Search, error_weights
 from mode_gguf_kernels.refine_min import refine_with_min
 from mode_gguf_kernels.search import (
-    TOGETHER,
+    INTERLEAVED,
     F,
     encode_with_min,
     make_qkx_quants,
@@ -26,8 +26,6 @@ from mode_gguf_kernels.search import (
 )
 from mode_gguf_kernels.simd import Tile, load, smaller, store, to_float
 from mode_gguf_kernels.tiles import float_tile, int_tile
-
-BLOCK_SIZE = 256
 
 SEARCHES: dict[str, Search] = {
     "fast": Search(5, 1, 0, 1),
@@ -75,21 +73,21 @@ class GgmlSearch(NamedTuple):
 def min_super_block_kernels(name: str, block_bytes: int, layout: Layout, codes: Codes, ggml: GgmlSearch) -> Kernels:
     """The kernels of a type."""
     n, highest, highest_code = layout.width, layout.highest, codes.highest
-    n_sub = BLOCK_SIZE // n
+    n_sub = QK_K // n
     store_codes, load_codes, halves_word = codes.store, codes.load, codes.halves_word
     pack_levels, unpack_levels = field_packer(layout.fields), field_unpacker(layout.fields)
     encode = _encoder(n, highest, codes, ggml)
 
     @device
     def pack_tile(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
-        level = int_tile(BLOCK_SIZE)
+        level = int_tile(QK_K)
         encode(x, w, weighted, words, level)
         pack_levels(level, words)
 
     @device
     def refine_tile(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, search: Any, words: Tile) -> None:
-        code, min_code, level = int_tile(n_sub), int_tile(n_sub), int_tile(BLOCK_SIZE)
-        error_weights(x, w, 0, BLOCK_SIZE, weighted, search.half_powers)
+        code, min_code, level = int_tile(n_sub), int_tile(n_sub), int_tile(QK_K)
+        error_weights(x, w, 0, QK_K, weighted, search.half_powers)
         d, dmin = refine_with_min(x, w, n_sub, n, highest, highest_code, search, code, min_code, level)
         store(words, halves_word, d | (dmin << 16))
         store_codes(code, min_code, words)
@@ -108,7 +106,7 @@ def min_super_block_kernels(name: str, block_bytes: int, layout: Layout, codes: 
                 store(x, i, scale * to_float(load(level, i)) - low)
 
     tiles = TileFunctions(pack_tile, unpack_tile, refine_tile)
-    return matrix_kernels(name, BLOCK_SIZE, block_bytes, tiles, SEARCHES, layout)
+    return matrix_kernels(name, QK_K, block_bytes, tiles, SEARCHES, layout)
 
 
 def _encoder(n: int, highest: int, codes: Codes, ggml: GgmlSearch) -> Callable[[Tile, Tile, bool, Tile, Tile], None]:
@@ -117,7 +115,7 @@ def _encoder(n: int, highest: int, codes: Codes, ggml: GgmlSearch) -> Callable[[
 
     With `weighted`, w holds the importance; it is overwritten.
     """
-    n_sub, highest_code = BLOCK_SIZE // n, codes.highest
+    n_sub, highest_code = QK_K // n, codes.highest
     store_codes, load_codes, halves_word = codes.store, codes.load, codes.halves_word
     weigh, nstep, use_mad = ggml.weigh, ggml.nstep, ggml.use_mad
     variance_factor, rmin = F(ggml.variance_factor), F(ggml.rmin)
@@ -130,11 +128,11 @@ def _encoder(n: int, highest: int, codes: Codes, ggml: GgmlSearch) -> Callable[[
         inverses, offsets = float_tile(n_sub), float_tile(n_sub)
         code, min_code = int_tile(n_sub), int_tile(n_sub)
         if weighted:
-            weigh_by_size(x, w, 0, BLOCK_SIZE, variance_factor * sum_of_squares(x, 0, BLOCK_SIZE) / F(BLOCK_SIZE))
+            weigh_by_size(x, w, 0, QK_K, variance_factor * sum_of_squares(x, 0, QK_K) / F(QK_K))
         else:
             weigh(x, w)
         found = scales, mins, inverses, offsets
-        for j in range(0, n_sub, TOGETHER):
+        for j in range(0, n_sub, INTERLEAVED):
             if weighted:
                 make_qkx_quants(x, w, n * j, n, highest, F(-0.9), F(0.05), 36, False, True, found, j)
             else:

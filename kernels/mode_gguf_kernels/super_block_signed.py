@@ -7,13 +7,11 @@ from mode_gguf_kernels.bits import field_packer, field_unpacker
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_value
 from mode_gguf_kernels.levels import Field, Layout
-from mode_gguf_kernels.matrix import Kernels, TileFunctions, matrix_kernels
+from mode_gguf_kernels.matrix import QK_K, Kernels, TileFunctions, matrix_kernels
 from mode_gguf_kernels.refine import Search, error_weights
 from mode_gguf_kernels.refine_signed import refine_signed
 from mode_gguf_kernels.simd import Ints, Tile, load, store, to_float
 from mode_gguf_kernels.tiles import int_tile
-
-BLOCK_SIZE = 256
 
 
 @device
@@ -59,14 +57,14 @@ def signed_super_block_kernels(
 
     @device
     def pack_tile(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
-        code, level = int_tile(16), int_tile(BLOCK_SIZE)
+        code, level = int_tile(16), int_tile(QK_K)
         d = encode(x, w, weighted, code, level)
         lay_out(code, level, d, words)
 
     @device
     def refine_tile(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, search: Any, words: Tile) -> None:
-        code, level = int_tile(16), int_tile(BLOCK_SIZE)
-        error_weights(x, w, 0, BLOCK_SIZE, weighted, search.half_powers)
+        code, level = int_tile(16), int_tile(QK_K)
+        error_weights(x, w, 0, QK_K, weighted, search.half_powers)
         d = refine_signed(x, w, highest, highest_code, search, code, level)
         lay_out(code, level, d, words)
 
@@ -82,4 +80,4 @@ def signed_super_block_kernels(
                 store(x, i, scale * to_float(load(level, i) - highest))
 
     tiles = TileFunctions(pack_tile, unpack_tile, refine_tile)
-    return matrix_kernels(name, BLOCK_SIZE, d_byte + 2, tiles, searches, layout)
+    return matrix_kernels(name, QK_K, d_byte + 2, tiles, searches, layout)

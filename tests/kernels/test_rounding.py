@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mode_gguf_kernels import FEEDBACK_TYPES, TYPES, Feedback, PackingError, Refinement, pack, round_again, unpack
-from mode_gguf_kernels.feedback import polish, round_with_feedback
+from mode_gguf_kernels.gptq import polish, round_with_feedback
 from mode_gguf_kernels.levels import Grid, Layout, grid_of, read_levels, write_levels
 
 ROWS, COLUMNS = 24, 512

@@ -1,11 +1,11 @@
-"""Packed rows rounded again with error feedback: their scales and mins stay, their levels are chosen anew."""
+"""Rounding of packed rows with error feedback: scales and mins stay, levels are chosen anew."""
 
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from mode_gguf_kernels.feedback import polish, round_with_feedback
+from mode_gguf_kernels.gptq import polish, round_with_feedback
 from mode_gguf_kernels.levels import grid_of, write_levels
 from mode_gguf_kernels.registry import TYPES, PackingError, unpack
 
@@ -13,16 +13,16 @@ FEEDBACK_TYPES = tuple(name for name, kernels in TYPES.items() if kernels.layout
 """The types that can be rounded with feedback."""
 
 SWEEPS = 8
-"""Of the polish; the first finds two thirds of what twenty find, and all together cost less than its first gradient."""
+"""Sweeps of `polish`; the first finds two thirds of what twenty find, and all together cost less than its first gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What errors are measured by: (w - q) H (w - q)' for a row w rounded to q.
+    """Measure of a row's error: (w - q) H (w - q)' for a row w rounded to q.
 
     Attributes:
         moments: H, float32 (n, n), symmetric and positive definite.
-        factor: float32 (n, n), the unit upper triangular U of H = U D U', see `feedback`.
+        factor: float32 (n, n), the unit upper triangular U of H = U D U', see `gptq`.
     """
 
     moments: np.ndarray
