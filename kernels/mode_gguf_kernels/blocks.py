@@ -64,19 +64,17 @@ def block_kernels(
 
     @device
     def pack_tile(x: Tile, w: Tile, mean_squares: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
-        level, halves = int_tile(INTERLEAVED * BLOCK_SIZE), int_tile(INTERLEAVED)
+        level, halves, stride = int_tile(INTERLEAVED * BLOCK_SIZE), int_tile(INTERLEAVED), staging_words(block_bytes)
         encode(x, w, mean_squares, weighted, level, halves)
         for k in range(INTERLEAVED):
-            lay_out(
-                block_items(level, k, BLOCK_SIZE), load(halves, k), block_items(words, k, staging_words(block_bytes))
-            )
+            lay_out(block_items(level, k, BLOCK_SIZE), load(halves, k), block_items(words, k, stride))
 
     @device
     def refine_tile(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, search: Any, words: Tile) -> None:
-        level = int_tile(INTERLEAVED * BLOCK_SIZE)
+        level, stride = int_tile(INTERLEAVED * BLOCK_SIZE), staging_words(block_bytes)
         for k in range(INTERLEAVED):
             halves = refine(x, w, k, weighted, search, level)
-            lay_out(block_items(level, k, BLOCK_SIZE), halves, block_items(words, k, staging_words(block_bytes)))
+            lay_out(block_items(level, k, BLOCK_SIZE), halves, block_items(words, k, stride))
 
     @device
     def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:

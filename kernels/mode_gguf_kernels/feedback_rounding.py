@@ -13,7 +13,7 @@ FEEDBACK_TYPES = tuple(name for name, kernels in TYPES.items() if kernels.layout
 """The types that can be rounded with feedback."""
 
 SWEEPS = 8
-"""Sweeps of `polish`; the first finds two thirds of what twenty find, and all together cost less than its first gradient."""
+"""Sweeps of `polish`; the first finds two thirds of what twenty find, and all cost less than its first gradient."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Conversion to float16 and back as ggml does it on any x86-64 (`ggml_compute_fp32_to_fp16`, MIT licence): bit for bit."""
+"""Conversion to float16 and back, bit for bit as ggml does it on any x86-64 (`ggml_compute_fp32_to_fp16`, MIT licence)."""
 
 import numpy as np
 

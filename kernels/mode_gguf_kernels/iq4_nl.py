@@ -20,7 +20,9 @@ from mode_gguf_kernels.simd import Floats, Ints, Tile, load, negative, select, s
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """ggml's `kvalues_iq4nl`."""
 
-LAYOUT = Layout(32, (Field(2, 0, 4, 16, 32),), tuple(value - VALUES[0] for value in VALUES))
+LAYOUT = Layout(
+    32, (Field(first=2, shift=0, n_bits=4, stride=16, weights=32),), tuple(value - VALUES[0] for value in VALUES)
+)
 
 
 def _border(low: int, high: int) -> np.float32:

@@ -1,7 +1,8 @@
 """Levels of packed weights: their places in a block, the grid of values that scales leave them, reading and writing.
 
 With the bytes of its levels all zeros a block unpacks to the lowest value of every weight's grid, with all ones to the
-last one, and values in between are evenly spaced, but for IQ4_NL. So the places of its levels are all that is to be known of a type.
+last one, and values in between are evenly spaced, but for IQ4_NL. So the places of its levels are all that need be
+known of a type.
 """
 
 from collections.abc import Callable

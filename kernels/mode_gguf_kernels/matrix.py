@@ -49,9 +49,9 @@ class Kernels:
         name: GGUF name.
         block_size: weights in a block; rows hold whole blocks.
         block_bytes: bytes a block is packed into.
-        pack: pack(source, source_dtype, importance, blocks_per_row, (), packed): `source` holds the matrix's bytes, `source_dtype` says
-            of what (`tiles.FLOAT32`, ...), `importance` is empty for none. Returns the number of blocks; or the first
-            block of a run of `simd.LANES` blocks among which one holds a value that is not finite.
+        pack: pack(source, source_dtype, importance, blocks_per_row, (), packed): `source` holds the matrix's bytes,
+            `source_dtype` says of what (`tiles.FLOAT32`, ...), `importance` is empty for none. Returns the number of
+            blocks; or the first block of a run of `simd.LANES` blocks among which one holds a value that is not finite.
         unpack: unpack(packed, weights), both flat.
         pack_refined: like `pack`, with a `refine.Search` before `packed`; None for a type that leaves nothing to
             search for.

@@ -44,7 +44,7 @@ def weigh(x: Tile, w: Tile) -> None:
 KERNELS = min_super_block_kernels(
     "Q2_K",
     256 // 16 + 256 // 4 + 2 + 2,
-    Layout(16, (Field(16, 0, 2, 32),)),
+    Layout(16, (Field(first=16, shift=0, n_bits=2, stride=32),)),
     Codes(15, store_codes, load_codes, halves_word=20),
     GgmlSearch(1, weigh, rmin=-0.5, nstep=15, use_mad=True, limits_plain=False, limits_weighted=False),
 )

@@ -85,8 +85,11 @@ def _encode(x: Tile, scales: Tile, code: Tile, level: Tile) -> Ints:
 
 KERNELS = signed_super_block_kernels(
     "Q3_K",
-    Layout(16, (Field(32, 0, 2, 32), Field(0, 2, 1, 32))),
-    codes=(Field(96, 0, 4, 8, 16), Field(104, 4, 2, 4, 16)),
+    Layout(16, (Field(first=32, shift=0, n_bits=2, stride=32), Field(first=0, shift=2, n_bits=1, stride=32))),
+    codes=(
+        Field(first=96, shift=0, n_bits=4, stride=8, weights=16),
+        Field(first=104, shift=4, n_bits=2, stride=4, weights=16),
+    ),
     code_offset=32,
     encode=encode,
     searches=SEARCHES,

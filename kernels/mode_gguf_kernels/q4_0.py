@@ -11,4 +11,4 @@ A block of 32 weights, `block_q4_0` of ggml:
 from mode_gguf_kernels.block_scale import signed_block_kernels
 from mode_gguf_kernels.levels import Field, Layout
 
-KERNELS = signed_block_kernels("Q4_0", Layout(32, (Field(2, 0, 4, 16, 32),)))
+KERNELS = signed_block_kernels("Q4_0", Layout(32, (Field(first=2, shift=0, n_bits=4, stride=16, weights=32),)))

@@ -19,4 +19,4 @@ SEARCHES: dict[str, Search] = {
     "max": Search(13, 0, 0, 10),
 }
 
-KERNELS = min_block_kernels("Q4_1", Layout(32, (Field(4, 0, 4, 16, 32),)), SEARCHES)
+KERNELS = min_block_kernels("Q4_1", Layout(32, (Field(first=4, shift=0, n_bits=4, stride=16, weights=32),)), SEARCHES)

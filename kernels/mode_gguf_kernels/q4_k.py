@@ -17,7 +17,7 @@ from mode_gguf_kernels.super_block_min import Codes, GgmlSearch, min_super_block
 KERNELS = min_super_block_kernels(
     "Q4_K",
     2 + 2 + 12 + 256 // 2,
-    Layout(32, (Field(16, 0, 4, 32),)),
+    Layout(32, (Field(first=16, shift=0, n_bits=4, stride=32),)),
     Codes(63, pack_scales, unpack_scales, halves_word=0),
     GgmlSearch(2, weigh_by_typical_size, rmin=-1.0, nstep=20, use_mad=False, limits_plain=True, limits_weighted=False),
 )

@@ -12,4 +12,13 @@ A block of 32 weights, `block_q5_0` of ggml:
 from mode_gguf_kernels.block_scale import signed_block_kernels
 from mode_gguf_kernels.levels import Field, Layout
 
-KERNELS = signed_block_kernels("Q5_0", Layout(32, (Field(6, 0, 4, 16, 32), Field(2, 4, 1, 1, 32))))
+KERNELS = signed_block_kernels(
+    "Q5_0",
+    Layout(
+        32,
+        (
+            Field(first=6, shift=0, n_bits=4, stride=16, weights=32),
+            Field(first=2, shift=4, n_bits=1, stride=1, weights=32),
+        ),
+    ),
+)

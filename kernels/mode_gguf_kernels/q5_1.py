@@ -14,4 +14,14 @@ from mode_gguf_kernels.block_min import min_block_kernels
 from mode_gguf_kernels.blocks import SEARCHES
 from mode_gguf_kernels.levels import Field, Layout
 
-KERNELS = min_block_kernels("Q5_1", Layout(32, (Field(8, 0, 4, 16, 32), Field(4, 4, 1, 1, 32))), SEARCHES)
+KERNELS = min_block_kernels(
+    "Q5_1",
+    Layout(
+        32,
+        (
+            Field(first=8, shift=0, n_bits=4, stride=16, weights=32),
+            Field(first=4, shift=4, n_bits=1, stride=1, weights=32),
+        ),
+    ),
+    SEARCHES,
+)

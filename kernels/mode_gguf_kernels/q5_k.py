@@ -18,7 +18,7 @@ from mode_gguf_kernels.super_block_min import Codes, GgmlSearch, min_super_block
 KERNELS = min_super_block_kernels(
     "Q5_K",
     2 + 2 + 12 + 256 // 8 + 256 // 2,
-    Layout(32, (Field(48, 0, 4, 32), Field(16, 4, 1, 32))),
+    Layout(32, (Field(first=48, shift=0, n_bits=4, stride=32), Field(first=16, shift=4, n_bits=1, stride=32))),
     Codes(63, pack_scales, unpack_scales, halves_word=0),
     GgmlSearch(2, weigh_by_typical_size, rmin=-0.5, nstep=15, use_mad=False, limits_plain=True, limits_weighted=True),
 )

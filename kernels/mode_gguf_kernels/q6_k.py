@@ -55,8 +55,8 @@ def encode(x: Tile, w: Tile, weighted: bool, code: Tile, level: Tile) -> Ints:
 
 KERNELS = signed_super_block_kernels(
     "Q6_K",
-    Layout(16, (Field(0, 0, 4, 64), Field(128, 4, 2, 32))),
-    codes=(Field(192, 0, 8, 16, 16),),
+    Layout(16, (Field(first=0, shift=0, n_bits=4, stride=64), Field(first=128, shift=4, n_bits=2, stride=32))),
+    codes=(Field(first=192, shift=0, n_bits=8, stride=16, weights=16),),
     code_offset=0,
     encode=encode,
     searches=SEARCHES,

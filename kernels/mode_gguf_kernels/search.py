@@ -133,9 +133,9 @@ def make_qkx_quants(
     Tries nstep + 1 encoders, fits scale and min to each one's levels by weighted least squares, and keeps the best.
     A better min also moves the origin of the encoders tried after it.
 
-    Searches `INTERLEAVED` sub-blocks of n weights from `first` on, and sets items j, j + 1, ... of the tiles in `found`:
-    scale, min (as stored: what is subtracted), and the winner's inverse scale and offset: its levels are those of
-    inverse * (x - offset).
+    Searches `INTERLEAVED` sub-blocks of n weights from `first` on, and sets items j, j + 1, ... of the tiles in
+    `found`: scale, min (as stored: what is subtracted), and the winner's inverse scale and offset: its levels are
+    those of inverse * (x - offset).
     """
     scales, lows, inverses, offsets = found
     sums_w, sums_x, highs = float_tile(INTERLEAVED), float_tile(INTERLEAVED), float_tile(INTERLEAVED)

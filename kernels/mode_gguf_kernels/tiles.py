@@ -76,7 +76,7 @@ def load_weights(source: np.ndarray, source_dtype: int, first: int, n_blocks: in
 def load_run(
     source: np.ndarray, source_dtype: int, starts: np.ndarray, column: int, tile: Tile, first_item: int
 ) -> None:
-    """Fill 16 items of `tile` with what follows value starts[lane] + column of `source`, whose bytes are of `source_dtype`."""
+    """Fill 16 items of `tile` with what follows value starts[lane] + column of `source`."""
     if source_dtype == FLOAT32:
         gather(source.view(np.float32), starts, column, tile, first_item)
     else:
