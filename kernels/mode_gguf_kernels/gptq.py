@@ -17,7 +17,7 @@ from mode_gguf_kernels.compilation import device, kernel
 from mode_gguf_kernels.levels import Grid
 
 _PANEL = 32
-"""Columns whose errors are gathered before they are passed on beyond the panel; a multiple of _TOGETHER."""
+"""Columns whose errors are gathered before they are passed on beyond the panel; a multiple of _UNROLLED."""
 
 _ROWS = 32
 """Rows that share what is loaded of U."""
@@ -25,7 +25,7 @@ _ROWS = 32
 _CHUNK = 256
 """Columns that errors are passed on to at a time."""
 
-_TOGETHER = 8
+_UNROLLED = 8
 """Errors that are passed on in one go."""
 
 
@@ -68,7 +68,7 @@ def round_with_feedback(
             for start in range(right, n, _CHUNK):
                 stop = min(start + _CHUNK, n)
                 for r in range(here):
-                    for first in range(0, _PANEL, _TOGETHER):
+                    for first in range(0, _PANEL, _UNROLLED):
                         _pass_on(errors[r], first, factor, left + first, passed_on[r], start, stop)
 
 
@@ -102,7 +102,7 @@ def polish(
         gradients[:here] = zero
         for start in range(0, n, _CHUNK):
             stop = min(start + _CHUNK, n)
-            for first in range(0, n, _TOGETHER):
+            for first in range(0, n, _UNROLLED):
                 for r in range(here):
                     _pass_on(errors[r], first, moments, first, gradients[r], start, stop)
         for r in range(here):
@@ -142,7 +142,7 @@ def _nearest(position: np.float32, values: np.ndarray, borders: np.ndarray) -> i
 
 @device
 def _pass_on(errors: np.ndarray, first: int, rows: np.ndarray, i: int, sums: np.ndarray, start: int, stop: int) -> None:
-    """Add errors[first + t] * rows[i + t, k] to sums[k], for _TOGETHER values of t and start <= k < stop."""
+    """Add errors[first + t] * rows[i + t, k] to sums[k], for _UNROLLED values of t and start <= k < stop."""
     e0, e1, e2, e3 = errors[first], errors[first + 1], errors[first + 2], errors[first + 3]
     e4, e5, e6, e7 = errors[first + 4], errors[first + 5], errors[first + 6], errors[first + 7]
     for k in range(start, stop):

@@ -1,28 +1,28 @@
-"""Packed rows rounded again with error feedback: their scales and mins stay, their levels are chosen anew."""
+"""Rounding of packed rows with error feedback: scales and mins stay, levels are chosen anew."""
 
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from mode_gguf_kernels.feedback import polish, round_with_feedback
-from mode_gguf_kernels.levels import LAYOUTS, grid_of, write_levels
+from mode_gguf_kernels.gptq import polish, round_with_feedback
+from mode_gguf_kernels.levels import grid_of, write_levels
 from mode_gguf_kernels.registry import TYPES, PackingError, unpack
 
-FEEDBACK_TYPES = tuple(LAYOUTS)
+FEEDBACK_TYPES = tuple(name for name, kernels in TYPES.items() if kernels.layout)
 """The types that can be rounded with feedback."""
 
 SWEEPS = 8
-"""Of the polish; the first finds two thirds of what twenty find, and all together cost less than its first gradient."""
+"""Sweeps of `polish`; the first finds two thirds of what twenty find, and all cost less than its first gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What errors are measured by: (w - q) H (w - q)' for a row w rounded to q.
+    """Measure of a row's error: (w - q) H (w - q)' for a row w rounded to q.
 
     Attributes:
         moments: H, float32 (n, n), symmetric and positive definite.
-        factor: float32 (n, n), the unit upper triangular U of H = U D U', see `feedback`.
+        factor: float32 (n, n), the unit upper triangular U of H = U D U', see `gptq`.
     """
 
     moments: np.ndarray
@@ -43,21 +43,21 @@ def round_again(packed: np.ndarray, type_name: str, matrix: np.ndarray, feedback
     Raises:
         PackingError: another type, or shapes that do not go together.
     """
-    if type_name not in LAYOUTS:
+    kernels = TYPES.get(type_name)
+    if kernels is None or kernels.layout is None:
         raise PackingError(f"{type_name} cannot be rounded with feedback: choose from {', '.join(FEEDBACK_TYPES)}")
-    layout, kernels = LAYOUTS[type_name], TYPES[type_name]
     rows, n = matrix.shape
     shapes = feedback.moments.shape, feedback.factor.shape
     if packed.shape != (rows, n // kernels.block_size * kernels.block_bytes) or shapes != ((n, n), (n, n)):
         raise PackingError(f"packed {packed.shape}, matrix {matrix.shape} and feedback {shapes} do not go together")
     blocks = packed.reshape(rows, -1, kernels.block_bytes)
-    grid = grid_of(blocks, layout, partial(_weights, type_name=type_name, n=n))
+    grid = grid_of(blocks, kernels.layout, partial(_weights, type_name=type_name, n=n))
     levels = np.empty((rows, n), np.uint8)
     weights = np.ascontiguousarray(matrix, np.float32)
     grid = grid._replace(lowest=np.ascontiguousarray(grid.lowest), step=np.ascontiguousarray(grid.step))
     round_with_feedback(weights, grid, feedback.factor, levels)
     polish(weights, grid, feedback.moments, levels, SWEEPS)
-    write_levels(levels, layout, blocks)
+    write_levels(levels, kernels.layout, blocks)
 
 
 def _weights(blocks: np.ndarray, type_name: str, n: int) -> np.ndarray:
