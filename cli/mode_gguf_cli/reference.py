@@ -23,8 +23,8 @@ def _head() -> Iterator[str]:
     yield ""
     yield "Made by `python -m mode_gguf_cli.reference` from `mode_gguf/options.py`; a test keeps it current."
     yield ""
-    yield "Every command also has `--quiet`, which leaves results and errors, and `--help`. What the command line says wins"
-    yield "over a recipe's, and `--set` over both."
+    yield "Every command also has `--quiet`, which leaves results and errors, and `--help`. What the command line says"
+    yield "wins over a recipe's, and `--set` over both."
 
 
 def _commands() -> Iterator[str]:
