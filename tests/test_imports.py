@@ -28,7 +28,7 @@ FOUNDATION = {
 """What every stage may build on."""
 STAGE_MAY_IMPORT = {
     "allocation": FOUNDATION | {"gpu_memory", "quantization"},
-    "architectures": FOUNDATION,
+    "architectures": FOUNDATION | {"gpu_memory"},
     "artifacts": {"errors"},
     "calibration": FOUNDATION | {"data", "forward"},
     "checkpoint": {"architectures", "artifacts", "errors"},

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mode_gguf.architectures import find_family, gemma4_moe, left_out, projector_tensors, text_tensors
+from mode_gguf.architectures import find_family, left_out, projector_tensors, text_tensors
+from mode_gguf.architectures.families.gemma4_moe import FAMILY
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
+from mode_gguf.architectures.vision.gemma4 import image_tokens
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
@@ -122,11 +124,11 @@ def test_optional_parts_of_the_vision_tower(tmp_path: Path) -> None:
     assert whole(tensors["v.blk.2.ffn_down.input_max"]).tolist() == [1.25]
     assert "v.std_bias" not in tensors
     pooled = changed(folder, tmp_path / "pooled", "vision_config", pooling_kernel_size=2)
-    assert gemma4_moe.projector_metadata(pooled)["clip.vision.projector.scale_factor"] == 2
+    assert FAMILY.projector_metadata(pooled)["clip.vision.projector.scale_factor"] == 2
 
 
 def test_text_metadata(pico_gemma4: Path) -> None:
-    found = gemma4_moe.text_metadata(Checkpoint.open(pico_gemma4))
+    found = FAMILY.text_metadata(Checkpoint.open(pico_gemma4))
     assert found["gemma4.attention.head_count_kv"] == [2, 1, 2, 1]
     assert found["gemma4.attention.sliding_window_pattern"] == [True, False, True, False]
     assert (found["gemma4.attention.key_length"], found["gemma4.attention.key_length_swa"]) == (FULL_DIM, SLIDING_DIM)
@@ -145,12 +147,12 @@ def test_settings_as_transformers_saves_them(pico_gemma4: Path, tmp_path: Path) 
     without = {name: None for name in checkpoint.config["text_config"] if name not in saved}
     assert without.keys() == {"global_head_dim", "num_global_key_value_heads"}
     resaved = changed(pico_gemma4, tmp_path / "resaved", "text_config", **json.loads(json.dumps(saved)), **without)
-    assert gemma4_moe.text_metadata(resaved) == gemma4_moe.text_metadata(checkpoint)
+    assert FAMILY.text_metadata(resaved) == FAMILY.text_metadata(checkpoint)
 
 
 def test_defaults_are_those_of_transformers(pico_gemma4: Path, tmp_path: Path) -> None:
     settings = dict.fromkeys(("layer_types", "rope_parameters", "global_head_dim"), None)
-    found = gemma4_moe.text_metadata(changed(pico_gemma4, tmp_path / "bare", "text_config", **settings))
+    found = FAMILY.text_metadata(changed(pico_gemma4, tmp_path / "bare", "text_config", **settings))
     assert found["gemma4.attention.sliding_window_pattern"] == [True, True, True, False]
     assert found["gemma4.rope.freq_base"] == 1e6
 
@@ -166,18 +168,16 @@ def test_vocabulary(pico_gemma4: Path) -> None:
 
 def test_tokens_of_a_picture_at_most(pico_gemma4: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pico_gemma4)
-    assert gemma4_moe.image_tokens(checkpoint, None) == SOFT_TOKENS == 70
+    assert image_tokens(checkpoint, None) == SOFT_TOKENS == 70
     larger = changed(pico_gemma4, tmp_path / "larger", "text_config")
     write_json(larger.path / "preprocessor_config.json", {"max_soft_tokens": 280})
-    assert [gemma4_moe.image_tokens(larger, size) for size in (None, (48, 48), (720, 480), (2000, 2000))] == [
-        *(280, 70, 140, 280)
-    ]
+    assert [image_tokens(larger, size) for size in (None, (48, 48), (720, 480), (2000, 2000))] == [*(280, 70, 140, 280)]
 
 
 def test_an_audio_tower_is_left_out(pico_gemma4: Path) -> None:
     checkpoint = Checkpoint.open(pico_gemma4)
     assert left_out(checkpoint) == ["model.audio_tower.output_proj.weight"]
-    assert gemma4_moe.model_config(checkpoint)["audio_config"] is None
+    assert FAMILY.layout.model_config(checkpoint)["audio_config"] is None
 
 
 class TestRefusals:

@@ -7,8 +7,10 @@ import pytest
 from gguf import GGUFReader
 from gguf.constants import TokenType
 
-from mode_gguf.architectures import find_family, glm4v_moe, left_out, projector_tensors, text_tensors
+from mode_gguf.architectures import find_family, left_out, projector_tensors, text_tensors
+from mode_gguf.architectures.families.glm4v_moe import FAMILY
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
+from mode_gguf.architectures.text.glm4_moe import DEFAULTS
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.text_model import write_text_model
@@ -111,7 +113,7 @@ def test_projector_tensors(pico_glm4v: Path) -> None:
 
 def test_metadata(pico_glm4v: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pico_glm4v)
-    found = glm4v_moe.text_metadata(checkpoint)
+    found = FAMILY.text_metadata(checkpoint)
     assert found["glm4moe.block_count"] == LAYERS
     assert found["glm4moe.leading_dense_block_count"] == DENSE_LAYERS
     assert found["glm4moe.rope.dimension_count"] == HEAD_DIM // 2
@@ -124,10 +126,10 @@ def test_metadata(pico_glm4v: Path, tmp_path: Path) -> None:
         "text_config",
         **{"rope_scaling": None, "rope_theta": None, "partial_rotary_factor": None, "rope_parameters": ROPE},
     )
-    assert glm4v_moe.text_metadata(new_style) == found
-    implied = {name: None for name in glm4v_moe.DEFAULTS if name != "routed_scaling_factor"}
-    assert glm4v_moe.text_metadata(changed(pico_glm4v, tmp_path / "implied", "text_config", **implied)) == found
-    projector = glm4v_moe.projector_metadata(checkpoint)
+    assert FAMILY.text_metadata(new_style) == found
+    implied = {name: None for name in DEFAULTS if name != "routed_scaling_factor"}
+    assert FAMILY.text_metadata(changed(pico_glm4v, tmp_path / "implied", "text_config", **implied)) == found
+    projector = FAMILY.projector_metadata(checkpoint)
     assert projector["clip.vision.image_size"] == IMAGE_SIZE
     assert projector["clip.vision.patch_size"] == PATCH
     assert (projector["clip.vision.projection_dim"], projector["clip.vision.embedding_length"]) == (
@@ -160,7 +162,7 @@ def test_tokenizer(pico_glm4v: Path, tmp_path: Path) -> None:
 def test_tied_embeddings_have_no_output_tensor(section: str | None, tmp_path: Path) -> None:
     folder = write_pico_glm4v_moe(tmp_path / "tied", tied=True)
     checkpoint = changed(folder, tmp_path / "other", tie_word_embeddings=None)
-    assert not find_family(checkpoint).tied(checkpoint)
+    assert not find_family(checkpoint).layout.tied(checkpoint)
     tied = changed(checkpoint.path, tmp_path / "again", section, tie_word_embeddings=True)
     assert "output.weight" not in {tensor.name for tensor in text_tensors(tied)}
 

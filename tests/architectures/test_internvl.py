@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from transformers import InternVLConfig
 
-from mode_gguf.architectures import find_family, internvl, projector_tensors, text_tensors
+from mode_gguf.architectures import find_family, projector_tensors, text_tensors
+from mode_gguf.architectures.families.internvl import ORIGINAL
 from mode_gguf.architectures.images import ImagePlace, scaled_size
 from mode_gguf.architectures.tensors import SourceTensor, as_float32
+from mode_gguf.architectures.vision import internvl
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
@@ -117,12 +119,12 @@ def test_every_other_tensor_is_a_parameter_of_transformers(
     assert plain.keys() == expected.keys()
     for name, tensor in plain.items():
         source = expected[name]
-        assert tensor.sources == (family.stored_name(source),)
+        assert tensor.sources == (family.layout.stored_name(source),)
         assert tensor.shape == state[source].shape
         np.testing.assert_array_equal(whole(tensor), state[source], err_msg=name)
         if tensor.shape[0] > 4:
             np.testing.assert_array_equal(as_float32(tensor.read(0, slice(1, 4))), state[source][1:4], err_msg=name)
-        special = family.read_parameter(checkpoint, source)
+        special = family.layout.read_parameter(checkpoint, source)
         read = checkpoint.read(tensor.sources[0]) if special is None else special
         np.testing.assert_array_equal(as_float32(read), state[source], err_msg=source)
 
@@ -152,7 +154,7 @@ def test_metadata(layout: str, request: pytest.FixtureRequest) -> None:
     assert vision["clip.vision.projector.scale_factor"] == 2
     assert (vision["clip.vision.preproc_min_tiles"], vision["clip.vision.preproc_max_tiles"]) == (1, MAX_TILES)
     assert vision["clip.use_gelu"] is True
-    assert family.image_token(checkpoint) == mark_id("<IMG_CONTEXT>")
+    assert family.vision.image_token(checkpoint) == mark_id("<IMG_CONTEXT>")
     assert read_vocabulary(checkpoint.path, VOCAB).pre_tokenizer == "qwen2"
 
 
@@ -169,19 +171,19 @@ def test_the_larger_vision_tower(
     family = find_family(checkpoint)
     tensors = {tensor.name: tensor for tensor in projector_tensors(checkpoint)}
     with torch.device("meta"):
-        model = InternVLForConditionalGeneration(InternVLConfig.from_dict(dict(family.model_config(checkpoint))))
+        model = InternVLForConditionalGeneration(InternVLConfig.from_dict(dict(family.layout.model_config(checkpoint))))
     read = {
-        name: family.read_parameter(checkpoint, name)
+        name: family.layout.read_parameter(checkpoint, name)
         for name, _ in model.named_parameters()
         if name.startswith(("model.vision_tower", "model.multi_modal_projector"))
     }
     assert len(read) == len(tensors)
     for name, special in read.items():
-        values = checkpoint.read(family.stored_name(name)) if special is None else special
+        values = checkpoint.read(family.layout.stored_name(name)) if special is None else special
         assert values.shape == model.get_parameter(name).shape
     source = "model.vision_tower.encoder.layer.3.attention"
     for norm in ("q_norm", "k_norm"):
-        assert tensors[f"v.blk.3.attn_{norm}.weight"].sources == (family.stored_name(f"{source}.{norm}.weight"),)
+        assert tensors[f"v.blk.3.attn_{norm}.weight"].sources == (family.layout.stored_name(f"{source}.{norm}.weight"),)
     assert "v.blk.0.ln1.bias" not in tensors
     assert "v.blk.0.attn_q.bias" not in tensors
     assert "v.blk.0.attn_out.bias" in tensors
@@ -189,7 +191,7 @@ def test_the_larger_vision_tower(
 
 def test_both_layouts_make_one_configuration(pico_internvl: Path, pico_internvl_hf: Path) -> None:
     ours, theirs = (
-        InternVLConfig.from_dict(dict(internvl.model_config(Checkpoint.open(folder)))).to_dict()
+        InternVLConfig.from_dict(dict(ORIGINAL.layout.model_config(Checkpoint.open(folder)))).to_dict()
         for folder in (pico_internvl, pico_internvl_hf)
     )
     for config in (ours, theirs):
@@ -201,7 +203,7 @@ def test_scaling_beyond_the_trained_context_is_left_out(pico_internvl: Path, tmp
     scaling = {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
     checkpoint = changed(pico_internvl, tmp_path / "other", "llm_config", rope_scaling=scaling)
     assert find_family(checkpoint).text_metadata(checkpoint)["qwen3moe.rope.freq_base"] == 1_000_000
-    assert "rope_scaling" not in internvl.model_config(checkpoint)["text_config"]
+    assert "rope_scaling" not in ORIGINAL.layout.model_config(checkpoint)["text_config"]
 
 
 def test_tied_embeddings_have_no_output_tensor(tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ class TestRefusals:
         self, pico_internvl: Path, tmp_path: Path, section: str | None, setting: str, value: Any
     ) -> None:
         checkpoint = changed(pico_internvl, tmp_path / "other", section, **{setting: value})
-        with pytest.raises(InputError, match=rf"config\.json: {setting} .*is .*expected"):
+        with pytest.raises(InputError, match=rf"config\.json: (vision )?{setting} .*is .*expected"):
             find_family(checkpoint)
 
     def test_other_rotary_scaling(self, pico_internvl: Path, tmp_path: Path) -> None:

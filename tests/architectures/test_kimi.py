@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
-from mode_gguf.architectures import find_family, moon_vit, projector_tensors, text_tensors
+from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
+from mode_gguf.architectures.vision import moon_vit
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from tests.architectures.test_qwen3_vl_moe import changed
@@ -21,7 +22,7 @@ from tests.pico_kimi import EXPERTS, LAYERS, POSITIONS, VISION_HEADS, VISION_HID
 def module_state(folder: Path) -> dict[str, np.ndarray]:
     """The weights of Kimi K2.5 as transformers holds them after its own loading."""
     checkpoint = Checkpoint.open(folder)
-    config = Kimi_K25Config.from_dict(dict(find_family(checkpoint).model_config(checkpoint)))
+    config = Kimi_K25Config.from_dict(dict(find_family(checkpoint).layout.model_config(checkpoint)))
     model = Kimi_K25ForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32)
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
@@ -99,7 +100,7 @@ def test_metadata(pico_kimi_k25: Path, pico_kimi_vl: Path) -> None:
 def placed(folder: Path, size: tuple[int, int], max_pixels: int = 10**7) -> PlacedImage:
     checkpoint = Checkpoint.open(folder)
     image = Image.new("RGB", size, (255, 0, 0))
-    return find_family(checkpoint).place_image(ImagePlace(checkpoint, image, None, None, 7, max_pixels))
+    return find_family(checkpoint).vision.place_image(ImagePlace(checkpoint, image, None, None, 7, max_pixels))
 
 
 def test_pictures_are_padded_to_whole_tokens_and_scaled_down(pico_kimi_vl: Path) -> None:

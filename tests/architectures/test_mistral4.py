@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter, TokenType
 
-from mode_gguf.architectures import find_family, mistral4, projector_tensors, text_tensors
+from mode_gguf.architectures import find_family, projector_tensors, text_tensors
+from mode_gguf.architectures.families.mistral4 import FAMILY
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -131,7 +132,7 @@ def test_fp8_is_decoded(tmp_path: Path) -> None:
 
 
 def test_text_metadata(pico_mistral4: Path, tmp_path: Path) -> None:
-    found = mistral4.text_metadata(Checkpoint.open(pico_mistral4))
+    found = FAMILY.text_metadata(Checkpoint.open(pico_mistral4))
     expected = {
         "block_count": LAYERS,
         "vocab_size": VOCAB,
@@ -167,7 +168,7 @@ def test_rope_as_transformers_4_wrote_it(pico_mistral4: Path, tmp_path: Path) ->
         rope_theta=theta,
         rope_scaling={**rope, "type": kind},
     )
-    assert find_family(old).text_metadata(old) == mistral4.text_metadata(Checkpoint.open(pico_mistral4))
+    assert find_family(old).text_metadata(old) == FAMILY.text_metadata(Checkpoint.open(pico_mistral4))
 
 
 def test_projector_metadata(pico_mistral4: Path, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_tokenizer(pico_mistral4: Path) -> None:
 def test_a_stored_head_is_the_head_whatever_config_json_says(pico_mistral4: Path, tmp_path: Path, said: Any) -> None:
     checkpoint = changed(pico_mistral4, tmp_path / "tied", tie_word_embeddings=said)
     assert "output.weight" in {tensor.name for tensor in text_tensors(checkpoint)}
-    assert mistral4.model_config(checkpoint)["tie_word_embeddings"] is False
+    assert FAMILY.layout.model_config(checkpoint)["tie_word_embeddings"] is False
 
 
 class TestRefusals:
@@ -260,5 +261,5 @@ class TestRefusals:
         checkpoint = changed(pico_mistral4, tmp_path / "other")
         path = tmp_path / "other" / "tokenizer.json"
         path.write_text(path.read_text().replace("[IMG_BREAK]", "[IMG_ROW]"))
-        with pytest.raises(InputError, match=r"tokenizer\.json: special token \[IMG_BREAK\] is missing"):
+        with pytest.raises(InputError, match=r"the tokenizer has no added token \[IMG_BREAK\]"):
             next(t for t in projector_tensors(checkpoint) if t.name == "v.token_embd.img_break")

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mode_gguf.architectures import find_family, projector_tensors, qwen3_5_moe, text_tensors
+from mode_gguf.architectures import find_family, projector_tensors, text_tensors
+from mode_gguf.architectures.families.qwen3_5_moe import FAMILY
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -145,7 +146,7 @@ def test_projector_tensors(pico_qwen3_5: Path) -> None:
 
 
 def test_text_metadata(pico_qwen3_5: Path, tmp_path: Path) -> None:
-    found = qwen3_5_moe.text_metadata(Checkpoint.open(pico_qwen3_5))
+    found = FAMILY.text_metadata(Checkpoint.open(pico_qwen3_5))
     assert found["qwen35moe.block_count"] == LAYERS
     assert found["qwen35moe.attention.recurrent_layers"] == [True, True, True, False, True]
     assert found["qwen35moe.rope.dimension_count"] == 32
@@ -153,9 +154,9 @@ def test_text_metadata(pico_qwen3_5: Path, tmp_path: Path) -> None:
     assert found["qwen35moe.ssm.inner_size"] == VALUE_HEADS * LINEAR_DIM
     assert found["qwen35moe.full_attention_interval"] == 4
     implied = changed(pico_qwen3_5, tmp_path / "implied", "text_config", layer_types=None)
-    assert qwen3_5_moe.text_metadata(implied) == found
+    assert FAMILY.text_metadata(implied) == found
     plain = changed(pico_qwen3_5, tmp_path / "plain", "text_config", rope_parameters={"rope_theta": 10_000})
-    defaults = qwen3_5_moe.text_metadata(plain)
+    defaults = FAMILY.text_metadata(plain)
     assert defaults["qwen35moe.rope.dimension_sections"] == [11, 11, 10, 0]
     assert defaults["qwen35moe.rope.dimension_count"] == 16
 

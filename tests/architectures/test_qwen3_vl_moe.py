@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mode_gguf.architectures import find_family, projector_tensors, qwen3_vl_moe, qwen_vision, text_tensors
+from mode_gguf.architectures import find_family, projector_tensors, text_tensors
+from mode_gguf.architectures.families.qwen3_vl_moe import FAMILY
 from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -157,7 +158,7 @@ def test_tied_embeddings_have_no_output_tensor(tmp_path: Path) -> None:
 
 def test_text_metadata(pico: Path, pico_module: Path) -> None:
     """Both spellings of the rotary settings and of the number of experts."""
-    old, new = (qwen3_vl_moe.text_metadata(Checkpoint.open(folder)) for folder in (pico, pico_module))
+    old, new = (FAMILY.text_metadata(Checkpoint.open(folder)) for folder in (pico, pico_module))
     assert old == new
     assert old["qwen3vlmoe.rope.freq_base"] == 5_000_000.0
     assert old["qwen3vlmoe.rope.dimension_sections"] == [12, 10, 10, 0]
@@ -172,9 +173,7 @@ def test_projector_metadata_from_processor_config(pico: Path, tmp_path: Path) ->
     image = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": image}))
-    assert qwen_vision.projector_metadata(Checkpoint.open(folder)) == qwen_vision.projector_metadata(
-        Checkpoint.open(pico)
-    )
+    assert FAMILY.projector_metadata(Checkpoint.open(folder)) == FAMILY.projector_metadata(Checkpoint.open(pico))
 
 
 class TestRefusals:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mode_gguf.architectures import internvl
+from mode_gguf.architectures.vision import internvl
 from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint

@@ -26,7 +26,7 @@ def test_streamed_forward_equals_the_plain_one(
 ) -> None:
     folder: Path = request.getfixturevalue(layout)
     checkpoint = Checkpoint.open(folder)
-    config = Kimi_K25Config.from_dict(dict(find_family(checkpoint).model_config(checkpoint)))
+    config = Kimi_K25Config.from_dict(dict(find_family(checkpoint).layout.model_config(checkpoint)))
     plain: Any = Kimi_K25ForConditionalGeneration.from_pretrained(
         request.getfixturevalue(as_published), config=config, dtype=torch.float32
     ).eval()

@@ -10,7 +10,9 @@ import pytest
 from gguf import Keys
 from PIL import Image
 
-from mode_gguf.architectures import gemma4_moe, text_tensors
+from mode_gguf.architectures import text_tensors
+from mode_gguf.architectures.families.gemma4_moe import FAMILY
+from mode_gguf.architectures.hparams import Hparams
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export import projector
 from mode_gguf.export.projector import write_projector
@@ -122,11 +124,11 @@ def test_without_the_activation_that_stock_leaves_out(
 ) -> None:
     """The projector as llama.cpp's converter writes it is further from transformers."""
 
-    def stock(checkpoint: Checkpoint) -> dict[str, Any]:
-        keys = gemma4_moe.projector_metadata(checkpoint)
+    def stock(vision: Hparams) -> dict[str, Any]:
+        keys = FAMILY.projector_metadata(vision.checkpoint)
         return {key: value for key, value in keys.items() if key != Keys.ClipVision.USE_GELU}
 
-    family = replace(gemma4_moe.FAMILY, projector_metadata=stock)
+    family = replace(FAMILY, vision=replace(FAMILY.vision, keys=stock))
     monkeypatch.setattr(projector, "find_family", lambda checkpoint: family)
     write_projector(tmp_path / "mmproj-stock.gguf", Checkpoint.open(pico_gemma4), "F32")
     with LlamaModel(files[0], tmp_path / "mmproj-stock.gguf", context=1024, threads=1, exact=True) as model:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
-from mode_gguf.architectures import moon_vit, text_tensors
+from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.images import ImagePlace
+from mode_gguf.architectures.vision import moon_vit
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
@@ -41,7 +42,7 @@ class Pair:
         """llama.cpp's prompt, which lacks the words that the chat template has between mark and picture."""
         builder = self.builder
         place = ImagePlace(builder.checkpoint, image, None, builder.tokenizer, builder.image_token, 10**9)
-        placed = builder.family.place_image(place)
+        placed = builder.family.vision.place_image(place)
         before = self.tokens(f"<|im_user|>user<|im_middle|>{self.begin}")
         after = self.tokens(f"<|media_end|>{QUESTION}<|im_end|><|im_assistant|>assistant<|im_middle|>")
         arguments = {name: torch.from_numpy(values) for name, values in placed.arguments.items()}
@@ -59,7 +60,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     checkpoint = Checkpoint.open(request.getfixturevalue(f"pico_{request.param}"))
     published: Path = request.getfixturevalue("pico_kimi_vl_as_k25" if is_vl else "pico_kimi_k25")
     builder = InputBuilder.open(checkpoint)
-    config = Kimi_K25Config.from_dict(dict(builder.family.model_config(checkpoint)))
+    config = Kimi_K25Config.from_dict(dict(builder.family.layout.model_config(checkpoint)))
     reference = Kimi_K25ForConditionalGeneration.from_pretrained(published, config=config, dtype=torch.float32).eval()
     folder = tmp_path_factory.mktemp("gguf")
     text, mmproj = folder / "pico-F32.gguf", folder / "mmproj-pico-F32.gguf"

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from mode_gguf.architectures import text_tensors
-from mode_gguf.architectures.pixtral import RMS_NORM_EPSILON
+from mode_gguf.architectures.vision.pixtral import RMS_NORM_EPSILON
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import ModeGgufError
 from mode_gguf.export.projector import write_projector
