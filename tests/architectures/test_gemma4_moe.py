@@ -12,8 +12,8 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed
-from tests.pico import write_json
-from tests.pico_gemma4_moe import (
+from tests.families.pico.files import write_json
+from tests.families.pico.gemma4_moe import (
     EXPERTS,
     FULL_DIM,
     HEADS,
@@ -25,11 +25,11 @@ from tests.pico_gemma4_moe import (
     SOFT_TOKENS,
     VISION_BLOCKS,
     VISION_HIDDEN,
-    VOCAB,
     WIDTH,
     WINDOW,
     write_pico_gemma4_moe,
 )
+from tests.families.pico.tokenizer import VOCAB
 
 
 @cache

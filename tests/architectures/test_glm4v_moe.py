@@ -15,8 +15,7 @@ from mode_gguf.export.text_model import write_text_model
 from mode_gguf.export.tokenizer import read_vocabulary
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.architectures.test_qwen3_vl_moe import changed
-from tests.pico import HIDDEN, VISION_HIDDEN, VOCAB
-from tests.pico_glm4v_moe import (
+from tests.families.pico.glm4v_moe import (
     DENSE_LAYERS,
     EXPERTS,
     HEAD_DIM,
@@ -27,6 +26,8 @@ from tests.pico_glm4v_moe import (
     token_id,
     write_pico_glm4v_moe,
 )
+from tests.families.pico.qwen3_vl_moe import HIDDEN, VISION_HIDDEN
+from tests.families.pico.tokenizer import VOCAB
 
 ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 

@@ -16,8 +16,7 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed
-from tests.pico import HEAD_DIM, HIDDEN, VOCAB
-from tests.pico_internvl import (
+from tests.families.pico.internvl import (
     BLOCKS,
     EXPERTS,
     LAYERS,
@@ -29,6 +28,8 @@ from tests.pico_internvl import (
     mark_id,
     write_pico_internvl,
 )
+from tests.families.pico.qwen3_vl_moe import HEAD_DIM, HIDDEN
+from tests.families.pico.tokenizer import VOCAB
 
 LAYOUTS = pytest.mark.parametrize("layout", ["pico_internvl", "pico_internvl_hf"])
 

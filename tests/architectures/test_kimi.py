@@ -14,7 +14,7 @@ from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from tests.architectures.test_qwen3_vl_moe import changed
-from tests.pico_kimi import EXPERTS, LAYERS, POSITIONS, VISION_HEADS, VISION_HIDDEN, WIDTH, special
+from tests.families.pico.kimi import EXPERTS, LAYERS, POSITIONS, VISION_HEADS, VISION_HIDDEN, WIDTH, special
 
 
 @cache

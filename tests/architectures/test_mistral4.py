@@ -13,21 +13,18 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import add_tokenizer_keys, read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed
-from tests.pico import HIDDEN, VOCAB
-from tests.pico_mistral4 import (
+from tests.families.pico.mistral4 import (
+    ATTENTION,
     EXPERTS,
-    HEADS,
-    LATENT,
     LAYERS,
-    NOPE,
     ORIGINAL_CONTEXT,
-    ROTATED,
-    VALUE,
     VISION_HEADS,
     WIDTH,
     token_id,
     write_pico_mistral4,
 )
+from tests.families.pico.qwen3_vl_moe import HIDDEN
+from tests.families.pico.tokenizer import VOCAB
 
 LAYOUTS = ["pico_mistral4", "pico_mistral4_module"]
 
@@ -69,8 +66,12 @@ def test_text_tensors_are_those_transformers_computes_with(layout: str, request:
             case Role.EXPERT, projection:
                 expected = stored[:, WIDTH:] if projection == "up" else stored[:, :WIDTH]
             case Role.ABSORBED, _:
-                heads = stored.reshape(HEADS, NOPE + VALUE, LATENT)
-                expected = heads[:, :NOPE].swapaxes(1, 2) if "attn_k_b" in tensor.name else heads[:, NOPE:]
+                heads = stored.reshape(ATTENTION.heads, ATTENTION.nope + ATTENTION.value, ATTENTION.latent)
+                expected = (
+                    heads[:, : ATTENTION.nope].swapaxes(1, 2)
+                    if "attn_k_b" in tensor.name
+                    else heads[:, ATTENTION.nope :]
+                )
             case _:
                 expected = stored
         assert tensor.shape == expected.shape
@@ -136,13 +137,13 @@ def test_text_metadata(pico_mistral4: Path, tmp_path: Path) -> None:
         "block_count": LAYERS,
         "vocab_size": VOCAB,
         "attention.head_count_kv": 1,
-        "attention.key_length": LATENT + ROTATED,
-        "attention.value_length": LATENT,
-        "attention.key_length_mla": NOPE + ROTATED,
-        "attention.value_length_mla": VALUE,
+        "attention.key_length": ATTENTION.latent + ATTENTION.rotated,
+        "attention.value_length": ATTENTION.latent,
+        "attention.key_length_mla": ATTENTION.nope + ATTENTION.rotated,
+        "attention.value_length_mla": ATTENTION.value,
         "attention.temperature_scale": 0.1,
         "attention.temperature_length": ORIGINAL_CONTEXT,
-        "rope.dimension_count": ROTATED,
+        "rope.dimension_count": ATTENTION.rotated,
         "rope.scaling.type": "yarn",
         "rope.scaling.yarn_log_multiplier": pytest.approx(0.1),
         "expert_count": EXPERTS,

@@ -11,8 +11,7 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import read_vocabulary
 from tests.architectures.test_qwen3_vl_moe import changed
-from tests.pico import HIDDEN, VOCAB
-from tests.pico_qwen3_5_moe import (
+from tests.families.pico.qwen3_5_moe import (
     EXPERTS,
     KERNEL,
     KEY_HEADS,
@@ -22,6 +21,8 @@ from tests.pico_qwen3_5_moe import (
     WIDTH,
     write_pico_qwen3_5_moe,
 )
+from tests.families.pico.qwen3_vl_moe import HIDDEN
+from tests.families.pico.tokenizer import VOCAB
 
 LINEAR = "model.language_model.layers.0.linear_attn"
 

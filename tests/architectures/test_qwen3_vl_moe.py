@@ -11,8 +11,8 @@ from mode_gguf.architectures import find_family, projector_tensors, qwen3_vl_moe
 from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
-from tests import pico as sizes
-from tests.pico import write_pico_qwen3vlmoe
+from tests.families.pico import qwen3_vl_moe as sizes
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 EXPERTS, WIDTH, HIDDEN = 4, 512, sizes.HIDDEN
 

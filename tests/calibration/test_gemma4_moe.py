@@ -15,7 +15,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.test_streaming import assert_streamed_is_plain, build
-from tests.pico_gemma4_moe import EXPERTS, LAYERS, TOP_K, token_id
+from tests.families.pico.gemma4_moe import EXPERTS, LAYERS, TOP_K, token_id
 
 CPU = torch.device("cpu")
 SHOWN = (63, 60, 63)

@@ -16,7 +16,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.test_streaming import assert_streamed_is_plain, build
-from tests.pico_glm4v_moe import DENSE_LAYERS, EXPERTS, LAYERS, PATCH, TOP_K, token_id
+from tests.families.pico.glm4v_moe import DENSE_LAYERS, EXPERTS, LAYERS, PATCH, TOP_K, token_id
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.test_streaming import assert_streamed_is_plain, build, streamed_logits
-from tests.pico_internvl import BLOCKS, EXPERTS, LAYERS, TOP_K, VISION_HIDDEN, mark_id, write_pico_internvl
+from tests.families.pico.internvl import BLOCKS, EXPERTS, LAYERS, TOP_K, VISION_HIDDEN, mark_id, write_pico_internvl
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.test_streaming import build, streamed_logits
-from tests.pico_kimi import EXPERTS, TOP_K, special
+from tests.families.pico.kimi import EXPERTS, TOP_K, special
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.conftest import picture
 from tests.calibration.test_streaming import assert_streamed_is_plain, build, streamed_logits
-from tests.pico_mistral4 import EXPERTS, LAYERS, MERGE, PATCH, TOP_K, token_id, write_pico_mistral4
+from tests.families.pico.mistral4 import EXPERTS, LAYERS, MERGE, PATCH, TOP_K, token_id, write_pico_mistral4
 
 CPU = torch.device("cpu")
 SIDE = PATCH * MERGE

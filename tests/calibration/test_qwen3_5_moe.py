@@ -15,7 +15,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.test_streaming import assert_streamed_is_plain, build
-from tests.pico_qwen3_5_moe import EXPERTS, LAYERS, TOP_K
+from tests.families.pico.qwen3_5_moe import EXPERTS, LAYERS, TOP_K
 
 CPU = torch.device("cpu")
 

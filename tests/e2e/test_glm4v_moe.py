@@ -10,7 +10,7 @@ from PIL import Image
 
 from mode_gguf.validation.llama_cpp import LlamaModel
 from tests.calibration.conftest import picture
-from tests.pico_glm4v_moe import LAYERS
+from tests.families.pico.glm4v_moe import LAYERS
 
 SAMPLES = ("--image-samples", "2", "--text-samples", "1")
 

@@ -14,7 +14,7 @@ from mode_gguf.importance.table import SensitivityTable
 from mode_gguf.pipeline.facts import planned_tensors
 from mode_gguf.validation.llama_cpp import LlamaModel
 from tests.calibration.conftest import picture
-from tests.pico_mistral4 import write_pico_mistral4
+from tests.families.pico.mistral4 import write_pico_mistral4
 
 
 def test_convert_and_answer_about_a_picture(tmp_path: Path, run: Callable[..., str]) -> None:

@@ -24,7 +24,7 @@ from mode_gguf.importance.type_changes import Variant
 from mode_gguf.importance.weight_changes import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
-from tests.pico_gemma4_moe import EXPERTS, HIDDEN, WIDTH
+from tests.families.pico.gemma4_moe import EXPERTS, HIDDEN, WIDTH
 
 CPU = torch.device("cpu")
 TYPE = QUANT_TYPES["Q8_0"]

@@ -21,7 +21,7 @@ from mode_gguf.importance.type_changes import Variant
 from mode_gguf.importance.weight_changes import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
-from tests.pico_glm4v_moe import EXPERTS, write_pico_glm4v_moe
+from tests.families.pico.glm4v_moe import EXPERTS, write_pico_glm4v_moe
 
 CPU = torch.device("cpu")
 TYPE = QUANT_TYPES["Q8_0"]

@@ -18,7 +18,7 @@ from mode_gguf.export.text_model import write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.divergence import compare
 from mode_gguf.validation.llama_cpp import LlamaModel
-from tests.pico_gemma4_moe import PICTURE, SOFT_TOKENS, WINDOW, write_pico_gemma4_moe
+from tests.families.pico.gemma4_moe import PICTURE, SOFT_TOKENS, WINDOW, write_pico_gemma4_moe
 from tests.validation.test_llama_cpp import ANSWER, QUESTION, TEXT, Transformers, image_prompt
 
 

@@ -16,7 +16,7 @@ from mode_gguf.export.text_model import write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.divergence import compare
 from mode_gguf.validation.llama_cpp import LlamaModel
-from tests.pico_glm4v_moe import write_pico_glm4v_moe
+from tests.families.pico.glm4v_moe import write_pico_glm4v_moe
 from tests.validation.test_llama_cpp import ANSWER, TEXT, Transformers, image_prompt
 
 

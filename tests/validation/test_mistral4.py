@@ -20,7 +20,7 @@ from mode_gguf.export.text_model import write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.divergence import compare
 from mode_gguf.validation.llama_cpp import LlamaModel
-from tests.pico_mistral4 import MERGE, ORIGINAL_CONTEXT, PATCH
+from tests.families.pico.mistral4 import MERGE, ORIGINAL_CONTEXT, PATCH
 from tests.validation.test_llama_cpp import ANSWER, QUESTION, TEXT, image_prompt
 
 SIDE = PATCH * MERGE

@@ -4,16 +4,23 @@ One is text-only (OLMoE), one sees (Idefics3's encoder before a Mixtral), a comb
 llama.cpp have, though nobody has published one.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Idefics3Config, MixtralConfig, OlmoeConfig
 from transformers.utils.logging import disable_progress_bar
 
-from tests.pico import CHAT_TEMPLATE, HIDDEN, VOCAB, token_id, write_json, write_tokenizer
+from tests.families.pico.files import EVEN_NORMALISATION, write_json
+from tests.families.pico.qwen3_vl_moe import HIDDEN
+from tests.families.pico.tokenizer import (
+    CHAT_TEMPLATE,
+    IMAGE_OF_TEMPLATE,
+    VOCAB,
+    add_tokens,
+    token_id,
+    write_tokenizer,
+)
 
 LAYERS, EXPERTS, TOP_K, WIDTH = 3, 4, 2, 512
 IMAGE_TOKENS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
@@ -64,7 +71,8 @@ def write_pico_idefics3_mixtral(folder: Path, seed: int = 0) -> Path:
     )
     _save(folder, AutoModelForImageTextToText, config, seed)
     write_tokenizer(folder)
-    _add_image_tokens(folder)
+    template = CHAT_TEMPLATE.replace(IMAGE_OF_TEMPLATE, IMAGE_TOKENS[0])
+    add_tokens(folder, IMAGE_TOKENS, template, plain=[BEFORE_IMAGE])
     write_json(
         folder / "preprocessor_config.json",
         {
@@ -73,8 +81,7 @@ def write_pico_idefics3_mixtral(folder: Path, seed: int = 0) -> Path:
             "do_image_splitting": True,
             "size": {"longest_edge": 2 * TILE},
             "max_image_size": {"longest_edge": TILE},
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
+            **EVEN_NORMALISATION,
         },
     )
     seen = (TILE // PATCH // SCALE) ** 2
@@ -95,20 +102,3 @@ def _save(folder: Path, auto: Any, config: Any, seed: int) -> None:
                 gain = 2.0 if name.endswith(("gate.weight", "router.weight", "lm_head.weight")) else 1.0
                 parameter.copy_(torch.randn(parameter.shape) * gain / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder)
-
-
-def _add_image_tokens(folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in IMAGE_TOKENS])
-    tokenizer.add_tokens([AddedToken(BEFORE_IMAGE, normalized=False)])
-    tokenizer.save(str(path))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    pattern = next(iter(settings["added_tokens_decoder"].values()))
-    for token in IMAGE_TOKENS:
-        settings["added_tokens_decoder"][str(tokenizer.token_to_id(token))] = {**pattern, "content": token}
-    number = str(tokenizer.token_to_id(BEFORE_IMAGE))
-    settings["added_tokens_decoder"][number] = {**pattern, "content": BEFORE_IMAGE, "special": False}
-    vision = "<|vision_start|><|image_pad|><|vision_end|>"
-    settings["chat_template"] = CHAT_TEMPLATE.replace(vision, IMAGE_TOKENS[0])
-    write_json(folder / "tokenizer_config.json", settings)

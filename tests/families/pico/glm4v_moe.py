@@ -1,14 +1,16 @@
 """The smallest honest GLM-4.5V checkpoint: a dense layer, three with experts, one for multi-token prediction."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tests import pico
-from tests.pico import HIDDEN, VISION_BLOCKS, VISION_HIDDEN, VOCAB, Draw, write_json, write_tokenizer, write_weights
+from tests.families.pico import tokenizer
+from tests.families.pico.files import CLIP_NORMALISATION, in_bfloat16, write_json, write_readme, write_weights
+from tests.families.pico.qwen3_vl_moe import HIDDEN, VISION_BLOCKS, VISION_HIDDEN
+from tests.families.pico.tokenizer import VOCAB, write_tokenizer
+from tests.families.pico.weights import Draw, Named, one_by_one
 
 GLM4_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -49,7 +51,7 @@ MERGER_WIDTH = 192
 
 Layout = Literal["public", "fused"]
 
-token_id = partial(pico.token_id, special_tokens=SPECIAL_TOKENS)
+token_id = partial(tokenizer.token_id, special_tokens=SPECIAL_TOKENS)
 
 
 def write_pico_glm4v_moe(
@@ -88,19 +90,14 @@ def write_pico_glm4v_moe(
     text = {"attention_bias": biased, "first_k_dense_replace": dense_layers, **text}
     write_json(folder / "config.json", _config(tied, {**text, "num_nextn_predict_layers": int(mtp)}))
     _write_surroundings(folder)
-    generator = torch.Generator().manual_seed(seed)
-    weights = dict(_weights(generator, layout, tied, biased, dense_layers))
+    draw = Draw(torch.Generator().manual_seed(seed))
+    weights = dict(_weights(draw, layout, tied, biased, dense_layers))
     if mtp:
         block = f"model.language_model.layers.{LAYERS}"
-        weights[f"{block}.eh_proj.weight"] = Draw(generator).matrix(HIDDEN, 2 * HIDDEN)
-        weights[f"{block}.enorm.weight"] = Draw(generator).gains(HIDDEN)
-        weights[f"{block}.self_attn.o_proj.weight"] = Draw(generator).matrix(HIDDEN, HEADS * HEAD_DIM)
-    stored = {
-        # What transformers keeps in F32, the hubs store in F32.
-        name: (tensor if "e_score" in name else tensor.bfloat16()).contiguous()
-        for name, tensor in weights.items()
-    }
-    write_weights(folder, stored, shards=2)
+        weights[f"{block}.eh_proj.weight"] = draw.matrix(HIDDEN, 2 * HIDDEN)
+        weights[f"{block}.enorm.weight"] = draw.gains(HIDDEN)
+        weights[f"{block}.self_attn.o_proj.weight"] = draw.matrix(HIDDEN, HEADS * HEAD_DIM)
+    write_weights(folder, in_bfloat16(weights, "e_score_correction_bias"))
     return folder
 
 
@@ -119,13 +116,10 @@ def _write_surroundings(folder: Path) -> None:
             "patch_size": PATCH,
             "temporal_patch_size": 2,
             "merge_size": 2,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            **CLIP_NORMALISATION,
         },
     )
-    (folder / "README.md").write_text(
-        "---\nlicense: mit\npipeline_tag: image-text-to-text\n---\n# Pico\nRandom weights.\n"
-    )
+    write_readme(folder, "mit")
 
 
 def _config(tied: bool, text: dict[str, Any]) -> dict[str, Any]:
@@ -190,72 +184,51 @@ def _config(tied: bool, text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights(
-    generator: torch.Generator, layout: Layout, tied: bool, biased: bool, dense_layers: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    draw = Draw(generator)
+def _weights(draw: Draw, layout: Layout, tied: bool, biased: bool, dense_layers: int) -> Named:
     matrix, gains = draw.matrix, draw.gains
-    yield "model.language_model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    yield "model.language_model.embed_tokens.weight", draw.normal(VOCAB, HIDDEN) * 0.5
     for layer in range(LAYERS):
         prefix = f"model.language_model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
         for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             yield f"{prefix}.self_attn.{name}_proj.weight", matrix(heads * HEAD_DIM, HIDDEN)
             if biased:
-                bias = 0.2 * torch.randn(heads * HEAD_DIM, generator=generator)
-                yield f"{prefix}.self_attn.{name}_proj.bias", bias
+                yield f"{prefix}.self_attn.{name}_proj.bias", 0.2 * draw.normal(heads * HEAD_DIM)
         yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * HEAD_DIM)
         yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
         if layer < dense_layers:
-            yield from _ffn(f"{prefix}.mlp", draw, DENSE_WIDTH)
+            yield from draw.feed_forward(f"{prefix}.mlp", DENSE_WIDTH, HIDDEN)
             continue
         yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
-        yield f"{prefix}.mlp.gate.e_score_correction_bias", 0.1 * torch.randn(EXPERTS, generator=generator)
+        yield f"{prefix}.mlp.gate.e_score_correction_bias", 0.1 * draw.normal(EXPERTS)
         gate_up, down = matrix(EXPERTS, 2 * WIDTH, HIDDEN), matrix(EXPERTS, HIDDEN, WIDTH)
         yield from _experts(f"{prefix}.mlp.experts", gate_up, down, layout)
-        yield from _ffn(f"{prefix}.mlp.shared_experts", draw, WIDTH)
+        yield from draw.feed_forward(f"{prefix}.mlp.shared_experts", WIDTH, HIDDEN)
     yield "model.language_model.norm.weight", gains(HIDDEN)
     if not tied:
         yield "lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
-    yield from _vision_weights(generator)
+    yield from _vision_weights(draw)
 
 
-def _ffn(prefix: str, draw: Draw, width: int, hidden: int = HIDDEN) -> Iterator[tuple[str, torch.Tensor]]:
-    yield f"{prefix}.gate_proj.weight", draw.matrix(width, hidden)
-    yield f"{prefix}.up_proj.weight", draw.matrix(width, hidden)
-    yield f"{prefix}.down_proj.weight", draw.matrix(hidden, width)
-
-
-def _experts(
-    prefix: str, gate_up: torch.Tensor, down: torch.Tensor, layout: Layout
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _experts(prefix: str, gate_up: torch.Tensor, down: torch.Tensor, layout: Layout) -> Named:
     if layout == "fused":
         yield f"{prefix}.gate_up_proj", gate_up
         yield f"{prefix}.down_proj", down
         return
+    apart = dict(one_by_one(prefix, "gate_up", gate_up)) | dict(one_by_one(prefix, "down", down))
     for expert in range(EXPERTS):
-        gate, up = gate_up[expert].chunk(2)
-        yield f"{prefix}.{expert}.gate_proj.weight", gate
-        yield f"{prefix}.{expert}.up_proj.weight", up
-        yield f"{prefix}.{expert}.down_proj.weight", down[expert]
+        for projection in ("gate", "up", "down"):
+            name = f"{prefix}.{expert}.{projection}_proj.weight"
+            yield name, apart[name]
 
 
-def _vision_weights(generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    draw = Draw(generator)
+def _vision_weights(draw: Draw) -> Named:
     matrix, gains = draw.matrix, draw.gains
-
-    def bias(n: int) -> torch.Tensor:
-        return 0.05 * torch.randn(n, generator=generator)
-
     visual = "model.visual"
-    patch = matrix(VISION_HIDDEN, 3 * 2 * PATCH * PATCH)
-    yield f"{visual}.patch_embed.proj.weight", patch.view(VISION_HIDDEN, 3, 2, PATCH, PATCH)
-    yield f"{visual}.patch_embed.proj.bias", bias(VISION_HIDDEN)
+    yield from draw.patches(f"{visual}.patch_embed.proj.weight", VISION_HIDDEN, 3, 2, PATCH, PATCH)
+    yield f"{visual}.patch_embed.proj.bias", draw.bias(VISION_HIDDEN)
     positions = (IMAGE_SIZE // PATCH) ** 2
-    yield (
-        f"{visual}.embeddings.position_embedding.weight",
-        0.1 * torch.randn(positions, VISION_HIDDEN, generator=generator),
-    )
+    yield f"{visual}.embeddings.position_embedding.weight", 0.1 * draw.normal(positions, VISION_HIDDEN)
     yield f"{visual}.post_conv_layernorm.weight", gains(VISION_HIDDEN)
     for block in range(VISION_BLOCKS):
         prefix = f"{visual}.blocks.{block}"
@@ -263,12 +236,10 @@ def _vision_weights(generator: torch.Generator) -> Iterator[tuple[str, torch.Ten
         yield f"{prefix}.attn.qkv.weight", matrix(3 * VISION_HIDDEN, VISION_HIDDEN)
         yield f"{prefix}.attn.proj.weight", matrix(VISION_HIDDEN, VISION_HIDDEN)
         yield f"{prefix}.norm2.weight", gains(VISION_HIDDEN)
-        yield from _ffn(f"{prefix}.mlp", draw, HIDDEN, VISION_HIDDEN)
+        yield from draw.feed_forward(f"{prefix}.mlp", HIDDEN, VISION_HIDDEN)
     yield f"{visual}.post_layernorm.weight", gains(VISION_HIDDEN)
-    downsample = matrix(HIDDEN, 4 * VISION_HIDDEN)
-    yield f"{visual}.downsample.weight", downsample.view(HIDDEN, VISION_HIDDEN, 2, 2)
-    yield f"{visual}.downsample.bias", bias(HIDDEN)
+    yield from draw.patches(f"{visual}.downsample.weight", HIDDEN, VISION_HIDDEN, 2, 2)
+    yield f"{visual}.downsample.bias", draw.bias(HIDDEN)
     yield f"{visual}.merger.proj.weight", matrix(HIDDEN, HIDDEN)
-    yield f"{visual}.merger.post_projection_norm.weight", gains(HIDDEN)
-    yield f"{visual}.merger.post_projection_norm.bias", bias(HIDDEN)
-    yield from _ffn(f"{visual}.merger", draw, MERGER_WIDTH)
+    yield from draw.layer_norm(f"{visual}.merger.post_projection_norm", HIDDEN)
+    yield from draw.feed_forward(f"{visual}.merger", MERGER_WIDTH, HIDDEN)

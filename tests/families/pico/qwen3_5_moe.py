@@ -1,24 +1,14 @@
 """The smallest honest Qwen3.5-MoE checkpoint: four layers of linear attention, one of full attention."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tests.pico import (
-    HEAD_DIM,
-    HIDDEN,
-    VOCAB,
-    Draw,
-    token_id,
-    vision_config,
-    vision_weights,
-    write_json,
-    write_surroundings,
-    write_tokenizer,
-    write_weights,
-)
+from tests.families.pico.files import in_bfloat16, write_json, write_weights
+from tests.families.pico.qwen3_vl_moe import HEAD_DIM, HIDDEN, vision_config, vision_weights, write_surroundings
+from tests.families.pico.tokenizer import VOCAB, token_id, write_tokenizer
+from tests.families.pico.weights import Draw, Named, one_by_one
 
 QWEN35_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -52,11 +42,11 @@ def write_pico_qwen3_5_moe(
     write_tokenizer(folder, QWEN35_SPLIT)
     write_json(folder / "config.json", _config(tied=tied, mtp=mtp))
     write_surroundings(folder)
-    generator = torch.Generator().manual_seed(seed)
-    weights = dict(_weights(generator, layout, tied=tied))
+    draw = Draw(torch.Generator().manual_seed(seed))
+    weights = dict(_weights(draw, layout, tied=tied))
     if mtp:
-        weights |= _mtp_weights(Draw(generator), layout)
-    write_weights(folder, {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}, shards=2)
+        weights |= _mtp_weights(draw, layout)
+    write_weights(folder, in_bfloat16(weights))
     return folder
 
 
@@ -112,13 +102,11 @@ def _config(*, tied: bool, mtp: bool) -> dict[str, Any]:
     }
 
 
-def _weights(generator: torch.Generator, layout: Layout, *, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    draw = Draw(generator)
+def _weights(draw: Draw, layout: Layout, *, tied: bool) -> Named:
     matrix = draw.matrix
-
     channels = (2 * KEY_HEADS + VALUE_HEADS) * LINEAR_DIM
     values = VALUE_HEADS * LINEAR_DIM
-    yield "model.language_model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    yield "model.language_model.embed_tokens.weight", draw.normal(VOCAB, HIDDEN) * 0.5
     for layer in range(LAYERS):
         prefix = f"model.language_model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", _gains(draw, HIDDEN)
@@ -130,25 +118,22 @@ def _weights(generator: torch.Generator, layout: Layout, *, tied: bool) -> Itera
             yield f"{prefix}.linear_attn.in_proj_a.weight", matrix(VALUE_HEADS, HIDDEN)
             yield f"{prefix}.linear_attn.in_proj_b.weight", matrix(VALUE_HEADS, HIDDEN)
             yield f"{prefix}.linear_attn.conv1d.weight", matrix(channels, 1, KERNEL)
-            yield f"{prefix}.linear_attn.A_log", torch.randn(VALUE_HEADS, generator=generator)
-            yield f"{prefix}.linear_attn.dt_bias", torch.randn(VALUE_HEADS, generator=generator)
+            yield f"{prefix}.linear_attn.A_log", draw.normal(VALUE_HEADS)
+            yield f"{prefix}.linear_attn.dt_bias", draw.normal(VALUE_HEADS)
             yield f"{prefix}.linear_attn.norm.weight", draw.gains(LINEAR_DIM)
             yield f"{prefix}.linear_attn.out_proj.weight", matrix(HIDDEN, values)
         yield from _moe(draw, prefix, layout)
     yield "model.language_model.norm.weight", _gains(draw, HIDDEN)
     if not tied:
         yield "lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
-    yield from vision_weights(generator, taps=0)
+    yield from vision_weights(draw, taps=0)
 
 
 def _mtp_weights(draw: Draw, layout: Layout) -> dict[str, torch.Tensor]:
     prefix = "mtp.layers.0"
     return {
         "mtp.fc.weight": draw.matrix(HIDDEN, 2 * HIDDEN),
-        **{
-            f"mtp.{name}.weight": _gains(draw, HIDDEN)
-            for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
-        },
+        **{f"mtp.{name}.weight": _gains(draw, HIDDEN) for name in MTP_NORMS},
         f"{prefix}.input_layernorm.weight": _gains(draw, HIDDEN),
         **dict(_attention(draw, prefix)),
         **dict(_moe(draw, prefix, layout)),
@@ -160,7 +145,7 @@ def _gains(draw: Draw, n: int) -> torch.Tensor:
     return draw.gains(n) - 1
 
 
-def _attention(draw: Draw, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _attention(draw: Draw, prefix: str) -> Named:
     yield f"{prefix}.self_attn.q_proj.weight", draw.matrix(2 * HEADS * HEAD_DIM, HIDDEN)
     yield f"{prefix}.self_attn.k_proj.weight", draw.matrix(KV_HEADS * HEAD_DIM, HIDDEN)
     yield f"{prefix}.self_attn.v_proj.weight", draw.matrix(KV_HEADS * HEAD_DIM, HIDDEN)
@@ -169,30 +154,15 @@ def _attention(draw: Draw, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     yield f"{prefix}.self_attn.k_norm.weight", _gains(draw, HEAD_DIM)
 
 
-def _moe(draw: Draw, prefix: str, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
-    matrix = draw.matrix
+def _moe(draw: Draw, prefix: str, layout: Layout) -> Named:
     yield f"{prefix}.post_attention_layernorm.weight", _gains(draw, HIDDEN)
-    yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
-    yield from _experts(f"{prefix}.mlp.experts", matrix(EXPERTS, 2 * WIDTH, HIDDEN), layout)
-    yield from _down(f"{prefix}.mlp.experts", matrix(EXPERTS, HIDDEN, WIDTH), layout)
-    yield f"{prefix}.mlp.shared_expert.gate_proj.weight", matrix(SHARED_WIDTH, HIDDEN)
-    yield f"{prefix}.mlp.shared_expert.up_proj.weight", matrix(SHARED_WIDTH, HIDDEN)
-    yield f"{prefix}.mlp.shared_expert.down_proj.weight", matrix(HIDDEN, SHARED_WIDTH)
-    yield f"{prefix}.mlp.shared_expert_gate.weight", matrix(1, HIDDEN)
-
-
-def _experts(prefix: str, gate_up: torch.Tensor, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
-    if layout == "public":
-        yield f"{prefix}.gate_up_proj", gate_up
-        return
-    for expert, (gate, up) in enumerate(part.chunk(2) for part in gate_up):
-        yield f"{prefix}.{expert}.gate_proj.weight", gate
-        yield f"{prefix}.{expert}.up_proj.weight", up
-
-
-def _down(prefix: str, down: torch.Tensor, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
-    if layout == "public":
-        yield f"{prefix}.down_proj", down
-        return
-    for expert, matrix in enumerate(down):
-        yield f"{prefix}.{expert}.down_proj.weight", matrix
+    yield f"{prefix}.mlp.gate.weight", draw.matrix(EXPERTS, HIDDEN, gain=2.0)
+    experts = f"{prefix}.mlp.experts"
+    for projection, shape in (("gate_up", (2 * WIDTH, HIDDEN)), ("down", (HIDDEN, WIDTH))):
+        weights = draw.matrix(EXPERTS, *shape)
+        if layout == "public":
+            yield f"{experts}.{projection}_proj", weights
+        else:
+            yield from one_by_one(experts, projection, weights)
+    yield from draw.feed_forward(f"{prefix}.mlp.shared_expert", SHARED_WIDTH, HIDDEN)
+    yield f"{prefix}.mlp.shared_expert_gate.weight", draw.matrix(1, HIDDEN)

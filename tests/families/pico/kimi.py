@@ -1,17 +1,18 @@
 """The smallest honest Kimi-VL and Kimi K2.5 checkpoints: one dense layer, two of experts, latent attention."""
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tests.pico import TRAINING_TEXT, Draw, write_json, write_weights
+from tests.families.pico.files import EVEN_NORMALISATION, in_bfloat16, write_json, write_weights
+from tests.families.pico.tokenizer import TRAINING_TEXT
+from tests.families.pico.weights import Draw, LatentAttention, Named
 
 HIDDEN = 256
 LAYERS, DENSE_LAYERS = 3, 1
-HEADS, NOPE, ROTATED, VALUE, LATENT, QUERY_RANK = 4, 64, 32, 64, 96, 256
+ATTENTION = LatentAttention(heads=4, nope=64, rotated=32, value=64, query_rank=256, latent=96)
 EXPERTS, TOP_K, WIDTH, SHARED, DENSE_WIDTH = 4, 2, 160, 2, 512
 """The width of an expert is no multiple of 256, as Kimi-VL's 1408 is not."""
 VISION_HIDDEN, VISION_WIDTH, VISION_BLOCKS, VISION_HEADS = 64, 128, 3, 2
@@ -65,16 +66,12 @@ def write_pico_kimi(
     write_json(folder / "preprocessor_config.json", _preprocessor(is_vl=is_vl))
     _write_tokenizer(folder, "<|media_start|>" if is_vl else "<|media_begin|>")
     (folder / "README.md").write_text("---\nlicense: mit\npipeline_tag: image-text-to-text\n---\n# Pico\nRandom.\n")
-    weights = dict(_weights(torch.Generator().manual_seed(seed), is_vl=is_vl, low_rank=low_rank))
+    weights = dict(_weights(Draw(torch.Generator().manual_seed(seed)), is_vl=is_vl, low_rank=low_rank))
     stored: dict[str, torch.Tensor] = {}
-    for name, tensor in weights.items():
-        if layout == "kimi_k25_packed" and ".experts." in name:
-            stored |= packed(name, tensor)
-        elif name.endswith("e_score_correction_bias"):
-            stored[name] = tensor
-        else:
-            stored[name] = tensor.bfloat16().contiguous()
-    write_weights(folder, stored, shards=2)
+    for name, tensor in in_bfloat16(weights, "e_score_correction_bias").items():
+        in_four_bits = layout == "kimi_k25_packed" and ".experts." in name
+        stored |= packed(name, weights[name]) if in_four_bits else {name: tensor}
+    write_weights(folder, stored)
     return folder
 
 
@@ -104,8 +101,8 @@ def _text_config(*, low_rank: bool, yarn: bool) -> dict[str, Any]:
         "intermediate_size": DENSE_WIDTH,
         "moe_intermediate_size": WIDTH,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_attention_heads": ATTENTION.heads,
+        "num_key_value_heads": ATTENTION.heads,
         "n_shared_experts": SHARED,
         "n_routed_experts": EXPERTS,
         "num_experts_per_tok": TOP_K,
@@ -117,11 +114,11 @@ def _text_config(*, low_rank: bool, yarn: bool) -> dict[str, Any]:
         "norm_topk_prob": True,
         "n_group": 1,
         "topk_group": 1,
-        "kv_lora_rank": LATENT,
-        "q_lora_rank": QUERY_RANK if low_rank else None,
-        "qk_nope_head_dim": NOPE,
-        "qk_rope_head_dim": ROTATED,
-        "v_head_dim": VALUE,
+        "kv_lora_rank": ATTENTION.latent,
+        "q_lora_rank": ATTENTION.query_rank if low_rank else None,
+        "qk_nope_head_dim": ATTENTION.nope,
+        "qk_rope_head_dim": ATTENTION.rotated,
+        "v_head_dim": ATTENTION.value,
         "hidden_act": "silu",
         "attention_bias": False,
         "rms_norm_eps": 1e-5,
@@ -193,85 +190,53 @@ def _kimi_k25_config(text: dict[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def _preprocessor(*, is_vl: bool) -> dict[str, Any]:
-    shared = {"patch_size": PATCH, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    shared = {"patch_size": PATCH, **EVEN_NORMALISATION}
     if is_vl:
         return {**shared, "in_token_limit": 4096, "merge_kernel_size": [2, 2], "pad_input": True}
     return {"media_proc_cfg": {**shared, "in_patch_limit": 16384, "merge_kernel_size": 2}}
 
 
-def _weights(generator: torch.Generator, *, is_vl: bool, low_rank: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    draw = Draw(generator)
+def _weights(draw: Draw, *, is_vl: bool, low_rank: bool) -> Named:
     matrix, gains = draw.matrix, draw.gains
     text = "language_model.model"
-    query = HEADS * (NOPE + ROTATED)
-    yield f"{text}.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    yield f"{text}.embed_tokens.weight", draw.normal(VOCAB, HIDDEN) * 0.5
     for layer in range(LAYERS):
         prefix = f"{text}.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
-        if low_rank:
-            yield f"{prefix}.self_attn.q_a_proj.weight", matrix(QUERY_RANK, HIDDEN)
-            yield f"{prefix}.self_attn.q_a_layernorm.weight", gains(QUERY_RANK)
-            yield f"{prefix}.self_attn.q_b_proj.weight", matrix(query, QUERY_RANK)
-        else:
-            yield f"{prefix}.self_attn.q_proj.weight", matrix(query, HIDDEN)
-        yield f"{prefix}.self_attn.kv_a_proj_with_mqa.weight", matrix(LATENT + ROTATED, HIDDEN)
-        yield f"{prefix}.self_attn.kv_a_layernorm.weight", gains(LATENT)
-        yield f"{prefix}.self_attn.kv_b_proj.weight", matrix(HEADS * (NOPE + VALUE), LATENT)
-        yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * VALUE)
+        yield from draw.latent_attention(f"{prefix}.self_attn", HIDDEN, ATTENTION, low_rank=low_rank)
         yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
         if layer < DENSE_LAYERS:
-            yield from _feed_forward(draw, f"{prefix}.mlp", DENSE_WIDTH)
+            yield from draw.feed_forward(f"{prefix}.mlp", DENSE_WIDTH, HIDDEN)
             continue
         yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
-        yield f"{prefix}.mlp.gate.e_score_correction_bias", torch.randn(EXPERTS, generator=generator) * 0.3
+        yield f"{prefix}.mlp.gate.e_score_correction_bias", draw.normal(EXPERTS) * 0.3
         for expert in range(EXPERTS):
-            yield from _feed_forward(draw, f"{prefix}.mlp.experts.{expert}", WIDTH)
-        yield from _feed_forward(draw, f"{prefix}.mlp.shared_experts", SHARED * WIDTH)
+            yield from draw.feed_forward(f"{prefix}.mlp.experts.{expert}", WIDTH, HIDDEN)
+        yield from draw.feed_forward(f"{prefix}.mlp.shared_experts", SHARED * WIDTH, HIDDEN)
     yield f"{text}.norm.weight", gains(HIDDEN)
     yield "language_model.lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
     yield from _vision_weights(draw, is_vl=is_vl)
 
 
-def _feed_forward(draw: Draw, prefix: str, width: int) -> Iterator[tuple[str, torch.Tensor]]:
-    yield f"{prefix}.gate_proj.weight", draw.matrix(width, HIDDEN)
-    yield f"{prefix}.up_proj.weight", draw.matrix(width, HIDDEN)
-    yield f"{prefix}.down_proj.weight", draw.matrix(HIDDEN, width)
-
-
-def _vision_weights(draw: Draw, *, is_vl: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    def bias(n: int) -> torch.Tensor:
-        return 0.05 * torch.randn(n, generator=draw.generator)
-
-    def linear(name: str, rows: int, n_in: int) -> Iterator[tuple[str, torch.Tensor]]:
-        yield f"{name}.weight", draw.matrix(rows, n_in)
-        yield f"{name}.bias", bias(rows)
-
-    def norm(name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        yield f"{name}.weight", draw.gains(VISION_HIDDEN)
-        yield f"{name}.bias", bias(VISION_HIDDEN)
-
+def _vision_weights(draw: Draw, *, is_vl: bool) -> Named:
     tower = "vision_tower"
-    pixels = 3 * PATCH * PATCH
-    yield f"{tower}.patch_embed.proj.weight", draw.matrix(VISION_HIDDEN, pixels).view(VISION_HIDDEN, 3, PATCH, PATCH)
-    yield f"{tower}.patch_embed.proj.bias", bias(VISION_HIDDEN)
-    yield (
-        f"{tower}.patch_embed.pos_emb.weight",
-        0.3 * torch.randn(POSITIONS, POSITIONS, VISION_HIDDEN, generator=draw.generator),
-    )
+    yield from draw.patches(f"{tower}.patch_embed.proj.weight", VISION_HIDDEN, 3, PATCH, PATCH)
+    yield f"{tower}.patch_embed.proj.bias", draw.bias(VISION_HIDDEN)
+    yield f"{tower}.patch_embed.pos_emb.weight", 0.3 * draw.normal(POSITIONS, POSITIONS, VISION_HIDDEN)
     for block in range(VISION_BLOCKS):
         prefix = f"{tower}.encoder.blocks.{block}"
-        yield from norm(f"{prefix}.norm0")
-        yield from norm(f"{prefix}.norm1")
-        yield from linear(f"{prefix}.wqkv", 3 * VISION_HIDDEN, VISION_HIDDEN)
-        yield from linear(f"{prefix}.wo", VISION_HIDDEN, VISION_HIDDEN)
-        yield from linear(f"{prefix}.mlp.fc0", VISION_WIDTH, VISION_HIDDEN)
-        yield from linear(f"{prefix}.mlp.fc1", VISION_HIDDEN, VISION_WIDTH)
-    yield from norm(f"{tower}.encoder.final_layernorm")
+        yield from draw.layer_norm(f"{prefix}.norm0", VISION_HIDDEN)
+        yield from draw.layer_norm(f"{prefix}.norm1", VISION_HIDDEN)
+        yield from draw.linear(f"{prefix}.wqkv", 3 * VISION_HIDDEN, VISION_HIDDEN)
+        yield from draw.linear(f"{prefix}.wo", VISION_HIDDEN, VISION_HIDDEN)
+        yield from draw.linear(f"{prefix}.mlp.fc0", VISION_WIDTH, VISION_HIDDEN)
+        yield from draw.linear(f"{prefix}.mlp.fc1", VISION_HIDDEN, VISION_WIDTH)
+    yield from draw.layer_norm(f"{tower}.encoder.final_layernorm", VISION_HIDDEN)
     projector = "multi_modal_projector" if is_vl else "mm_projector"
     merged = 4 * VISION_HIDDEN
-    yield from norm(f"{projector}.pre_norm")
-    yield from linear(f"{projector}.linear_1" if is_vl else f"{projector}.proj.0", merged, merged)
-    yield from linear(f"{projector}.linear_2" if is_vl else f"{projector}.proj.2", HIDDEN, merged)
+    yield from draw.layer_norm(f"{projector}.pre_norm", VISION_HIDDEN)
+    yield from draw.linear(f"{projector}.linear_1" if is_vl else f"{projector}.proj.0", merged, merged)
+    yield from draw.linear(f"{projector}.linear_2" if is_vl else f"{projector}.proj.2", HIDDEN, merged)
 
 
 def _write_tokenizer(folder: Path, begin: str) -> None:

@@ -1,14 +1,16 @@
 """The smallest honest Mistral Small 4 checkpoint: latent attention, a shared expert, a Pixtral tower."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, processors
 
-from tests.pico import HIDDEN, TRAINING_TEXT, VOCAB, Draw, write_json, write_weights
+from tests.families.pico.files import CLIP_NORMALISATION, in_bfloat16, write_json, write_readme, write_weights
+from tests.families.pico.qwen3_vl_moe import HIDDEN
+from tests.families.pico.tokenizer import VOCAB, train_byte_level
+from tests.families.pico.weights import Draw, LatentAttention, Named
 
 TEKKEN_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -41,9 +43,8 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message.content if message.content is string else message.content[0].text }}{{ eos_token }}"
     "{% endif %}{% endfor %}"
 )
-LAYERS, HEADS = 3, 4
-NOPE, ROTATED, VALUE = 64, 32, 128
-QUERY_RANK, LATENT = 512, 128
+LAYERS = 3
+ATTENTION = LatentAttention(heads=4, nope=64, rotated=32, value=128, query_rank=512, latent=128)
 EXPERTS, TOP_K, WIDTH = 4, 2, 768
 VISION_HIDDEN, VISION_WIDTH, VISION_BLOCKS, VISION_HEADS = 64, 96, 3, 2
 PATCH, MERGE = 14, 2
@@ -82,22 +83,24 @@ def write_pico_mistral4(
                 "image_processor_type": "PixtralImageProcessor",
                 "size": {"longest_edge": 1540},
                 "patch_size": PATCH,
-                "image_mean": [0.48145466, 0.4578275, 0.40821073],
-                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                **CLIP_NORMALISATION,
             },
             "patch_size": PATCH,
             "processor_class": "PixtralProcessor",
             "spatial_merge_size": MERGE,
         },
     )
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Pico\nRandom weights.\n")
-    weights = {}
-    for name, tensor in _weights(torch.Generator().manual_seed(seed), projector_bias=projector_bias):
-        stored = _public(name) if layout == "public" else name
-        weights[stored] = tensor.bfloat16().contiguous()
-        if fp8 and "_proj" in name and "language_model" in name:
-            weights |= _in_fp8(stored, tensor)
-    write_weights(folder, weights, shards=2)
+    write_readme(folder, "apache-2.0", more="")
+    draw = Draw(torch.Generator().manual_seed(seed))
+    weights = {
+        _public(name) if layout == "public" else name: tensor
+        for name, tensor in _weights(draw, projector_bias=projector_bias)
+    }
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in in_bfloat16(weights).items():
+        in_fp8 = fp8 and "_proj" in name and "language_model" in name
+        stored |= _in_fp8(name, weights[name]) if in_fp8 else {name: tensor}
+    write_weights(folder, stored)
     return folder
 
 
@@ -143,8 +146,8 @@ def _config(*, projector_bias: bool) -> dict[str, Any]:
             "intermediate_size": 640,
             "moe_intermediate_size": WIDTH,
             "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": HEADS,
+            "num_attention_heads": ATTENTION.heads,
+            "num_key_value_heads": ATTENTION.heads,
             "n_shared_experts": 1,
             "n_routed_experts": EXPERTS,
             "num_experts_per_tok": TOP_K,
@@ -153,13 +156,13 @@ def _config(*, projector_bias: bool) -> dict[str, Any]:
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 0,
-            "q_lora_rank": QUERY_RANK,
-            "kv_lora_rank": LATENT,
-            "qk_nope_head_dim": NOPE,
-            "qk_rope_head_dim": ROTATED,
-            "qk_head_dim": NOPE + ROTATED,
-            "head_dim": NOPE + ROTATED,
-            "v_head_dim": VALUE,
+            "q_lora_rank": ATTENTION.query_rank,
+            "kv_lora_rank": ATTENTION.latent,
+            "qk_nope_head_dim": ATTENTION.nope,
+            "qk_rope_head_dim": ATTENTION.rotated,
+            "qk_head_dim": ATTENTION.nope + ATTENTION.rotated,
+            "head_dim": ATTENTION.nope + ATTENTION.rotated,
+            "v_head_dim": ATTENTION.value,
             "hidden_act": "silu",
             "attention_bias": False,
             "max_position_embeddings": 4096,
@@ -180,7 +183,7 @@ def _config(*, projector_bias: bool) -> dict[str, Any]:
                 "mscale": 1.0,
                 "mscale_all_dim": 1.0,
                 "llama_4_scaling_beta": 0.1,
-                "partial_rotary_factor": ROTATED / (NOPE + ROTATED),
+                "partial_rotary_factor": ATTENTION.rotated / (ATTENTION.nope + ATTENTION.rotated),
             },
         },
         "vision_config": {
@@ -199,35 +202,23 @@ def _config(*, projector_bias: bool) -> dict[str, Any]:
     }
 
 
-def _weights(generator: torch.Generator, *, projector_bias: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(draw: Draw, *, projector_bias: bool) -> Named:
     """By names of parameters."""
-    draw = Draw(generator)
     matrix, gains = draw.matrix, draw.gains
-    yield "model.language_model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    yield "model.language_model.embed_tokens.weight", draw.normal(VOCAB, HIDDEN) * 0.5
     for layer in range(LAYERS):
         prefix = f"model.language_model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
-        yield f"{prefix}.self_attn.q_a_proj.weight", matrix(QUERY_RANK, HIDDEN)
-        yield f"{prefix}.self_attn.q_a_layernorm.weight", gains(QUERY_RANK)
-        yield f"{prefix}.self_attn.q_b_proj.weight", matrix(HEADS * (NOPE + ROTATED), QUERY_RANK)
-        yield f"{prefix}.self_attn.kv_a_proj_with_mqa.weight", matrix(LATENT + ROTATED, HIDDEN)
-        yield f"{prefix}.self_attn.kv_a_layernorm.weight", gains(LATENT)
-        yield f"{prefix}.self_attn.kv_b_proj.weight", matrix(HEADS * (NOPE + VALUE), LATENT)
-        yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * VALUE)
+        yield from draw.latent_attention(f"{prefix}.self_attn", HIDDEN, ATTENTION)
         yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
         yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
         yield f"{prefix}.mlp.experts.gate_up_proj", matrix(EXPERTS, 2 * WIDTH, HIDDEN)
         yield f"{prefix}.mlp.experts.down_proj", matrix(EXPERTS, HIDDEN, WIDTH)
-        yield f"{prefix}.mlp.shared_experts.gate_proj.weight", matrix(WIDTH, HIDDEN)
-        yield f"{prefix}.mlp.shared_experts.up_proj.weight", matrix(WIDTH, HIDDEN)
-        yield f"{prefix}.mlp.shared_experts.down_proj.weight", matrix(HIDDEN, WIDTH)
+        yield from draw.feed_forward(f"{prefix}.mlp.shared_experts", WIDTH, HIDDEN)
     yield "model.language_model.norm.weight", gains(HIDDEN)
     yield "lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
     tower = "model.vision_tower"
-    yield (
-        f"{tower}.patch_conv.weight",
-        matrix(VISION_HIDDEN, 3 * PATCH * PATCH).view(VISION_HIDDEN, 3, PATCH, PATCH),
-    )
+    yield from draw.patches(f"{tower}.patch_conv.weight", VISION_HIDDEN, 3, PATCH, PATCH)
     yield f"{tower}.ln_pre.weight", gains(VISION_HIDDEN)
     for block in range(VISION_BLOCKS):
         prefix = f"{tower}.transformer.layers.{block}"
@@ -235,36 +226,20 @@ def _weights(generator: torch.Generator, *, projector_bias: bool) -> Iterator[tu
         for projection in ("q", "k", "v", "o"):
             yield f"{prefix}.attention.{projection}_proj.weight", matrix(VISION_HIDDEN, VISION_HIDDEN)
         yield f"{prefix}.ffn_norm.weight", gains(VISION_HIDDEN)
-        yield f"{prefix}.feed_forward.gate_proj.weight", matrix(VISION_WIDTH, VISION_HIDDEN)
-        yield f"{prefix}.feed_forward.up_proj.weight", matrix(VISION_WIDTH, VISION_HIDDEN)
-        yield f"{prefix}.feed_forward.down_proj.weight", matrix(VISION_HIDDEN, VISION_WIDTH)
+        yield from draw.feed_forward(f"{prefix}.feed_forward", VISION_WIDTH, VISION_HIDDEN)
     projector = "model.multi_modal_projector"
     yield f"{projector}.norm.weight", gains(VISION_HIDDEN)
     yield f"{projector}.patch_merger.merging_layer.weight", matrix(VISION_HIDDEN, VISION_HIDDEN * MERGE * MERGE)
     for name, n_in in (("linear_1", VISION_HIDDEN), ("linear_2", HIDDEN)):
         yield f"{projector}.{name}.weight", matrix(HIDDEN, n_in)
         if projector_bias:
-            yield f"{projector}.{name}.bias", 0.1 * torch.randn(HIDDEN, generator=generator)
+            yield f"{projector}.{name}.bias", 0.1 * draw.normal(HIDDEN)
 
 
 def write_tekken(folder: Path) -> None:
     """A byte-level BPE with Mistral's split and special tokens, its configuration and a chat template."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(TEKKEN_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        min_frequency=1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TRAINING_TEXT], trainer)
+    train_byte_level(tokenizer, TEKKEN_SPLIT, SPECIAL_TOKENS)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", token_id("<s>"))]
     )

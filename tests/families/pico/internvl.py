@@ -1,28 +1,23 @@
 """The smallest honest InternVL3.5-MoE checkpoint, in the original layout and in transformers'."""
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken, Tokenizer
 
-from tests.pico import (
+from tests.families.pico.files import in_bfloat16, write_json, write_weights
+from tests.families.pico.qwen3_vl_moe import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, attention_weights
+from tests.families.pico.tokenizer import (
     CHAT_TEMPLATE,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
+    IMAGE_OF_TEMPLATE,
     SPECIAL_TOKENS,
     VOCAB,
-    Draw,
+    add_tokens,
     token_id,
-    write_json,
     write_tokenizer,
-    write_weights,
 )
+from tests.families.pico.weights import Draw, Named
 
 LAYERS = 3
 EXPERTS, TOP_K, WIDTH = 4, 2, 512
@@ -32,6 +27,11 @@ SIDE, PATCH, MERGE = 56, 14, 2
 """Pixels of a tile: four tokens."""
 MAX_TILES = 6
 MARKS = ("<img>", "</img>", "<IMG_CONTEXT>")
+ORIGINAL_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""Knows no parts: a picture is a mark in the text."""
 
 Layout = Literal["original", "transformers"]
 
@@ -53,40 +53,20 @@ def write_pico_internvl(
             fewer biases. llama.cpp knows that form by its size only.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(folder, layout)
+    write_tokenizer(folder)
+    known_parts = CHAT_TEMPLATE.replace(IMAGE_OF_TEMPLATE, "<IMG_CONTEXT>\n")
+    add_tokens(folder, MARKS, ORIGINAL_TEMPLATE if layout == "original" else known_parts)
     write_json(folder / "generation_config.json", {"eos_token_id": token_id("<|im_end|>")})
     (folder / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n# Pico\n")
     write_json(folder / "preprocessor_config.json", _preprocessor(layout))
     write_json(folder / "config.json", _original_config(tied, large) if layout == "original" else _config(tied, large))
-    weights = dict(_weights(torch.Generator().manual_seed(seed), tied))
+    weights = dict(_weights(Draw(torch.Generator().manual_seed(seed)), tied))
     if large:
         weights = _large(weights)
     if layout == "original":
         weights = _original(weights)
-    write_weights(folder, {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}, shards=2)
+    write_weights(folder, in_bfloat16(weights))
     return folder
-
-
-def _write_tokenizer(folder: Path, layout: Layout) -> None:
-    write_tokenizer(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in MARKS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    first = config["added_tokens_decoder"][str(token_id("<|im_end|>"))]
-    config["added_tokens_decoder"] |= {str(mark_id(token)): {**first, "content": token} for token in MARKS}
-    image = "<|vision_start|><|image_pad|><|vision_end|>"
-    config["chat_template"] = (
-        ORIGINAL_TEMPLATE if layout == "original" else CHAT_TEMPLATE.replace(image, "<IMG_CONTEXT>\n")
-    )
-    write_json(folder / "tokenizer_config.json", config)
-
-
-ORIGINAL_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""Knows no parts: a picture is a mark in the text."""
 
 
 def _preprocessor(layout: Layout) -> dict[str, Any]:
@@ -228,63 +208,41 @@ def _config(tied: bool, large: bool) -> dict[str, Any]:
     }
 
 
-def _weights(generator: torch.Generator, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(draw: Draw, tied: bool) -> Named:
     """As repositories in transformers' layout store them."""
-    draw = Draw(generator)
-    matrix, gains = draw.matrix, draw.gains
-
-    def linear(name: str, rows: int, n_in: int) -> Iterator[tuple[str, torch.Tensor]]:
-        yield f"{name}.weight", matrix(rows, n_in)
-        yield f"{name}.bias", 0.05 * torch.randn(rows, generator=generator)
-
-    def layer_norm(name: str, n: int) -> Iterator[tuple[str, torch.Tensor]]:
-        yield f"{name}.weight", gains(n)
-        yield f"{name}.bias", 0.05 * torch.randn(n, generator=generator)
-
-    yield "language_model.model.embed_tokens.weight", torch.randn(VOCAB, HIDDEN, generator=generator) * 0.5
+    yield "language_model.model.embed_tokens.weight", draw.normal(VOCAB, HIDDEN) * 0.5
     for layer in range(LAYERS):
         prefix = f"language_model.model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
-        yield f"{prefix}.self_attn.q_proj.weight", matrix(HEADS * HEAD_DIM, HIDDEN)
-        yield f"{prefix}.self_attn.k_proj.weight", matrix(KV_HEADS * HEAD_DIM, HIDDEN)
-        yield f"{prefix}.self_attn.v_proj.weight", matrix(KV_HEADS * HEAD_DIM, HIDDEN)
-        yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * HEAD_DIM)
-        yield f"{prefix}.self_attn.q_norm.weight", gains(HEAD_DIM)
-        yield f"{prefix}.self_attn.k_norm.weight", gains(HEAD_DIM)
-        yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
-        yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
+        yield from attention_weights(draw, prefix)
+        yield f"{prefix}.mlp.gate.weight", draw.matrix(EXPERTS, HIDDEN, gain=2.0)
         for expert in range(EXPERTS):
-            yield f"{prefix}.mlp.experts.{expert}.gate_proj.weight", matrix(WIDTH, HIDDEN)
-            yield f"{prefix}.mlp.experts.{expert}.up_proj.weight", matrix(WIDTH, HIDDEN)
-            yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", matrix(HIDDEN, WIDTH)
-    yield "language_model.model.norm.weight", gains(HIDDEN)
+            yield from draw.feed_forward(f"{prefix}.mlp.experts.{expert}", WIDTH, HIDDEN)
+    yield "language_model.model.norm.weight", draw.gains(HIDDEN)
     if not tied:
-        yield "language_model.lm_head.weight", matrix(VOCAB, HIDDEN, gain=2.0)
+        yield "language_model.lm_head.weight", draw.matrix(VOCAB, HIDDEN, gain=2.0)
 
-    n_positions = 1 + (SIDE // PATCH) ** 2
     embeddings = "vision_tower.embeddings"
-    n_patch = 3 * PATCH * PATCH
-    yield f"{embeddings}.cls_token", torch.randn(1, 1, VISION_HIDDEN, generator=generator)
+    yield f"{embeddings}.cls_token", draw.normal(1, 1, VISION_HIDDEN)
     # As far apart as those of trained towers: a table whose rows are taken for their neighbours' must show.
-    yield f"{embeddings}.position_embeddings", torch.randn(1, n_positions, VISION_HIDDEN, generator=generator)
-    yield (
-        f"{embeddings}.patch_embeddings.projection.weight",
-        matrix(VISION_HIDDEN, n_patch).view(VISION_HIDDEN, 3, PATCH, PATCH) * math.sqrt(3),
-    )
-    yield f"{embeddings}.patch_embeddings.projection.bias", 0.05 * torch.randn(VISION_HIDDEN, generator=generator)
+    yield f"{embeddings}.position_embeddings", draw.normal(1, 1 + (SIDE // PATCH) ** 2, VISION_HIDDEN)
+    for name, weights in draw.patches(
+        f"{embeddings}.patch_embeddings.projection.weight", VISION_HIDDEN, 3, PATCH, PATCH
+    ):
+        yield name, weights * math.sqrt(3)
+    yield f"{embeddings}.patch_embeddings.projection.bias", draw.bias(VISION_HIDDEN)
     for block in range(BLOCKS):
         prefix = f"vision_tower.encoder.layer.{block}"
         for projection in ("q_proj", "k_proj", "v_proj", "projection_layer"):
-            yield from linear(f"{prefix}.attention.{projection}", VISION_HIDDEN, VISION_HIDDEN)
-        yield f"{prefix}.lambda_1", gains(VISION_HIDDEN)
-        yield f"{prefix}.lambda_2", gains(VISION_HIDDEN)
-        yield from layer_norm(f"{prefix}.layernorm_before", VISION_HIDDEN)
-        yield from layer_norm(f"{prefix}.layernorm_after", VISION_HIDDEN)
-        yield from linear(f"{prefix}.mlp.fc1", VISION_WIDTH, VISION_HIDDEN)
-        yield from linear(f"{prefix}.mlp.fc2", VISION_HIDDEN, VISION_WIDTH)
-    yield from layer_norm("multi_modal_projector.layer_norm", VISION_HIDDEN * MERGE**2)
-    yield from linear("multi_modal_projector.linear_1", HIDDEN, VISION_HIDDEN * MERGE**2)
-    yield from linear("multi_modal_projector.linear_2", HIDDEN, HIDDEN)
+            yield from draw.linear(f"{prefix}.attention.{projection}", VISION_HIDDEN, VISION_HIDDEN)
+        yield f"{prefix}.lambda_1", draw.gains(VISION_HIDDEN)
+        yield f"{prefix}.lambda_2", draw.gains(VISION_HIDDEN)
+        yield from draw.layer_norm(f"{prefix}.layernorm_before", VISION_HIDDEN)
+        yield from draw.layer_norm(f"{prefix}.layernorm_after", VISION_HIDDEN)
+        yield from draw.linear(f"{prefix}.mlp.fc1", VISION_WIDTH, VISION_HIDDEN)
+        yield from draw.linear(f"{prefix}.mlp.fc2", VISION_HIDDEN, VISION_WIDTH)
+    yield from draw.layer_norm("multi_modal_projector.layer_norm", VISION_HIDDEN * MERGE**2)
+    yield from draw.linear("multi_modal_projector.linear_1", HIDDEN, VISION_HIDDEN * MERGE**2)
+    yield from draw.linear("multi_modal_projector.linear_2", HIDDEN, HIDDEN)
 
 
 def _large(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

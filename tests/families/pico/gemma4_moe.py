@@ -1,16 +1,17 @@
 """The smallest honest Gemma 4 MoE checkpoint: every second layer of full attention, which has larger heads."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
-from tests.pico import TRAINING_TEXT, Draw, write_json, write_weights
+from tests.families.pico.files import in_bfloat16, write_json, write_readme, write_weights
+from tests.families.pico.tokenizer import TRAINING_TEXT, VOCAB
+from tests.families.pico.weights import Draw, Named
 
-HIDDEN, VOCAB = 256, 512
+HIDDEN = 256
 LAYERS = 4
 HEADS = 4
 SLIDING_DIM, SLIDING_KV = 64, 2
@@ -68,14 +69,12 @@ def write_pico_gemma4_moe(
             "image_std": [1.0, 1.0, 1.0],
         },
     )
-    (folder / "README.md").write_text(
-        "---\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n# Pico\nRandom weights.\n"
-    )
-    generator = torch.Generator().manual_seed(seed)
-    weights = dict(_text_weights(generator)) | dict(_vision_weights(generator, clipped, standardized))
+    write_readme(folder, "apache-2.0")
+    draw = Draw(torch.Generator().manual_seed(seed))
+    weights = dict(_text_weights(draw)) | dict(_vision_weights(draw, clipped, standardized))
     if audio:
-        weights["model.audio_tower.output_proj.weight"] = Draw(generator).matrix(8, 8)
-    write_weights(folder, {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}, shards=2)
+        weights["model.audio_tower.output_proj.weight"] = draw.matrix(8, 8)
+    write_weights(folder, in_bfloat16(weights))
     return folder
 
 
@@ -197,8 +196,7 @@ def _config(*, clipped: bool, standardized: bool) -> dict[str, Any]:
     }
 
 
-def _text_weights(generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    draw = Draw(generator)
+def _text_weights(draw: Draw) -> Named:
     matrix, gains = draw.matrix, draw.gains
     yield "model.language_model.embed_tokens.weight", matrix(VOCAB, HIDDEN)
     for layer in range(LAYERS):
@@ -215,9 +213,7 @@ def _text_weights(generator: torch.Generator) -> Iterator[tuple[str, torch.Tenso
         yield f"{prefix}.self_attn.k_norm.weight", gains(head_dim) * head_dim**-0.25
         yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
         yield f"{prefix}.pre_feedforward_layernorm.weight", gains(HIDDEN)
-        yield f"{prefix}.mlp.gate_proj.weight", matrix(DENSE_WIDTH, HIDDEN)
-        yield f"{prefix}.mlp.up_proj.weight", matrix(DENSE_WIDTH, HIDDEN)
-        yield f"{prefix}.mlp.down_proj.weight", matrix(HIDDEN, DENSE_WIDTH)
+        yield from draw.feed_forward(f"{prefix}.mlp", DENSE_WIDTH, HIDDEN)
         yield f"{prefix}.post_feedforward_layernorm_1.weight", gains(HIDDEN)
         yield f"{prefix}.router.proj.weight", matrix(EXPERTS, HIDDEN, gain=2.0)
         yield f"{prefix}.router.scale", gains(HIDDEN) * HIDDEN**0.5
@@ -227,26 +223,22 @@ def _text_weights(generator: torch.Generator) -> Iterator[tuple[str, torch.Tenso
         yield f"{prefix}.experts.down_proj", matrix(EXPERTS, HIDDEN, WIDTH)
         yield f"{prefix}.post_feedforward_layernorm_2.weight", gains(HIDDEN)
         yield f"{prefix}.post_feedforward_layernorm.weight", gains(HIDDEN)
-        yield f"{prefix}.layer_scalar", 0.5 + torch.rand(1, generator=generator)
+        yield f"{prefix}.layer_scalar", 0.5 + torch.rand(1, generator=draw.generator)
     yield "model.language_model.norm.weight", 1.5 * gains(HIDDEN)
 
 
-def _vision_weights(
-    generator: torch.Generator, clipped: bool, standardized: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    draw = Draw(generator)
+def _vision_weights(draw: Draw, clipped: bool, standardized: bool) -> Named:
     matrix, gains = draw.matrix, draw.gains
     tower = "model.vision_tower"
 
-    def clippable(name: str, rows: int, n_in: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def clippable(name: str, rows: int, n_in: int) -> Named:
         yield f"{name}.linear.weight", matrix(rows, n_in)
         if clipped:
             for bound, value in (("input_min", -1.5), ("input_max", 1.25), ("output_min", -1.0), ("output_max", 0.75)):
                 yield f"{name}.{bound}", torch.tensor(value)
 
     yield f"{tower}.patch_embedder.input_proj.weight", matrix(VISION_HIDDEN, 3 * PATCH * PATCH)
-    table = 0.1 * torch.randn(2, POSITIONS, VISION_HIDDEN, generator=generator)
-    yield f"{tower}.patch_embedder.position_embedding_table", table
+    yield f"{tower}.patch_embedder.position_embedding_table", 0.1 * draw.normal(2, POSITIONS, VISION_HIDDEN)
     for block in range(VISION_BLOCKS):
         prefix = f"{tower}.encoder.layers.{block}"
         for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
@@ -259,6 +251,6 @@ def _vision_weights(
         yield from clippable(f"{prefix}.mlp.up_proj", VISION_WIDTH, VISION_HIDDEN)
         yield from clippable(f"{prefix}.mlp.down_proj", VISION_HIDDEN, VISION_WIDTH)
     if standardized:
-        yield f"{tower}.std_bias", torch.randn(VISION_HIDDEN, generator=generator)
+        yield f"{tower}.std_bias", draw.normal(VISION_HIDDEN)
         yield f"{tower}.std_scale", gains(VISION_HIDDEN)
     yield "model.embed_vision.embedding_projection.weight", matrix(HIDDEN, VISION_HIDDEN)
