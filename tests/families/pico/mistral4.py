@@ -51,6 +51,20 @@ PATCH, MERGE = 14, 2
 ORIGINAL_CONTEXT = 64
 """Positions from here on are seen with another attention temperature, as from 8192 on in the public model."""
 
+ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 64.0,
+    "original_max_position_embeddings": ORIGINAL_CONTEXT,
+    "max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+    "partial_rotary_factor": ATTENTION.rotated / (ATTENTION.nope + ATTENTION.rotated),
+}
+
 Layout = Literal["module", "public"]
 
 
@@ -172,19 +186,7 @@ def _config(*, projector_bias: bool) -> dict[str, Any]:
             "bos_token_id": token_id("<s>"),
             "eos_token_id": token_id("</s>"),
             "pad_token_id": token_id("<pad>"),
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 64.0,
-                "original_max_position_embeddings": ORIGINAL_CONTEXT,
-                "max_position_embeddings": 4096,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.1,
-                "partial_rotary_factor": ATTENTION.rotated / (ATTENTION.nope + ATTENTION.rotated),
-            },
+            "rope_parameters": ROPE,
         },
         "vision_config": {
             "model_type": "pixtral",

@@ -22,7 +22,7 @@ PATCH = 16
 MERGE = 2
 POSITIONS = 64
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
-LAYERS, EXPERTS, WIDTH = 3, 4, 512
+LAYERS, EXPERTS, TOP_K, WIDTH = 3, 4, 2, 512
 
 Layout = Literal["public", "module"]
 
@@ -35,7 +35,7 @@ def write_pico_qwen3vlmoe(
     dtype: str = "bfloat16",
     layers: int = LAYERS,
     experts: int = EXPERTS,
-    experts_used: int = 2,
+    experts_used: int = TOP_K,
     expert_width: int = WIDTH,
     shards: int = 2,
     tied: bool = False,
