@@ -7,6 +7,7 @@ come. What is refused is a table of its own (`refusals`); what only one family h
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import gelu
@@ -314,6 +315,11 @@ GLM4V = FamilyCase(
             "text_config",
             {"rope_scaling": None, "rope_theta": None, "partial_rotary_factor": None, "rope_parameters": GLM_ROPE},
         ),
+        Change(
+            "defaults of transformers",
+            "text_config",
+            dict.fromkeys(("first_k_dense_replace", "n_group", "topk_group", "n_shared_experts", "attention_bias")),
+        ),
     ),
     pre_tokenizer="glm4",
     image_token="<|image|>",
@@ -322,7 +328,8 @@ GLM4V = FamilyCase(
     ask=prompts.with_processor(prompts.merged_patches),
     token_types=True,
     pictures=((140, 84),),
-    image_kl=5e-6,
+    image_kl=2e-6,
+    image_average=np.median,
     rounded=rounding.glm,
     measured=MeasuredChange(
         ("blk.0.ffn_down.weight", "blk.0.ffn_gate.weight", "blk.3.attn_k.weight", "blk.3.ffn_up_shexp.weight"),
@@ -568,6 +575,7 @@ MISTRAL4 = FamilyCase(
     image_tokens=(20, 24, 20),
     ask=prompts.with_processor(prompts.rows_of_pieces, patch_size=mistral4.PATCH * mistral4.MERGE),
     pictures=((112, 84),),
+    text_repeats=6,
     text_length=4 * mistral4.ORIGINAL_CONTEXT,
     image_kl=1e-5,
     rounded=rounding.pixtral,

@@ -164,9 +164,10 @@ class FamilyCase:
         before_question: what the model's authors write between picture and question.
         token_types: whether transformers is told which tokens are an image's.
         pictures: sizes of pictures that no implementation scales, and others that all scale alike.
-        text_length: tokens that the text exceeds.
+        text_repeats: how often the text is repeated, to exceed `text_length` tokens.
         text_kl: largest KL of llama.cpp's predictions against transformers', in nats.
-        image_kl: mean KL of an answer about a picture.
+        image_kl: KL of an answer about a picture, on average.
+        image_average: a median where a router's choice hangs on rounding.
         rounded: makes transformers round as llama.cpp's vision tower does; None where that was not taken apart.
         stock: what llama.cpp's converter writes otherwise.
         measured: see `MeasuredChange`.
@@ -210,9 +211,11 @@ class FamilyCase:
     before_question: str = ""
     token_types: bool = False
     pictures: tuple[tuple[int, int], ...] = ((128, 96),)
+    text_repeats: int = 3
     text_length: int = 100
     text_kl: float = 1e-8
     image_kl: float = 1e-6
+    image_average: Callable[[np.ndarray], Any] = np.mean
     rounded: Callable[[nn.Module], None] | None = None
     stock: tuple[StockDifference, ...] = ()
 
