@@ -1,7 +1,6 @@
 """GGUF tensors of every family: their names, their roles, and their values against transformers' own parameters."""
 
 import re
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tests.families.cases import every_case, every_layout
 from tests.families.conftest import Families
 from tests.families.converted import Conversion
 from tests.families.family_case import FamilyCase
+from tests.families.parameters import parameters_by_source
 
 EXPERT_SOURCES = {"gate": "gate_up_proj", "up": "gate_up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
 
@@ -174,14 +174,6 @@ def named_parameters(case: FamilyCase) -> dict[str, str]:
         for ours, theirs in case.parameters.items()
         for n in range(n_blocks[ours.partition(".")[0]] if "{n}" in ours else 1)
     }
-
-
-def parameters_by_source(checkpoint: Checkpoint, state: dict[str, np.ndarray]) -> dict[str, str]:
-    """transformers' parameters that are one tensor of the checkpoint, by its name."""
-    family = find_family(checkpoint)
-    sources = {parameter: family.stored_name(parameter) for parameter in state}
-    parts = Counter(sources.values())
-    return {source: parameter for parameter, source in sources.items() if parts[source] == 1}
 
 
 def expert_parameter(state: dict[str, np.ndarray], tensor: SourceTensor) -> str:
