@@ -31,6 +31,7 @@ from tests.families.pico import glm4v_moe as glm4v
 from tests.families.pico import internvl, kimi, mistral4
 from tests.families.pico import qwen3_5_moe as qwen3_5
 from tests.families.pico import qwen3_vl_moe as qwen3_vl
+from tests.families.pico.tokenizer import VOCAB
 
 OUTSIDE = {"token_embd.weight": Role.EMBEDDING, "output_norm.weight": Role.KEEP, "output.weight": Role.OUTPUT}
 SHARED_EXPERTS = "ffn_gate_shexp ffn_up_shexp ffn_down_shexp"
@@ -180,7 +181,7 @@ QWEN3_5 = FamilyCase(
         log="more tensors are left out; `mode-gguf mtp` writes them to a file to draft with",
         f32="blk.0.ssm_a blk.0.ffn_gate_inp_shexp.weight",
         quantized="blk.0.attn_qkv blk.0.ssm_out blk.0.ffn_up_shexp",
-        share=1,
+        alone=True,
     ),
 )
 
@@ -256,6 +257,7 @@ GEMMA4 = FamilyCase(
         ),
         samples=(1, 4),
         rtol=5e-3,
+        draws=8,
         fisher=(0.4, 2.5),
         reroutes=frozenset({("token_embd.weight", 0)}),
     ),
@@ -267,7 +269,7 @@ GEMMA4 = FamilyCase(
         f32="blk.0.ffn_down_exps.scale rope_freqs.weight",
         quantized="blk.0.attn_k blk.0.ffn_gate_up_exps",
         among=("ffn_down_exps", "IQ4_NL Q5_0 Q5_1"),
-        share=2,
+        alone=True,
     ),
 )
 
@@ -306,7 +308,7 @@ GLM4V = FamilyCase(
     projector_keys={
         "vision.image_size": glm4v.IMAGE_SIZE,
         "vision.patch_size": glm4v.PATCH,
-        "vision.embedding_length": glm4v.VISION_HIDDEN,
+        "vision.embedding_length": qwen3_vl.VISION_HIDDEN,
         "use_silu": True,
     },
     changes=(
@@ -390,7 +392,7 @@ INTERNVL = FamilyCase(
         }.items()
     },
     converted={r"v\.position_embd\.weight": converted.class_token_last},
-    text_keys={"attention.key_length": internvl.HEAD_DIM, "rope.freq_base": 1_000_000},
+    text_keys={"attention.key_length": qwen3_vl.HEAD_DIM, "rope.freq_base": 1_000_000},
     projector_keys={
         "vision.image_size": internvl.SIDE,
         "vision.patch_size": internvl.PATCH,
@@ -536,7 +538,7 @@ MISTRAL4 = FamilyCase(
         r"v\.token_embd\.img_break": lambda table: table[mistral4.token_id("[IMG_BREAK]")],
     },
     text_keys={
-        "vocab_size": mistral4.VOCAB,
+        "vocab_size": VOCAB,
         "attention.head_count_kv": 1,
         "attention.key_length": mistral4.ATTENTION.latent + mistral4.ATTENTION.rotated,
         "attention.value_length": mistral4.ATTENTION.latent,
@@ -595,7 +597,7 @@ MISTRAL4 = FamilyCase(
         3.0,
         (*FEW, "--rounding", "nearest", "--types", "Q2_K,Q4_K", "--dense-types", "Q2_K,Q4_K,Q8_0"),
         quantized="blk.0.attn_q_b blk.0.ffn_up_shexp",
-        model={"fp8": True},
+        alone=True,
     ),
 )
 

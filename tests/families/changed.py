@@ -8,7 +8,7 @@ from mode_gguf.checkpoint import Checkpoint
 
 
 def changed(folder: Path, target: Path, section: str | None = None, **settings: object) -> Checkpoint:
-    """A copy in `target` with other settings in a section of config.json, None for the outermost; a None removes one."""
+    """A copy in `target` with other settings in a section of config.json, by default the outermost; None removes."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     where = config[section] if section else config

@@ -88,6 +88,7 @@ class MeasuredChange:
         options: of the builder, where the pico checkpoint's own would send tokens to other experts for the change,
             which no gradient sees.
         rtol: of the KL that is run.
+        draws: of labels, for gradients.
         fisher: bounds of what gradients predict, over that KL.
         reroutes: tensors and kinds of samples for which a token does go elsewhere: bounds do not hold.
     """
@@ -96,6 +97,7 @@ class MeasuredChange:
     samples: tuple[int, ...] = (0, 1)
     options: Mapping[str, Any] = field(default_factory=dict)
     rtol: float = 2e-3
+    draws: int = 16
     fisher: tuple[float, float] = (0.5, 2.0)
     reroutes: frozenset[tuple[str, int]] = frozenset()
 
@@ -112,8 +114,7 @@ class Conversion:
         f32: tensors that stay as they are.
         quantized: tensors that do not.
         among: a tensor, and the types it may have, as its rows fit no others.
-        model: options of the builder, where another checkpoint is converted than the first layout's.
-        share: number of the test module that runs it, for modules of about the same length.
+        alone: a test module of its own runs it.
     """
 
     bpw: float
@@ -123,8 +124,7 @@ class Conversion:
     f32: str = ""
     quantized: str = ""
     among: tuple[str, str] | None = None
-    model: Mapping[str, Any] | None = None
-    share: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

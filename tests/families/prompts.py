@@ -62,6 +62,7 @@ class Reference:
         if image and self.case.token_types:
             arguments["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         rows: np.ndarray = self.model(input_ids=ids, **arguments).logits[0].numpy()
+        assert np.isfinite(rows).all()
         return rows
 
     def greedy(self, tokens: list[int], image: dict[str, Any], n: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from tests.families.pico import glm4v_moe as glm4v
 from tests.families.pico import mistral4
+from tests.families.pico import qwen3_vl_moe as qwen3_vl
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ REFUSALS: Mapping[str, list[Refusal]] = {
         Refusal(TEXT, {"num_hidden_layers": None}, r"num_hidden_layers \(int\) is missing", text_tensors),
         Refusal(TEXT, {"num_hidden_layers": 4}, r"layers\.3\.input_layernorm\.weight is missing", text_tensors),
         Refusal(
-            TEXT, {"num_experts": 5}, r"gate_up_proj has shape \[4, 256, 1024\], expected \[5, 256, 1024\]", text_tensors
+            TEXT,
+            {"num_experts": 5},
+            r"gate_up_proj has shape \[4, 256, 1024\], expected \[5, 256, 1024\]",
+            text_tensors,
         ),
         *(
             Refusal(TEXT, {"num_experts": value}, r"num_experts is .*expected int", text_tensors)
@@ -92,7 +96,10 @@ REFUSALS: Mapping[str, list[Refusal]] = {
         ),
         Refusal(TEXT, {"enable_moe_block": False}, "not a Mixture-of-Experts model"),
         Refusal(
-            VISION, {"patch_size": 14}, r"input_proj\.weight has shape \[64, 768\], expected \[64, 588\]", projector_tensors
+            VISION,
+            {"patch_size": 14},
+            r"input_proj\.weight has shape \[64, 768\], expected \[64, 588\]",
+            projector_tensors,
         ),
     ],
     "glm4.5v": [
@@ -119,7 +126,7 @@ REFUSALS: Mapping[str, list[Refusal]] = {
         Refusal(VISION, {"rope_parameters": "axial"}, r"config\.json: (vision )?rope_\w+ is .*expected"),
         Refusal(
             None,
-            {"architectures": ["Glm4vForConditionalGeneration"], "text_config": {"hidden_size": glm4v.HIDDEN}},
+            {"architectures": ["Glm4vForConditionalGeneration"], "text_config": {"hidden_size": qwen3_vl.HIDDEN}},
             r"Glm4vForConditionalGeneration.* is not a Mixture-of-Experts model",
         ),
     ],

@@ -1,5 +1,7 @@
 """What ggml rounds in vision towers, done to transformers' models, so that what is left shows whether they agree."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import gelu
@@ -15,7 +17,7 @@ class TableGelu(nn.Module):
         return gelu(x.half().float(), approximate="tanh").half().float()
 
 
-def table_gelu(*names: str, under: str = "model") -> object:
+def table_gelu(*names: str, under: str = "model") -> Callable[[nn.Module], None]:
     """Replaces the activations of those attributes in the modules under one of the model's."""
 
     def rounded(model: nn.Module) -> None:

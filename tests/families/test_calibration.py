@@ -1,4 +1,4 @@
-"""Calibration of every family: prompts with pictures, and counts and sums against those of transformers' whole model."""
+"""Calibration of every family: prompts with pictures; counts and sums against those of transformers' whole model."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -68,9 +68,7 @@ def test_sums_are_those_of_the_whole_model(case: FamilyCase, families: Families)
             expected = expected[:, tensor.order.columns]
         found = arrays[f"{tensor.activation}.sum2"].sum(axis=1)  # by modality: text, key vision, other vision
         for ours, theirs in ((found.sum(axis=0), expected), (found[0], expected[is_text])):
-            np.testing.assert_allclose(
-                ours, theirs.sum(axis=0), rtol=case.sums_rtol, atol=1e-6, err_msg=tensor.name
-            )
+            np.testing.assert_allclose(ours, theirs.sum(axis=0), rtol=case.sums_rtol, atol=1e-6, err_msg=tensor.name)
     for layer in case.moe_layers:
         x, chosen, experts = seen.experts[layer]
         counts = statistics.counts(layer)

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from mode_gguf.validation.divergence import Scores, compare
 from mode_gguf.validation.llama_cpp import LlamaModel
@@ -12,6 +10,7 @@ from tests.families.cases import CASES, cases_with, every_case
 from tests.families.conftest import Families, exact
 from tests.families.family_case import FamilyCase, StockDifference
 from tests.families.gguf_copy import gguf_copy
+from tests.families.pictures import waves
 from tests.families.prompts import ANSWER, QUESTION, TEXT, Reference
 
 SPELLINGS = {
@@ -22,13 +21,6 @@ SPELLINGS = {
     "pictograms": "naïve 🙂 ▁ x",
 }
 """What tells pre-tokenizers from each other."""
-
-
-def waves(size: tuple[int, int]) -> Image.Image:
-    """A picture of smooth colours."""
-    x, y = np.meshgrid(*(np.arange(n) / 16 for n in size))
-    colours = np.stack([np.sin(x + y), np.cos(x - y), np.sin(2 * x)], axis=-1)
-    return Image.fromarray((127.5 + 120 * colours).astype(np.uint8))
 
 
 def prompt(case: FamilyCase, model: LlamaModel) -> str:
@@ -72,7 +64,7 @@ def test_tokens(case: FamilyCase, text: str, families: Families) -> None:
 
 @every_case
 def test_special_tokens(case: FamilyCase, families: Families) -> None:
-    text = "{0}user\n{1}Hi".format(*case.marks)
+    text = "{}user\n{}Hi".format(*case.marks)
     assert families.llama(case).tokenize(text) == families.reference(case).tokens(text)
 
 

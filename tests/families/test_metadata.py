@@ -8,7 +8,7 @@ import pytest
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.export.tokenizer import read_vocabulary
-from tests.families.cases import CASES, cases_with, every_case, every_layout
+from tests.families.cases import CASES, cases_with, every_layout
 from tests.families.changed import changed
 from tests.families.conftest import Families
 from tests.families.family_case import Change, FamilyCase

@@ -125,9 +125,9 @@ def test_every_other_tensor_is_made_of_what_transformers_holds(
         for rows in (slice(1, 3), slice(3, 7)):
             np.testing.assert_array_equal(as_float32(tensor.read(0, rows)), expected[rows], err_msg=tensor.name)
         if tensor.order is not None and tensor.role is Role.DENSE:
-            rows = slice(None) if tensor.order.rows is None else tensor.order.rows
+            ours = slice(None) if tensor.order.rows is None else tensor.order.rows
             columns = slice(None) if tensor.order.columns is None else tensor.order.columns
-            np.testing.assert_array_equal(state[str(parameter)][rows][:, columns], expected, err_msg=tensor.name)
+            np.testing.assert_array_equal(state[str(parameter)][ours][:, columns], expected, err_msg=tensor.name)
     for name in left:  # transformers has in parts what is stored in one
         read = find_family(checkpoint).read_parameter(checkpoint, name)
         assert read is not None, name
