@@ -91,6 +91,7 @@ def merged_patches(case: FamilyCase, image: dict[str, Any]) -> str:
 def soft_tokens(case: FamilyCase, image: dict[str, Any]) -> str:
     """Gemma's, as many as its processor says, between their marks."""
     (n,) = image.pop("num_soft_tokens_per_image").tolist()
+    assert n == case.pico.SOFT_TOKENS
     before, after = case.marks
     return f"{before}{case.image_token * n}{after}"
 

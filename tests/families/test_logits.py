@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mode_gguf.validation.divergence import Scores, compare
 from mode_gguf.validation.llama_cpp import LlamaModel
@@ -32,10 +33,9 @@ def text_scores(reference: Reference, model: LlamaModel, tokens: list[int]) -> S
 
 
 def image_scores(
-    case: FamilyCase, reference: Reference, model: LlamaModel, size: tuple[int, int], *, half_pixels: bool = False
+    case: FamilyCase, reference: Reference, model: LlamaModel, picture: Image.Image, *, half_pixels: bool = False
 ) -> Scores:
     """Of an answer; `half_pixels` gives transformers the pixels in F16, as ggml's im2col takes them."""
-    picture = waves(size)
     tokens, image = case.ask(reference, picture)
     if half_pixels:
         image["pixel_values"] = image["pixel_values"].half().float()
@@ -71,7 +71,7 @@ def test_special_tokens(case: FamilyCase, families: Families) -> None:
 @every_case
 def test_image_logits(case: FamilyCase, families: Families) -> None:
     for size in case.pictures:
-        scores = image_scores(case, families.reference(case), families.llama(case), size)
+        scores = image_scores(case, families.reference(case), families.llama(case), waves(size))
         assert case.image_average(scores.kl) < case.image_kl, size
         assert scores.same_top1.all(), size
 
@@ -84,9 +84,9 @@ def test_image_difference_is_rounding_inside_llama_cpp(case: FamilyCase, familie
     case.rounded(rounded)
     model = families.llama(case)
     for size in case.pictures:
-        near = image_scores(case, families.reference(case, rounded), model, size, half_pixels=True)
+        near = image_scores(case, families.reference(case, rounded), model, waves(size), half_pixels=True)
         assert near.kl.mean() < 1e-7, size
-        assert near.kl.mean() < 0.5 * image_scores(case, families.reference(case), model, size).kl.mean(), size
+        assert near.kl.mean() < 0.5 * image_scores(case, families.reference(case), model, waves(size)).kl.mean(), size
 
 
 @every_case
@@ -121,6 +121,6 @@ def test_stock_conversion_is_further_away(
         if difference.file == "text":
             kl = text_scores(reference, model, [*model.beginning, *reference.tokens(TEXT * case.text_repeats)]).kl
         else:
-            kl = image_scores(case, reference, model, case.pictures[0]).kl
+            kl = image_scores(case, reference, model, waves(case.pictures[0])).kl
     assert kl[: difference.unharmed].max(initial=0) < case.text_kl
     assert kl[difference.unharmed :].mean() > difference.kl
