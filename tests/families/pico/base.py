@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Idefics3Config, MixtralConfig, OlmoeConfig
 from transformers.utils.logging import disable_progress_bar
 
-from tests.families.pico.files import EVEN_NORMALISATION, write_json
+from tests.families.pico.files import write_json
 from tests.families.pico.qwen3_vl_moe import HIDDEN
 from tests.families.pico.tokenizer import (
     CHAT_TEMPLATE,
@@ -81,7 +81,8 @@ def write_pico_idefics3_mixtral(folder: Path, seed: int = 0) -> Path:
             "do_image_splitting": True,
             "size": {"longest_edge": 2 * TILE},
             "max_image_size": {"longest_edge": TILE},
-            **EVEN_NORMALISATION,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
         },
     )
     seen = (TILE // PATCH // SCALE) ** 2

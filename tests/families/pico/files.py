@@ -1,17 +1,29 @@
-"""Files that every pico checkpoint has: JSON, the README, and safetensors shards with an index."""
+"""Files that every pico checkpoint has: settings as published ones have them, the README, safetensors shards."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-CLIP_NORMALISATION = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-EVEN_NORMALISATION = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+PUBLISHED = Path(__file__).parent / "published"
+"""JSON files by model, as a pico checkpoint has them where nothing else is asked for."""
+
+
+def published_config(model: str) -> dict[str, Any]:
+    """Its config.json."""
+    config: dict[str, Any] = json.loads((PUBLISHED / model / "config.json").read_text())
+    return config
+
+
+def begin_folder(folder: Path, model: str, config: dict[str, Any]) -> None:
+    """Creates `folder` with that configuration and the model's other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (PUBLISHED / model).iterdir():
+        shutil.copyfile(path, folder / path.name)
+    write_json(folder / "config.json", config)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,30 +2,36 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
-from tests.families.pico.files import in_bfloat16, write_json, write_readme, write_weights
+from tests.families.pico.files import (
+    begin_folder,
+    in_bfloat16,
+    published_config,
+    write_json,
+    write_readme,
+    write_weights,
+)
 from tests.families.pico.tokenizer import TRAINING_TEXT, VOCAB
 from tests.families.pico.weights import Draw, Named
 
-HIDDEN = 256
-LAYERS = 4
-HEADS = 4
-SLIDING_DIM, SLIDING_KV = 64, 2
-FULL_DIM, FULL_KV = 128, 1
-WINDOW = 64
-EXPERTS, TOP_K = 4, 2
-WIDTH, DENSE_WIDTH = 96, 160
+CONFIG = published_config("gemma4_moe")
+TEXT, VISION = CONFIG["text_config"], CONFIG["vision_config"]
+LAYERS, HIDDEN, HEADS = TEXT["num_hidden_layers"], TEXT["hidden_size"], TEXT["num_attention_heads"]
+SLIDING_DIM, SLIDING_KV, WINDOW = TEXT["head_dim"], TEXT["num_key_value_heads"], TEXT["sliding_window"]
+FULL_DIM, FULL_KV = TEXT["global_head_dim"], TEXT["num_global_key_value_heads"]
+EXPERTS, TOP_K = TEXT["num_experts"], TEXT["top_k_experts"]
+WIDTH, DENSE_WIDTH = TEXT["moe_intermediate_size"], TEXT["intermediate_size"]
 """Multiples of 32 but not of 256, like 704 and 2112 of the published model."""
-VISION_HIDDEN, VISION_WIDTH, VISION_BLOCKS, VISION_HEADS, POSITIONS = 64, 96, 3, 2, 64
-PATCH, POOLING = 16, 3
+SOFT_CAP = TEXT["final_logit_softcapping"]
+VISION_HIDDEN, VISION_WIDTH = VISION["hidden_size"], VISION["intermediate_size"]
+VISION_BLOCKS, VISION_HEADS = VISION["num_hidden_layers"], VISION["num_attention_heads"]
+PATCH, POSITIONS = VISION["patch_size"], VISION["position_embedding_size"]
 SOFT_TOKENS = 70
 PICTURE = (480, 336)
 """Width and height of a picture of exactly that many tokens, which nobody scales."""
-SOFT_CAP = 30.0
 
 SPECIAL_TOKENS = (
     *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|image>", "<image|>", "<|image|>"),
@@ -53,22 +59,9 @@ def write_pico_gemma4_moe(
         standardized: soft tokens are standardized.
         audio: with a tensor of an audio tower.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    vision = {**VISION, "use_clipped_linears": clipped, "standardize": standardized}
+    begin_folder(folder, "gemma4_moe", {**CONFIG, "vision_config": vision})
     write_tokenizer(folder)
-    write_json(folder / "config.json", _config(clipped=clipped, standardized=standardized))
-    write_json(folder / "generation_config.json", {"eos_token_id": [token_id("<eos>"), token_id("<turn|>")]})
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "Gemma4ImageProcessor",
-            "do_normalize": False,
-            "patch_size": PATCH,
-            "pooling_kernel_size": POOLING,
-            "max_soft_tokens": SOFT_TOKENS,
-            "image_mean": [0.0, 0.0, 0.0],
-            "image_std": [1.0, 1.0, 1.0],
-        },
-    )
     write_readme(folder, "apache-2.0")
     draw = Draw(torch.Generator().manual_seed(seed))
     weights = dict(_text_weights(draw)) | dict(_vision_weights(draw, clipped, standardized))
@@ -124,76 +117,6 @@ def write_tokenizer(folder: Path) -> None:
             "chat_template": CHAT_TEMPLATE,
         },
     )
-
-
-def _config(*, clipped: bool, standardized: bool) -> dict[str, Any]:
-    return {
-        "architectures": ["Gemma4ForConditionalGeneration"],
-        "model_type": "gemma4",
-        "transformers_version": "5.5.0",
-        "tie_word_embeddings": True,
-        "image_token_id": token_id("<|image|>"),
-        "audio_token_id": token_id("<|audio|>"),
-        "video_token_id": token_id("<|video|>"),
-        "boi_token_id": token_id("<|image>"),
-        "eoi_token_id": token_id("<image|>"),
-        "audio_config": None,
-        "text_config": {
-            "model_type": "gemma4_text",
-            "dtype": "bfloat16",
-            "vocab_size": VOCAB,
-            "vocab_size_per_layer_input": VOCAB,
-            "hidden_size": HIDDEN,
-            "hidden_size_per_layer_input": 0,
-            "intermediate_size": DENSE_WIDTH,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": SLIDING_KV,
-            "num_global_key_value_heads": FULL_KV,
-            "head_dim": SLIDING_DIM,
-            "global_head_dim": FULL_DIM,
-            "attention_k_eq_v": True,
-            "attention_bias": False,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
-            "sliding_window": WINDOW,
-            "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in range(LAYERS)],
-            "final_logit_softcapping": SOFT_CAP,
-            "use_bidirectional_attention": "vision",
-            "num_kv_shared_layers": 0,
-            "use_double_wide_mlp": False,
-            "enable_moe_block": True,
-            "num_experts": EXPERTS,
-            "top_k_experts": TOP_K,
-            "moe_intermediate_size": WIDTH,
-            "tie_word_embeddings": True,
-            "bos_token_id": token_id("<bos>"),
-            "eos_token_id": token_id("<eos>"),
-            "pad_token_id": token_id("<pad>"),
-            "rope_parameters": {
-                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        },
-        "vision_config": {
-            "model_type": "gemma4_vision",
-            "hidden_size": VISION_HIDDEN,
-            "intermediate_size": VISION_WIDTH,
-            "num_hidden_layers": VISION_BLOCKS,
-            "num_attention_heads": VISION_HEADS,
-            "num_key_value_heads": VISION_HEADS,
-            "head_dim": VISION_HIDDEN // VISION_HEADS,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "rms_norm_eps": 1e-6,
-            "patch_size": PATCH,
-            "pooling_kernel_size": POOLING,
-            "position_embedding_size": POSITIONS,
-            "use_clipped_linears": clipped,
-            "standardize": standardized,
-            "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
-        },
-    }
 
 
 def _text_weights(draw: Draw) -> Named:

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 
 from tests.families.pico import tokenizer
-from tests.families.pico.files import CLIP_NORMALISATION, in_bfloat16, write_json, write_readme, write_weights
-from tests.families.pico.qwen3_vl_moe import HIDDEN, VISION_BLOCKS, VISION_HIDDEN
+from tests.families.pico.files import begin_folder, in_bfloat16, published_config, write_readme, write_weights
 from tests.families.pico.tokenizer import VOCAB, write_tokenizer
 from tests.families.pico.weights import Draw, Named, one_by_one
 
@@ -41,13 +40,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-LAYERS, DENSE_LAYERS = 4, 1
-HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
-EXPERTS, TOP_K = 6, 2
-WIDTH, DENSE_WIDTH = 352, 480
+CONFIG = published_config("glm4v_moe")
+TEXT, VISION = CONFIG["text_config"], CONFIG["vision_config"]
+LAYERS, DENSE_LAYERS, HIDDEN = TEXT["num_hidden_layers"], TEXT["first_k_dense_replace"], TEXT["hidden_size"]
+HEADS, KV_HEADS, HEAD_DIM = TEXT["num_attention_heads"], TEXT["num_key_value_heads"], TEXT["head_dim"]
+EXPERTS, TOP_K = TEXT["n_routed_experts"], TEXT["num_experts_per_tok"]
+WIDTH, DENSE_WIDTH = TEXT["moe_intermediate_size"], TEXT["intermediate_size"]
 """Multiples of 32 and not of 256, as the real model's 1408 and 10944 are."""
-PATCH, IMAGE_SIZE = 14, 112
-MERGER_WIDTH = 192
+VISION_HIDDEN, VISION_BLOCKS, MERGER_WIDTH = VISION["hidden_size"], VISION["depth"], VISION["intermediate_size"]
+PATCH, IMAGE_SIZE = VISION["patch_size"], VISION["image_size"]
 
 Layout = Literal["public", "fused"]
 
@@ -77,7 +78,9 @@ def write_pico_glm4v_moe(
         dense_layers: the first ones, without experts.
         text: further settings of `text_config`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    text = {**TEXT, "attention_bias": biased, "first_k_dense_replace": dense_layers, **text}
+    text["num_nextn_predict_layers"] = int(mtp)
+    begin_folder(folder, "glm4v_moe", {**CONFIG, "tie_word_embeddings": tied, "text_config": text})
     write_tokenizer(
         folder,
         GLM4_SPLIT,
@@ -87,9 +90,7 @@ def write_pico_glm4v_moe(
         chat_template=CHAT_TEMPLATE,
         normalised=False,
     )
-    text = {"attention_bias": biased, "first_k_dense_replace": dense_layers, **text}
-    write_json(folder / "config.json", _config(tied, {**text, "num_nextn_predict_layers": int(mtp)}))
-    _write_surroundings(folder)
+    write_readme(folder, "mit")
     draw = Draw(torch.Generator().manual_seed(seed))
     weights = dict(_weights(draw, layout, tied, biased, dense_layers))
     if mtp:
@@ -99,89 +100,6 @@ def write_pico_glm4v_moe(
         weights[f"{block}.self_attn.o_proj.weight"] = draw.matrix(HIDDEN, HEADS * HEAD_DIM)
     write_weights(folder, in_bfloat16(weights, "e_score_correction_bias"))
     return folder
-
-
-def _write_surroundings(folder: Path) -> None:
-    write_json(
-        folder / "generation_config.json",
-        {"eos_token_id": [token_id(token) for token in ("<|endoftext|>", "<|user|>", "<|observation|>")]},
-    )
-    side = 2 * PATCH
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "Glm4vImageProcessor",
-            "processor_class": "Glm4vProcessor",
-            "size": {"shortest_edge": 2 * 8 * side * side, "longest_edge": 2 * 256 * side * side},
-            "patch_size": PATCH,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            **CLIP_NORMALISATION,
-        },
-    )
-    write_readme(folder, "mit")
-
-
-def _config(tied: bool, text: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "architectures": ["Glm4vMoeForConditionalGeneration"],
-        "model_type": "glm4v_moe",
-        "transformers_version": "4.57.1",
-        "tie_word_embeddings": tied,
-        "image_token_id": token_id("<|image|>"),
-        "video_token_id": token_id("<|video|>"),
-        "image_start_token_id": token_id("<|begin_of_image|>"),
-        "image_end_token_id": token_id("<|end_of_image|>"),
-        "video_start_token_id": token_id("<|begin_of_video|>"),
-        "video_end_token_id": token_id("<|end_of_video|>"),
-        "text_config": {
-            "model_type": "glm4v_moe_text",
-            "dtype": "bfloat16",
-            "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "intermediate_size": DENSE_WIDTH,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_DIM,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "use_qk_norm": False,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "moe_intermediate_size": WIDTH,
-            "n_routed_experts": EXPERTS,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": TOP_K,
-            "n_group": 1,
-            "topk_group": 1,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 1.5,
-            "bos_token_id": None,
-            "eos_token_id": token_id("<|endoftext|>"),
-            "pad_token_id": token_id("<|endoftext|>"),
-            "partial_rotary_factor": 0.5,
-            "rope_theta": 10_000.0,
-            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]},
-            **text,
-        },
-        "vision_config": {
-            "model_type": "glm4v_moe_vision",
-            "depth": VISION_BLOCKS,
-            "hidden_size": VISION_HIDDEN,
-            "intermediate_size": MERGER_WIDTH,
-            "num_heads": 2,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "in_channels": 3,
-            "image_size": IMAGE_SIZE,
-            "patch_size": PATCH,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "out_hidden_size": HIDDEN,
-            "rms_norm_eps": 1e-5,
-        },
-    }
 
 
 def _weights(draw: Draw, layout: Layout, tied: bool, biased: bool, dense_layers: int) -> Named:

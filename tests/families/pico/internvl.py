@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from tests.families.pico.files import in_bfloat16, write_json, write_weights
-from tests.families.pico.qwen3_vl_moe import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, attention_weights
+from tests.families.pico.files import begin_folder, in_bfloat16, published_config, write_weights
+from tests.families.pico.qwen3_vl_moe import HIDDEN, attention_weights
 from tests.families.pico.tokenizer import (
     CHAT_TEMPLATE,
     IMAGE_OF_TEMPLATE,
@@ -19,13 +19,15 @@ from tests.families.pico.tokenizer import (
 )
 from tests.families.pico.weights import Draw, Named
 
-LAYERS = 3
-EXPERTS, TOP_K, WIDTH = 4, 2, 512
-VISION_HIDDEN, VISION_WIDTH, VISION_HEADS, BLOCKS = 64, 128, 2, 4
-"""With fewer blocks, llama.cpp's converter does not know the projector's last layer."""
-SIDE, PATCH, MERGE = 56, 14, 2
+CONFIG, ORIGINAL_CONFIG = published_config("internvl_hf"), published_config("internvl")
+TEXT, VISION = ORIGINAL_CONFIG["llm_config"], ORIGINAL_CONFIG["vision_config"]
+LAYERS, EXPERTS, TOP_K = TEXT["num_hidden_layers"], TEXT["num_experts"], TEXT["num_experts_per_tok"]
+WIDTH = TEXT["moe_intermediate_size"]
+VISION_HIDDEN, VISION_WIDTH, BLOCKS = VISION["hidden_size"], VISION["intermediate_size"], VISION["num_hidden_layers"]
+"""With fewer than four blocks, llama.cpp's converter does not know the projector's last layer."""
+SIDE, PATCH, MERGE = ORIGINAL_CONFIG["force_image_size"], VISION["patch_size"], 2
 """Pixels of a tile: four tokens."""
-MAX_TILES = 6
+MAX_TILES = ORIGINAL_CONFIG["max_dynamic_patch"]
 MARKS = ("<img>", "</img>", "<IMG_CONTEXT>")
 ORIGINAL_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
@@ -52,159 +54,33 @@ def write_pico_internvl(
         large: the vision tower is of the form, not the size, of that of 6B: RMS norms, of queries and keys as well, and
             fewer biases. llama.cpp knows that form by its size only.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    original = layout == "original"
+    begin_folder(folder, "internvl" if original else "internvl_hf", _config(original=original, tied=tied, large=large))
     write_tokenizer(folder)
     known_parts = CHAT_TEMPLATE.replace(IMAGE_OF_TEMPLATE, "<IMG_CONTEXT>\n")
-    add_tokens(folder, MARKS, ORIGINAL_TEMPLATE if layout == "original" else known_parts)
-    write_json(folder / "generation_config.json", {"eos_token_id": token_id("<|im_end|>")})
+    add_tokens(folder, MARKS, ORIGINAL_TEMPLATE if original else known_parts)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n# Pico\n")
-    write_json(folder / "preprocessor_config.json", _preprocessor(layout))
-    write_json(folder / "config.json", _original_config(tied, large) if layout == "original" else _config(tied, large))
     weights = dict(_weights(Draw(torch.Generator().manual_seed(seed)), tied))
     if large:
         weights = _large(weights)
-    if layout == "original":
+    if original:
         weights = _original(weights)
     write_weights(folder, in_bfloat16(weights))
     return folder
 
 
-def _preprocessor(layout: Layout) -> dict[str, Any]:
-    common = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "do_resize": True}
-    if layout == "original":
-        return {
-            **common,
-            "feature_extractor_type": "CLIPFeatureExtractor",
-            "crop_size": SIDE,
-            "do_center_crop": True,
-            "do_normalize": True,
-            "resample": 3,
-            "size": SIDE,
-        }
-    return {
-        **common,
-        "image_processor_type": "GotOcr2ImageProcessorFast",
-        "processor_class": "InternVLProcessor",
-        "crop_to_patches": True,
-        "max_patches": MAX_TILES,
-        "size": {"height": SIDE, "width": SIDE},
+def _config(*, original: bool, tied: bool, large: bool) -> dict[str, Any]:
+    config, section = (ORIGINAL_CONFIG, "llm_config") if original else (CONFIG, "text_config")
+    form = {
+        "qk_normalization" if original else "use_qk_norm": large,
+        "qkv_bias" if original else "attention_bias": not large,
+        "norm_type": "rms_norm" if large else "layer_norm",
     }
-
-
-def _text_config(tied: bool) -> dict[str, Any]:
     return {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 768,
-        "moe_intermediate_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_implementation": "flash_attention_2",
-        "max_position_embeddings": 4096,
-        "max_window_layers": 3,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 1_000_000,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": TOP_K,
-        "bos_token_id": token_id("<|endoftext|>"),
-        "eos_token_id": token_id("<|im_end|>"),
-        "router_aux_loss_coef": 0.001,
-        "sliding_window": None,
-        "use_sliding_window": False,
+        **config,
         "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
-        "use_cache": False,
-    }
-
-
-def _vision_config(image_size: Any, patch_size: Any, **settings: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["InternVisionModel"],
-        "hidden_size": VISION_HIDDEN,
-        "intermediate_size": VISION_WIDTH,
-        "num_attention_heads": VISION_HEADS,
-        "num_hidden_layers": BLOCKS,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "num_channels": 3,
-        "image_size": image_size,
-        "patch_size": patch_size,
-        **settings,
-    }
-
-
-def _original_config(tied: bool, large: bool) -> dict[str, Any]:
-    return {
-        "architectures": ["InternVLChatModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
-            "AutoModel": "modeling_internvl_chat.InternVLChatModel",
-        },
-        "model_type": "internvl_chat",
-        "downsample_ratio": 1 / MERGE,
-        "dynamic_image_size": True,
-        "force_image_size": SIDE,
-        "image_fold": None,
-        "min_dynamic_patch": 1,
-        "max_dynamic_patch": MAX_TILES,
-        "pad2square": False,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "internvl2_5",
-        "tie_word_embeddings": tied,
-        "transformers_version": None,
-        "use_thumbnail": True,
-        "llm_config": _text_config(tied),
-        "vision_config": _vision_config(
-            SIDE,
-            PATCH,
-            auto_map={"AutoConfig": "configuration_intern_vit.InternVisionConfig"},
-            model_type="intern_vit_6b",
-            num_experts=8,
-            moe_intermediate_size=768,
-            qk_normalization=large,
-            qkv_bias=not large,
-            norm_type="rms_norm" if large else "layer_norm",
-            use_moe=False,
-        ),
-    }
-
-
-def _config(tied: bool, large: bool) -> dict[str, Any]:
-    return {
-        "architectures": ["InternVLForConditionalGeneration"],
-        "model_type": "internvl",
-        "transformers_version": "4.55.0",
-        "downsample_ratio": 1 / MERGE,
-        "image_seq_length": (SIDE // PATCH // MERGE) ** 2,
-        "image_token_id": mark_id("<IMG_CONTEXT>"),
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": tied,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
-        "text_config": _text_config(tied),
-        "vision_config": _vision_config(
-            [SIDE, SIDE],
-            [PATCH, PATCH],
-            model_type="internvl_vision",
-            attention_bias=not large,
-            use_qk_norm=large,
-            norm_type="rms_norm" if large else "layer_norm",
-            use_absolute_position_embeddings=True,
-            use_mask_token=False,
-            use_mean_pooling=True,
-        ),
+        section: {**config[section], "tie_word_embeddings": tied},
+        "vision_config": {**config["vision_config"], **form},
     }
 
 

@@ -6,17 +6,20 @@ from typing import Any, Literal
 
 import torch
 
-from tests.families.pico.files import EVEN_NORMALISATION, in_bfloat16, write_json, write_weights
+from tests.families.pico.files import begin_folder, in_bfloat16, published_config, write_json, write_weights
 from tests.families.pico.tokenizer import TRAINING_TEXT
 from tests.families.pico.weights import Draw, LatentAttention, Named
 
-HIDDEN = 256
-LAYERS, DENSE_LAYERS = 3, 1
-ATTENTION = LatentAttention(heads=4, nope=64, rotated=32, value=64, query_rank=256, latent=96)
-EXPERTS, TOP_K, WIDTH, SHARED, DENSE_WIDTH = 4, 2, 160, 2, 512
+CONFIGS = {model: published_config(model) for model in ("kimi_vl", "kimi_k25")}
+TEXT, VISION = CONFIGS["kimi_k25"]["text_config"], CONFIGS["kimi_vl"]["vision_config"]
+LAYERS, DENSE_LAYERS, HIDDEN = TEXT["num_hidden_layers"], TEXT["first_k_dense_replace"], TEXT["hidden_size"]
+ATTENTION = LatentAttention.of(TEXT)
+EXPERTS, TOP_K, SHARED = TEXT["n_routed_experts"], TEXT["num_experts_per_tok"], TEXT["n_shared_experts"]
+WIDTH, DENSE_WIDTH = TEXT["moe_intermediate_size"], TEXT["intermediate_size"]
 """The width of an expert is no multiple of 256, as Kimi-VL's 1408 is not."""
-VISION_HIDDEN, VISION_WIDTH, VISION_BLOCKS, VISION_HEADS = 64, 128, 3, 2
-PATCH, POSITIONS = 14, 8
+VISION_HIDDEN, VISION_WIDTH = VISION["hidden_size"], VISION["intermediate_size"]
+VISION_BLOCKS, VISION_HEADS = VISION["num_hidden_layers"], VISION["num_attention_heads"]
+PATCH, POSITIONS = VISION["patch_size"], VISION["init_pos_emb_height"]
 """Pictures of 112 x 112 have as many patches as the table has positions."""
 RANKS = 320
 VOCAB = RANKS + 256
@@ -34,15 +37,6 @@ NAMED = {
 """Special tokens, by their places behind the ranks; further ones have no names."""
 
 Layout = Literal["kimi_vl", "kimi_k25", "kimi_k25_packed"]
-YARN = {
-    "type": "yarn",
-    "factor": 8.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
 
 
 def write_pico_kimi(
@@ -56,14 +50,11 @@ def write_pico_kimi(
         low_rank: whether queries have a low-rank matrix; None for what the model has, as all others.
         yarn: whether rotary positions are scaled.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     is_vl = layout == "kimi_vl"
+    model = "kimi_vl" if is_vl else "kimi_k25"
     low_rank = not is_vl if low_rank is None else low_rank
     yarn = not is_vl if yarn is None else yarn
-    text = _text_config(low_rank=low_rank, yarn=yarn)
-    write_json(folder / "config.json", _kimi_vl_config(text) if is_vl else _kimi_k25_config(text, layout))
-    write_json(folder / "generation_config.json", {"eos_token_id": special("<|im_end|>")})
-    write_json(folder / "preprocessor_config.json", _preprocessor(is_vl=is_vl))
+    begin_folder(folder, model, _config(model, low_rank=low_rank, yarn=yarn, in_four_bits=layout == "kimi_k25_packed"))
     _write_tokenizer(folder, "<|media_start|>" if is_vl else "<|media_begin|>")
     (folder / "README.md").write_text("---\nlicense: mit\npipeline_tag: image-text-to-text\n---\n# Pico\nRandom.\n")
     weights = dict(_weights(Draw(torch.Generator().manual_seed(seed)), is_vl=is_vl, low_rank=low_rank))
@@ -93,70 +84,13 @@ def packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def _text_config(*, low_rank: bool, yarn: bool) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-        "hidden_size": HIDDEN,
-        "intermediate_size": DENSE_WIDTH,
-        "moe_intermediate_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": ATTENTION.heads,
-        "num_key_value_heads": ATTENTION.heads,
-        "n_shared_experts": SHARED,
-        "n_routed_experts": EXPERTS,
-        "num_experts_per_tok": TOP_K,
-        "first_k_dense_replace": DENSE_LAYERS,
-        "moe_layer_freq": 1,
-        "routed_scaling_factor": 2.446,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
-        "n_group": 1,
-        "topk_group": 1,
-        "kv_lora_rank": ATTENTION.latent,
+def _config(model: str, *, low_rank: bool, yarn: bool, in_four_bits: bool) -> dict[str, Any]:
+    text = {
+        **CONFIGS[model]["text_config"],
         "q_lora_rank": ATTENTION.query_rank if low_rank else None,
-        "qk_nope_head_dim": ATTENTION.nope,
-        "qk_rope_head_dim": ATTENTION.rotated,
-        "v_head_dim": ATTENTION.value,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 50_000.0,
-        "rope_scaling": YARN if yarn else None,
-        "num_nextn_predict_layers": 0,
-        "bos_token_id": special("[BOS]"),
-        "eos_token_id": special("[EOS]"),
-        "pad_token_id": VOCAB - 1,
-        "tie_word_embeddings": False,
+        "rope_scaling": TEXT["rope_scaling"] if yarn else None,
     }
-
-
-def _kimi_vl_config(text: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "architectures": ["KimiVLForConditionalGeneration"],
-        "model_type": "kimi_vl",
-        "auto_map": {"AutoConfig": "configuration_kimi_vl.KimiVLConfig"},
-        "media_placeholder_token_id": special("<|media_pad|>"),
-        "tie_word_embeddings": False,
-        "text_config": {**text, "model_type": "deepseek_v3"},
-        "vision_config": {
-            "model_type": "moonvit",
-            "patch_size": PATCH,
-            "init_pos_emb_height": POSITIONS,
-            "init_pos_emb_width": POSITIONS,
-            "num_attention_heads": VISION_HEADS,
-            "num_hidden_layers": VISION_BLOCKS,
-            "hidden_size": VISION_HIDDEN,
-            "intermediate_size": VISION_WIDTH,
-            "merge_kernel_size": [2, 2],
-        },
-    }
-
-
-def _kimi_k25_config(text: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    text = {**text, "model_type": "kimi_k2"}
-    if layout == "kimi_k25_packed":
+    if in_four_bits:
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
         text["quantization_config"] = {
             "quant_method": "compressed-tensors",
@@ -164,36 +98,7 @@ def _kimi_k25_config(text: dict[str, Any], layout: Layout) -> dict[str, Any]:
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
             "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
         }
-    return {
-        "architectures": ["KimiK25ForConditionalGeneration"],
-        "model_type": "kimi_k25",
-        "auto_map": {"AutoConfig": "configuration_kimi_k25.KimiK25Config"},
-        "media_placeholder_token_id": special("<|media_pad|>"),
-        "tie_word_embeddings": False,
-        "text_config": text,
-        "vision_config": {
-            "patch_size": PATCH,
-            "init_pos_emb_height": POSITIONS,
-            "init_pos_emb_width": POSITIONS,
-            "init_pos_emb_time": 4,
-            "merge_kernel_size": [2, 2],
-            "mm_hidden_size": VISION_HIDDEN,
-            "projector_hidden_act": "gelu",
-            "projector_ln_eps": 1e-5,
-            "text_hidden_size": HIDDEN,
-            "vt_hidden_size": VISION_HIDDEN,
-            "vt_intermediate_size": VISION_WIDTH,
-            "vt_num_attention_heads": VISION_HEADS,
-            "vt_num_hidden_layers": VISION_BLOCKS,
-        },
-    }
-
-
-def _preprocessor(*, is_vl: bool) -> dict[str, Any]:
-    shared = {"patch_size": PATCH, **EVEN_NORMALISATION}
-    if is_vl:
-        return {**shared, "in_token_limit": 4096, "merge_kernel_size": [2, 2], "pad_input": True}
-    return {"media_proc_cfg": {**shared, "in_patch_limit": 16384, "merge_kernel_size": 2}}
+    return {**CONFIGS[model], "text_config": text}
 
 
 def _weights(draw: Draw, *, is_vl: bool, low_rank: bool) -> Named:

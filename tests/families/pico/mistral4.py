@@ -2,13 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, models, processors
 
-from tests.families.pico.files import CLIP_NORMALISATION, in_bfloat16, write_json, write_readme, write_weights
-from tests.families.pico.qwen3_vl_moe import HIDDEN
+from tests.families.pico.files import (
+    begin_folder,
+    in_bfloat16,
+    published_config,
+    write_json,
+    write_readme,
+    write_weights,
+)
 from tests.families.pico.tokenizer import VOCAB, train_byte_level
 from tests.families.pico.weights import Draw, LatentAttention, Named
 
@@ -43,27 +49,17 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message.content if message.content is string else message.content[0].text }}{{ eos_token }}"
     "{% endif %}{% endfor %}"
 )
-LAYERS = 3
-ATTENTION = LatentAttention(heads=4, nope=64, rotated=32, value=128, query_rank=512, latent=128)
-EXPERTS, TOP_K, WIDTH = 4, 2, 768
-VISION_HIDDEN, VISION_WIDTH, VISION_BLOCKS, VISION_HEADS = 64, 96, 3, 2
-PATCH, MERGE = 14, 2
-ORIGINAL_CONTEXT = 64
+CONFIG = published_config("mistral4")
+TEXT, VISION = CONFIG["text_config"], CONFIG["vision_config"]
+LAYERS, HIDDEN = TEXT["num_hidden_layers"], TEXT["hidden_size"]
+ATTENTION = LatentAttention.of(TEXT)
+EXPERTS, TOP_K, WIDTH = TEXT["n_routed_experts"], TEXT["num_experts_per_tok"], TEXT["moe_intermediate_size"]
+VISION_HIDDEN, VISION_WIDTH = VISION["hidden_size"], VISION["intermediate_size"]
+VISION_BLOCKS, VISION_HEADS = VISION["num_hidden_layers"], VISION["num_attention_heads"]
+PATCH, MERGE = VISION["patch_size"], CONFIG["spatial_merge_size"]
+ROPE = TEXT["rope_parameters"]
+ORIGINAL_CONTEXT = ROPE["original_max_position_embeddings"]
 """Positions from here on are seen with another attention temperature, as from 8192 on in the public model."""
-
-ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 64.0,
-    "original_max_position_embeddings": ORIGINAL_CONTEXT,
-    "max_position_embeddings": 4096,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-    "partial_rotary_factor": ATTENTION.rotated / (ATTENTION.nope + ATTENTION.rotated),
-}
 
 Layout = Literal["module", "public"]
 
@@ -79,9 +75,7 @@ def write_pico_mistral4(
         projector_bias: the projector's two matrices have biases.
         fp8: linear layers and experts of the text model are stored in FP8, with scales of weights and of activations.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tekken(folder)
-    config = _config(projector_bias=projector_bias)
+    config = {**CONFIG, "multimodal_projector_bias": projector_bias}
     if fp8:
         config["quantization_config"] = {
             "quant_method": "fp8",
@@ -89,21 +83,8 @@ def write_pico_mistral4(
             "weight_block_size": None,
             "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
         }
-    write_json(folder / "config.json", config)
-    write_json(
-        folder / "processor_config.json",
-        {
-            "image_processor": {
-                "image_processor_type": "PixtralImageProcessor",
-                "size": {"longest_edge": 1540},
-                "patch_size": PATCH,
-                **CLIP_NORMALISATION,
-            },
-            "patch_size": PATCH,
-            "processor_class": "PixtralProcessor",
-            "spatial_merge_size": MERGE,
-        },
-    )
+    begin_folder(folder, "mistral4", config)
+    write_tekken(folder)
     write_readme(folder, "apache-2.0", more="")
     draw = Draw(torch.Generator().manual_seed(seed))
     weights = {
@@ -139,69 +120,6 @@ def _public(name: str) -> str:
     if name == "lm_head.weight":
         return f"language_model.{name}"
     return name.removeprefix("model.").replace("language_model.", "language_model.model.")
-
-
-def _config(*, projector_bias: bool) -> dict[str, Any]:
-    return {
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "model_type": "mistral3",
-        "transformers_version": "5.3.0",
-        "dtype": "bfloat16",
-        "image_token_index": token_id("[IMG]"),
-        "multimodal_projector_bias": projector_bias,
-        "projector_hidden_act": "gelu",
-        "spatial_merge_size": MERGE,
-        "tie_word_embeddings": False,
-        "vision_feature_layer": -1,
-        "text_config": {
-            "model_type": "mistral4",
-            "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "intermediate_size": 640,
-            "moe_intermediate_size": WIDTH,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": ATTENTION.heads,
-            "num_key_value_heads": ATTENTION.heads,
-            "n_shared_experts": 1,
-            "n_routed_experts": EXPERTS,
-            "num_experts_per_tok": TOP_K,
-            "routed_scaling_factor": 1.0,
-            "norm_topk_prob": True,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 0,
-            "q_lora_rank": ATTENTION.query_rank,
-            "kv_lora_rank": ATTENTION.latent,
-            "qk_nope_head_dim": ATTENTION.nope,
-            "qk_rope_head_dim": ATTENTION.rotated,
-            "qk_head_dim": ATTENTION.nope + ATTENTION.rotated,
-            "head_dim": ATTENTION.nope + ATTENTION.rotated,
-            "v_head_dim": ATTENTION.value,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
-            "rope_interleave": True,
-            "tie_word_embeddings": False,
-            "bos_token_id": token_id("<s>"),
-            "eos_token_id": token_id("</s>"),
-            "pad_token_id": token_id("<pad>"),
-            "rope_parameters": ROPE,
-        },
-        "vision_config": {
-            "model_type": "pixtral",
-            "hidden_size": VISION_HIDDEN,
-            "intermediate_size": VISION_WIDTH,
-            "num_hidden_layers": VISION_BLOCKS,
-            "num_attention_heads": VISION_HEADS,
-            "head_dim": VISION_HIDDEN // VISION_HEADS,
-            "num_channels": 3,
-            "image_size": 1540,
-            "patch_size": PATCH,
-            "hidden_act": "silu",
-            "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
-        },
-    }
 
 
 def _weights(draw: Draw, *, projector_bias: bool) -> Named:

@@ -1,26 +1,29 @@
 """The smallest honest Qwen3.5-MoE checkpoint: four layers of linear attention, one of full attention."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from tests.families.pico.files import in_bfloat16, write_json, write_weights
-from tests.families.pico.qwen3_vl_moe import HEAD_DIM, HIDDEN, vision_config, vision_weights, write_surroundings
-from tests.families.pico.tokenizer import VOCAB, token_id, write_tokenizer
+from tests.families.pico.files import begin_folder, in_bfloat16, published_config, write_readme, write_weights
+from tests.families.pico.qwen3_vl_moe import vision_weights
+from tests.families.pico.tokenizer import VOCAB, write_tokenizer
 from tests.families.pico.weights import Draw, Named, one_by_one
 
 QWEN35_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-LAYERS = 5
-"""The fourth is of full attention."""
-HEADS, KV_HEADS = 4, 2
-KEY_HEADS, VALUE_HEADS, LINEAR_DIM = 2, 6, 128
+CONFIG = published_config("qwen3_5_moe")
+TEXT = CONFIG["text_config"]
+LAYERS, HIDDEN = TEXT["num_hidden_layers"], TEXT["hidden_size"]
+"""The fourth layer is of full attention."""
+HEADS, KV_HEADS, HEAD_DIM = TEXT["num_attention_heads"], TEXT["num_key_value_heads"], TEXT["head_dim"]
+KEY_HEADS, VALUE_HEADS = TEXT["linear_num_key_heads"], TEXT["linear_num_value_heads"]
 """Three value heads per key head: an order that is its own inverse could not be told from it."""
-KERNEL = 4
-EXPERTS, TOP_K, WIDTH, SHARED_WIDTH = 4, 2, 768, 512
+LINEAR_DIM, KERNEL = TEXT["linear_value_head_dim"], TEXT["linear_conv_kernel_dim"]
+EXPERTS, TOP_K, WIDTH = TEXT["num_experts"], TEXT["num_experts_per_tok"], TEXT["moe_intermediate_size"]
+SHARED_WIDTH = TEXT["shared_expert_intermediate_size"]
 MTP_NORMS = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
 
 Layout = Literal["public", "resaved"]
@@ -38,68 +41,16 @@ def write_pico_qwen3_5_moe(
         mtp: with the block for multi-token prediction.
         tied: the output head is the token embedding, and is not stored.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    text = {**TEXT, "mtp_num_hidden_layers": int(mtp), "tie_word_embeddings": tied}
+    begin_folder(folder, "qwen3_vl_moe", {**CONFIG, "tie_word_embeddings": tied, "text_config": text})
     write_tokenizer(folder, QWEN35_SPLIT)
-    write_json(folder / "config.json", _config(tied=tied, mtp=mtp))
-    write_surroundings(folder)
+    write_readme(folder, "apache-2.0")
     draw = Draw(torch.Generator().manual_seed(seed))
     weights = dict(_weights(draw, layout, tied=tied))
     if mtp:
         weights |= _mtp_weights(draw, layout)
     write_weights(folder, in_bfloat16(weights))
     return folder
-
-
-def _config(*, tied: bool, mtp: bool) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-        "model_type": "qwen3_5_moe",
-        "transformers_version": "5.2.0",
-        "tie_word_embeddings": tied,
-        "image_token_id": token_id("<|image_pad|>"),
-        "video_token_id": token_id("<|video_pad|>"),
-        "vision_start_token_id": token_id("<|vision_start|>"),
-        "vision_end_token_id": token_id("<|vision_end|>"),
-        "text_config": {
-            "model_type": "qwen3_5_moe_text",
-            "dtype": "bfloat16",
-            "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_DIM,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attn_output_gate": True,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
-            "full_attention_interval": 4,
-            "layer_types": ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(LAYERS)],
-            "linear_conv_kernel_dim": KERNEL,
-            "linear_key_head_dim": LINEAR_DIM,
-            "linear_value_head_dim": LINEAR_DIM,
-            "linear_num_key_heads": KEY_HEADS,
-            "linear_num_value_heads": VALUE_HEADS,
-            "mamba_ssm_dtype": "float32",
-            "moe_intermediate_size": WIDTH,
-            "shared_expert_intermediate_size": SHARED_WIDTH,
-            "num_experts": EXPERTS,
-            "num_experts_per_tok": TOP_K,
-            "mtp_num_hidden_layers": int(mtp),
-            "bos_token_id": None,
-            "eos_token_id": token_id("<|im_end|>"),
-            "tie_word_embeddings": tied,
-            "rope_parameters": {
-                "mrope_interleaved": True,
-                "mrope_section": [6, 5, 5],
-                "partial_rotary_factor": 0.5,
-                "rope_theta": 10_000_000,
-                "rope_type": "default",
-            },
-        },
-        "vision_config": vision_config("qwen3_5_moe", deepstack_visual_indexes=[]),
-    }
 
 
 def _weights(draw: Draw, layout: Layout, *, tied: bool) -> Named:

@@ -9,20 +9,18 @@ from typing import Any, Literal
 
 import torch
 
-from tests.families.pico.files import EVEN_NORMALISATION, write_json, write_readme, write_weights
-from tests.families.pico.tokenizer import VOCAB, token_id, write_tokenizer
+from tests.families.pico.files import begin_folder, published_config, write_readme, write_weights
+from tests.families.pico.tokenizer import VOCAB, write_tokenizer
 from tests.families.pico.weights import Draw, Named
 
-HIDDEN = 256
-VISION_HIDDEN = 64
-VISION_WIDTH = 128
-VISION_BLOCKS = 3
-DEEPSTACK_LAYERS = (0, 2)
-PATCH = 16
-MERGE = 2
-POSITIONS = 64
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
-LAYERS, EXPERTS, TOP_K, WIDTH = 3, 4, 2, 512
+CONFIG = published_config("qwen3_vl_moe")
+TEXT, VISION = CONFIG["text_config"], CONFIG["vision_config"]
+LAYERS, HIDDEN = TEXT["num_hidden_layers"], TEXT["hidden_size"]
+HEADS, KV_HEADS, HEAD_DIM = TEXT["num_attention_heads"], TEXT["num_key_value_heads"], TEXT["head_dim"]
+EXPERTS, TOP_K, WIDTH = TEXT["num_experts"], TEXT["num_experts_per_tok"], TEXT["moe_intermediate_size"]
+VISION_HIDDEN, VISION_WIDTH, VISION_BLOCKS = VISION["hidden_size"], VISION["intermediate_size"], VISION["depth"]
+PATCH, MERGE, POSITIONS = VISION["patch_size"], VISION["spatial_merge_size"], VISION["num_position_embeddings"]
+DEEPSTACK_LAYERS = VISION["deepstack_visual_indexes"]
 
 Layout = Literal["public", "module"]
 
@@ -52,10 +50,18 @@ def write_pico_qwen3vlmoe(
         shards: safetensors files; 1 writes a single `model.safetensors` without an index.
         tied: the output head is the token embedding, and is not stored.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {
+        "dtype": dtype,
+        "num_hidden_layers": layers,
+        "num_experts": experts,
+        "num_experts_per_tok": experts_used,
+        "moe_intermediate_size": expert_width,
+        "tie_word_embeddings": tied,
+    }
+    config = {**CONFIG, "tie_word_embeddings": tied, "text_config": {**TEXT, **sizes}}
+    begin_folder(folder, "qwen3_vl_moe", config if layout == "public" else _as_saved_again(config))
     write_tokenizer(folder)
-    write_json(folder / "config.json", _config(layout, dtype, layers, experts, experts_used, expert_width, tied))
-    write_surroundings(folder)
+    write_readme(folder, "apache-2.0")
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: tensor.to(getattr(torch, dtype)).contiguous()
@@ -65,94 +71,11 @@ def write_pico_qwen3vlmoe(
     return folder
 
 
-def write_surroundings(folder: Path) -> None:
-    """Generation settings, image preprocessor, and a README with front matter."""
-    write_json(
-        folder / "generation_config.json",
-        {"eos_token_id": [token_id("<|im_end|>"), token_id("<|endoftext|>")]},
-    )
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-            "processor_class": "Qwen3VLProcessor",
-            "size": {"shortest_edge": 8 * 32 * 32, "longest_edge": 256 * 32 * 32},
-            "patch_size": PATCH,
-            "temporal_patch_size": 2,
-            "merge_size": MERGE,
-            **EVEN_NORMALISATION,
-        },
-    )
-    write_readme(folder, "apache-2.0")
-
-
-def vision_config(model_type: str, **settings: Any) -> dict[str, Any]:
-    """Of Qwen's vision tower."""
-    return {
-        "model_type": model_type,
-        "depth": VISION_BLOCKS,
-        "hidden_size": VISION_HIDDEN,
-        "intermediate_size": VISION_WIDTH,
-        "num_heads": 2,
-        "hidden_act": "gelu_pytorch_tanh",
-        "in_channels": 3,
-        "patch_size": PATCH,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": MERGE,
-        "num_position_embeddings": POSITIONS,
-        "out_hidden_size": HIDDEN,
-        **settings,
-    }
-
-
-def _config(
-    layout: Layout, dtype: str, layers: int, experts: int, experts_used: int, expert_width: int, tied: bool
-) -> dict[str, Any]:
-    sections = {"mrope_interleaved": True, "mrope_section": [12, 10, 10], "rope_type": "default"}
-    theta = 5_000_000.0
-    old_style = layout == "public"
-    rope: dict[str, Any] = (
-        {"rope_scaling": sections, "rope_theta": theta}
-        if old_style
-        else {"rope_parameters": {**sections, "rope_theta": theta}}
-    )
-    return {
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "model_type": "qwen3_vl_moe",
-        "transformers_version": "4.57.0" if old_style else "5.23.0",
-        "tie_word_embeddings": tied,
-        "image_token_id": token_id("<|image_pad|>"),
-        "video_token_id": token_id("<|video_pad|>"),
-        "vision_start_token_id": token_id("<|vision_start|>"),
-        "vision_end_token_id": token_id("<|vision_end|>"),
-        "text_config": {
-            "model_type": "qwen3_vl_moe_text",
-            "dtype": dtype,
-            "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "intermediate_size": 512,
-            "moe_intermediate_size": expert_width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_DIM,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
-            "num_experts" if old_style else "num_local_experts": experts,
-            "num_experts_per_tok": experts_used,
-            "bos_token_id": token_id("<|endoftext|>"),
-            "eos_token_id": token_id("<|im_end|>"),
-            "tie_word_embeddings": tied,
-            **rope,
-        },
-        "vision_config": vision_config("qwen3_vl_moe", deepstack_visual_indexes=list(DEEPSTACK_LAYERS)),
-    }
+def _as_saved_again(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings and the number of experts as transformers 5 spells them."""
+    text = {"num_local_experts" if key == "num_experts" else key: value for key, value in config["text_config"].items()}
+    text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta")}
+    return {**config, "transformers_version": "5.23.0", "text_config": text}
 
 
 def _weights(

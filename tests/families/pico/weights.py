@@ -1,9 +1,9 @@
 """Random weights of the modules that several families have, in a fixed order of draws."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -75,6 +75,18 @@ class LatentAttention:
     value: int
     query_rank: int
     latent: int
+
+    @classmethod
+    def of(cls, text: Mapping[str, Any]) -> "LatentAttention":
+        """Those of a `text_config`."""
+        return cls(
+            heads=text["num_attention_heads"],
+            nope=text["qk_nope_head_dim"],
+            rotated=text["qk_rope_head_dim"],
+            value=text["v_head_dim"],
+            query_rank=text["q_lora_rank"],
+            latent=text["kv_lora_rank"],
+        )
 
 
 def one_by_one(prefix: str, projection: str, experts: torch.Tensor) -> Named:
