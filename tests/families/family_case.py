@@ -14,9 +14,13 @@ from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint import Checkpoint
+from tests.families.refusal import Refusal
 
 GgufTensors: TypeAlias = Mapping[str, Role]
 """Names of a block's tensors, less `blk.N.`, and what may happen to them."""
+
+Converted: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""From a checkpoint's tensor to what llama.cpp has of it: written down a second time, for the tests."""
 
 Asked: TypeAlias = tuple[list[int], dict[str, Tensor]]
 """Tokens of a prompt with a picture, and what transformers' forward takes of the picture."""
@@ -74,7 +78,7 @@ class StockDifference:
     file: str
     kl: float
     left_out: tuple[str, ...] = ()
-    rewritten: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+    rewritten: Mapping[str, Converted] = field(default_factory=dict)
     unharmed: int = 0
 
 
@@ -172,6 +176,7 @@ class FamilyCase:
         stock: what llama.cpp's converter writes otherwise.
         measured: see `MeasuredChange`.
         conversion: see `Conversion`.
+        refusals: see `Refusal`.
     """
 
     name: str
@@ -193,7 +198,7 @@ class FamilyCase:
     vision_block: tuple[str, ...]
     vision_blocks: int = 3
     parameters: Mapping[str, str] = field(default_factory=dict)
-    converted: Mapping[str, Callable[[np.ndarray], np.ndarray] | None] = field(default_factory=dict)
+    converted: Mapping[str, Converted | None] = field(default_factory=dict)
     text_keys: Mapping[str, Any]
     projector_keys: Mapping[str, Any]
     changes: tuple[Change, ...] = ()
@@ -221,6 +226,7 @@ class FamilyCase:
 
     measured: MeasuredChange | None = None
     conversion: Conversion | None = None
+    refusals: tuple[Refusal, ...]
 
     @property
     def moe_layers(self) -> list[int]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from gguf import GGUFReader, GGUFWriter
 
-from tests.families.converted import Conversion
+from tests.families.family_case import Converted
 
 
 def gguf_copy(
-    source: Path, target: Path, *, left_out: Collection[str] = (), rewritten: Mapping[str, Conversion] | None = None
+    source: Path, target: Path, *, left_out: Collection[str] = (), rewritten: Mapping[str, Converted] | None = None
 ) -> Path:
     """Copies `source` to `target` without some keys and tensors.
 

@@ -12,7 +12,8 @@ from torch.nn.functional import linear
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.calibration.calibrate import calibrate
-from tests.families.cases import KIMI_K25, every_case
+from tests.families.case.kimi import KIMI_K25
+from tests.families.cases import every_case
 from tests.families.conftest import Families
 from tests.families.family_case import FamilyCase
 from tests.families.parameters import parameters_by_source

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.families.cases import GEMMA4
+from tests.families.case.gemma4 import GEMMA4
 from tests.families.whole_way import convert_and_answer
 
 

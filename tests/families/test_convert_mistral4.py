@@ -11,7 +11,7 @@ from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.export.imatrix import read_imatrix
 from mode_gguf.importance.table import SensitivityTable
 from mode_gguf.pipeline.facts import planned_tensors
-from tests.families.cases import MISTRAL4
+from tests.families.case.mistral4 import MISTRAL4
 from tests.families.whole_way import convert_and_answer
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.families.cases import QWEN3_5
+from tests.families.case.qwen3_5 import QWEN3_5
 from tests.families.whole_way import convert_and_answer
 
 

@@ -20,7 +20,7 @@ from mode_gguf.export.tokenizer import read_vocabulary
 from mode_gguf.importance.measurement import MeasurementSettings
 from mode_gguf.importance.output_error import block_mse
 from mode_gguf.quantization.types import QUANT_TYPES
-from tests.families.cases import GEMMA4
+from tests.families.case.gemma4 import GEMMA4
 from tests.families.changed import changed
 from tests.families.conftest import Families, exact, exported
 from tests.families.pico.files import write_json

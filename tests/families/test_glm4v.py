@@ -17,7 +17,7 @@ from mode_gguf.errors import InputError
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.export.tokenizer import read_vocabulary
 from mode_gguf.quantization.types import QUANT_TYPES
-from tests.families.cases import GLM4V
+from tests.families.case.glm4v import GLM4V
 from tests.families.changed import changed
 from tests.families.conftest import Families, exact, exported
 from tests.families.pico.glm4v_moe import LAYERS, PATCH, token_id, write_pico_glm4v_moe

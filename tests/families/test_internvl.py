@@ -17,7 +17,7 @@ from mode_gguf.calibration.streaming import open_streamed
 from mode_gguf.checkpoint import Checkpoint
 from mode_gguf.errors import InputError
 from tests.calibration.test_streaming import assert_streamed_is_plain
-from tests.families.cases import INTERNVL
+from tests.families.case.internvl import INTERNVL
 from tests.families.changed import changed
 from tests.families.conftest import Families
 from tests.families.pico.internvl import BLOCKS, MAX_TILES, SIDE, VISION_HIDDEN, Layout, mark_id, write_pico_internvl

@@ -7,7 +7,7 @@ from mode_gguf.architectures import find_family
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.checkpoint import Checkpoint
 from tests.calibration.conftest import picture
-from tests.families.cases import KIMI_K25, KIMI_VL
+from tests.families.case.kimi import KIMI_K25, KIMI_VL
 from tests.families.conftest import Families
 from tests.families.family_case import FamilyCase
 from tests.families.test_logits import image_scores

@@ -25,7 +25,7 @@ from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.calibration.conftest import picture
 from tests.calibration.test_streaming import assert_streamed_is_plain
-from tests.families.cases import MISTRAL4
+from tests.families.case.mistral4 import MISTRAL4
 from tests.families.changed import changed
 from tests.families.conftest import Families, exact
 from tests.families.gguf_copy import gguf_copy

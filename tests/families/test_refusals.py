@@ -10,22 +10,14 @@ from tests.families.cases import CASES, every_layout
 from tests.families.changed import changed
 from tests.families.conftest import Families
 from tests.families.family_case import FamilyCase
-from tests.families.refusals import REFUSALS, Refusal
+from tests.families.refusal import Refusal
 
 N_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def test_every_family_has_refusals() -> None:
-    assert REFUSALS.keys() == {case.name for case in CASES}
-
-
 @pytest.mark.parametrize(
     ("case", "refusal"),
-    [
-        pytest.param(case, refusal, id=f"{case.name}-{refusal.name}")
-        for case in CASES
-        for refusal in REFUSALS[case.name]
-    ],
+    [pytest.param(case, refusal, id=f"{case.name}-{refusal.name}") for case in CASES for refusal in case.refusals],
 )
 def test_refused(case: FamilyCase, refusal: Refusal, families: Families, tmp_path: Path) -> None:
     folder = families.checkpoint(refusal.layout or case.layouts[0]).path

@@ -12,8 +12,7 @@ from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint import Checkpoint
 from tests.families.cases import every_case, every_layout
 from tests.families.conftest import Families
-from tests.families.converted import Conversion
-from tests.families.family_case import FamilyCase
+from tests.families.family_case import Converted, FamilyCase
 from tests.families.parameters import parameters_by_source
 
 EXPERT_SOURCES = {"gate": "gate_up_proj", "up": "gate_up_proj", "gate_up": "gate_up_proj", "down": "down_proj"}
@@ -183,7 +182,7 @@ def expert_parameter(state: dict[str, np.ndarray], tensor: SourceTensor) -> str:
     return name
 
 
-def conversion_of(case: FamilyCase, name: str) -> Conversion | None:
+def conversion_of(case: FamilyCase, name: str) -> Converted | None:
     """What the case does to the checkpoint's tensor; nothing by default."""
     found = [convert for pattern, convert in case.converted.items() if re.fullmatch(pattern, name)]
     return found[0] if found else lambda array: array
