@@ -173,6 +173,7 @@ class FamilyCase:
         image_kl: KL of an answer about a picture, on average.
         image_average: a median where a router's choice hangs on rounding.
         rounded: makes transformers round as llama.cpp's vision tower does; None where that was not taken apart.
+        rounded_kl: largest KL that is left then.
         stock: what llama.cpp's converter writes otherwise.
         measured: see `MeasuredChange`.
         conversion: see `Conversion`.
@@ -222,6 +223,7 @@ class FamilyCase:
     image_kl: float = 1e-6
     image_average: Callable[[np.ndarray], Any] = np.mean
     rounded: Callable[[nn.Module], None] | None = None
+    rounded_kl: float = 1e-7
     stock: tuple[StockDifference, ...] = ()
 
     measured: MeasuredChange | None = None

@@ -61,8 +61,8 @@ def test_sums_are_those_of_the_whole_model(case: FamilyCase, families: Families)
     """Of every matrix, from plain module hooks; columns in the order of the GGUF tensor."""
     statistics, seen = families.statistics(case), WholeModel(case, families)
     arrays, is_text = statistics.arrays, seen.is_text
-    read = {tensor.activation for tensor in seen.dense}
-    assert {name.removesuffix(".sum2") for name in arrays if name.endswith(".sum2") and "exps" not in name} == read
+    kept = {name.rpartition(".")[0] for name in arrays if "ffn_exps" not in name}
+    assert kept == {tensor.activation for tensor in seen.dense}, "not of what is stored otherwise than it is applied"
     for tensor in seen.dense:
         expected = seen.read[tensor.name].double().square().numpy()
         if tensor.order is not None and tensor.order.columns is not None:

@@ -18,6 +18,11 @@ def placed(checkpoint: Checkpoint, size: tuple[int, int], max_pixels: int = 10**
     return find_family(checkpoint).place_image(ImagePlace(checkpoint, image, None, None, 7, max_pixels))
 
 
+def test_positions_of_kimi_vl_are_not_scaled(families: Families) -> None:
+    checkpoint = families.checkpoint("pico_kimi_vl")
+    assert not [key for key in find_family(checkpoint).text_metadata(checkpoint) if "scaling" in key]
+
+
 def test_pictures_are_padded_to_whole_tokens_and_scaled_down(families: Families) -> None:
     checkpoint = families.checkpoint("pico_kimi_vl")
     found = placed(checkpoint, (60, 28))

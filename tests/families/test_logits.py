@@ -64,14 +64,19 @@ def test_tokens(case: FamilyCase, text: str, families: Families) -> None:
 
 @every_case
 def test_special_tokens(case: FamilyCase, families: Families) -> None:
-    text = "{}user\n{}Hi".format(*case.marks)
-    assert families.llama(case).tokenize(text) == families.reference(case).tokens(text)
+    """Of the chat template, and around a picture."""
+    reference = families.reference(case)
+    chat = [{"role": "user", "content": "Hi"}]
+    text = reference.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    text += "{}user\n{}Hi".format(*case.marks)
+    assert families.llama(case).tokenize(text) == reference.tokens(text)
 
 
 @every_case
 def test_image_logits(case: FamilyCase, families: Families) -> None:
     for size in case.pictures:
         scores = image_scores(case, families.reference(case), families.llama(case), waves(size))
+        print(f"KL of a picture of {size}: {scores.kl.mean():.3g} nats")
         assert case.image_average(scores.kl) < case.image_kl, size
         assert scores.same_top1.all(), size
 
@@ -86,6 +91,7 @@ def test_image_difference_is_rounding_inside_llama_cpp(case: FamilyCase, familie
     for size in case.pictures:
         near = image_scores(case, families.reference(case, rounded), model, waves(size), half_pixels=True)
         assert near.kl.mean() < 1e-7, size
+        assert near.kl.max() < case.rounded_kl, size
         assert near.kl.mean() < 0.5 * image_scores(case, families.reference(case), model, waves(size)).kl.mean(), size
 
 
@@ -122,5 +128,6 @@ def test_stock_conversion_is_further_away(
             kl = text_scores(reference, model, [*model.beginning, *reference.tokens(TEXT * case.text_repeats)]).kl
         else:
             kl = image_scores(case, reference, model, waves(case.pictures[0])).kl
+    print(f"KL of stock conversion: {kl[difference.unharmed :].mean():.3g} nats")
     assert kl[: difference.unharmed].max(initial=0) < case.text_kl
     assert kl[difference.unharmed :].mean() > difference.kl

@@ -134,6 +134,7 @@ INTERNVL = FamilyCase(
     before_question="\n",
     pictures=((128, 96), (56, 56), (30, 40), (96, 160), (61, 200)),
     rounded=table_gelu("activation_fn", "act"),
+    rounded_kl=2e-7,
     stock=(
         StockDifference(
             "class token first", "mmproj", 0.05, rewritten={r"v\.position_embd\.weight": class_token_first}

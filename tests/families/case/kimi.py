@@ -126,7 +126,7 @@ KIMI_VL = FamilyCase(
     vision_block=weights(f"attn_q.* attn_k.* attn_v.* {KIMI_VISION_BLOCK}"),
     converted={**absorbed(pico.ATTENTION), **moon_vit(apart=True)},
     # Only models of 26 or 27 layers may leave the rank out.
-    text_keys={**KIMI_TEXT_KEYS, "attention.q_lora_rank": 0, "rope.scaling.type": None, "rope.scaling.factor": None},
+    text_keys={**KIMI_TEXT_KEYS, "attention.q_lora_rank": 0},
     projector_keys={"vision.image_max_pixels": None},
     stock=(
         StockDifference(
