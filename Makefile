@@ -19,7 +19,7 @@ test-runtime: $(VENV)/.installed
 	MODE_GGUF_STOCK_BUILD="$$($(BIN)/mode-gguf runtime path --stock)" \
 	MODE_GGUF_PATCHED_BUILD="$$($(BIN)/mode-gguf runtime path)" \
 	$(BIN)/python -m pytest -m runtime
-	$(BIN)/python -m pytest tests/validation/test_compare_with_perplexity.py
+	$(BIN)/python -m pytest tests/experiments/test_compare_with_perplexity.py
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out demo-output

@@ -1,7 +1,7 @@
 """What lies between the stages: files that appear whole or not at all, and say what they were made from.
 
-Every artefact carries `SCHEMA_VERSION` and the fingerprints of its inputs, so that a later stage can refuse a file
-that belongs to another model, and `convert` can skip a stage whose inputs have not changed.
+Every artefact carries a schema number of its own and the fingerprints of its inputs, so that a later stage can refuse a
+file that belongs to another model, and `convert` can skip a stage whose inputs have not changed.
 """
 
 import errno
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -24,7 +24,21 @@ from safetensors.numpy import save_file
 
 from mode_gguf.errors import InputError, MissingResourceError
 
-SCHEMA_VERSION = 1
+SCHEMAS: Final[Mapping[str, int]] = {
+    "calibration": 2,
+    "sensitivity": 2,
+    "token-weights": 2,
+    "unit-kl": 2,
+    "plan": 1,
+    "rounded": 2,
+    "text model": 1,
+    "projector": 1,
+    "mtp": 1,
+    "reference": 1,
+    "report": 1,
+}
+"""The schema number of every artefact: raised with its form, and with the method that makes it. A higher number of one
+artefact has its stage run again, and those that build on it; nothing else does, the tool's version included."""
 MAX_SAMPLE_BYTES = 2**30
 """Of a file of samples, of which a few hundred are used."""
 _METADATA_KEY = "mode_gguf"
@@ -105,7 +119,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Write arrays and JSON metadata to a safetensors file, atomically."""
-    header = {_METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION, **metadata})}
+    header = {_METADATA_KEY: json.dumps({"schema_version": schema_of(metadata), **metadata})}
     with replaced_atomically(path) as temporary:
         try:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, header)
@@ -131,12 +145,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
             raise ValueError(f"an object was expected, {type(metadata).__name__} found")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: its metadata {_METADATA_KEY} is not valid JSON ({error})") from error
-    if metadata.get("schema_version") != SCHEMA_VERSION:
+    if metadata.get("schema_version") != schema_of(metadata):
         raise InputError(
-            f"{path}: schema version {metadata.get('schema_version')} found, {SCHEMA_VERSION} expected; "
+            f"{path}: schema version {metadata.get('schema_version')} found, {schema_of(metadata)} expected; "
             "run the stage that writes it again"
         )
     return metadata
+
+
+def schema_of(metadata: Mapping[str, Any]) -> int:
+    """The schema number of an artefact of this kind, finished or not."""
+    return SCHEMAS.get(str(metadata.get("kind", "")).removesuffix("-partial"), 1)
 
 
 def read_arrays(

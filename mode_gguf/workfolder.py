@@ -83,8 +83,8 @@ class WorkFolder:
         return self.path / "plan.json"
 
     @property
-    def granularity(self) -> Path:
-        return self.path / "granularity.json"
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
 
     @property
     def frontier(self) -> Path:
@@ -92,7 +92,7 @@ class WorkFolder:
 
     @property
     def frontier_plot(self) -> Path:
-        return self.path / "frontier.png"
+        return self.path / "frontier.svg"
 
     @property
     def tensor_types(self) -> Path:

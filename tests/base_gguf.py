@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.base_gguf import open_base
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.export.tokenizer import add_tokenizer_keys

@@ -1,6 +1,5 @@
 """Fixtures every test folder shares."""
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from mode_gguf_cli.main import main
 from tests.families.pico.gemma4_moe import write_pico_gemma4_moe
 from tests.families.pico.glm4v_moe import write_pico_glm4v_moe
 from tests.families.pico.internvl import write_pico_internvl
@@ -72,28 +70,3 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
         yield hub
         _http.close_session()
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """run(*arguments, code=0): a command that must end with `code`; returns its stdout, or its one error line.
-
-    It validates in the embedded llama.cpp: what else a machine has is not what is tested.
-    """
-    monkeypatch.delenv("MODE_GGUF_LLAMA_CPP", raising=False)
-
-    def run(*arguments: str | Path, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["mode-gguf", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert ended.value.code == code, captured.err
-        if code == 0:
-            return captured.out
-        errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
-        assert captured.out == ""
-        assert len(errors) == 1, captured.err
-        assert "Traceback" not in captured.err
-        return errors[0]
-
-    return run

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mode_gguf.calibration.distributed import end_process, everywhere, follow, is_follower, leading
+from mode_gguf.forward.distributed import end_process, follow, is_follower, leading, on_all_ranks
 
 SECONDS = 300
 """Nothing here takes as long; whoever does has hung."""
@@ -62,7 +62,7 @@ def called_together(calls: Sequence[Callable[[], Any]], n: int, folder: Path) ->
 
 def _result_of(call: Callable[[], Any]) -> Any:
     try:
-        return everywhere(call)
+        return on_all_ranks(call)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

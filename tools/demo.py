@@ -21,7 +21,7 @@ from rich.table import Table
 
 from mode_gguf import pipeline
 from mode_gguf.allocation.budget import Budget
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.progress import Progress
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES

@@ -27,7 +27,7 @@ def log_to_stderr() -> None:
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
     logging.getLogger("mode_gguf").setLevel(logging.INFO)
-    logging.getLogger("mode_gguf.llama_cpp").setLevel(logging.WARNING)  # it remarks on every model it loads
+    logging.getLogger("mode_gguf.libllama").setLevel(logging.WARNING)  # it remarks on every model it loads
 
 
 def be_quiet() -> None:

@@ -5,23 +5,19 @@ import sys
 
 import typer
 
-from mode_gguf.calibration import distributed
 from mode_gguf.errors import ModeGgufError
+from mode_gguf.forward import distributed
 from mode_gguf_cli.commands import (
     calibrate,
-    card,
-    compare,
     convert,
     doctor,
     export,
     frontier,
     inspect,
-    merge,
-    mtp,
     plan,
     publish,
+    recipe,
     report,
-    round,
     run,
     runtime,
     sensitivity,
@@ -29,7 +25,7 @@ from mode_gguf_cli.commands import (
     validate,
 )
 from mode_gguf_cli.console import fail, log_to_stderr, say
-from mode_gguf_cli.quiet import with_quiet
+from mode_gguf_cli.generated import with_quiet
 
 app = typer.Typer(
     help="Turn a Mixture-of-Experts vision-language checkpoint into a mixed-precision GGUF and its projector, "
@@ -44,22 +40,18 @@ INTERRUPTED = 130
 
 for module in (
     convert,
+    recipe,
     calibrate,
     sensitivity,
     unit_kl,
     frontier,
     plan,
-    round,
     export,
-    merge,
-    mtp,
     validate,
     report,
-    card,
-    publish,
     inspect,
-    compare,
     run,
+    publish,
     doctor,
 ):
     app.command(module.__name__.rpartition(".")[2].replace("_", "-"))(with_quiet(module.command))

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 from mode_gguf_cli.console import show
 
 if TYPE_CHECKING:
-    from mode_gguf.memory.ledger import MemoryLedger
+    from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
 
 
-def show_memory(ledger: "MemoryLedger | None") -> None:
+def show_memory(ledger: "MemoryBreakdown | None") -> None:
     """A line each for what takes the memory, and what is left free; nothing where memory is not the budget."""
     if ledger is None:
         return
@@ -22,7 +22,7 @@ def show_memory(ledger: "MemoryLedger | None") -> None:
             show(f"           ({_mib(line.bytes).strip()} MiB  {line.name}: {line.what})")
 
 
-def memory_json(ledger: "MemoryLedger | None") -> dict[str, Any] | None:
+def memory_json(ledger: "MemoryBreakdown | None") -> dict[str, Any] | None:
     """As plan.json has it, with the sums."""
     if ledger is None:
         return None

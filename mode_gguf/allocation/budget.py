@@ -9,15 +9,9 @@ from pydantic import Field
 from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import Record
-from mode_gguf.errors import InfeasibleBudgetError, UsageError
-from mode_gguf.memory.settings import FitSettings
+from mode_gguf.errors import InfeasibleBudgetError
+from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.quantization.types import QuantType
-
-_SIZE_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMG", start=1)
-    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
-}
 
 
 class Budget(Record):
@@ -59,23 +53,6 @@ class Reach:
     @property
     def highest_bpw(self) -> float:
         return 8 * self.highest / self.n_weights
-
-
-def parse_size(text: str, option: str = "--size") -> int:
-    """Bytes of `12GiB`, `800MB`, `6G` (binary, as `ls -h` writes it) or a plain number of bytes.
-
-    Raises:
-        UsageError: not a size.
-    """
-    number = text.strip().rstrip("KMGiB")
-    unit = text.strip()[len(number) :]
-    try:
-        value = float(number) * _SIZE_UNITS[unit]
-    except (ValueError, KeyError):
-        value = 0
-    if not 1 <= value < 2**63:
-        raise UsageError(f"{option} {text} is not a size: write a number with MiB, GiB, MB or GB, such as 12GiB")
-    return int(value)
 
 
 def effective_types(types: CandidateTypes, budget: Budget) -> CandidateTypes:

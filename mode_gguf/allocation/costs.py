@@ -8,22 +8,16 @@ equation 4), both per modality. The other combinations are what both are compare
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.quantization.stand_ins import stored_as
+from mode_gguf.options import CostOptions
+from mode_gguf.quantization.fallback_types import stored_as
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-
-Combination: TypeAlias = Literal["sensitivity", "product", "frequency", "pmq", "random"]
-"""How an expert's cost is made of sensitivity d, frequency f and weight error (relative, squared) e, per modality:
-
-`sensitivity`: d; `product`: f d, the paper's; `frequency`: f e; `pmq`: f w^1.5 d with w the share of routing weight,
-both over all tokens alike (MC-MoE's PMQ, whose squared error is d of expert-mse); `random`: a random number times e.
-"""
+from mode_gguf.vocabulary import Combination
 
 PMQ_WEIGHT_POWER = 1.5
 """MC-MoE's beta; its alpha is 1 and its gamma 2, the latter in the squared error."""
@@ -42,11 +36,11 @@ class CostModel:
         seed: of `random`.
     """
 
-    combination: Combination = "sensitivity"
-    answer_weights: tuple[float, float] = (1.0, 1.0)
-    modality_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    pooled: bool = False
-    frequency_floor: float = 0.0
+    combination: Combination = CostOptions.combination
+    answer_weights: tuple[float, float] = CostOptions.answer_weights
+    modality_weights: tuple[float, float, float] = CostOptions.modality_weights
+    pooled: bool = CostOptions.pooled
+    frequency_floor: float = CostOptions.frequency_floor
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,8 +64,8 @@ class ExpertUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Measurements:
-    """The sensitivity arrays (docs/DESIGN.md), the types their last axis stands for, and expert use by layer."""
+class MeasuredCosts:
+    """Sensitivity arrays (docs/design/artefacts.md), the types their last axis stands for, and expert use by layer."""
 
     arrays: Mapping[str, np.ndarray]
     expert_types: tuple[str, ...]
@@ -80,7 +74,7 @@ class Measurements:
 
 
 def tensor_units(
-    tensors: Sequence[SourceTensor], types: CandidateTypes, measured: Measurements, model: CostModel
+    tensors: Sequence[SourceTensor], types: CandidateTypes, measured: MeasuredCosts, model: CostModel
 ) -> list[AllocationUnit]:
     """One unit per tensor of the text model but those that always stay F32."""
     units = []
@@ -104,7 +98,7 @@ def tensor_units(
 
 
 def expert_units(
-    tensors: Sequence[SourceTensor], types: CandidateTypes, measured: Measurements, model: CostModel
+    tensors: Sequence[SourceTensor], types: CandidateTypes, measured: MeasuredCosts, model: CostModel
 ) -> list[AllocationUnit]:
     """One unit per (layer, expert), its projections tied; other tensors as in `tensor_units`.
 
@@ -137,7 +131,7 @@ def expert_units(
 def cost_of_types(
     tensors: Sequence[SourceTensor],
     chosen: Mapping[str, Sequence[QuantType]],
-    measured: Measurements,
+    measured: MeasuredCosts,
     model: CostModel,
 ) -> float:
     """The cost of storing tensors in these types: one per tensor, or one for each of its experts in order.
@@ -171,7 +165,7 @@ def cost_of_types(
     return total
 
 
-def _cost_at(costs: np.ndarray, types: Sequence[QuantType], tensor: SourceTensor, measured: Measurements) -> float:
+def _cost_at(costs: np.ndarray, types: Sequence[QuantType], tensor: SourceTensor, measured: MeasuredCosts) -> float:
     """Sum of costs (E, T) or (T,) at the types of the experts, or at that of the tensor."""
     if not np.isfinite(costs).any():
         return 0.0
@@ -206,7 +200,7 @@ def _together(projections: Sequence[SourceTensor], types: CandidateTypes) -> dic
     return {stored[0] if len(set(stored)) == 1 else asked: asked for stored, asked in shared.items()}
 
 
-def _tensor_costs(tensor: SourceTensor, measured: Measurements, model: CostModel) -> np.ndarray:
+def _tensor_costs(tensor: SourceTensor, measured: MeasuredCosts, model: CostModel) -> np.ndarray:
     """Cost of the whole tensor per type, (T,)."""
     if tensor.role is Role.EXPERT and tensor.layer is not None and model.combination != "sensitivity":
         return np.asarray(_combined(tensor.name, tensor.layer, measured, model).sum(axis=0))
@@ -216,7 +210,7 @@ def _tensor_costs(tensor: SourceTensor, measured: Measurements, model: CostModel
     return _answers_and_modalities(_array(measured, f"{tensor.name}.unit"), model)
 
 
-def _combined(name: str, layer: int, measured: Measurements, model: CostModel) -> np.ndarray:
+def _combined(name: str, layer: int, measured: MeasuredCosts, model: CostModel) -> np.ndarray:
     """Costs of the experts of `name`, a tensor or a layer's projections together, (E, T)."""
     match model.combination:
         case "sensitivity":
@@ -271,7 +265,7 @@ def _answers_and_modalities(sensitivity: np.ndarray, model: CostModel) -> np.nda
     return np.asarray(np.einsum("a,m,am...->...", answers, modalities, sensitivity))
 
 
-def _array(measured: Measurements, name: str) -> np.ndarray:
+def _array(measured: MeasuredCosts, name: str) -> np.ndarray:
     if name not in measured.arrays:
         raise InputError(f"sensitivity: {name} is missing; measure it again with the model and types of this plan")
     return measured.arrays[name]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mode_gguf.allocation.budget import Budget
-from mode_gguf.allocation.costs import CostModel, Measurements, tensor_units
-from mode_gguf.allocation.planner import FIXED_DENSE, Problem, settled_types, uniform_dense, uniform_type
+from mode_gguf.allocation.costs import CostModel, MeasuredCosts, tensor_units
+from mode_gguf.allocation.planner import FIXED_DENSE, Problem, reachable_candidates, uniform_dense, uniform_type
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
@@ -63,7 +63,7 @@ class Frontier(Record):
 def frontier(
     model: str,
     tensors: Sequence[SourceTensor],
-    measured: Measurements,
+    measured: MeasuredCosts,
     *,
     preset: Preset,
     types: CandidateTypes,
@@ -81,7 +81,7 @@ def frontier(
     solved = []
     for budget in np.linspace(lowest, highest, points).astype(np.int64).tolist():
         problem = Problem(
-            tensors, measured, preset, *settled_types(tensors, types, Budget(kind="size", value=budget), preset)
+            tensors, measured, preset, *reachable_candidates(tensors, types, Budget(kind="size", value=budget), preset)
         )
         units = problem.tensor_units()
         try:
@@ -115,7 +115,7 @@ def predicted_answers(preset: Preset) -> Mapping[str, CostModel]:
     return {name: replace(preset.costs, answer_weights=own) for name, own in zip(KL_ANSWERS, weights, strict=True)}
 
 
-def _uniform_types(types: CandidateTypes, measured: Measurements, preset: Preset) -> Iterator[QuantType]:
+def _uniform_types(types: CandidateTypes, measured: MeasuredCosts, preset: Preset) -> Iterator[QuantType]:
     """Candidates of experts for which everything else was measured, too, if it is at all."""
     for quant_type in sorted(types.expert, key=lambda candidate: candidate.bits_per_weight):
         if preset.dense == "fixed" or uniform_dense(quant_type).name in measured.dense_types:
@@ -142,7 +142,7 @@ class _Predictor:
     def of(
         cls,
         tensors: Sequence[SourceTensor],
-        measured: Measurements,
+        measured: MeasuredCosts,
         preset: Preset,
         types: CandidateTypes,
         answers: Mapping[str, CostModel],

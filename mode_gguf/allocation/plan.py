@@ -9,10 +9,12 @@ from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.artifacts import Record, read_record, write_text
 from mode_gguf.errors import InputError
-from mode_gguf.memory.ledger import MemoryLedger
+from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
+from mode_gguf.options import Packing
 from mode_gguf.quantization.expert_groups import layer_groups, stored_types
-from mode_gguf.quantization.packing import EXACT, Packing, Rounding
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.vocabulary import Rounding
 
 
 class PlannedTensor(Record):
@@ -36,17 +38,6 @@ class SolverRecord(Record):
     objective: float
     bound: float
     gap: float
-
-
-class ExpertGranularity(Record):
-    """The same budget with one type per expert, which stock llama.cpp cannot load: predicted, for comparison."""
-
-    record: SolverRecord
-    experts_bpw: float
-    size_bytes: int
-    """Of everything but routers, norms and biases."""
-    types: dict[str, list[str]]
-    """Layer number to the types of its experts in order."""
 
 
 class RefinementTrial(Record):
@@ -85,7 +76,7 @@ class Plan(Record):
     """The preset with all its parts, as options may have changed them; None for a plan that weighs nothing."""
     budget: Budget | None = None
     """What it was chosen for; None for a plan that was not."""
-    memory: MemoryLedger | None = None
+    memory: MemoryBreakdown | None = None
     """Where the GPU's memory goes, of a plan that was made to fit into it."""
     bpw: float
     experts_bpw: float
@@ -96,7 +87,6 @@ class Plan(Record):
     main_type: str
     """The expert type that holds most weights; names the file."""
     solver: SolverRecord | None = None
-    expert_granularity: ExpertGranularity | None = None
     refinement: list[RefinementTrial] | None = None
     """Measured plans, the solver's first; None where it was not refined."""
     reachable_bpw: tuple[float, float] | None = None

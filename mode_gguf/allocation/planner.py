@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mode_gguf.allocation.budget import Budget, Reach, check_reachable, effective_types
-from mode_gguf.allocation.costs import Measurements, expert_units, tensor_units
+from mode_gguf.allocation.costs import MeasuredCosts, expert_units, tensor_units
 from mode_gguf.allocation.plan import (
-    ExpertGranularity,
     Plan,
     PlannedTensor,
     Provenance,
-    RefinementTrial,
     SolverRecord,
 )
 from mode_gguf.allocation.presets import Preset
@@ -27,8 +25,9 @@ from mode_gguf.allocation.units import (
 )
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
+from mode_gguf.options import Packing
 from mode_gguf.quantization.expert_groups import map_bytes, stored_tensors
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import INDEX, QUANT_TYPES, QuantType, bits_per_weight, type_of_most_weights
 
 UNDERSHOOT = 0.005
@@ -47,7 +46,7 @@ class Problem:
     """What a plan is chosen for: candidates as the budget and the preset leave them, and bytes for all tensors."""
 
     tensors: Sequence[SourceTensor]
-    measured: Measurements
+    measured: MeasuredCosts
     preset: Preset
     types: CandidateTypes
     reach: Reach
@@ -56,7 +55,7 @@ class Problem:
     def of(
         cls,
         tensors: Sequence[SourceTensor],
-        measured: Measurements,
+        measured: MeasuredCosts,
         *,
         budget: Budget,
         types: CandidateTypes,
@@ -68,7 +67,7 @@ class Problem:
         Raises:
             InfeasibleBudgetError: the budget is out of reach for these tensors and candidates.
         """
-        return cls(tensors, measured, preset, *settled_types(tensors, types, budget, preset, overhead))
+        return cls(tensors, measured, preset, *reachable_candidates(tensors, types, budget, preset, overhead))
 
     def tensor_units(self) -> list[AllocationUnit]:
         """One unit per tensor."""
@@ -137,7 +136,7 @@ class Problem:
         return ranges
 
 
-def settled_types(
+def reachable_candidates(
     tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, preset: Preset, overhead: int = 0
 ) -> tuple[CandidateTypes, Reach]:
     """The candidates that a preset leaves under a budget, and what they reach; needs shapes only.
@@ -179,13 +178,11 @@ def plan_of(
     made_from: Provenance,
     budget: Budget,
     packing: Packing = EXACT,
-    refinement: list[RefinementTrial] | None = None,
 ) -> Plan:
     """The plan that stores every tensor as `solution` chose for its unit; units are the problem's `tensor_units`."""
     chosen = {unit.name: choice for unit, choice in zip(units, solution.choices, strict=True)}
     planned = [_planned(tensor, chosen.get(tensor.name)) for tensor in problem.tensors]
-    plan = _plan(problem, solution, planned, made_from, budget, packing)
-    return plan.model_copy(update={"expert_granularity": _expert_granularity(problem), "refinement": refinement})
+    return _plan(problem, solution, planned, made_from, budget, packing)
 
 
 def expert_plan(problem: Problem, made_from: Provenance, budget: Budget, packing: Packing = EXACT) -> Plan:
@@ -300,25 +297,6 @@ def uniform_plan(
 def _smallest(units: Iterable[AllocationUnit]) -> int:
     """Bytes of units that each take their smallest candidate."""
     return sum(min(candidate.size_bytes for candidate in unit.candidates) for unit in units)
-
-
-def _expert_granularity(problem: Problem) -> ExpertGranularity | None:
-    """None where types that all projections of an expert share do not meet the budget, as they may with floors."""
-    units = problem.expert_units()
-    try:
-        solution = problem.solve(units)
-    except InfeasibleBudgetError:
-        return None
-    experts = [(u, choice) for u, choice in zip(units, solution.choices, strict=True) if u.expert is not None]
-    by_layer: dict[str, list[str]] = {}
-    for unit, choice in experts:
-        by_layer.setdefault(str(unit.layer), []).append(choice.quant_type.name)
-    return ExpertGranularity(
-        record=_record(solution),
-        experts_bpw=8 * sum(c.size_bytes for _, c in experts) / sum(u.n_weights for u, _ in experts),
-        size_bytes=solution.size_bytes,
-        types=by_layer,
-    )
 
 
 def _record(solution: Solution) -> SolverRecord:

@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.errors import InfeasibleBudgetError
-from mode_gguf.quantization.stand_ins import STAND_INS, nearest_in_bits, stored_as
-from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-
-Granularity: TypeAlias = Literal["tensor", "expert"]
-"""What shares a type: all experts of a layer's projection, as stock llama.cpp loads it, or an expert's projections."""
+from mode_gguf.errors import InfeasibleBudgetError, UsageError
+from mode_gguf.options import DEFAULT_DENSE_TYPES, DEFAULT_EXPERT_TYPES
+from mode_gguf.quantization.fallback_types import STAND_INS, nearest_in_bits, stored_as
+from mode_gguf.quantization.libggml import check_available
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType, parse_types, quant_type
 
 ABSORBED_TYPES = (QUANT_TYPES["Q8_0"], QUANT_TYPES["BF16"])
 """Matrices of latent attention that cannot be measured take the first whose blocks fit. llama.cpp's own quantizer gives
@@ -122,7 +120,26 @@ class CandidateTypes:
         return tuple(candidate for candidate in candidates if candidate.bits_per_weight >= least) or (floor,)
 
 
-DEFAULT_TYPES = CandidateTypes(
-    expert=tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")),
-    dense=tuple(QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")),
-)
+def candidate_types(
+    expert: Sequence[str], dense: Sequence[str], floors: Mapping[str, str] | None = None
+) -> CandidateTypes:
+    """Candidates by the names of types, and floors by role.
+
+    Raises:
+        UsageError: an unknown type or role, or an empty list.
+        MissingResourceError: libggml packs one of them, and cannot be used.
+    """
+    roles = [role.value for role in Role if role is not Role.KEEP]
+    for role in floors or {}:
+        if role not in roles:
+            raise UsageError(f"plan.floors: {role} is no role: write one of {', '.join(roles)}, such as output=Q6_K")
+    types = CandidateTypes(
+        parse_types(",".join(expert)),
+        parse_types(",".join(dense)),
+        {Role(role): quant_type(name) for role, name in (floors or {}).items()},
+    )
+    check_available((*types.expert, *types.dense, *types.floors.values()))
+    return types
+
+
+DEFAULT_TYPES = candidate_types(DEFAULT_EXPERT_TYPES, DEFAULT_DENSE_TYPES)

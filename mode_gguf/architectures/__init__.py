@@ -23,7 +23,7 @@ from mode_gguf.architectures.family import (
     source_tensors,
 )
 from mode_gguf.architectures.tensors import SourceTensor
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 __all__ = [

@@ -12,7 +12,7 @@ from mode_gguf.architectures import base_match
 from mode_gguf.architectures.base_gguf import BaseGguf
 from mode_gguf.architectures.family import Metadata, ModelFamily
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 _IMAGE_TOKENS: Final = ("image_token_id", "image_token_index")

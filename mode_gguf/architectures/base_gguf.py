@@ -17,8 +17,8 @@ from gguf import Keys
 
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Role, SourceTensor
 from mode_gguf.errors import InputError
-from mode_gguf.gguf_header import GgufHeader, TensorInfo, read_header
-from mode_gguf.shards import COUNT_KEY, NUMBER_KEY, TENSORS_KEY
+from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
+from mode_gguf.gguf.shards import COUNT_KEY, NUMBER_KEY, TENSORS_KEY
 
 FLOAT_TYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),

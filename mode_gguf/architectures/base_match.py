@@ -15,7 +15,7 @@ from gguf import Keys
 
 from mode_gguf.architectures.base_gguf import BaseGguf
 from mode_gguf.architectures.tensors import Array, Order, Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 Match = tuple[str, Order | None]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from mode_gguf.checkpoint import Checkpoint, read_json
+from mode_gguf.checkpoint.folder import Checkpoint, read_json
 from mode_gguf.errors import InputError
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from mode_gguf.architectures.config import section, setting
 from mode_gguf.architectures.family import TensorRule, View
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, transposed_copy
-from mode_gguf.checkpoint import Checkpoint, Index
+from mode_gguf.checkpoint.folder import Checkpoint, Index
 from mode_gguf.errors import InputError
 
 Projection = Literal["gate", "up", "gate_up", "down"]

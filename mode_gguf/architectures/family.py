@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage, image_token_id
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Reader, Role, SourceTensor
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 MetadataValue: TypeAlias = str | bool | int | float | list[str] | list[bool] | list[int] | list[float]

@@ -21,7 +21,7 @@ from mode_gguf.architectures.experts import expert_rules, expert_sizes, fused_ex
 from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, TensorRule, View, as_stored
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.GEMMA4]

@@ -22,7 +22,7 @@ from mode_gguf.architectures.config import check_settings, preprocessor, section
 from mode_gguf.architectures.experts import expert_rules, expert_sizes
 from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, TensorRule, is_tied
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.GLM4_MOE]

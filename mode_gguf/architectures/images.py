@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mode_gguf.architectures.config import setting
 from mode_gguf.architectures.tensors import Array
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 if TYPE_CHECKING:

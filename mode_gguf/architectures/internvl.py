@@ -28,7 +28,7 @@ from mode_gguf.architectures.family import (
 )
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage, scaled_size
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
-from mode_gguf.checkpoint import Checkpoint, read_json
+from mode_gguf.checkpoint.folder import Checkpoint, read_json
 from mode_gguf.errors import InputError
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3MOE]

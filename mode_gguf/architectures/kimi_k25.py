@@ -13,7 +13,7 @@ from gguf.constants import VisionProjectorType
 from mode_gguf.architectures import kimi_text, moon_vit
 from mode_gguf.architectures.config import check_settings, section, setting
 from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, as_stored
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 
 MIN_PATCHES = 8
 """Of a picture: llama.cpp enlarges smaller ones, which the model itself takes as they are."""

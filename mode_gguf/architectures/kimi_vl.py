@@ -14,7 +14,7 @@ from gguf.constants import VisionProjectorType
 from mode_gguf.architectures import kimi_text, moon_vit
 from mode_gguf.architectures.config import check_settings
 from mode_gguf.architectures.family import ModelFamily, Ranges
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 
 _PROJECTOR = "multi_modal_projector"
 

@@ -20,7 +20,7 @@ from mode_gguf.architectures.config import check_settings, section, setting
 from mode_gguf.architectures.experts import expert_rules, expert_sizes
 from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, TensorRule, any_checkpoint, same_name
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 HF_CLASS = "Mistral3ForConditionalGeneration"

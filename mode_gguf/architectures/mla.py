@@ -20,7 +20,7 @@ from gguf import Keys
 from mode_gguf.architectures.config import section, setting
 from mode_gguf.architectures.family import Metadata, Ranges, TensorRule, Values, View
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 FULL_QUERY, LOW_RANK_QUERY = "full_query", "low_rank_query"

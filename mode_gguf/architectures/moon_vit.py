@@ -20,7 +20,7 @@ from mode_gguf.architectures.config import section, setting
 from mode_gguf.architectures.family import Metadata, TensorRule, Transform, Values, View, as_stored
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
-from mode_gguf.checkpoint import Checkpoint, read_json
+from mode_gguf.checkpoint.folder import Checkpoint, read_json
 from mode_gguf.errors import InputError
 
 LAYER_NORM_EPSILON = 1e-5

@@ -17,7 +17,7 @@ from mode_gguf.architectures.config import preprocessor, section, setting
 from mode_gguf.architectures.family import Metadata, Ranges, TensorRule, View
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
-from mode_gguf.checkpoint import Checkpoint, read_json
+from mode_gguf.checkpoint.folder import Checkpoint, read_json
 from mode_gguf.errors import InputError
 
 RMS_NORM_EPSILON = 1e-5

@@ -19,7 +19,7 @@ from mode_gguf.architectures.config import check_settings, section, setting
 from mode_gguf.architectures.experts import expert_rules, expert_sizes
 from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, TensorRule, Transform, View, as_stored
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Role, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.QWEN35MOE]

@@ -13,7 +13,7 @@ from mode_gguf.architectures import qwen3_text, qwen_vision
 from mode_gguf.architectures.config import check_settings, section, setting
 from mode_gguf.architectures.experts import Projection, expert_sizes, fused_experts, fused_shape
 from mode_gguf.architectures.family import Metadata, ModelFamily, Ranges, View
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3VLMOE]

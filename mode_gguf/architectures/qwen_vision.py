@@ -10,7 +10,7 @@ from mode_gguf.architectures.config import preprocessor, section, setting
 from mode_gguf.architectures.family import Metadata, TensorRule, Values, View
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tensors import ALL_ROWS, Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 LAYER_NORM_EPSILON = 1e-6

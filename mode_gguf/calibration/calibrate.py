@@ -6,21 +6,21 @@ from operator import add
 
 import torch
 
-from mode_gguf.calibration.denormals import denormals_flushed
-from mode_gguf.calibration.distributed import gathered, share_of, sum_over_ranks
-from mode_gguf.calibration.hidden_store import HiddenStore
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION, KeyTokens
-from mode_gguf.calibration.limits import HIDDEN_BYTES, MAX_IMAGE_PIXELS, MAX_TOKENS
-from mode_gguf.calibration.lockstep import run_in_lockstep
-from mode_gguf.calibration.observers import Observer, unseen_activations
-from mode_gguf.calibration.parking import Parking
-from mode_gguf.calibration.sample import Sample
+from mode_gguf.calibration.observers import Observer, unobserved_activations
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.calibration.streaming import StreamedModel, open_streamed
-from mode_gguf.calibration.watch import Pass, Watch, watching
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
+from mode_gguf.forward.denormals import denormals_flushed
+from mode_gguf.forward.distributed import gathered, share_of, sum_over_ranks
+from mode_gguf.forward.hidden_store import HiddenStore
+from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.limits import HIDDEN_BYTES, MAX_IMAGE_PIXELS, MAX_TOKENS
+from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
+from mode_gguf.forward.offload import TensorOffload
+from mode_gguf.forward.streaming import StreamedModel, open_streamed
 from mode_gguf.progress import Progress, silent
 
 
@@ -57,7 +57,7 @@ def calibrate(
     inputs = [builder.build(sample) for sample in share_of(samples)]
     streamed = open_streamed(checkpoint, device)
     observer = Observer(streamed.tensors, streamed.device)
-    run_watched(
+    run_recorded(
         streamed,
         inputs,
         key_tokens=key_tokens,
@@ -68,7 +68,7 @@ def calibrate(
         progress=progress,
     )
     arrays = sum_over_ranks(observer.arrays)
-    unseen = unseen_activations(arrays, streamed.tensors)
+    unseen = unobserved_activations(arrays, streamed.tensors)
     if unseen:
         raise InputError(f"{checkpoint.path}: calibration saw nothing of {', '.join(unseen)}")
     return CalibrationStatistics(
@@ -78,16 +78,16 @@ def calibrate(
         samples=reduce(add, gathered(count_samples(inputs))),
         key_tokens=key_tokens,
         datasets=tuple(dict.fromkeys(sample.dataset for sample in samples)),
-        sees=bool(streamed.family.projector_type),
+        has_vision=bool(streamed.family.projector_type),
     )
 
 
-def run_watched(
+def run_recorded(
     streamed: StreamedModel,
     inputs: Sequence[ModelInputs],
     *,
     key_tokens: KeyTokens | None,
-    leave: Callable[[Pass, int], None],
+    leave: Callable[[SampleTrace, int], None],
     finish: Callable[[int], None],
     keep_hidden: bool = True,
     hidden_bytes: int = HIDDEN_BYTES,
@@ -104,8 +104,8 @@ def run_watched(
         keep_hidden: whether the experts' gated activations are recorded.
         hidden_bytes: memory for hidden states of samples that wait; see `calibrate`.
     """
-    passes = [Pass.of(one, streamed.device) for one in inputs]
-    watch = Watch(key_tokens, keep_hidden)
+    passes = [SampleTrace.of(one, streamed.device) for one in inputs]
+    watch = LayerRecorder(key_tokens, keep_hidden)
 
     def enter(number: int) -> None:
         watch.current = passes[number]
@@ -118,16 +118,16 @@ def run_watched(
         finish(layer)
         streamed.free_layer(layer)
 
-    watched = watching(streamed.model, streamed.watched_linears(), watch)
+    watched = recording(streamed.model, streamed.watched_linears(), watch)
     with HiddenStore(hidden_bytes) as store, watched, streamed.without_logits():
-        run_in_lockstep(
+        run_layerwise(
             streamed.layers,
             [partial(_forward, streamed, one) for one in inputs],
             load=streamed.load_layer,
             free=free,
             enter=enter,
             leave=left,
-            parking=Parking(store, streamed.model, streamed.text_model),
+            parking=TensorOffload(store, streamed.model, streamed.text_model),
             tokens=[len(one.input_ids) for one in inputs],
             description=description,
             progress=progress,

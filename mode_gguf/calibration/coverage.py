@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mode_gguf.calibration.kinds import KEY_VISION, MODALITIES, TEXT
+from mode_gguf.forward.modality import KEY_VISION, MODALITIES, TEXT
 
 if TYPE_CHECKING:  # the statistics write these warnings into their file
     from mode_gguf.calibration.statistics import CalibrationStatistics
@@ -37,12 +37,12 @@ def calibration_warnings(statistics: "CalibrationStatistics") -> list[str]:
     return [
         *_blind(statistics),
         *_missing_modalities(statistics),
-        *_hardly_seen(statistics),
+        *_rarely_routed(statistics),
         *_never_routed(statistics),
     ]
 
 
-def experts_hardly_seen(statistics: "CalibrationStatistics") -> np.ndarray:
+def rarely_routed_experts(statistics: "CalibrationStatistics") -> np.ndarray:
     """bool, all experts of all layers in order: whether fewer than `MIN_TOKENS_PER_EXPERT` tokens reached each."""
     tokens = [statistics.counts(layer)[[TEXT, KEY_VISION]].sum(axis=0) for layer in statistics.moe_layers]
     return np.concatenate(tokens) < MIN_TOKENS_PER_EXPERT if tokens else np.zeros(0, bool)
@@ -59,7 +59,7 @@ def _blind(statistics: "CalibrationStatistics") -> Iterator[str]:
 
 def _missing_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
     shown = statistics.samples
-    if statistics.imatrix or not statistics.sees:
+    if statistics.imatrix or not statistics.has_vision:
         return
     if not shown.image_samples:
         yield (
@@ -78,8 +78,8 @@ def _missing_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
         )
 
 
-def _hardly_seen(statistics: "CalibrationStatistics") -> Iterator[str]:
-    hardly = experts_hardly_seen(statistics)
+def _rarely_routed(statistics: "CalibrationStatistics") -> Iterator[str]:
+    hardly = rarely_routed_experts(statistics)
     if len(hardly) and (share := float(hardly.mean())) > MAX_HARDLY_SEEN:
         shown = statistics.samples
         if statistics.imatrix:

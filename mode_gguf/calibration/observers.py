@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.statistics import EXPERTS_HIDDEN, EXPERTS_INPUT
-from mode_gguf.calibration.watch import MODALITIES, ExpertsCall, Pass
+from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
+from mode_gguf.forward.modality import MODALITIES
 
 N_MODALITIES = len(MODALITIES)
 
@@ -25,7 +26,7 @@ class Observer:
         self._sums: dict[str, Tensor] = {}
         self._experts = {tensor.layer: tensor.n_experts for tensor in tensors if tensor.role is Role.EXPERT}
 
-    def observe(self, passed: Pass, layer: int) -> None:
+    def observe(self, passed: SampleTrace, layer: int) -> None:
         """Add one sample's pass through one decoder layer (the last one's includes the output head)."""
         for activation, call in passed.linears.items():
             self._add_squares(activation, passed.modality, call.input.double().square(), groups=1)
@@ -64,7 +65,7 @@ class Observer:
         return self._sums[name]
 
 
-def unseen_activations(arrays: Mapping[str, np.ndarray], tensors: Sequence[SourceTensor]) -> list[str]:
+def unobserved_activations(arrays: Mapping[str, np.ndarray], tensors: Sequence[SourceTensor]) -> list[str]:
     """Activations of `tensors` that no token reached; an empty list means that every capture worked."""
     expected = {tensor.activation for tensor in tensors if tensor.activation is not None}
     return sorted(

@@ -1,17 +1,19 @@
-"""What calibration measured: sums and counts per layer, expert and modality, which add up over runs."""
+"""What calibration measured: sums and counts per layer, expert and modality."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.calibration.coverage import LayerCoverage, calibration_warnings
-from mode_gguf.calibration.kinds import MODALITIES, KeyTokens
-from mode_gguf.errors import InputError
+from mode_gguf.forward.modality import MODALITIES, KeyTokens
+from mode_gguf.options import CalibrationOptions, ComputeOptions
+from mode_gguf.vocabulary import Device
 
 EXPERTS_INPUT = "blk.{layer}.ffn_exps.input"
 """Activation that gate and up read."""
@@ -39,7 +41,7 @@ class SampleCounts:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationStatistics:
-    """Statistics of a model's activations; arrays are named and shaped as docs/DESIGN.md says.
+    """Statistics of a model's activations; arrays are named and shaped as docs/design/artefacts.md says.
 
     Attributes:
         model: name of the model.
@@ -50,7 +52,8 @@ class CalibrationStatistics:
         datasets: names of the data sets.
         imatrix: name of the importance matrix that they were taken from, which does not tell modalities apart: all
             tokens then count as text; None where the model was run.
-        sees: whether the model takes images at all.
+        has_vision: whether the model takes images at all.
+        options, device: what calibration was told, which later stages take from here.
     """
 
     model: str
@@ -60,7 +63,9 @@ class CalibrationStatistics:
     key_tokens: KeyTokens
     datasets: Sequence[str]
     imatrix: str | None = None
-    sees: bool = True
+    has_vision: bool = True
+    options: CalibrationOptions = CalibrationOptions()
+    device: Device = ComputeOptions.device
 
     @property
     def activations(self) -> list[str]:
@@ -104,7 +109,9 @@ class CalibrationStatistics:
             "fingerprint": self.fingerprint,
             "samples": asdict(self.samples),
             **({"imatrix": self.imatrix} if self.imatrix else {"key_tokens": asdict(self.key_tokens)}),
-            "sees": self.sees,
+            "has_vision": self.has_vision,
+            "options": to_jsonable_python(self.options),
+            "device": self.device,
             "datasets": list(self.datasets),
             "modalities": list(MODALITIES),
             "never_routed": {str(layer.layer): layer.never_routed for layer in self.coverage()},
@@ -128,43 +135,10 @@ class CalibrationStatistics:
             fingerprint=metadata["fingerprint"],
             arrays=arrays,
             samples=SampleCounts(**metadata["samples"]),
-            key_tokens=_key_tokens(metadata),
+            key_tokens=KeyTokens(**metadata["key_tokens"]) if "key_tokens" in metadata else KeyTokens(),
             datasets=tuple(metadata["datasets"]),
             imatrix=metadata.get("imatrix"),
-            sees=metadata.get("sees", True),
+            has_vision=metadata["has_vision"],
+            options=TypeAdapter(CalibrationOptions).validate_python(metadata["options"]),
+            device=metadata["device"],
         )
-
-
-def _key_tokens(metadata: Mapping[str, Any]) -> KeyTokens:
-    """As `save` wrote it, or a ratio alone, from before there was a choice of criteria; nobody chose for an imatrix."""
-    if metadata.get("imatrix"):
-        return KeyTokens()
-    return KeyTokens(**metadata["key_tokens"]) if "key_tokens" in metadata else KeyTokens(ratio=metadata["key_ratio"])
-
-
-def merge(first: CalibrationStatistics, second: CalibrationStatistics) -> CalibrationStatistics:
-    """Statistics of both runs together, as if their samples had been one set.
-
-    Raises:
-        InputError: they belong to different models, or chose key tokens differently.
-    """
-    if first.fingerprint != second.fingerprint or set(first.arrays) != set(second.arrays):
-        raise InputError(
-            f"calibration files of {first.model} ({first.fingerprint}) and {second.model} ({second.fingerprint}) "
-            "cannot be merged: they belong to different checkpoints"
-        )
-    if first.key_tokens != second.key_tokens:
-        raise InputError(
-            f"calibration files with key tokens by {first.key_tokens} and by {second.key_tokens} cannot be merged: "
-            "run one of them again"
-        )
-    return CalibrationStatistics(
-        model=first.model,
-        fingerprint=first.fingerprint,
-        arrays={name: array + second.arrays[name] for name, array in first.arrays.items()},
-        samples=first.samples + second.samples,
-        key_tokens=first.key_tokens,
-        datasets=tuple(dict.fromkeys((*first.datasets, *second.datasets))),
-        imatrix=first.imatrix or second.imatrix,
-        sees=first.sees,
-    )

@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
-import yaml  # type: ignore[import-untyped]  # what gguf reads model cards with
+import yaml  # what gguf reads model cards with
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from mode_gguf.architectures import Metadata
 from mode_gguf.architectures.base_gguf import copied_keys
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.imatrix import read_imatrix_header
-from mode_gguf.gguf_header import GgufHeader
+from mode_gguf.export.imatrix_file import read_imatrix_header
+from mode_gguf.gguf.header import GgufHeader
 from mode_gguf.quantization.types import QuantType, type_of_most_weights
 
 QUANTIZED_BY = "mode-gguf"

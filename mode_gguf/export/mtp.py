@@ -11,9 +11,9 @@ from gguf import GGUFWriter
 
 from mode_gguf.architectures import find_family, mtp_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import UsageError
-from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, write_gguf
+from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, write_gguf
 from mode_gguf.export.metadata import add_general_keys, file_type
 from mode_gguf.export.text_model import kept
 from mode_gguf.export.tokenizer import add_tokenizer_keys
@@ -30,7 +30,6 @@ def write_mtp(
     checkpoint: Checkpoint,
     quant_type: str = "Q8_0",
     *,
-    pre_tokenizer: str | None = None,
     threads: int = 1,
     progress: Progress = silent,
 ) -> None:
@@ -38,7 +37,6 @@ def write_mtp(
 
     Args:
         quant_type: of the matrices, one of `MTP_TYPES`; rows that it does not fit become Q8_0, or BF16.
-        pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
         threads: that pack one expert.
 
     Raises:
@@ -57,7 +55,7 @@ def write_mtp(
         writer.add_file_type(file_type(file_quant_type))
         add_metadata(writer, metadata)
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer, family.special_tokens)
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, family.special_tokens)
 
     outgoing = [_outgoing(checkpoint, tensor, _stored_type(tensor, file_quant_type), threads) for tensor in tensors]
     write_gguf(path, family.gguf_arch, add_keys, outgoing, description="packing", progress=progress)

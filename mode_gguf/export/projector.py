@@ -10,9 +10,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, Keys, quants
 
 from mode_gguf.architectures import find_family, projector_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, write_gguf
+from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, finite, write_gguf
 from mode_gguf.export.metadata import add_base_keys, add_general_keys, file_type
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType

@@ -11,23 +11,24 @@ from gguf import GGUFWriter
 
 from mode_gguf.architectures import Metadata, find_family, left_out, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.gguf_file import OutgoingTensor, add_metadata, finite, header_bytes, write_gguf
+from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, finite, header_bytes, write_gguf
 from mode_gguf.export.metadata import add_base_keys, add_general_keys, file_type, main_expert_type
 from mode_gguf.export.tokenizer import add_tokenizer_keys
+from mode_gguf.gguf.shards import assign_to_shards, shard_paths
+from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization import expert_groups
 from mode_gguf.quantization.expert_groups import ExpertTypes, StoredTensors, group_name, map_name, stored_tensors
 from mode_gguf.quantization.libggml import check_available, needs_importance
 from mode_gguf.quantization.packer import n_chunks, packed_chunks
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from mode_gguf.shards import assign_to_shards, shard_paths
 
 log = logging.getLogger(__name__)
 
-MTP_WAY_OUT = "; `mode-gguf mtp` writes them to a file to draft with"
+MTP_WAY_OUT = "; `export --mtp Q8_0` writes them to a file to draft with"
 
 ImportanceOf: TypeAlias = Callable[[str], np.ndarray | None]
 """Importance float32 (E, n) of a stored tensor, looked up when its turn comes: all of it would grow with the model."""
@@ -43,7 +44,6 @@ def write_text_model(
     packing: Packing = EXACT,
     packed: Mapping[str, Callable[[], Iterator[np.ndarray]]] | None = None,
     metadata: Metadata | None = None,
-    pre_tokenizer: str | None = None,
     shard_bytes: int | None = None,
     threads: int = 1,
     progress: Progress = silent,
@@ -58,7 +58,6 @@ def write_text_model(
         packed: by name of the stored tensor, where matrices come from that are packed already, as `packed_chunks`
             would yield them.
         metadata: further keys, such as `imatrix_keys`.
-        pre_tokenizer: llama.cpp's name of it, when it cannot be recognised.
         shard_bytes: most bytes of tensors in one file; with more than that, `text_model_files` are written.
         threads: that pack one expert.
 
@@ -91,7 +90,7 @@ def write_text_model(
     write_gguf(
         path,
         find_family(checkpoint).gguf_arch + (expert_groups.ARCHITECTURE_SUFFIX if layout.members else ""),
-        partial(_add_keys, checkpoint, model_tensors, layout, stored, metadata or {}, pre_tokenizer),
+        partial(_add_keys, checkpoint, model_tensors, layout, stored, metadata or {}),
         outgoing,
         description="packing",
         shard_bytes=shard_bytes,
@@ -125,7 +124,7 @@ def _stored(
     return layout, expert_groups.stored_types(checked_types(tensors, types), experts)
 
 
-def metadata_bytes(checkpoint: Checkpoint, pre_tokenizer: str | None = None, groups: int = 1) -> int:
+def metadata_bytes(checkpoint: Checkpoint, groups: int = 1) -> int:
     """Upper bound of what a text model's file holds besides weights: keys, tokenizer, tensor names and padding.
 
     Args:
@@ -136,7 +135,7 @@ def metadata_bytes(checkpoint: Checkpoint, pre_tokenizer: str | None = None, gro
     """
     tensors = text_tensors(checkpoint)
     f32 = dict.fromkeys((tensor.name for tensor in tensors), QUANT_TYPES["F32"])
-    add_keys = partial(_add_keys, checkpoint, tensors, stored_tensors(tensors, {}), f32, {}, pre_tokenizer)
+    add_keys = partial(_add_keys, checkpoint, tensors, stored_tensors(tensors, {}), f32, {})
     infos = [(tensor.name, tensor.shape) for tensor in tensors]
     if groups > 1:
         experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
@@ -156,7 +155,6 @@ def _add_keys(
     layout: StoredTensors,
     stored: Mapping[str, QuantType],
     metadata: Metadata,
-    pre_tokenizer: str | None,
     writer: GGUFWriter,
 ) -> None:
     writer.add_file_type(file_type(main_expert_type(layout.tensors, stored)))
@@ -169,7 +167,7 @@ def _add_keys(
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
         add_general_keys(writer, checkpoint, tensors, kind="model")
         add_metadata(writer, family.text_metadata(checkpoint))
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, pre_tokenizer, family.special_tokens)
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, family.special_tokens)
     add_metadata(writer, metadata)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
-from mode_gguf import tiktoken_model
-from mode_gguf.checkpoint import read_json
+from mode_gguf.checkpoint import tiktoken_model
+from mode_gguf.checkpoint.folder import read_json
 from mode_gguf.errors import InputError
 
 QWEN2_SPLIT = (
@@ -207,7 +207,7 @@ def recognised_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any]) -> str:
     if known is None:
         raise InputError(
             f"{path}: the pre-tokenizer is not one known here ({', '.join([*_PRE_TOKENIZERS.values(), GEMMA4])}); name "
-            "llama.cpp's pre-tokenizer with --pre-tokenizer, such as qwen2 or llama-bpe"
+            "llama.cpp's pre-tokenizer with --set checkpoint.pre_tokenizer=NAME, such as qwen2 or llama-bpe"
         )
     return known
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mode_gguf.hub.names import HubModel
-from mode_gguf.hub.release import Release
-from mode_gguf.runtime.release import B11434
+from mode_gguf.hub.released_files import Release
+from mode_gguf.llama_cpp.runtime.pinned_release import B11434
 from mode_gguf.validation.report import Accuracy, Divergence, ValidationReport
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _method(release: Release) -> str:
         return ""
     if release.calibration.get("imatrix"):
         return ": mixed precision after an importance matrix, which does not tell text from pictures"
-    if not release.calibration.get("sees", True):
+    if not release.calibration.get("has_vision", True):
         return f": mixed precision after {_PAPER}, from what text needs of every expert"
     return f": mixed precision after {_PAPER}, from what text and pictures need of every expert"
 

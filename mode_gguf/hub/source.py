@@ -13,10 +13,10 @@ from threading import Event, Thread
 from typing import Any
 
 from mode_gguf.artifacts import free_bytes
-from mode_gguf.checkpoint import INDEX_FILE, SINGLE_FILE, read_json
+from mode_gguf.checkpoint.folder import INDEX_FILE, SINGLE_FILE, read_json
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.hub.client import hub_api, without_bars
-from mode_gguf.hub.errors import explained
+from mode_gguf.hub.error_messages import explained
 from mode_gguf.hub.names import HubModel, hub_model
 from mode_gguf.progress import Progress, silent
 

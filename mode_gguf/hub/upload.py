@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mode_gguf.errors import UsageError, ValidationError
 from mode_gguf.hub.client import hub_api, without_bars
-from mode_gguf.hub.errors import explained
+from mode_gguf.hub.error_messages import explained
 from mode_gguf.hub.names import is_model_file, quant_tag
 from mode_gguf.progress import Advance, Progress, silent
 
@@ -46,7 +46,7 @@ class Published:
     private: bool
 
 
-def upload(repository: str, uploads: Sequence[Upload], private: bool | None, progress: Progress = silent) -> Published:
+def send(repository: str, uploads: Sequence[Upload], private: bool | None, progress: Progress = silent) -> Published:
     """Upload files into a repository, which is made if it is not there; files that it has besides stay.
 
     What has arrived of an upload that broke off is not sent again. The repository changes in one commit, at the end.

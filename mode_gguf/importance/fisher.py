@@ -34,22 +34,23 @@ from torch.nn.functional import cross_entropy, linear
 
 from mode_gguf.architectures.experts import rows_of
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.distributed import gathered_in_order, number_among_all, sum_over_ranks
-from mode_gguf.calibration.hidden_store import HiddenStore
-from mode_gguf.calibration.inputs import ModelInputs
-from mode_gguf.calibration.lockstep import run_in_lockstep
-from mode_gguf.calibration.parking import Parking
-from mode_gguf.calibration.streaming import StreamedModel
-from mode_gguf.calibration.watch import TEXT, Pass, Watch, watching
+from mode_gguf.forward.distributed import gathered_in_order, number_among_all, sum_over_ranks
+from mode_gguf.forward.hidden_store import HiddenStore
+from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
+from mode_gguf.forward.inputs import ModelInputs
+from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.modality import TEXT
+from mode_gguf.forward.offload import TensorOffload
+from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.fisher_imatrix import ColumnSums, squared_norms
-from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES, group_of, group_sums
+from mode_gguf.importance.group_sums import N_ANSWERS, N_MODALITIES, group_of, group_sums
 from mode_gguf.importance.imatrix import Imatrix, Importance, importance_of
-from mode_gguf.importance.measurement import Measurement, MeasurementSettings
+from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
 from mode_gguf.importance.token_weights import experts_entry
-from mode_gguf.importance.unseen import fill_unseen, unseen_experts
-from mode_gguf.importance.weight_changes import expert_changes, matrix_changes, parts_of
+from mode_gguf.importance.unrouted_experts import fill_unrouted, unrouted_experts
+from mode_gguf.importance.weight_errors import expert_changes, matrix_changes, parts_of
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.stand_ins import stored_as
+from mode_gguf.quantization.fallback_types import stored_as
 
 _HEAD = "head"
 
@@ -67,7 +68,7 @@ class _Trace:
     """One sample: its way forward, and the gradients on their way back."""
 
     inputs: ModelInputs
-    passed: Pass
+    passed: SampleTrace
     layers: list[_LayerCall] = field(default_factory=list)
     last: Tensor | None = None
     head_input: Tensor | None = None
@@ -76,8 +77,8 @@ class _Trace:
 
 
 def fisher_sensitivity(
-    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: MeasurementSettings, progress: Progress = silent
-) -> Measurement:
+    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: SensitivitySettings, progress: Progress = silent
+) -> SensitivityResult:
     """Fisher sensitivity of every expert, matrix and the embedding at every candidate type, on all processes' inputs.
 
     Hidden states of all samples and layers are kept, samples x tokens x layers x H values: what is beyond
@@ -90,17 +91,17 @@ def fisher_sensitivity(
 def _measured(
     streamed: StreamedModel,
     inputs: Sequence[ModelInputs],
-    settings: MeasurementSettings,
+    settings: SensitivitySettings,
     store: HiddenStore,
     progress: Progress,
-) -> Measurement:
+) -> SensitivityResult:
     positions = np.zeros(N_ANSWERS)
     for one in inputs:
         positions[one.answer] += len(one.scored)
     positions = _over_ranks(positions)
-    result = Measurement({}, tuple(int(n) for n in positions), {})
+    result = SensitivityResult({}, tuple(int(n) for n in positions), {})
     per_position = 1 / np.maximum(positions, 1)[:, None]
-    traces = [_Trace(one, Pass.of(one, streamed.device)) for one in inputs]
+    traces = [_Trace(one, SampleTrace.of(one, streamed.device)) for one in inputs]
     _forward_all(streamed, traces, settings, store, progress)
     by_role = {role: [tensor for tensor in streamed.tensors if tensor.role is role] for role in Role}
     head = (by_role[Role.OUTPUT] or by_role[Role.EMBEDDING])[0]
@@ -120,12 +121,12 @@ def _measured(
 def _forward_all(
     streamed: StreamedModel,
     traces: Sequence[_Trace],
-    settings: MeasurementSettings,
+    settings: SensitivitySettings,
     store: HiddenStore,
     progress: Progress,
 ) -> None:
     """Fill the traces: every layer's call, the head's input, and the gradients at the last layer's output."""
-    watch = Watch(settings.key_tokens, keep_hidden=False)
+    watch = LayerRecorder(settings.key_tokens, keep_hidden=False)
     running: list[_Trace] = []
 
     def enter(number: int) -> None:
@@ -153,19 +154,19 @@ def _forward_all(
 
     last_layer = streamed.layers[len(streamed.layers) - 1]
     head: nn.Module = streamed.model.get_output_embeddings()  # type: ignore[operator]
-    with watching(streamed.model, {_HEAD: head}, watch):
+    with recording(streamed.model, {_HEAD: head}, watch):
         hooks = [last_layer.register_forward_hook(start_of_gradient)]
-        # Within `run_in_lockstep`, a layer's hooks run in the order of their registration: keep the call first.
+        # Within `run_layerwise`, a layer's hooks run in the order of their registration: keep the call first.
         hooks += [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in streamed.layers]
         try:
-            run_in_lockstep(
+            run_layerwise(
                 streamed.layers,
                 [partial(_gradients, streamed, trace, settings, number) for number, trace in enumerate(traces)],
                 load=streamed.load_layer,
                 free=streamed.free_layer,
                 enter=enter,
                 leave=leave,
-                parking=Parking(store, streamed.model, streamed.text_model, keep=True),
+                parking=TensorOffload(store, streamed.model, streamed.text_model, keep=True),
                 description="sensitivity, forward",
                 progress=progress,
             )
@@ -174,7 +175,7 @@ def _forward_all(
                 handle.remove()
 
 
-def _gradients(streamed: StreamedModel, trace: _Trace, settings: MeasurementSettings, number: int) -> None:
+def _gradients(streamed: StreamedModel, trace: _Trace, settings: SensitivitySettings, number: int) -> None:
     """One sample's forward, and the gradients of its drawn labels' negative log-likelihood at the last layer."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number_among_all(number))
     with torch.no_grad():
@@ -198,10 +199,10 @@ def _gradients(streamed: StreamedModel, trace: _Trace, settings: MeasurementSett
 def _backward_all(
     streamed: StreamedModel,
     traces: Sequence[_Trace],
-    settings: MeasurementSettings,
+    settings: SensitivitySettings,
     store: HiddenStore,
     per_position: np.ndarray,
-    result: Measurement,
+    result: SensitivityResult,
     progress: Progress,
 ) -> None:
     """Carry the traces' gradients to the embedding, measuring every layer on the way."""
@@ -274,10 +275,10 @@ def _backward_layer(
     """Recompute one layer for one sample and move the trace's gradients from its output to its input."""
     call = trace.layers[index]
     trace.layers[index] = _LayerCall({}, call.modality)  # its memory is not needed again
-    passed = Pass(trace.inputs, call.modality)
-    watch = Watch(key=None, keep_hidden=False, current=passed)
+    passed = SampleTrace(trace.inputs, call.modality)
+    watch = LayerRecorder(key=None, keep_hidden=False, current=passed)
     hidden = hidden.to(streamed.device).requires_grad_()
-    with watching(layer, modules, watch), torch.enable_grad():
+    with recording(layer, modules, watch), torch.enable_grad():
         output = layer(hidden, **call.options)
     outputs = {name: linear.output for name, linear in passed.linears.items()}
     if passed.experts is not None:
@@ -333,7 +334,7 @@ def _of_all_samples(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(gathered_in_order(parts))
 
 
-def _no_cost(fitting: Sequence[int], settings: MeasurementSettings) -> np.ndarray:
+def _no_cost(fitting: Sequence[int], settings: SensitivitySettings) -> np.ndarray:
     """Where costs (A, M, T) of a matrix are added up: zero at the types that fit its rows, NaN at the others."""
     cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
     cost[..., list(fitting)] = 0.0
@@ -356,9 +357,9 @@ def _measure_experts(
     streamed: StreamedModel,
     layer: int,
     routed: _Routed,
-    settings: MeasurementSettings,
+    settings: SensitivitySettings,
     per_position: np.ndarray,
-    result: Measurement,
+    result: SensitivityResult,
 ) -> None:
     """Arrays and importance of one layer's experts, from the routed tokens of all of this process's samples at once."""
     projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
@@ -389,7 +390,7 @@ def _measure_experts(
         np.stack([group_sums((routed.index == expert).any(-1), routed.group) for expert in range(n_experts)], axis=-1)
     )
     for part in parts_of(projections):
-        filled = fill_unseen(_over_ranks(cost[part]), counts, error[part], summed=True)
+        filled = fill_unrouted(_over_ranks(cost[part]), counts, error[part], summed=True)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled * per_position[..., None, None]
         result.arrays[f"{name}.weight_error"] = error[part]
@@ -401,7 +402,7 @@ def _measure_experts(
         )
         unit[..., [stored_as(tensor, quant_type) is None for quant_type in settings.expert_types]] = np.nan
         result.arrays[f"{tensor.name}.unit"] = unit * per_position[..., None]
-    result.estimated.update(unseen_experts(layer, counts))
+    result.estimated.update(unrouted_experts(layer, counts))
 
 
 def _expert_columns(
@@ -435,7 +436,7 @@ def _token_scale(group: Tensor, per_position: np.ndarray) -> Tensor:
     return torch.from_numpy(per_position[:, 0]).to(group.device)[group // N_MODALITIES]
 
 
-def _chosen_importance(settings: MeasurementSettings, fisher: Imatrix) -> Importance:
+def _chosen_importance(settings: SensitivitySettings, fisher: Imatrix) -> Importance:
     """What candidates are packed with: the plain importance, or `fisher` for the tensors it has."""
     return settings.importance if settings.imatrix == "plain" else {**settings.importance, **importance_of(fisher)}
 
@@ -444,9 +445,9 @@ def _head_cost(
     streamed: StreamedModel,
     head: SourceTensor,
     traces: Sequence[_Trace],
-    settings: MeasurementSettings,
+    settings: SensitivitySettings,
     per_position: np.ndarray,
-    result: Measurement,
+    result: SensitivityResult,
 ) -> np.ndarray:
     """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model.
 
@@ -495,8 +496,8 @@ def _embedding_cost(
     streamed: StreamedModel,
     embedding: SourceTensor,
     traces: Sequence[_Trace],
-    settings: MeasurementSettings,
-    result: Measurement,
+    settings: SensitivitySettings,
+    result: SensitivityResult,
 ) -> np.ndarray:
     """Summed cost (A, M, T) of the token embedding: its gradients are those at the first layer's input."""
     cost = _no_cost([], settings)

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.calibration.kinds import MODALITIES, TEXT
-from mode_gguf.importance.table import SensitivityTable
+from mode_gguf.forward.modality import MODALITIES, TEXT
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.ahead import in_order
 from mode_gguf.quantization.libggml import is_storable
+from mode_gguf.quantization.ordered_parallel import ordered_parallel
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QuantType
 
 
@@ -113,7 +114,7 @@ def _errors(
         weighted, plain = _squares(matrix, weights)
         return np.array([*errors[0], weighted, *errors[1], plain])
 
-    return in_order(measure, tensor.n_experts, threads)
+    return ordered_parallel(measure, tensor.n_experts, threads)
 
 
 def _squares(matrix: np.ndarray, weights: np.ndarray) -> tuple[float, float]:

@@ -23,17 +23,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.calibrate import run_watched
-from mode_gguf.calibration.distributed import gathered, sum_over_ranks
-from mode_gguf.calibration.inputs import ModelInputs
-from mode_gguf.calibration.streaming import StreamedModel
-from mode_gguf.calibration.watch import TEXT, Pass
-from mode_gguf.importance.groups import N_MODALITIES, group_sums
-from mode_gguf.importance.measurement import Measurement, MeasurementSettings
-from mode_gguf.importance.unseen import fill_unseen, unseen_experts
-from mode_gguf.importance.weight_changes import expert_changes, matrix_changes, parts_of
+from mode_gguf.calibration.calibrate import run_recorded
+from mode_gguf.forward.distributed import gathered, sum_over_ranks
+from mode_gguf.forward.hooks import SampleTrace
+from mode_gguf.forward.inputs import ModelInputs
+from mode_gguf.forward.modality import TEXT
+from mode_gguf.forward.streaming import StreamedModel
+from mode_gguf.importance.group_sums import N_MODALITIES, group_sums
+from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
+from mode_gguf.importance.unrouted_experts import fill_unrouted, unrouted_experts
+from mode_gguf.importance.weight_errors import expert_changes, matrix_changes, parts_of
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.stand_ins import stored_as
+from mode_gguf.quantization.fallback_types import stored_as
 
 
 @dataclass(slots=True)
@@ -56,15 +57,15 @@ class _Routed:
 
 
 def expert_mse(
-    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: MeasurementSettings, progress: Progress = silent
-) -> Measurement:
+    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: SensitivitySettings, progress: Progress = silent
+) -> SensitivityResult:
     """Mean squared output error of every expert, matrix and the embedding, at every candidate type."""
     return _output_error(streamed, inputs, settings, progress, of_block=False)
 
 
 def block_mse(
-    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: MeasurementSettings, progress: Progress = silent
-) -> Measurement:
+    streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: SensitivitySettings, progress: Progress = silent
+) -> SensitivityResult:
     """As `expert_mse`, but for experts the share of their MoE block's mean squared error."""
     return _output_error(streamed, inputs, settings, progress, of_block=True)
 
@@ -72,16 +73,16 @@ def block_mse(
 def _output_error(
     streamed: StreamedModel,
     inputs: Sequence[ModelInputs],
-    settings: MeasurementSettings,
+    settings: SensitivitySettings,
     progress: Progress,
     *,
     of_block: bool,
-) -> Measurement:
-    result = Measurement({}, (sum(gathered(sum(len(one.input_ids) for one in inputs))),), {})
+) -> SensitivityResult:
+    result = SensitivityResult({}, (sum(gathered(sum(len(one.input_ids) for one in inputs))),), {})
     last = len(streamed.layers) - 1
     seen = _LayerInputs()
 
-    def leave(passed: Pass, layer: int) -> None:
+    def leave(passed: SampleTrace, layer: int) -> None:
         seen.modality.append(passed.modality)
         for name, call in passed.linears.items():
             seen.linears.setdefault(name, []).append(call.input)
@@ -103,7 +104,7 @@ def _output_error(
             _measure_experts(streamed, layer, routed, settings, result, of_block=of_block)
         seen = _LayerInputs()
 
-    run_watched(
+    run_recorded(
         streamed,
         inputs,
         key_tokens=settings.key_tokens,
@@ -124,8 +125,8 @@ def _matrix_error(
     tensor: SourceTensor,
     x: Tensor,
     modality: Tensor,
-    settings: MeasurementSettings,
-    result: Measurement,
+    settings: SensitivitySettings,
+    result: SensitivityResult,
 ) -> np.ndarray:
     """Mean squared error of a linear layer's output, (1, M, T)."""
     error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
@@ -138,8 +139,8 @@ def _embedding_error(
     streamed: StreamedModel,
     tensor: SourceTensor,
     inputs: Sequence[ModelInputs],
-    settings: MeasurementSettings,
-    result: Measurement,
+    settings: SensitivitySettings,
+    result: SensitivityResult,
 ) -> np.ndarray:
     """Mean squared error of the embeddings of all text tokens, (1, M, T)."""
     ids = torch.cat([one.input_ids[~one.is_vision] for one in inputs]).to(streamed.device)
@@ -154,8 +155,8 @@ def _measure_experts(
     streamed: StreamedModel,
     layer: int,
     routed: _Routed,
-    settings: MeasurementSettings,
-    result: Measurement,
+    settings: SensitivitySettings,
+    result: SensitivityResult,
     *,
     of_block: bool,
 ) -> None:
@@ -197,13 +198,13 @@ def _measure_experts(
     seen = sum_over_ranks({"": counts})[""]
     for part in parts_of(projections):
         mean = _means(error[part], tokens[:, None] if of_block else counts)
-        filled = fill_unseen(mean, seen, weight_error[part], summed=of_block)
+        filled = fill_unrouted(mean, seen, weight_error[part], summed=of_block)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled
         result.arrays[f"{name}.weight_error"] = weight_error[part]
         if part in projections:
             result.arrays[f"{name}.unit"] = _means(unit[part], tokens) if of_block else filled.sum(axis=2)
-    result.estimated.update(unseen_experts(layer, seen, answers=("any",)))
+    result.estimated.update(unrouted_experts(layer, seen, answers=("any",)))
 
 
 def _counts(modality: Tensor) -> np.ndarray:

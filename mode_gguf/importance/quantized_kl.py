@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.hidden_store import HiddenStore
-from mode_gguf.calibration.inputs import ModelInputs
-from mode_gguf.calibration.key_tokens import KeyTokens
-from mode_gguf.calibration.limits import HIDDEN_BYTES
-from mode_gguf.calibration.lockstep import run_in_lockstep
-from mode_gguf.calibration.streaming import FINAL_NORM, StreamedModel
-from mode_gguf.calibration.watch import TEXT, Pass, Watch, watching
-from mode_gguf.importance.groups import N_ANSWERS
+from mode_gguf.forward.hidden_store import HiddenStore
+from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
+from mode_gguf.forward.inputs import ModelInputs
+from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.forward.modality import TEXT, KeyTokens
+from mode_gguf.forward.streaming import FINAL_NORM, StreamedModel
+from mode_gguf.importance.group_sums import N_ANSWERS
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_layer import QuantizedLayer, Row
-from mode_gguf.importance.type_changes import TypeChanges, TypesByTensor, Variant, check_types, type_changes
+from mode_gguf.importance.variants import TypeChanges, TypesByTensor, Variant, check_types, type_changes
+from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.packing import Packing
 
 TOKENS_PER_CALL = 1 << 13
 """Rows times tokens that run through a layer at once."""
@@ -86,7 +86,7 @@ class _Sample:
     """
 
     inputs: ModelInputs
-    passed: Pass
+    passed: SampleTrace
     calls: list[tuple[Tensor, Mapping[str, Any]]] = field(default_factory=list)
     output: Tensor = field(default_factory=lambda: torch.empty(0))
     members: list[int] = field(default_factory=list)
@@ -129,14 +129,14 @@ class _Measurement:
         store: HiddenStore,
     ) -> None:
         self.streamed, self.variants, self.settings, self.base, self.store = streamed, variants, settings, base, store
-        self.samples = [_Sample(one, Pass.of(one, streamed.device)) for one in inputs]
+        self.samples = [_Sample(one, SampleTrace.of(one, streamed.device)) for one in inputs]
         by_role = {tensor.role: tensor for tensor in streamed.tensors}
         self.embedding: SourceTensor = by_role[Role.EMBEDDING]
         self.head: SourceTensor = by_role.get(Role.OUTPUT, self.embedding)
 
     def run(self, description: str, progress: Progress) -> QuantizedKl:
         streamed, samples = self.streamed, self.samples
-        watch = Watch(self.settings.key_tokens, keep_hidden=False)
+        watch = LayerRecorder(self.settings.key_tokens, keep_hidden=False)
         running: list[_Sample] = []
 
         def enter(number: int) -> None:
@@ -159,12 +159,12 @@ class _Measurement:
         def keep_output(module: nn.Module, arguments: object, output: Tensor) -> None:
             running[0].output = output
 
-        with watching(streamed.model, {}, watch):
-            # Within `run_in_lockstep`, a layer's hooks run in the order of their registration: keep the call first.
+        with recording(streamed.model, {}, watch):
+            # Within `run_layerwise`, a layer's hooks run in the order of their registration: keep the call first.
             hooks = [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in streamed.layers]
             hooks += [layer.register_forward_hook(keep_output) for layer in streamed.layers]
             try:
-                run_in_lockstep(
+                run_layerwise(
                     streamed.layers,
                     [partial(_forward, streamed, sample.inputs) for sample in samples],
                     load=streamed.load_layer,

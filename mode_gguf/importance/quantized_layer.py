@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 
 from mode_gguf.architectures.experts import rows_of
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.streaming import StreamedModel
-from mode_gguf.importance.type_changes import TypeChanges, Variant
+from mode_gguf.forward.streaming import StreamedModel
+from mode_gguf.importance.variants import TypeChanges, Variant
 
 
 @dataclass(frozen=True, slots=True)

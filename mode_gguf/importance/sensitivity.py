@@ -6,28 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.denormals import denormals_flushed
-from mode_gguf.calibration.distributed import gathered_in_order, share_of
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.limits import HIDDEN_BYTES, LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
-from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.importance.choice import ImatrixKind, chosen_imatrix
+from mode_gguf.forward.denormals import denormals_flushed
+from mode_gguf.forward.distributed import gathered_in_order, share_of
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.limits import HIDDEN_BYTES, LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Imatrix, Importance
-from mode_gguf.importance.measurement import MeasurementSettings
+from mode_gguf.importance.imatrix_kind import chosen_imatrix
 from mode_gguf.importance.output_error import block_mse, expert_mse
-from mode_gguf.importance.table import METHODS, Method, SensitivityTable
+from mode_gguf.importance.sensitivity_settings import SensitivitySettings
+from mode_gguf.importance.sensitivity_table import METHODS, SensitivityTable
 from mode_gguf.importance.token_weights import TokenWeights, tokens_digest
+from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.packing import EXACT, Packing
-from mode_gguf.quantization.stand_ins import stand_ins_of
+from mode_gguf.quantization.fallback_types import fallback_types_of
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QuantType
-
-__all__ = ["METHODS", "Method", "SensitivityTable", "measure_sensitivity"]
+from mode_gguf.vocabulary import ImatrixKind, Method
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def measure_sensitivity(
         importance: the plain one; a tensor without is packed plainly.
         statistics: of the same checkpoint; its key tokens are chosen again.
         method: `fisher` (KL, see `fisher`), `expert-mse` (the paper's recipe) or `block-mse`, see `output_error`.
-        imatrix: which importance the file will be packed with; for `fisher` see `MeasurementSettings`.
+        imatrix: which importance the file will be packed with; for `fisher` see `SensitivitySettings`.
         packing: how the file will be packed.
         label_draws: per scored position; Fisher only.
         device, max_tokens, max_image_pixels, hidden_bytes: as for `calibrate`.
@@ -100,7 +100,7 @@ def measure_sensitivity(
         )
     builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
     inputs = [builder.build(sample) for sample in share_of(samples)]
-    settings = MeasurementSettings(
+    settings = SensitivitySettings(
         expert_types, dense_types, importance, statistics.key_tokens, label_draws, seed, imatrix, packing, hidden_bytes
     )
     measure = {"fisher": fisher_sensitivity, "expert-mse": expert_mse, "block-mse": block_mse}[method]
@@ -119,8 +119,8 @@ def measure_sensitivity(
         estimated=measurement.estimated,
         imatrix=imatrix,
         packing=packing,
-        stand_ins=stand_ins_of([t for t in streamed.tensors if t.role is Role.EXPERT], expert_types)
-        | stand_ins_of([t for t in streamed.tensors if t.role not in (Role.EXPERT, Role.KEEP)], dense_types),
+        stand_ins=fallback_types_of([t for t in streamed.tensors if t.role is Role.EXPERT], expert_types)
+        | fallback_types_of([t for t in streamed.tensors if t.role not in (Role.EXPERT, Role.KEEP)], dense_types),
     )
     seconds = time.monotonic() - started
     log.info(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
-from mode_gguf.calibration.inputs import ModelInputs
 from mode_gguf.errors import InputError
+from mode_gguf.forward.inputs import ModelInputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,24 +13,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mode_gguf import __version__
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.artifacts import fingerprint, read_arrays, write_arrays
-from mode_gguf.calibration.denormals import denormals_flushed
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.streaming import StreamedModel, open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.artifacts import SCHEMAS, fingerprint, read_arrays, write_arrays
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
-from mode_gguf.importance.choice import ImatrixKind
-from mode_gguf.importance.groups import N_ANSWERS, N_MODALITIES
+from mode_gguf.forward.denormals import denormals_flushed
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
+from mode_gguf.forward.streaming import StreamedModel, open_streamed
+from mode_gguf.importance.group_sums import N_ANSWERS, N_MODALITIES
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
-from mode_gguf.importance.type_changes import Variant
-from mode_gguf.importance.unit_table import KIND, UnitKl
+from mode_gguf.importance.unit_kl_table import KIND, UnitKl
+from mode_gguf.importance.variants import Variant
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.stand_ins import stored_as
+from mode_gguf.quantization.fallback_types import stored_as
 from mode_gguf.quantization.types import QuantType
+from mode_gguf.vocabulary import ImatrixKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ def measure_unit_kl(
         imatrix,
         asdict(packing),
         asdict(settings.key_tokens),
-        __version__,
+        SCHEMAS[KIND],
     )
     arrays = _finished(partial, key)
     passes = _passes(streamed.tensors)

@@ -1,84 +1,82 @@
-"""Runs the stages on one work folder: calibrate, sensitivity, plan, export, validate.
+"""A conversion as stages on one work folder: calibrate, sensitivity, plan, export, validate.
 
-Each `run_` function reads what earlier stages left in the folder, writes its own artefacts, and can be called alone.
-`convert` chains them. Stages that need torch import it when they run, so that planning and exporting start at once.
+`open_model` makes a `Run`; `run.ensure(stage)` executes a stage unless what it left is still right, and `convert`
+ensures all of them. Stages meet in files only. Those that need torch import it when they run, so that planning and
+exporting start at once.
 """
 
-from mode_gguf.pipeline.conversion import Base, convert, estimate, merge, open_model, outlined_model
-from mode_gguf.pipeline.exporting import (
+from mode_gguf.pipeline.conversion import Conversion, ConvertResult, convert, estimate_conversion
+from mode_gguf.pipeline.environment import environment, runtime_speed
+from mode_gguf.pipeline.estimating import ConversionEstimate, estimate
+from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.model_files import ModelFiles, find_model_files
+from mode_gguf.pipeline.opened_model import open_model, outlined_model
+from mode_gguf.pipeline.planning import make_frontier, make_uniform_plan, planning_problem, with_unit_kl
+from mode_gguf.pipeline.publishing import publish, write_card
+from mode_gguf.pipeline.reporting import conversion_of, draw_validated, run_report
+from mode_gguf.pipeline.run import Run, Stage
+from mode_gguf.pipeline.settings import PlanSettings, Target, candidates_of, measured_candidates
+from mode_gguf.pipeline.stages.calibrate import Calibrate, calibration_samples
+from mode_gguf.pipeline.stages.export import (
     REFERENCE_TYPE,
-    export_text,
-    model_files,
+    ExportMtp,
+    ExportProjector,
+    ExportReference,
+    ExportText,
     model_path,
     projector_path,
-    run_export,
-    run_reference,
 )
-from mode_gguf.pipeline.measuring import run_calibration, run_sensitivity, run_unit_kl
-from mode_gguf.pipeline.options import (
-    DEFAULT_MEASURED_SAMPLES,
-    CalibrationOptions,
-    ConvertOptions,
-    ConvertResult,
-    Estimate,
-)
-from mode_gguf.pipeline.pair import Pair, find_pair
-from mode_gguf.pipeline.planning import (
-    make_uniform_plan,
-    planning_problem,
-    run_frontier,
-    run_granularity,
-    run_plan,
-    run_refined_plan,
-    save_plan,
-    with_unit_kl,
-)
-from mode_gguf.pipeline.publishing import publish, write_card
-from mode_gguf.pipeline.reporting import draw_validated, facts_about, run_report
-from mode_gguf.pipeline.rounding import run_rounding
-from mode_gguf.pipeline.session import working_in
-from mode_gguf.pipeline.validating import environment, run_validation, runtime_speed
+from mode_gguf.pipeline.stages.feedback import RoundWithFeedback
+from mode_gguf.pipeline.stages.plan import MakePlan, save_plan
+from mode_gguf.pipeline.stages.sensitivity import Sensitivity
+from mode_gguf.pipeline.stages.unit_kl import UnitKl, kl_measurement
+from mode_gguf.pipeline.stages.validate import Notes, Validate, validate_file
 
 __all__ = [
-    "DEFAULT_MEASURED_SAMPLES",
     "REFERENCE_TYPE",
-    "Base",
-    "CalibrationOptions",
-    "ConvertOptions",
+    "Calibrate",
+    "Conversion",
+    "ConversionEstimate",
     "ConvertResult",
-    "Estimate",
-    "Pair",
+    "ExportMtp",
+    "ExportProjector",
+    "ExportReference",
+    "ExportText",
+    "MakePlan",
+    "ModelFiles",
+    "Notes",
+    "PlanSettings",
+    "RoundWithFeedback",
+    "Run",
+    "Sensitivity",
+    "Stage",
+    "Target",
+    "UnitKl",
+    "Validate",
+    "calibration_samples",
+    "candidates_of",
+    "conversion_of",
     "convert",
     "draw_validated",
     "environment",
     "estimate",
-    "export_text",
-    "facts_about",
-    "find_pair",
+    "estimate_conversion",
+    "find_model_files",
+    "folder_lock",
+    "kl_measurement",
+    "make_frontier",
     "make_uniform_plan",
-    "merge",
-    "model_files",
+    "measured_candidates",
     "model_path",
     "open_model",
     "outlined_model",
     "planning_problem",
     "projector_path",
     "publish",
-    "run_calibration",
-    "run_export",
-    "run_frontier",
-    "run_granularity",
-    "run_plan",
-    "run_reference",
-    "run_refined_plan",
     "run_report",
-    "run_rounding",
-    "run_sensitivity",
-    "run_unit_kl",
-    "run_validation",
     "runtime_speed",
     "save_plan",
+    "validate_file",
     "with_unit_kl",
-    "working_in",
     "write_card",
 ]

@@ -10,15 +10,15 @@ from mode_gguf.allocation.units import CandidateTypes
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.coverage import calibration_warnings
-from mode_gguf.calibration.kinds import MODALITIES, TEXT, KeyTokens
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.imatrix import read_imatrix, read_imatrix_header, read_sums, write_imatrix
+from mode_gguf.export.imatrix_file import read_imatrix, read_imatrix_header, read_sums, write_imatrix
+from mode_gguf.forward.modality import MODALITIES, TEXT, KeyTokens
 from mode_gguf.importance.imatrix_error import imatrix_error
-from mode_gguf.progress import Progress, silent
+from mode_gguf.options import CalibrationOptions, Packing
+from mode_gguf.pipeline.run import Run
 from mode_gguf.quantization.libggml import needs_importance
-from mode_gguf.quantization.packing import Packing
 from mode_gguf.workfolder import WorkFolder
 
 log = logging.getLogger(__name__)
@@ -26,12 +26,14 @@ log = logging.getLogger(__name__)
 Sums = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
-def take_statistics(checkpoint: Checkpoint, folder: WorkFolder, imatrix: Path) -> CalibrationStatistics:
+def take_statistics(checkpoint: Checkpoint, folder: WorkFolder, options: CalibrationOptions) -> None:
     """Write calibration.safetensors and the folder's importance matrix from one that llama-imatrix made.
 
     Raises:
         InputError: it is none, or is of another model.
     """
+    imatrix = options.from_imatrix
+    assert imatrix is not None
     header = read_imatrix_header(imatrix)
     tensors = text_tensors(checkpoint)
     sums = _of_model(imatrix, read_sums(imatrix), tensors)
@@ -44,28 +46,22 @@ def take_statistics(checkpoint: Checkpoint, folder: WorkFolder, imatrix: Path) -
         key_tokens=KeyTokens(),
         datasets=header.datasets,
         imatrix=imatrix.name,
-        sees=bool(find_family(checkpoint).projector_type),
+        has_vision=bool(find_family(checkpoint).projector_type),
+        options=options,
     )
     statistics.save(folder.calibration)
     for warning in calibration_warnings(statistics):
         log.warning("%s", warning)
     write_imatrix(folder.imatrix, sums, header.datasets, header.chunk_count, header.chunk_size)
-    return statistics
 
 
-def measure_imatrix_error(
-    checkpoint: Checkpoint,
-    folder: WorkFolder,
-    types: CandidateTypes,
-    packing: Packing,
-    threads: int | None = None,
-    progress: Progress = silent,
-) -> None:
+def measure_imatrix_error(run: Run, types: CandidateTypes, packing: Packing, threads: int | None = None) -> None:
     """Write sensitivity.safetensors from the folder's statistics and plain importance matrix.
 
     Raises:
         InputError: a candidate type needs importance that the matrix does not have.
     """
+    checkpoint, folder = run.checkpoint, run.folder
     statistics = CalibrationStatistics.load(folder.calibration, sums=False)
     importance = read_imatrix(folder.imatrix)
     tensors = text_tensors(checkpoint)
@@ -74,7 +70,7 @@ def measure_imatrix_error(
         if needy and tensor.name not in importance:
             raise InputError(
                 f"{folder.imatrix}: has nothing of {tensor.name}, and {needy[0]} needs it; leave that type out, or "
-                "give tensors of this kind a --floor"
+                "give tensors of this kind a floor (plan.floors)"
             )
     counts = {layer: statistics.counts(layer).sum(axis=0) for layer in statistics.moe_layers}
     table = imatrix_error(
@@ -87,7 +83,7 @@ def measure_imatrix_error(
         dense_types=types.dense,
         packing=packing,
         threads=threads,
-        progress=progress,
+        progress=run.progress,
     )
     table.save(folder.sensitivity)
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import fingerprint, read_metadata, write_text
 from mode_gguf.errors import InputError, UsageError, ValidationError
-from mode_gguf.export.imatrix import read_imatrix_header
-from mode_gguf.gguf_header import read_header
+from mode_gguf.export.imatrix_file import read_imatrix_header
+from mode_gguf.gguf.header import read_header
 from mode_gguf.hub.card import model_card
 from mode_gguf.hub.local_paths import without_local_paths
 from mode_gguf.hub.names import repository_name
-from mode_gguf.hub.release import Release, ReleasedFile, Role, commands_of, sha256_of
-from mode_gguf.hub.upload import Published, Upload, upload
-from mode_gguf.pipeline.ledger import Stage, StageLedger, file_identity
-from mode_gguf.pipeline.session import working_in
+from mode_gguf.hub.released_files import Release, ReleasedFile, Role, commands_of, sha256_of
+from mode_gguf.hub.upload import Published, Upload, send
+from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.structure import describe
@@ -36,7 +36,7 @@ class Publication:
 
 def write_card(
     path: Path,
-    repository: str | None = None,
+    repository: str,
     *,
     base_model: str | None = None,
     replace: bool = False,
@@ -53,12 +53,12 @@ def write_card(
         InputError: `path` is no work folder with a finished export, or a file was changed since.
     """
     folder, plan = _opened(path)
-    named = repository_name(repository) if repository else None
+    named = repository_name(repository)
     base_model = repository_name(base_model) if base_model else None
     readme = folder.readme
-    with working_in(folder):
+    with folder_lock(folder):
         if not replace and not _is_ours(folder):
-            raise UsageError(f"{readme}: was edited, or comes from elsewhere; give --replace, or move it away")
+            raise UsageError(f"{readme}: was edited, or comes from elsewhere; give --replace-card, or move it away")
         release, doubt = _release(folder, plan, progress)
         if doubt:
             log.warning("%s; the card says that nothing was measured", doubt)
@@ -71,7 +71,7 @@ def publish(
     path: Path,
     repository: str,
     *,
-    really: bool,
+    upload: bool,
     private: bool | None = None,
     unvalidated: bool = False,
     base_model: str | None = None,
@@ -82,29 +82,29 @@ def publish(
     README.md is made for this repository, unless it was edited.
 
     Args:
-        really: upload; without it nothing is written or sent.
-        private: see `hub.upload.upload`.
+        upload: send it; without it nothing is written or sent.
+        private: see `hub.upload.send`.
         unvalidated: publish files that no report speaks of.
 
     Raises:
-        UsageError: no name of a repository, or see `hub.upload.upload`.
+        UsageError: no name of a repository, or see `hub.upload.send`.
         InputError: `path` is no work folder with a finished export, or a file was changed since; the hub refuses.
         ValidationError: the files were not validated, or failed, which `unvalidated` does not help.
     """
     named = repository_name(repository)
     base_model = repository_name(base_model) if base_model else None
     folder, plan = _opened(path)
-    with working_in(folder):
+    with folder_lock(folder):
         release, doubt = _release(folder, plan, progress)
         if doubt and not unvalidated:
             raise ValidationError(f"{doubt}; validate the file, or give --unvalidated to publish it all the same")
         card = model_card(release, named, base_model) if _is_ours(folder) else _edited_card(folder, release)
         uploads = _uploads(folder, release, card)
-        if not really:
+        if not upload:
             return Publication(uploads, card, None)
         if _is_ours(folder):
             _save_card(folder, card, named, base_model)
-        return Publication(uploads, card, upload(named, uploads, private, progress))
+        return Publication(uploads, card, send(named, uploads, private, progress))
 
 
 def _opened(path: Path) -> tuple[WorkFolder, Plan]:
@@ -122,7 +122,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
         InputError: no export has finished here, or what it wrote was changed since.
         ValidationError: it failed.
     """
-    ledger = StageLedger(folder)
+    ledger = StageCache(folder)
     settings, model = ledger.left("export")
     _, projector = ledger.left("projector")
     if not model or not (projector or settings.get("projector") == "none"):
@@ -173,7 +173,7 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
     if not path.exists():
         return None, f"{path}: not there; the model was never validated"
     report = ValidationReport.load(path)
-    _, left = StageLedger(folder).left("validate")
+    _, left = StageCache(folder).left("validate")
     if left and left.get(path) != file_identity(path):
         return None, f"{path}: is not what `validate` wrote"
     sizes = {first.name: sum(file.size_bytes for file in files if file.role == "text model")}
@@ -191,7 +191,7 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
 
 def _is_ours(folder: WorkFolder) -> bool:
     """Whether README.md may be written: it is not there, or just as it was written last."""
-    left = StageLedger(folder).left("card")[1].get(folder.readme)
+    left = StageCache(folder).left("card")[1].get(folder.readme)
     return not folder.readme.exists() or left == file_identity(folder.readme)
 
 
@@ -199,7 +199,7 @@ def _save_card(folder: WorkFolder, card: str, repository: str | None, base_model
     started = time.monotonic()
     write_text(folder.readme, card)
     settings = {"repository": repository, "base model": base_model}
-    StageLedger(folder).record(Stage("card", settings, (folder.readme,)), round(time.monotonic() - started, 3))
+    StageCache(folder).record(StageState("card", settings, (folder.readme,)), round(time.monotonic() - started, 3))
 
 
 def _edited_card(folder: WorkFolder, release: Release) -> str:
@@ -212,7 +212,7 @@ def _edited_card(folder: WorkFolder, release: Release) -> str:
         if file.sha256 not in card:
             raise InputError(
                 f"{folder.readme}: was edited, and its table of files does not have {file.path.name} as it is now "
-                f"(sha256 {file.sha256}); correct it, or make it again with `mode-gguf card --replace`"
+                f"(sha256 {file.sha256}); correct it, or make it again with `publish --card-only --replace-card`"
             )
     return card
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import write_text
-from mode_gguf.conversion_facts import ConversionFacts, nothing_known
 from mode_gguf.errors import InputError, MissingResourceError
-from mode_gguf.gguf_header import read_header
-from mode_gguf.pipeline.facts import conversion_facts, work_folder
-from mode_gguf.pipeline.ledger import StageLedger, file_identity
-from mode_gguf.pipeline.session import working_in
+from mode_gguf.gguf.header import read_header
+from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.report_data import conversion_record, work_folder
+from mode_gguf.pipeline.stage_cache import StageCache, file_identity
 from mode_gguf.report.page import draw, is_of_plan, same_bpw
-from mode_gguf.validation.default_set import default_held_out
+from mode_gguf.validation.conversion_record import ConversionRecord, unknown_conversion
+from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.workfolder import WorkFolder
@@ -35,14 +35,14 @@ def run_report(path: Path, held_out: Path | None = None) -> Path:
         InputError: nothing was ever written there, or report.json is none.
     """
     folder = work_folder(path)
-    with working_in(folder):
-        facts = conversion_facts(folder)
+    with folder_lock(folder):
+        facts = conversion_record(folder)
         report = ValidationReport.load(folder.report) if folder.report.exists() else None
         if report and is_of_plan(report, facts) and report.conversion != facts:
             before = file_identity(folder.report)
             report = report.model_copy(update={"conversion": facts})
             report.save(folder.report)
-            StageLedger(folder).written_again("validate", folder.report, before)
+            StageCache(folder).written_again("validate", folder.report, before)
         return write_page(folder.page, facts, report, held_out or validated_with(folder))
 
 
@@ -54,10 +54,10 @@ def draw_converted(folder: WorkFolder, held_out: Path | None, *, validated: bool
     """
     report = ValidationReport.load(folder.report) if folder.report.exists() else None
     facts = report.conversion if report and validated else None
-    return write_page(folder.page, facts or conversion_facts(folder), report, held_out)
+    return write_page(folder.page, facts or conversion_record(folder), report, held_out)
 
 
-def facts_about(candidate: Path) -> ConversionFacts | None:
+def conversion_of(candidate: Path) -> ConversionRecord | None:
     """How a file was made, where it lies in a work folder whose plan it was made from; None otherwise.
 
     Raises:
@@ -68,7 +68,7 @@ def facts_about(candidate: Path) -> ConversionFacts | None:
         folder = work_folder(candidate.parent)
         if not folder.plan.exists() or not same_bpw(Plan.load(folder.plan).bpw, bpw):
             return None
-        return conversion_facts(folder)
+        return conversion_record(folder)
     except InputError:
         return None
 
@@ -76,11 +76,11 @@ def facts_about(candidate: Path) -> ConversionFacts | None:
 def draw_validated(path: Path, report: ValidationReport, held_out: Path | None) -> Path:
     """The page of a validation alone, beside its JSON file `path`, with what that says of the conversion."""
     reason = "the file does not lie in the work folder that it was made in."
-    facts = report.conversion or nothing_known(report.candidate.name, reason)
+    facts = report.conversion or unknown_conversion(report.candidate.name, reason)
     return write_page(path.with_suffix(".html"), facts, report, held_out)
 
 
-def write_page(path: Path, facts: ConversionFacts, report: ValidationReport | None, held_out: Path | None) -> Path:
+def write_page(path: Path, facts: ConversionRecord, report: ValidationReport | None, held_out: Path | None) -> Path:
     """Write the page to `path`, with the pictures of a held-out set (None for the built-in one) as far as they are."""
     write_text(path, draw(facts, report, _pictures(report, held_out)))
     return path
@@ -88,7 +88,7 @@ def write_page(path: Path, facts: ConversionFacts, report: ValidationReport | No
 
 def validated_with(folder: WorkFolder) -> Path | None:
     """The held-out set that stages.json names; None for the built-in one, and where nothing was validated."""
-    entry = StageLedger(folder).entries().get("validate", {})
+    entry = StageCache(folder).entries().get("validate", {})
     source = str(entry.get("settings", {}).get("held-out data", BUILT_IN))
     return None if source == BUILT_IN else Path(str(entry.get("directory", "")), source)
 

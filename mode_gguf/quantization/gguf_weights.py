@@ -1,6 +1,6 @@
 """The weights of a GGUF file as the model knows them: whole tensors, read row by row as float32.
 
-Where the experts of a layer are stored in groups (docs/PER_EXPERT_LAYOUT.md), they are put together again.
+Where the experts of a layer are stored in groups (docs/design/per-expert-layout.md), they are put together again.
 """
 
 import re
@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from mode_gguf.errors import InputError
-from mode_gguf.gguf_header import GgufHeader, TensorInfo
+from mode_gguf.gguf.header import GgufHeader, TensorInfo
 from mode_gguf.quantization.expert_groups import ARCHITECTURE_SUFFIX, group_name, map_name
 from mode_gguf.quantization.packer import unpack_matrix
 from mode_gguf.quantization.types import INDEX, QUANT_TYPES

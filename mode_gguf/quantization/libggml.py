@@ -205,7 +205,7 @@ def scale_overflows(packed: np.ndarray, quant_type: QuantType) -> np.ndarray:
     return np.asarray(~np.isfinite(_scales(packed, quant_type)))
 
 
-def restore_gain(packed: np.ndarray, values: np.ndarray, quant_type: QuantType, importance: np.ndarray | None) -> None:
+def restore_scale(packed: np.ndarray, values: np.ndarray, quant_type: QuantType, importance: np.ndarray | None) -> None:
     """Scale every row of `packed` so that outputs keep their size, as refined packing by our kernels does.
 
     A least squares fit q of a row x has <q, x> < <x, x> (weighted with the importance): all outputs shrink together.

@@ -11,9 +11,10 @@ import numpy as np
 
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor, as_float32
 from mode_gguf.errors import InputError
+from mode_gguf.options import Packing
 from mode_gguf.quantization import libggml
-from mode_gguf.quantization.ahead import in_order
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.ordered_parallel import ordered_parallel
+from mode_gguf.quantization.packing import EXACT, refinement_of
 from mode_gguf.quantization.types import Packer, QuantType
 from mode_gguf_kernels import FEEDBACK_TYPES, Feedback, NonFiniteError, PackingError, pack, round_again, unpack
 
@@ -108,7 +109,7 @@ def packed_chunks(
         _pack_into(packed, matrix, quant_type, weights, packing, name, rows.start or 0)
         return packed
 
-    yield from in_order(pack_chunk, n_chunks(tensor), threads)
+    yield from ordered_parallel(pack_chunk, n_chunks(tensor), threads)
 
 
 def n_chunks(tensor: SourceTensor) -> int:
@@ -210,7 +211,7 @@ def _pack_into(
     """Fill `packed` with the packed rows of `matrix`, the first of which errors call `first_row`."""
     if quant_type.packer is Packer.KERNELS:
         try:
-            pack(matrix, quant_type.name, importance, refinement=packing.refinement, out=packed)
+            pack(matrix, quant_type.name, importance, refinement=refinement_of(packing), out=packed)
         except NonFiniteError as error:
             raise _value_error(error.value, name, first_row + error.row, error.column, quant_type.name) from error
         except PackingError as error:
@@ -275,8 +276,8 @@ def _pack_by_libggml(
         by_block = magnitude.reshape(*overflowing.shape, quant_type.block_size)
         blamed = overflowing[..., None] & (by_block == by_block.max(axis=-1, keepdims=True))
         stored = ~blamed.reshape(values.shape)
-    elif packing.keeps_gain:
-        libggml.restore_gain(packed, values, quant_type, importance)
+    elif packing.is_unbiased:
+        libggml.restore_scale(packed, values, quant_type, importance)
     return stored
 
 

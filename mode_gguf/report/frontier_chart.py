@@ -6,11 +6,19 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from mode_gguf.conversion_facts import SizePoint
+from mode_gguf.validation.conversion_record import SizePoint
 
 WIDTH, HEIGHT = 400, 300
 """Of the drawing, in units that are pixels on a phone; letters grow with it on larger screens."""
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 40
+_TITLE = 22
+"""Height of a line of text above a chart in a picture of its own."""
+_STYLE = (
+    "text{font-family:sans-serif}.grid{stroke:#dde2e8}.tick,.note,.title{font-size:11px;fill:#5b6776}"
+    ".head{font-size:14px;fill:#16202c}.line{fill:none;stroke:#1a5fb4;stroke-width:2}.dot{fill:#1a5fb4}"
+    ".uniform{fill:#5b6776}"
+)
+"""The colours of style.css's light scheme."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,27 @@ def frontier_chart(
         shape = f'<circle class="{mark.kind}" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>'
         parts.append(f"<g>{shape}<title>{escape(mark.label)}</title></g>")
     return Markup("".join(parts))  # every part is made of numbers and of what was escaped
+
+
+def frontier_svg(planned: Sequence[SizePoint], uniform: Sequence[SizePoint], answers: Sequence[str], title: str) -> str:
+    """A picture of its own with a chart per kind of answer, side by side.
+
+    Args:
+        answers: what the predicted numbers are of, in their order.
+    """
+    width, height = WIDTH * len(answers), HEIGHT + 2 * _TITLE
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        f'<text class="head" x="{width / 2}" y="{_TITLE - 6}" text-anchor="middle">{escape(title)}</text>',
+    ]
+    for index, answer in enumerate(answers):
+        drawing = frontier_chart(planned, uniform, index, ())
+        name = "predicted cost" if answer == "cost" else f"KL of {answer} answers, predicted, nats per token"
+        parts.append(f'<g transform="translate({index * WIDTH} {2 * _TITLE})">')
+        parts.append(f'<text class="title" x="{WIDTH / 2}" y="-4" text-anchor="middle">{name}</text>{drawing}</g>')
+    return "".join([*parts, "</svg>\n"])
 
 
 def _value(point: SizePoint, index: int) -> float:

@@ -10,12 +10,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mode_gguf import __version__
-from mode_gguf.conversion_facts import ConversionFacts, Routing, TensorTypes
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.report import colours, wording
+from mode_gguf.report.embedded_images import heatmap, thumbnail
 from mode_gguf.report.examples import examples
 from mode_gguf.report.frontier_chart import HEIGHT, WIDTH, Mark, frontier_chart
-from mode_gguf.report.pictures import heatmap, thumbnail
+from mode_gguf.validation.conversion_record import ConversionRecord, Routing, TensorTypes
 from mode_gguf.validation.report import Answer, Divergence, ValidationReport
 
 WIDEST_USE = 3
@@ -25,7 +25,7 @@ SAME_BPW = 1e-6
 _HERE = Path(__file__).parent
 
 
-def draw(facts: ConversionFacts, validation: ValidationReport | None, pictures: Mapping[tuple[str, str], Path]) -> str:
+def draw(facts: ConversionRecord, validation: ValidationReport | None, pictures: Mapping[tuple[str, str], Path]) -> str:
     """The page.
 
     Args:
@@ -61,7 +61,7 @@ def draw(facts: ConversionFacts, validation: ValidationReport | None, pictures: 
     )
 
 
-def is_of_plan(validation: ValidationReport, facts: ConversionFacts) -> bool:
+def is_of_plan(validation: ValidationReport, facts: ConversionRecord) -> bool:
     """Whether a validation is of the file that the facts are about: its bits per weight are the plan's.
 
     Without a plan there is nothing to tell them apart by.
@@ -94,7 +94,7 @@ class _Gap:
         return self.measured / self.predicted if self.predicted > 0 else math.nan
 
 
-def _gaps(facts: ConversionFacts, validation: ValidationReport | None) -> list[_Gap]:
+def _gaps(facts: ConversionRecord, validation: ValidationReport | None) -> list[_Gap]:
     if facts.prediction is None or facts.prediction.this is None:
         return []
     measured = dict(_divergences(validation))
@@ -105,7 +105,7 @@ def _gaps(facts: ConversionFacts, validation: ValidationReport | None) -> list[_
     ]
 
 
-def _charts(facts: ConversionFacts, validation: ValidationReport | None) -> list[dict[str, Any]]:
+def _charts(facts: ConversionRecord, validation: ValidationReport | None) -> list[dict[str, Any]]:
     """A frontier per kind of answer."""
     if facts.prediction is None or facts.plan is None:
         return []
@@ -130,7 +130,7 @@ def _example(answer: Answer, pictures: Mapping[tuple[str, str], Path]) -> dict[s
     return {"answer": answer, "picture": thumbnail(path) if path else None}
 
 
-def _type_map(facts: ConversionFacts) -> dict[str, Any]:
+def _type_map(facts: ConversionRecord) -> dict[str, Any]:
     """Rows of layers, columns of what is packed in them; tensors outside of all layers apart."""
     packed = [tensor for tensor in (facts.plan.types if facts.plan else ()) if set(tensor.types) != {KEPT_TYPE}]
     layers: dict[int, dict[str, TensorTypes]] = {}
@@ -151,7 +151,7 @@ def _type_map(facts: ConversionFacts) -> dict[str, Any]:
     }
 
 
-def _shares(facts: ConversionFacts) -> list[dict[str, Any]]:
+def _shares(facts: ConversionRecord) -> list[dict[str, Any]]:
     """Weights and bytes by type."""
     if facts.plan is None:
         return []
@@ -174,7 +174,7 @@ def _shares(facts: ConversionFacts) -> list[dict[str, Any]]:
     ]
 
 
-def _routing(routing: Routing, facts: ConversionFacts) -> dict[str, Any]:
+def _routing(routing: Routing, facts: ConversionRecord) -> dict[str, Any]:
     """A heatmap of use over average use, and each layer in numbers."""
     assert facts.calibration is not None
     positions, rows = [], []
@@ -196,7 +196,7 @@ def _routing(routing: Routing, facts: ConversionFacts) -> dict[str, Any]:
     return {"routing": routing, "picture": heatmap(positions) if total else None, "rows": rows, "experts": total}
 
 
-def _cost_map(facts: ConversionFacts) -> dict[str, Any] | None:
+def _cost_map(facts: ConversionRecord) -> dict[str, Any] | None:
     """A heatmap of what every expert's smallest type would cost, on a logarithmic scale."""
     if facts.sensitivity is None:
         return None
@@ -212,7 +212,7 @@ def _cost_map(facts: ConversionFacts) -> dict[str, Any] | None:
     return {"picture": heatmap(positions), "lowest": min(costs), "highest": max(costs)}
 
 
-def _stages(facts: ConversionFacts, validation: ValidationReport | None) -> list[dict[str, Any]]:
+def _stages(facts: ConversionRecord, validation: ValidationReport | None) -> list[dict[str, Any]]:
     """Stages with their seconds, those of validation last, and their share of the longest."""
     rows = [(run.name, run.seconds) for run in facts.stages]
     if validation:
@@ -221,7 +221,7 @@ def _stages(facts: ConversionFacts, validation: ValidationReport | None) -> list
     return [{"name": name, "seconds": seconds, "part": seconds / longest} for name, seconds in rows]
 
 
-def _commands(facts: ConversionFacts) -> list[tuple[str, Sequence[str]]]:
+def _commands(facts: ConversionRecord) -> list[tuple[str, Sequence[str]]]:
     """Commands in the order of the first stage that each ran, with all of them."""
     stages: dict[str, list[str]] = {}
     for run in facts.stages:

@@ -1,9 +1,10 @@
 """Limits that a file must keep, so that a command can gate a pipeline."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Final
 
 from mode_gguf.errors import InputError, UsageError, ValidationError
+from mode_gguf.options import Limits
 from mode_gguf.validation.questions import HeldOut
 from mode_gguf.validation.report import Check, Divergence, ValidationReport
 
@@ -18,26 +19,9 @@ _FIELDS: Final = {
 """What of a `Divergence` is held against a limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Limits by the names of the command's options; None asks nothing.
-
-    KL in nats per token, shares between 0 and 1; `image` means answers about pictures. Where a server left something
-    of the KL divergence unknown, what it may be at most must keep the limit.
-    """
-
-    max_kl: float | None = None
-    max_kl_p99: float | None = None
-    max_kl_p99_9: float | None = None
-    min_top1: float | None = None
-    max_image_kl: float | None = None
-    max_image_kl_p99: float | None = None
-    max_image_kl_p99_9: float | None = None
-    min_image_top1: float | None = None
-    min_accuracy: float | None = None
-
-    def given(self) -> dict[str, float]:
-        return {name: limit for name, limit in asdict(self).items() if limit is not None}
+def given(limits: Limits) -> dict[str, float]:
+    """The limits that ask something, by name."""
+    return {name: limit for name, limit in asdict(limits).items() if limit is not None}
 
 
 def option(name: str) -> str:
@@ -45,14 +29,14 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_measurable(bounds: Bounds, held_out: HeldOut, *, with_reference: bool, with_images: bool) -> None:
+def check_measurable(limits: Limits, held_out: HeldOut, *, with_reference: bool, with_images: bool) -> None:
     """Make sure that every limit can be checked, before hours are spent.
 
     Raises:
         UsageError: a limit needs a reference or a projector, and there is none.
         InputError: it needs texts, questions or right answers, and the held-out set has none.
     """
-    for name in bounds.given():
+    for name in given(limits):
         if name != "min_accuracy" and not with_reference:
             raise UsageError(f"{option(name)}: needs a --reference to compare with")
         asks_images = "image" in name or name == "min_accuracy"
@@ -66,9 +50,9 @@ def check_measurable(bounds: Bounds, held_out: HeldOut, *, with_reference: bool,
             raise InputError(f"{option(name)}: no question of the held-out set {held_out.name} has a right answer")
 
 
-def checks_of(bounds: Bounds, report: ValidationReport) -> tuple[Check, ...]:
+def checks_of(limits: Limits, report: ValidationReport) -> tuple[Check, ...]:
     """Every given limit beside what was found."""
-    return tuple(_check(name, limit, _found(name, report)) for name, limit in bounds.given().items())
+    return tuple(_check(name, limit, _found(name, report)) for name, limit in given(limits).items())
 
 
 def require_kept(report: ValidationReport) -> None:

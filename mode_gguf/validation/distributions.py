@@ -4,8 +4,8 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from mode_gguf.llama_cpp.model_protocol import Logits
 from mode_gguf.validation.divergence import log_softmax
-from mode_gguf.validation.models import Logits
 
 Array: TypeAlias = np.ndarray
 
@@ -13,7 +13,8 @@ FLOAT32_VOCABULARY: Final = 1 << 15
 """Up to this vocabulary distributions are kept as they are; beyond, in 16 bits."""
 NATS_KEPT: Final = 32.0
 """16-bit distributions reach this far below the most likely token, in steps of 0.0005 nats; less likely tokens are
-raised to that floor. What this adds to a KL divergence is below 1e-7 nats, less than float16 does (docs/DESIGN.md)."""
+raised to that floor. What this adds to a KL divergence is below 1e-7 nats, less than float16 does
+(docs/experiments/comparisons.md)."""
 
 
 def normalised(logits: Logits) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from mode_gguf.artifacts import read_json_lines
 from mode_gguf.errors import InputError
-from mode_gguf.validation.llama_cpp import open_image
+from mode_gguf.llama_cpp.in_process import open_image
 
 MATCHES: Final = ("exact", "contains", "number")
 Z_95: Final = 1.959964

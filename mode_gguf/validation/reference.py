@@ -23,16 +23,16 @@ from mode_gguf.artifacts import (
     write_json,
 )
 from mode_gguf.errors import InputError
-from mode_gguf.gguf_header import read_header
+from mode_gguf.gguf.header import read_header
+from mode_gguf.llama_cpp.engines import Engine, engine_for
+from mode_gguf.llama_cpp.gpu_offload import ON_CPU, Offload
+from mode_gguf.llama_cpp.http_model import TOP, Server, ServerModel
+from mode_gguf.llama_cpp.in_process import LlamaModel
+from mode_gguf.llama_cpp.model_protocol import Logits, Model
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.distributions import normalised, pack_distributions, unpack_distributions
-from mode_gguf.validation.engines import Engine, engine_for
-from mode_gguf.validation.llama_cpp import LlamaModel
-from mode_gguf.validation.models import Logits, Model
-from mode_gguf.validation.offload import ON_CPU, Offload
 from mode_gguf.validation.questions import HeldOut, Question
-from mode_gguf.validation.report import FileFacts
-from mode_gguf.validation.server import TOP, Server, ServerModel
+from mode_gguf.validation.report import FileRecord
 from mode_gguf.validation.structure import experts_bpw
 
 Array: TypeAlias = np.ndarray
@@ -113,7 +113,7 @@ class ReferenceRecord(Record):
     """
 
     schema_version: Literal[1] = 1
-    model: FileFacts
+    model: FileRecord
     runtime: str
     text_identity: str
     image_identity: str
@@ -260,7 +260,7 @@ def _record(source: Source, mmproj: Path | None, settings: Settings) -> Referenc
     )
 
 
-def facts_of(source: Source) -> FileFacts:
+def facts_of(source: Source) -> FileRecord:
     """Size and bits per weight of a model; a server tells no more of experts than of anything else.
 
     Raises:
@@ -269,9 +269,9 @@ def facts_of(source: Source) -> FileFacts:
     if isinstance(source, Server):
         model = ServerModel(source)
         bpw = 8 * model.size_bytes / model.n_weights
-        return FileFacts(name=model.alias, size_bytes=model.size_bytes, bpw=bpw, experts_bpw=None)
+        return FileRecord(name=model.alias, size_bytes=model.size_bytes, bpw=bpw, experts_bpw=None)
     header = read_header(source)
-    return FileFacts(name=source.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=experts_bpw(header))
+    return FileRecord(name=source.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=experts_bpw(header))
 
 
 def _measure(model: Model, sample: str | Question, settings: Settings) -> ScoredSample:

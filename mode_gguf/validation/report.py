@@ -8,13 +8,13 @@ import numpy as np
 from pydantic import Field
 
 from mode_gguf.artifacts import Record, read_record, write_text
-from mode_gguf.conversion_facts import ConversionFacts
+from mode_gguf.llama_cpp.installed_tools import SmokeTest
+from mode_gguf.validation.conversion_record import ConversionRecord
 from mode_gguf.validation.divergence import Scores
 from mode_gguf.validation.questions import Interval
-from mode_gguf.validation.runtimes import SmokeTest
 
 
-class FileFacts(Record):
+class FileRecord(Record):
     """One GGUF file; `bpw` is all tensor bits over all weights."""
 
     name: str
@@ -133,9 +133,9 @@ class ValidationReport(Record):
     tool_version: str
     runtime: str
     held_out: str
-    candidate: FileFacts
-    mmproj: FileFacts | None
-    reference: FileFacts | None
+    candidate: FileRecord
+    mmproj: FileRecord | None
+    reference: FileRecord | None
     text: Divergence | None
     image: Divergence | None
     accuracy: dict[str, Accuracy]
@@ -148,7 +148,7 @@ class ValidationReport(Record):
     scored_answers: Literal["reference", "given"] | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     checks: tuple[Check, ...] = ()
-    conversion: ConversionFacts | None = None
+    conversion: ConversionRecord | None = None
 
     @property
     def example(self) -> Answer | None:

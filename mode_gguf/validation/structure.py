@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mode_gguf.errors import ValidationError
-from mode_gguf.gguf_header import GgufHeader, TensorInfo, read_header
+from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
 from mode_gguf.quantization.types import QuantType, bits_per_weight
 
 MAX_SHOWN: Final = 16

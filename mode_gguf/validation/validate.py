@@ -14,15 +14,18 @@ import numpy as np
 
 from mode_gguf import __version__
 from mode_gguf.errors import InputError, UsageError, ValidationError
-from mode_gguf.gguf_header import read_header
+from mode_gguf.gguf.header import read_header
+from mode_gguf.llama_cpp.engines import Engine, engine_for, has_expert_groups
+from mode_gguf.llama_cpp.http_model import Server, ServerModel
+from mode_gguf.llama_cpp.in_process import LlamaModel
+from mode_gguf.llama_cpp.installed_tools import LlamaCppTools, find_llama_cpp, smoke_test
+from mode_gguf.llama_cpp.model_protocol import Logits, Model
+from mode_gguf.options import Limits
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.validation.bounds import ALL_KINDS, Bounds, check_measurable, checks_of
-from mode_gguf.validation.default_set import default_held_out
+from mode_gguf.validation.bounds import ALL_KINDS, check_measurable, checks_of
+from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
-from mode_gguf.validation.engines import Engine, engine_for, has_expert_groups
-from mode_gguf.validation.llama_cpp import LlamaModel
-from mode_gguf.validation.models import Logits, Model
 from mode_gguf.validation.questions import HeldOut, Question, is_right, wilson_interval
 from mode_gguf.validation.reference import (
     Reference,
@@ -37,27 +40,38 @@ from mode_gguf.validation.reference import (
     scored_answer,
     stored_reference,
 )
-from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileFacts, Smoke, ValidationReport
-from mode_gguf.validation.runtimes import LlamaCppTools, find_llama_cpp, smoke_test
-from mode_gguf.validation.server import Server, ServerModel
+from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, Smoke, ValidationReport
 from mode_gguf.validation.structure import check_structure
-
-NO_BOUNDS = Bounds()
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A file and what it is compared with.
+
+    Attributes:
+        candidate: the text model.
+        reference: the same model in full precision, or a folder that `measure_reference` filled; None leaves out what
+            is measured against it.
+        mmproj: the projector of both; without it, questions are left out. Servers have their own.
+        planned: type of every tensor of the candidate, when it was made from a plan.
+    """
+
+    candidate: Source
+    reference: Source | None = None
+    mmproj: Path | None = None
+    planned: Mapping[str, QuantType] | None = None
+
+
 def validate(
-    candidate: Source,
-    reference: Source | None,
-    mmproj: Path | None,
+    compared: Compared,
     held_out: HeldOut | None = None,
     *,
-    planned: Mapping[str, QuantType] | None = None,
     tools: LlamaCppTools | None = None,
     settings: Settings | None = None,
     reference_folder: Path | None = None,
-    bounds: Bounds = NO_BOUNDS,
+    limits: Limits = Limits(),
     progress: Progress = silent,
 ) -> ValidationReport:
     """Check a file's structure, that it answers in llama.cpp, and how far it is from the reference.
@@ -66,17 +80,13 @@ def validate(
     has one type per expert; what a llama-server has loaded is asked there, and only its answers are judged.
 
     Args:
-        candidate: the text model.
-        reference: the same model in full precision, or a folder that `measure_reference` filled; None leaves out what
-            is measured against it.
-        mmproj: the projector of both; without it, questions are left out. Servers have their own.
+        compared: the file, its reference, and the projector of both.
         held_out: samples; by default a small built-in set.
-        planned: type of every tensor of the candidate, when it was made from a plan.
         tools: the user's llama.cpp for the smoke test (`find_llama_cpp`); by default the embedded one. A file with one
             type per expert is tested in our own build.
         settings: how models are run.
         reference_folder: keeps the reference's distributions for the next candidate; by default they are temporary.
-        bounds: limits to check; the report says which are kept.
+        limits: to check; the report says which are kept.
 
     Raises:
         UsageError: a limit is about something that is not measured, or a file does not run in the chosen engine.
@@ -84,12 +94,13 @@ def validate(
         MissingResourceError: no usable llama.cpp, no server answers, or our own build is needed and is not there.
         ValidationError: the candidate is not what was planned, does not load or answer, or computes nonsense.
     """
+    candidate, reference, mmproj = compared.candidate, compared.reference, compared.mmproj
     held_out = held_out or default_held_out()
     settings = settings or Settings()
     stored = isinstance(reference, Path) and reference.is_dir()
     loaded = [path for path in (candidate, None if stored else reference) if isinstance(path, Path)]
-    with_images = _sees(candidate, mmproj) and (reference is None or stored or _sees(reference, mmproj))
-    check_measurable(bounds, held_out, with_reference=reference is not None, with_images=with_images)
+    with_images = _has_vision(candidate, mmproj) and (reference is None or stored or _has_vision(reference, mmproj))
+    check_measurable(limits, held_out, with_reference=reference is not None, with_images=with_images)
     if not with_images:
         held_out = HeldOut(held_out.name, held_out.texts, ())
     if loaded:
@@ -98,7 +109,7 @@ def validate(
     smoke = None
     if isinstance(candidate, Path):
         with _timed(seconds, "structure"):
-            check_structure(candidate, planned)
+            check_structure(candidate, compared.planned)
             if mmproj:
                 check_structure(mmproj)
         if mmproj and held_out.questions:
@@ -147,11 +158,11 @@ def validate(
         settings=_told(settings),
         warnings=_warnings(sum(judged.left_out)),
     )
-    return report.model_copy(update={"checks": checks_of(bounds, report)})
+    return report.model_copy(update={"checks": checks_of(limits, report)})
 
 
-def _sees(source: Source, mmproj: Path | None) -> bool:
-    return ServerModel(source).sees if isinstance(source, Server) else mmproj is not None
+def _has_vision(source: Source, mmproj: Path | None) -> bool:
+    return ServerModel(source).has_vision if isinstance(source, Server) else mmproj is not None
 
 
 def _engine(chosen: Engine | None, models: list[Path]) -> Engine:
@@ -282,9 +293,9 @@ def _accuracy(held_out: HeldOut, answers: list[str] | list[str | None]) -> dict[
     return {kind: Accuracy.of(wilson_interval(sum(right), len(right))) for kind, right in sorted(hits.items())}
 
 
-def _projector_facts(mmproj: Path) -> FileFacts:
+def _projector_facts(mmproj: Path) -> FileRecord:
     header = read_header(mmproj)
-    return FileFacts(name=mmproj.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=None)
+    return FileRecord(name=mmproj.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=None)
 
 
 @contextmanager

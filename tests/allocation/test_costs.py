@@ -6,7 +6,7 @@ import pytest
 from mode_gguf.allocation.costs import (
     CostModel,
     ExpertUse,
-    Measurements,
+    MeasuredCosts,
     cost_of_types,
     expert_frequency,
     expert_units,
@@ -34,7 +34,7 @@ ATTENTION = SourceTensor("blk.0.attn_q.weight", (256, 256), Role.DENSE, ("q",), 
 
 
 @pytest.fixture
-def measured() -> Measurements:
+def measured() -> MeasuredCosts:
     generator = np.random.default_rng(5)
     sensitivity = generator.random((2, 3, E, 2))
     arrays = {
@@ -46,20 +46,20 @@ def measured() -> Measurements:
         f"{ATTENTION.name}.unit": generator.random((2, 3, 2)),
         f"{ATTENTION.name}.weight_error": generator.random((1, 2)),
     }
-    return Measurements(arrays, TYPES, TYPES, {0: ExpertUse(COUNTS, WEIGHTS)})
+    return MeasuredCosts(arrays, TYPES, TYPES, {0: ExpertUse(COUNTS, WEIGHTS)})
 
 
-def expert_costs(measured: Measurements, model: CostModel) -> np.ndarray:
+def expert_costs(measured: MeasuredCosts, model: CostModel) -> np.ndarray:
     units = expert_units([GATE, ATTENTION], CANDIDATES, measured, model)
     return np.array([[candidate.cost for candidate in unit.candidates] for unit in units if unit.is_expert])
 
 
-def tensor_costs(measured: Measurements, model: CostModel, tensor: SourceTensor) -> list[float]:
+def tensor_costs(measured: MeasuredCosts, model: CostModel, tensor: SourceTensor) -> list[float]:
     (unit,) = tensor_units([tensor], CANDIDATES, measured, model)
     return [candidate.cost for candidate in unit.candidates]
 
 
-def test_sensitivity_is_summed_by_weight(measured: Measurements) -> None:
+def test_sensitivity_is_summed_by_weight(measured: MeasuredCosts) -> None:
     model = CostModel(answer_weights=(1.0, 0.5), modality_weights=(1.0, 2.0, 0.0))
     d = 3 * measured.arrays[f"{GATE.name}.expert"]
     expected = d[0, 0] + 2 * d[0, 1] + 0.5 * d[1, 0] + d[1, 1]
@@ -69,7 +69,7 @@ def test_sensitivity_is_summed_by_weight(measured: Measurements) -> None:
     np.testing.assert_allclose(tensor_costs(measured, CostModel(), GATE), unit.sum(axis=(0, 1)))
 
 
-def test_product_is_equation_4(measured: Measurements) -> None:
+def test_product_is_equation_4(measured: MeasuredCosts) -> None:
     model = CostModel("product", modality_weights=(1.0, 1.0, 0.0))
     f = COUNTS / COUNTS.sum(axis=1, keepdims=True)
     d = measured.arrays[f"{GATE.name}.expert"].sum(axis=0)
@@ -78,14 +78,14 @@ def test_product_is_equation_4(measured: Measurements) -> None:
     np.testing.assert_allclose(tensor_costs(measured, model, GATE), expected.sum(axis=0))
 
 
-def test_frequency_alone_knows_no_activations(measured: Measurements) -> None:
+def test_frequency_alone_knows_no_activations(measured: MeasuredCosts) -> None:
     model = CostModel("frequency", modality_weights=(1.0, 1.0, 0.0))
     f = COUNTS / COUNTS.sum(axis=1, keepdims=True)
     expected = (f[0] + f[1])[:, None] * measured.arrays["blk.0.ffn_exps.weight_error"]
     np.testing.assert_allclose(expert_costs(measured, model), expected)
 
 
-def test_pmq_counts_all_tokens_alike(measured: Measurements) -> None:
+def test_pmq_counts_all_tokens_alike(measured: MeasuredCosts) -> None:
     d = 3 * measured.arrays[f"{GATE.name}.expert"].sum(axis=0)
     phi, omega = COUNTS.sum(axis=0) / COUNTS.sum(), WEIGHTS.sum(axis=0) / WEIGHTS.sum()
     squared_error = (COUNTS[:, :, None] * d).sum(axis=0) / COUNTS.sum(axis=0)[:, None]
@@ -93,7 +93,7 @@ def test_pmq_counts_all_tokens_alike(measured: Measurements) -> None:
     np.testing.assert_allclose(expert_costs(measured, CostModel("pmq")), expected)
 
 
-def test_random_costs_belong_to_the_seed_and_fall_with_the_error(measured: Measurements) -> None:
+def test_random_costs_belong_to_the_seed_and_fall_with_the_error(measured: MeasuredCosts) -> None:
     first, again, other = (expert_costs(measured, CostModel("random", seed=seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
@@ -134,13 +134,13 @@ def test_what_makes_no_sense_is_refused(options: dict[str, tuple[float, ...]], m
         CostModel(**options)  # type: ignore[arg-type]
 
 
-def test_what_was_not_measured_is_named(measured: Measurements) -> None:
+def test_what_was_not_measured_is_named(measured: MeasuredCosts) -> None:
     del measured.arrays[f"{GATE.name}.weight_error"]  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=r"ffn_gate_exps\.weight\.weight_error is missing"):
         tensor_costs(measured, CostModel("random"), GATE)
 
 
-def test_types_cost_what_their_units_do(measured: Measurements) -> None:
+def test_types_cost_what_their_units_do(measured: MeasuredCosts) -> None:
     model, (q2, q4) = CostModel(), (QUANT_TYPES[name] for name in TYPES)
     gate, attention = tensor_costs(measured, model, GATE), tensor_costs(measured, model, ATTENTION)
     whole = cost_of_types([GATE, ATTENTION], {GATE.name: [q2], ATTENTION.name: [q4]}, measured, model)

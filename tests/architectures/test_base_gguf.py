@@ -13,11 +13,11 @@ from gguf import GGUFReader
 
 from mode_gguf.architectures import checkpoint_with_base, find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
-from mode_gguf.gguf_header import GgufHeader, TensorInfo, read_header
+from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.base_gguf import open_base, permuted_rows, write_family_base, write_olmoe_base
 from tests.families.pico.base import write_pico_olmoe

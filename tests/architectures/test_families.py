@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mode_gguf.architectures import FAMILIES, find_family
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 

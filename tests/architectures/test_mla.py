@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from mode_gguf.architectures import mla
 from mode_gguf.architectures.tensors import ALL_ROWS, Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 HEADS, NOPE, VALUE, LATENT, ROTATED = 3, 4, 6, 5, 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mode_gguf.calibration.sample import Message, Sample
+from mode_gguf.data.sample import Message, Sample
 
 
 def picture(seed: int, width: int = 128, height: int = 96) -> Image.Image:

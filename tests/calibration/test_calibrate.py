@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.calibration.observers import Observer
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.statistics import CalibrationStatistics, merge
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.calibration.statistics import CalibrationStatistics
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
 
 CPU = torch.device("cpu")
@@ -53,23 +52,14 @@ def test_save_and_load(statistics: CalibrationStatistics, tmp_path: Path) -> Non
         np.testing.assert_array_equal(loaded.arrays[name], array)
 
 
-def test_merged_halves_equal_the_whole(
+def test_sums_and_counts_add_up_over_samples(
     checkpoint: Checkpoint, statistics: CalibrationStatistics, samples: list[Sample]
 ) -> None:
-    halves = [calibrate(checkpoint, samples[:2], device="cpu"), calibrate(checkpoint, samples[2:], device="cpu")]
-    both = merge(*halves)
-    assert (both.samples, tuple(both.datasets)) == (statistics.samples, tuple(statistics.datasets))
+    first, second = (calibrate(checkpoint, part, device="cpu") for part in (samples[:2], samples[2:]))
+    assert first.samples + second.samples == statistics.samples
+    assert {*first.datasets, *second.datasets} == set(statistics.datasets)
     for name, array in statistics.arrays.items():
-        np.testing.assert_allclose(both.arrays[name], array, rtol=1e-9)
-        assert both.arrays[name].dtype == array.dtype
-
-
-def test_merging_what_does_not_belong_together(statistics: CalibrationStatistics) -> None:
-    with pytest.raises(InputError, match="different checkpoints"):
-        merge(statistics, replace(statistics, fingerprint="other"))
-    for other in (KeyTokens(ratio=0.5), KeyTokens("redundant")):
-        with pytest.raises(InputError, match=f"by text-attention, ratio 0.2 and by {other} cannot be merged"):
-            merge(statistics, replace(statistics, key_tokens=other))
+        np.testing.assert_allclose(first.arrays[name] + second.arrays[name], array, rtol=1e-9)
 
 
 def test_coverage_names_experts_never_routed(statistics: CalibrationStatistics) -> None:

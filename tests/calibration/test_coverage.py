@@ -7,8 +7,8 @@ import numpy as np
 
 from mode_gguf.artifacts import read_metadata
 from mode_gguf.calibration.coverage import MIN_TOKENS_PER_EXPERT, calibration_warnings
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
+from mode_gguf.forward.modality import TEXT_ATTENTION
 
 SHOWN = SampleCounts(text_samples=10, image_samples=20, text_tokens=900, vision_tokens=600)
 

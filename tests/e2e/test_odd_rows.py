@@ -10,14 +10,15 @@ from gguf import LlamaFileType
 from PIL import Image
 
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.importance.table import SensitivityTable
-from mode_gguf.pipeline.facts import conversion_facts, work_folder
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.llama_cpp.ask import ask
+from mode_gguf.pipeline.report_data import conversion_record, work_folder
 from mode_gguf.quantization.types import QUANT_TYPES
-from mode_gguf.validation.ask import ask
 from mode_gguf.validation.structure import check_structure
+from tests.e2e.conftest import settings
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
-SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1", "--json")
+SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"), "--json")
 STAND_INS = {"IQ4_NL", "Q5_0", "Q5_1"}
 
 Run = Callable[..., str]
@@ -61,7 +62,7 @@ def test_convert_chooses_stand_ins_and_llama_cpp_answers(narrow: Path, out: Path
     assert "blk\\.0\\.ffn_down_exps\\.weight$=" + down["blk.0.ffn_down_exps.weight"].lower() in (
         (out / "tensor-types.txt").read_text().lower()
     )
-    facts = conversion_facts(work_folder(out))
+    facts = conversion_record(work_folder(out))
     assert not facts.missing
     assert facts.plan is not None
     assert facts.prediction is not None
@@ -76,7 +77,7 @@ def test_convert_chooses_stand_ins_and_llama_cpp_answers(narrow: Path, out: Path
 
 def test_an_expert_takes_types_that_go_together(narrow: Path, out: Path, run: Run) -> None:
     arguments = ("convert", narrow, "--bpw", "4.6", "--out", out, "--no-validate", *SMALL)
-    types = ("--types", "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K", "--granularity", "expert")
+    types = (*settings("sensitivity.types=Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"), "--granularity", "expert")
     result = json.loads(run(*arguments, *types))
     assert result["seconds"]["sensitivity"] == 0.0
     plan = Plan.load(out / "plan.json")
@@ -86,7 +87,7 @@ def test_an_expert_takes_types_that_go_together(narrow: Path, out: Path, run: Ru
         up, down = (plan.experts[f"blk.{layer}.ffn_{name}_exps.weight"] for name in ("up", "down"))
         assert [stands_for[one.name] for one in up] == [one.name for one in down]
     check_structure(Path(result["model"]), plan.stored_types)
-    prediction = conversion_facts(work_folder(out)).prediction
+    prediction = conversion_record(work_folder(out)).prediction
     assert prediction is not None
     assert prediction.this is not None
     assert plan.solver is not None

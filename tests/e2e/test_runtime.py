@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from gguf import GGUFWriter
 
-from mode_gguf.runtime.installed import RECORD, cache_folder
-from mode_gguf.runtime.release import PATCH, Variant
+from mode_gguf.llama_cpp.runtime.installed import RECORD, cache_folder
+from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, Variant
 
 Run = Callable[..., str]
 

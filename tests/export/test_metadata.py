@@ -8,9 +8,9 @@ from gguf import GGUFWriter, LlamaFileType
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.imatrix import write_imatrix
+from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.export.metadata import (
     add_general_keys,
     file_type,

@@ -8,10 +8,10 @@ from gguf import GGUFReader
 
 from mode_gguf.architectures import mtp_tensors
 from mode_gguf.architectures.tensors import as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.export.mtp import write_mtp
-from mode_gguf.validation import c_api
+from mode_gguf.llama_cpp import c_api
 from tests.families.changed import changed
 from tests.families.pico.qwen3_5_moe import LAYERS, MTP_NORMS, write_pico_qwen3_5_moe
 

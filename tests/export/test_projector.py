@@ -8,7 +8,7 @@ from gguf import GGUFReader
 
 from mode_gguf.architectures import projector_tensors
 from mode_gguf.architectures.tensors import as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.export.projector import PROJECTOR_TYPES, write_projector
 

@@ -12,8 +12,8 @@ from gguf import GGUFReader
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.export.imatrix import read_imatrix, write_imatrix
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.export.imatrix_file import read_imatrix, write_imatrix
 from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType
 
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.text_model import text_model_files, write_text_model
-from mode_gguf.gguf_header import read_header
-from mode_gguf.pipeline.ledger import Stage, StageLedger
+from mode_gguf.gguf.header import read_header
+from mode_gguf.llama_cpp.engines import has_expert_groups
+from mode_gguf.llama_cpp.in_process import LlamaModel
+from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from mode_gguf.validation.engines import has_expert_groups
-from mode_gguf.validation.llama_cpp import LlamaModel
 from mode_gguf.validation.structure import check_structure, describe
 from mode_gguf.workfolder import WorkFolder
 from tests.export.test_text_model import all_in
@@ -186,9 +186,9 @@ class TestStopped:
     ) -> None:
         """Neither llama.cpp nor the ledger takes what is left for a model, though all had been there before."""
         folder = WorkFolder(tmp_path, "model")
-        ledger = StageLedger(folder)
+        ledger = StageCache(folder)
         outputs = text_model_files(tmp_path / "model.gguf", checkpoint, types, None, 10**6)
-        stage = Stage("export", {}, tuple(outputs))
+        stage = StageState("export", {}, tuple(outputs))
         running = ledger.begin(stage)
         files = write(tmp_path, checkpoint, types, 10**6)
         running.finish()

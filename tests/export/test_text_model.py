@@ -7,14 +7,14 @@ from gguf import GGUFReader
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.export.text_model import write_text_model
-from mode_gguf.gguf_header import read_header
+from mode_gguf.gguf.header import read_header
+from mode_gguf.llama_cpp.engines import Engine
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.expert_groups import group_name
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from mode_gguf.validation.engines import Engine
-from mode_gguf.validation.llama_cpp import LlamaModel
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 EXPERTS = "blk.0.ffn_down_exps.weight"

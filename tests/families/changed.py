@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 
 
 def changed(folder: Path, target: Path, section: str | None = None, **settings: object) -> Checkpoint:

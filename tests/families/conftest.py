@@ -10,17 +10,20 @@ import pytest
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
-from mode_gguf.validation.llama_cpp import LlamaModel
 from tests.calibration.conftest import calibration_samples
+from tests.e2e.conftest import run
 from tests.families.family_case import FamilyCase
 from tests.families.prompts import Reference
+
+__all__ = ["Families", "exact", "exported", "families", "run", "samples"]
 
 T = TypeVar("T")
 

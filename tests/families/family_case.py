@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from tests.families.refusal import Refusal
 
 GgufTensors: TypeAlias = Mapping[str, Role]

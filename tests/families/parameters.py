@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mode_gguf.architectures import find_family
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 
 
 def parameters_by_source(checkpoint: Checkpoint, state: Iterable[str]) -> dict[str, str]:

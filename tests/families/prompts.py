@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mode_gguf.architectures.images import ImagePlace
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.sample import Message, Sample
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Message, Sample
+from mode_gguf.forward.inputs import InputBuilder
 from tests.families.family_case import Asked, FamilyCase
 
 TEXT = "The quick brown fox jumps over the lazy dog. What is the colour of the square? It's 12:30, héllo — 你好. "

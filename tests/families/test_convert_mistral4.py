@@ -7,10 +7,10 @@ import pytest
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
-from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.export.imatrix import read_imatrix
-from mode_gguf.importance.table import SensitivityTable
-from mode_gguf.pipeline.facts import planned_tensors
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.export.imatrix_file import read_imatrix
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.pipeline.report_data import planned_tensors
 from tests.families.case.mistral4 import MISTRAL4
 from tests.families.whole_way import convert_and_answer
 

@@ -11,12 +11,13 @@ from gguf.constants import TokenType
 
 from mode_gguf.architectures import find_family, left_out, text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.export.tokenizer import read_vocabulary
+from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.quantization.types import QUANT_TYPES
+from tests.e2e.conftest import settings
 from tests.families.case.glm4v import GLM4V
 from tests.families.changed import changed
 from tests.families.conftest import Families, exact, exported
@@ -98,7 +99,7 @@ def test_other_settings_equal_transformers(settings: dict[str, Any], tmp_path: P
 def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(
     pico_glm4v: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
-    options = ("--types", "Q3_K,Q4_K", "--bpw", "2.0", "--out", tmp_path, *SAMPLES)
+    options = (*settings("sensitivity.types=Q3_K,Q4_K"), "--bpw", "2.0", "--out", tmp_path, *SAMPLES)
     error = run("convert", pico_glm4v, *options, code=3)
     assert "--bpw 2 cannot be reached" in error
     assert re.search(r"rows of 352 in 3 tensors .*do not fit Q3_K, Q4_K", error)

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import SourceTensor
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.modality import TEXT_ATTENTION
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
-from mode_gguf.importance.measurement import MeasurementSettings
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
-from mode_gguf.importance.type_changes import Variant
-from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.importance.sensitivity_settings import SensitivitySettings
+from mode_gguf.importance.variants import Variant
+from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.families.cases import cases_with
@@ -45,7 +45,7 @@ def test_kl_and_fisher(case: FamilyCase, families: Families, tmp_path: Path) -> 
     tensors = {tensor.name: tensor for tensor in text_tensors(checkpoint)}
     variants = [Variant(name, {name: (TYPE,) * tensors[name].n_experts}) for name in case.measured.names]
     measured = quantized_kl(open_streamed(checkpoint, "cpu"), inputs, variants, KlSettings({}, EXACT, TEXT_ATTENTION))
-    settings = MeasurementSettings((TYPE,), (TYPE,), {}, TEXT_ATTENTION, draws=case.measured.draws, seed=0)
+    settings = SensitivitySettings((TYPE,), (TYPE,), {}, TEXT_ATTENTION, draws=case.measured.draws, seed=0)
     fisher = fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings)
     model = case.load(checkpoint.path, checkpoint)
     parameters = parameters_by_source(checkpoint, dict(model.named_parameters()))

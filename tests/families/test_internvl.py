@@ -12,15 +12,15 @@ from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGe
 
 from mode_gguf.architectures import find_family, internvl, projector_tensors
 from mode_gguf.architectures.images import ImagePlace, scaled_size
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from tests.calibration.test_streaming import assert_streamed_is_plain
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.streaming import open_streamed
 from tests.families.case.internvl import INTERNVL
 from tests.families.changed import changed
 from tests.families.conftest import Families
 from tests.families.pico.internvl import BLOCKS, MAX_TILES, SIDE, VISION_HIDDEN, Layout, mark_id, write_pico_internvl
+from tests.forward.test_streaming import assert_streamed_is_plain
 
 IMAGE = mark_id("<IMG_CONTEXT>")
 

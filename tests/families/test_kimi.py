@@ -5,7 +5,7 @@ from PIL import Image
 
 from mode_gguf.architectures import find_family
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from tests.calibration.conftest import picture
 from tests.families.case.kimi import KIMI_K25, KIMI_VL
 from tests.families.conftest import Families

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation.divergence import Scores, compare
-from mode_gguf.validation.llama_cpp import LlamaModel
 from tests.families.cases import CASES, cases_with, every_case
 from tests.families.conftest import Families, exact
 from tests.families.family_case import FamilyCase, StockDifference

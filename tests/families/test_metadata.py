@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mode_gguf.architectures import find_family, text_tensors
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.tokenizer import read_vocabulary
 from tests.families.cases import CASES, cases_with, every_layout
 from tests.families.changed import changed

@@ -11,26 +11,26 @@ from safetensors.torch import save_file
 
 from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
-from mode_gguf.calibration.converted import as_tensor
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
-from mode_gguf.calibration.sample import Message, Sample
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import InputError, ModeGgufError
 from mode_gguf.export.tokenizer import add_tokenizer_keys, read_vocabulary
+from mode_gguf.forward.converted_weights import as_tensor
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.modality import TEXT_ATTENTION
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
-from mode_gguf.importance.type_changes import Variant
+from mode_gguf.importance.variants import Variant
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.calibration.conftest import picture
-from tests.calibration.test_streaming import assert_streamed_is_plain
 from tests.families.case.mistral4 import MISTRAL4
 from tests.families.changed import changed
 from tests.families.conftest import Families, exact
 from tests.families.gguf_copy import gguf_copy
 from tests.families.pico.mistral4 import MERGE, PATCH, token_id, write_pico_mistral4
 from tests.families.pico.tokenizer import VOCAB
+from tests.forward.test_streaming import assert_streamed_is_plain
 from tests.importance.conftest import answered_samples
 
 SIDE = PATCH * MERGE

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mode_gguf.architectures import find_family, text_tensors
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from tests.families.changed import changed
 from tests.families.pico.qwen3_vl_moe import Layout, write_pico_qwen3vlmoe

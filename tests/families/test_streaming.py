@@ -1,10 +1,10 @@
 """The streamed model of every family, in every layout, computes what transformers' whole model does."""
 
-from mode_gguf.calibration.streaming import open_streamed
-from tests.calibration.test_streaming import assert_streamed_is_plain
+from mode_gguf.forward.streaming import open_streamed
 from tests.families.cases import every_layout
 from tests.families.conftest import Families
 from tests.families.family_case import FamilyCase
+from tests.forward.test_streaming import assert_streamed_is_plain
 
 
 @every_layout

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from tests.families.cases import every_case, every_layout
 from tests.families.conftest import Families
 from tests.families.family_case import Converted, FamilyCase

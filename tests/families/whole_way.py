@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mode_gguf.validation.llama_cpp import LlamaModel
+from mode_gguf.llama_cpp.in_process import LlamaModel
 from tests.families.family_case import Conversion, FamilyCase
 from tests.families.pictures import waves
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mode_gguf.gguf.shards import shard_paths
 from mode_gguf.hub.names import HubModel, hub_model, is_model_file, quant_tag
 from mode_gguf.quantization.types import QUANT_TYPES
-from mode_gguf.shards import shard_paths
 from mode_gguf.workfolder import imatrix_file_name, model_file_name, projector_file_name
 
 NAME = "Qwen3-VL-30B-A3B-Instruct"

@@ -6,9 +6,9 @@ import pytest
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.sample import Message, Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Message, Sample
 from mode_gguf.importance.imatrix import Importance, balanced_imatrix, importance_of
 from tests.calibration.conftest import picture
 

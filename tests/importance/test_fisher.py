@@ -15,20 +15,19 @@ from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import SourceTensor
-from mode_gguf.calibration.hidden_store import HiddenStore
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
-from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.calibration.watch import TEXT
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.forward.hidden_store import HiddenStore
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.modality import TEXT, TEXT_ATTENTION
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Importance
-from mode_gguf.importance.measurement import MeasurementSettings
 from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.importance.table import SensitivityTable
-from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.importance.sensitivity_settings import SensitivitySettings
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -272,7 +271,7 @@ def test_same_seed_same_table_and_exact_types_cost_nothing(
     types = (QUANT_TYPES["F32"], QUANT_TYPES["Q6_K"])
 
     def arrays(seed: int) -> dict[str, np.ndarray]:
-        settings = MeasurementSettings(types, types, importance, TEXT_ATTENTION, draws=1, seed=seed)
+        settings = SensitivitySettings(types, types, importance, TEXT_ATTENTION, draws=1, seed=seed)
         return fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings).arrays
 
     first, again, other = arrays(5), arrays(5), arrays(6)
@@ -287,7 +286,7 @@ def test_hidden_states_in_files_change_nothing(
 ) -> None:
     builder = InputBuilder.open(checkpoint)
     inputs = [builder.build(sample) for sample in (samples[0], samples[-1])]
-    settings = MeasurementSettings(TYPES[:1], TYPES[:1], importance, TEXT_ATTENTION, draws=1, seed=0)
+    settings = SensitivitySettings(TYPES[:1], TYPES[:1], importance, TEXT_ATTENTION, draws=1, seed=0)
     in_memory = fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings).arrays
     stores: list[HiddenStore] = []
 

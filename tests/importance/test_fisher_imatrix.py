@@ -13,16 +13,16 @@ from transformers import AutoModelForImageTextToText
 from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.checkpoint import Checkpoint
-from mode_gguf.export.imatrix import read_imatrix, write_imatrix
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.export.imatrix_file import read_imatrix, write_imatrix
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.modality import TEXT_ATTENTION
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.fisher_imatrix import PRIOR_TOKENS, ColumnSums
 from mode_gguf.importance.imatrix import Importance, importance_of
-from mode_gguf.importance.measurement import Measurement, MeasurementSettings
+from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
 from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -38,13 +38,15 @@ def inputs(checkpoint: Checkpoint, samples: list[Sample]) -> list[ModelInputs]:
     return [builder.build(sample) for sample in (samples[0], samples[-1])]
 
 
-def measure(checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, **options: Any) -> Measurement:
-    settings = MeasurementSettings(TYPES, TYPES, importance, TEXT_ATTENTION, DRAWS, SEED, **options)
+def measure(
+    checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, **options: Any
+) -> SensitivityResult:
+    settings = SensitivitySettings(TYPES, TYPES, importance, TEXT_ATTENTION, DRAWS, SEED, **options)
     return fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings)
 
 
 @pytest.fixture(scope="module")
-def measured(checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance) -> Measurement:
+def measured(checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance) -> SensitivityResult:
     return measure(checkpoint, inputs, importance, imatrix="fisher")
 
 
@@ -138,14 +140,14 @@ def brute_force(pico_module: Path, inputs: list[ModelInputs]) -> BruteForce:
     ],
 )
 def test_columns_are_weighed_by_squared_gradients(
-    measured: Measurement, brute_force: BruteForce, name: str, matrix: str
+    measured: SensitivityResult, brute_force: BruteForce, name: str, matrix: str
 ) -> None:
     found = importance_of(measured.imatrix)[matrix]
     np.testing.assert_allclose(found, brute_force.importance(name, len(found)), rtol=1e-3)
 
 
 def test_tokens_weigh_what_they_weighed_in_the_sums(
-    measured: Measurement, brute_force: BruteForce, inputs: list[ModelInputs]
+    measured: SensitivityResult, brute_force: BruteForce, inputs: list[ModelInputs]
 ) -> None:
     """Dense matrices token by token; of experts at the block's output, which a token's experts share by routing."""
     n_tokens = sum(len(one.input_ids) for one in inputs)
@@ -161,7 +163,7 @@ def test_tokens_weigh_what_they_weighed_in_the_sums(
     np.testing.assert_allclose(at_block[:, None] * routing, at_down, rtol=1e-3)
 
 
-def test_every_tensor_of_the_plain_matrix_has_an_entry(measured: Measurement, importance: Importance) -> None:
+def test_every_tensor_of_the_plain_matrix_has_an_entry(measured: SensitivityResult, importance: Importance) -> None:
     found = importance_of(measured.imatrix)
     assert {name: values.shape for name, values in found.items()} == {
         name: values.shape for name, values in importance.items()
@@ -170,7 +172,7 @@ def test_every_tensor_of_the_plain_matrix_has_an_entry(measured: Measurement, im
         np.testing.assert_allclose(values.mean(axis=1), 1, rtol=1e-5, err_msg=name)
 
 
-def test_the_file_gives_back_the_same_importance(measured: Measurement, tmp_path: Path) -> None:
+def test_the_file_gives_back_the_same_importance(measured: SensitivityResult, tmp_path: Path) -> None:
     write_imatrix(tmp_path / "imatrix.gguf", measured.imatrix, ["tests"], chunk_count=2, chunk_size=64)
     read = read_imatrix(tmp_path / "imatrix.gguf")
     expected = importance_of(measured.imatrix)
@@ -180,7 +182,7 @@ def test_the_file_gives_back_the_same_importance(measured: Measurement, tmp_path
 
 
 def test_experts_and_head_are_measured_as_they_will_be_packed(
-    checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, measured: Measurement
+    checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, measured: SensitivityResult
 ) -> None:
     """The same arrays as with the finished matrix in the plain one's place; attention stays with the plain one."""
     attention = {tensor.name for tensor in text_tensors(checkpoint) if tensor.role is Role.DENSE}

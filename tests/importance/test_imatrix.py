@@ -9,11 +9,11 @@ import pytest
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.export.imatrix import read_imatrix, write_imatrix
+from mode_gguf.export.imatrix_file import read_imatrix, write_imatrix
+from mode_gguf.forward.modality import TEXT_ATTENTION
 from mode_gguf.importance.imatrix import DEFAULT_MODALITY_WEIGHTS, Importance, balanced_imatrix, importance_of
 
 TENSOR = SourceTensor(

@@ -15,18 +15,18 @@ from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.calibrate import run_watched
-from mode_gguf.calibration.inputs import InputBuilder, ModelInputs
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.streaming import StreamedModel, open_streamed
-from mode_gguf.calibration.watch import KEY_VISION, REDUNDANT_VISION, TEXT, Pass
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.calibration.calibrate import run_recorded
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
+from mode_gguf.forward.hooks import SampleTrace
+from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, TEXT_ATTENTION
+from mode_gguf.forward.streaming import StreamedModel, open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_kl import KlSettings, _kl, quantized_kl
-from mode_gguf.importance.type_changes import TypesByTensor, Variant
-from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.importance.variants import TypesByTensor, Variant
+from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
@@ -96,10 +96,10 @@ class BruteForce:
         """Modality of every token by sample and layer, as the full-precision run sees it."""
         seen: dict[tuple[str, int], Tensor] = {}
 
-        def leave(passed: Pass, layer: int) -> None:
+        def leave(passed: SampleTrace, layer: int) -> None:
             seen[passed.inputs.origin, layer] = passed.modality.clone()
 
-        run_watched(
+        run_recorded(
             streamed, self.inputs, key_tokens=TEXT_ATTENTION, leave=leave, finish=lambda layer: None, description="test"
         )
         return seen

@@ -10,23 +10,24 @@ import torch
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import as_float32
-from mode_gguf.calibration.calibrate import run_watched
-from mode_gguf.calibration.inputs import InputBuilder
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION, KeyTokens
-from mode_gguf.calibration.sample import Sample
+from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.calibration.streaming import open_streamed
-from mode_gguf.calibration.watch import ExpertsCall, Pass
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
+from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
+from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.importance.table import METHODS, Method, SensitivityTable
-from mode_gguf.importance.unseen import fill_unseen, unseen_experts
-from mode_gguf.importance.weight_changes import change_of_weights
+from mode_gguf.importance.sensitivity_table import METHODS, SensitivityTable
+from mode_gguf.importance.unrouted_experts import fill_unrouted, unrouted_experts
+from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.vocabulary import Method
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 TYPES = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
@@ -60,14 +61,14 @@ def test_expert_mse_by_hand(
     builder = InputBuilder.open(checkpoint)
     hidden: list[torch.Tensor] = []
 
-    def leave(passed: Pass, layer: int) -> None:
+    def leave(passed: SampleTrace, layer: int) -> None:
         if layer == 0 and passed.experts is not None:
             kept = {expert: (token, values) for expert, token, values in passed.experts.hidden}
             if 1 in kept:
                 token, values = kept[1]
                 hidden.append(values[passed.modality[token] == 0])
 
-    run_watched(
+    run_recorded(
         open_streamed(checkpoint, "cpu"),
         [builder.build(sample) for sample in samples],
         key_tokens=TEXT_ATTENTION,
@@ -104,12 +105,12 @@ class Block:
         modality: list[torch.Tensor] = []
         streamed = open_streamed(checkpoint, "cpu")
 
-        def leave(passed: Pass, layer: int) -> None:
+        def leave(passed: SampleTrace, layer: int) -> None:
             if layer == 1 and passed.experts is not None:
                 self.calls.append(passed.experts)
                 modality.append(passed.modality)
 
-        run_watched(
+        run_recorded(
             streamed,
             [builder.build(sample) for sample in samples],
             key_tokens=TEXT_ATTENTION,
@@ -331,8 +332,8 @@ def test_unseen_experts_get_one_token_of_the_mean() -> None:
     cost = np.array([[8.0, 4.0, 0.0]])[None, ..., None]  # (1, 1, 3, 1): experts with 4, 2 and no tokens
     counts = np.array([[[4, 2, 0]]])
     error = np.array([[1.0], [1.0], [4.0]])
-    summed = fill_unseen(cost, counts, error, summed=True)
+    summed = fill_unrouted(cost, counts, error, summed=True)
     np.testing.assert_allclose(summed[0, 0, :, 0], [8, 4, 12 / 6 * (4 / 2)])
-    means = fill_unseen(cost, counts, error, summed=False)
+    means = fill_unrouted(cost, counts, error, summed=False)
     np.testing.assert_allclose(means[0, 0, :, 0], [8, 4, 12 / 2 * (4 / 2)])
-    assert unseen_experts(7, np.array([[[4, 2, 0], [0, 0, 0], [1, 1, 1]]])) == {"blk.7/text/text": [2]}
+    assert unrouted_experts(7, np.array([[[4, 2, 0], [0, 0, 0], [1, 1, 1]]])) == {"blk.7/text/text": [2]}

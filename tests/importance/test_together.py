@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from mode_gguf.calibration.calibrate import calibrate
-from mode_gguf.calibration.key_tokens import KeyTokens
-from mode_gguf.calibration.sample import Sample
 from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.importance.table import METHODS
+from mode_gguf.importance.sensitivity_table import METHODS
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.together import called_together
 

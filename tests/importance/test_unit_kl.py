@@ -7,18 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mode_gguf.calibration.key_tokens import TEXT_ATTENTION, KeyTokens
-from mode_gguf.calibration.sample import Sample
-from mode_gguf.calibration.watch import TEXT
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
+from mode_gguf.forward.modality import TEXT, TEXT_ATTENTION, KeyTokens
 from mode_gguf.importance import unit_kl
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_kl import KlSettings, QuantizedKl, quantized_kl
-from mode_gguf.importance.table import SensitivityTable
-from mode_gguf.importance.type_changes import Variant
+from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.importance.unit_kl import KlModel, measure_unit_kl, open_kl_model, stratified
-from mode_gguf.importance.unit_table import UnitKl, compared, shared_out
+from mode_gguf.importance.unit_kl_table import UnitKl, compared, shared_out
+from mode_gguf.importance.variants import Variant
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 

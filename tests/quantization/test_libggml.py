@@ -13,9 +13,10 @@ import pytest
 from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE, embedded_library
+from mode_gguf.options import Packing
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
-from mode_gguf.quantization.packing import EXACT, Packing
+from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, Packer, QuantType, parse_types, types_packed_by
 from tests.kernels import ggml_oracle
 

@@ -6,17 +6,17 @@ import numpy as np
 from PIL import Image
 
 from mode_gguf.allocation.budget import Budget
-from mode_gguf.allocation.costs import ExpertUse, Measurements
+from mode_gguf.allocation.costs import ExpertUse, MeasuredCosts
 from mode_gguf.allocation.plan import Plan, Provenance
 from mode_gguf.allocation.planner import Problem, expert_plan, optimal_plan
 from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
-from mode_gguf.calibration.key_tokens import KeyTokens
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
-from mode_gguf.importance.table import SensitivityTable
-from mode_gguf.pipeline.ledger import Stage, StageLedger
-from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileFacts, ValidationReport
+from mode_gguf.forward.modality import KeyTokens
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.pipeline.stage_cache import StageCache, StageState
+from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, ValidationReport
 from mode_gguf.workfolder import WorkFolder
 
 HIDDEN, WIDTH, VOCABULARY = 256, 512, 1024
@@ -54,21 +54,21 @@ def write_folder(
     table = _table(name, model, statistics, random)
     table.save(folder.sensitivity)
     use = {layer: ExpertUse(statistics.counts(layer), statistics.routing_weights(layer)) for layer in range(layers)}
-    measured = Measurements(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
+    measured = MeasuredCosts(table.arrays, tuple(table.expert_types), tuple(table.dense_types), use)
     budget, made_from = Budget(value=bpw), Provenance(tool_version="0", model=name, model_fingerprint=FINGERPRINT)
     problem = Problem.of(model, measured, budget=budget, types=DEFAULT_TYPES, preset=PRESETS["mode"])
     plan = (expert_plan if per_expert else optimal_plan)(problem, made_from, budget)
     plan.save(folder.plan)
-    ledger = StageLedger(folder)
+    ledger = StageCache(folder)
     for stage, output in (
         ("calibrate", folder.calibration),
         ("sensitivity", folder.sensitivity),
         ("plan", folder.plan),
     ):
-        ledger.record(Stage(stage, {}, (output,)), 61.5)
+        ledger.record(StageState(stage, {}, (output,)), 61.5)
     report(plan).save(folder.report)
     settings = {"held-out data": str(_held_out(path / "held-out"))}
-    ledger.record(Stage("validate", settings, (folder.report,)), 20.0)
+    ledger.record(StageState("validate", settings, (folder.report,)), 20.0)
     return folder
 
 
@@ -97,7 +97,7 @@ def report(plan: Plan, bpw: float | None = None) -> ValidationReport:
         )
         for number in range(4)
     ]
-    file = FileFacts(name="drawn.gguf", size_bytes=plan.size_bytes + 4096, bpw=bpw or plan.bpw, experts_bpw=2.9)
+    file = FileRecord(name="drawn.gguf", size_bytes=plan.size_bytes + 4096, bpw=bpw or plan.bpw, experts_bpw=2.9)
     return ValidationReport(
         tool_version="0",
         runtime="llama.cpp b1",

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.conversion_facts import ConversionFacts
 from mode_gguf.errors import InputError
 from mode_gguf.pipeline import run_report
-from mode_gguf.pipeline.facts import conversion_facts, work_folder
-from mode_gguf.pipeline.ledger import Stage, StageLedger
+from mode_gguf.pipeline.report_data import conversion_record, work_folder
+from mode_gguf.pipeline.stage_cache import StageCache, StageState
+from mode_gguf.report.embedded_images import heatmap
 from mode_gguf.report.examples import examples
 from mode_gguf.report.page import draw
-from mode_gguf.report.pictures import heatmap
 from mode_gguf.report.wording import duration, nats, size
+from mode_gguf.validation.conversion_record import ConversionRecord
 from mode_gguf.validation.report import Answer, Check, ValidationReport
 from mode_gguf.workfolder import WorkFolder
 from tests.report.folders import report
@@ -50,7 +50,7 @@ def test_numbers_are_those_of_report_json(drawn: WorkFolder, copied: Copied) -> 
     folder = copied(drawn)
     page, saved = page_of(folder), ValidationReport.load(folder.report)
     facts = saved.conversion
-    assert facts == conversion_facts(folder)
+    assert facts == conversion_record(folder)
     assert facts is not None
     assert facts.plan is not None
     assert facts.prediction is not None
@@ -96,13 +96,15 @@ def test_drawing_again_changes_nothing(drawn: WorkFolder, copied: Copied) -> Non
     run_report(folder.path)
     assert (folder.page.read_bytes(), folder.report.read_bytes(), folder.stages.read_bytes()) == first
     settings = json.loads(folder.stages.read_text())["validate"]["settings"]
-    assert StageLedger(folder).is_current(Stage("validate", settings, (folder.report,))), "it would be validated again"
+    assert StageCache(folder).is_current(StageState("validate", settings, (folder.report,))), (
+        "it would be validated again"
+    )
 
 
 def test_pictures_are_found_from_anywhere(drawn: WorkFolder, copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copied(drawn)
     monkeypatch.chdir(folder.path)
-    StageLedger(folder).record(Stage("validate", {"held-out data": "held-out"}, (folder.report,)), 1.0)
+    StageCache(folder).record(StageState("validate", {"held-out data": "held-out"}, (folder.report,)), 1.0)
     monkeypatch.chdir("/")
     assert folder.path.is_absolute()
     assert run_report(folder.path).read_text().count("data:image/webp") == 4
@@ -117,7 +119,7 @@ def test_a_report_that_somebody_edited_stays_edited(drawn: WorkFolder, copied: C
     settings = json.loads(folder.stages.read_text())["validate"]["settings"]
     folder.report.write_text(folder.report.read_text().replace("llama.cpp b1", "llama.cpp b2"))
     run_report(folder.path)
-    assert not StageLedger(folder).is_current(Stage("validate", settings, (folder.report,)))
+    assert not StageCache(folder).is_current(StageState("validate", settings, (folder.report,)))
 
 
 def test_types_per_expert_are_shown_as_shares(grouped: WorkFolder, copied: Copied) -> None:
@@ -129,7 +131,7 @@ def test_types_per_expert_are_shown_as_shares(grouped: WorkFolder, copied: Copie
         f"{one.name} {types.count(one)}" for one in sorted(set(types), key=lambda one: one.bits_per_weight)
     )
     assert shares in page.text("types")
-    facts = conversion_facts(folder)
+    facts = conversion_record(folder)
     assert facts.prediction is not None
     assert facts.prediction.this is not None
     assert plan.solver is not None
@@ -197,12 +199,12 @@ def test_damaged_artefacts_are_named(drawn: WorkFolder, copied: Copied) -> None:
 
 
 def test_everything_from_files_is_escaped(drawn: WorkFolder) -> None:
-    facts = conversion_facts(drawn)
+    facts = conversion_record(drawn)
     found = ValidationReport.load(drawn.report)
     text = facts.model_dump_json()
     for plain in ("drawn", "Drawn-VL-MoE", "calibrate", "--bpw 3.4"):
         text = text.replace(f'"{plain}"', json.dumps(EVIL))
-    evil = ConversionFacts.model_validate_json(text)
+    evil = ConversionRecord.model_validate_json(text)
     evil = evil.model_copy(update={"stages": [run.model_copy(update={"command": EVIL}) for run in evil.stages]})
     evil = evil.model_copy(update={"versions": {EVIL: EVIL}})
     answers = [

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType

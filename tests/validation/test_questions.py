@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mode_gguf.errors import InputError
-from mode_gguf.validation.default_set import default_held_out
-from mode_gguf.validation.llama_cpp import open_image
+from mode_gguf.llama_cpp.in_process import open_image
+from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.questions import MATCHES, is_right, load_held_out, wilson_interval
 
 

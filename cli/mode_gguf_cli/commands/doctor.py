@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mode_gguf_cli import options
+from mode_gguf_cli import arguments
 from mode_gguf_cli.console import emit_json, progress, show
 
 PACKAGES = (
@@ -24,14 +24,14 @@ PACKAGES = (
 
 
 def command(
-    llama_cpp: options.LlamaCpp = None,
+    llama_cpp: arguments.LlamaCpp = None,
     bench_runtime: Annotated[
         bool,
         typer.Option(
             "--bench-runtime", help="Measure what a type per expert costs in speed here, in the build of `runtime`."
         ),
     ] = False,
-    json: options.Json = False,
+    json: arguments.Json = False,
 ) -> None:
     """Show versions, the compute device, and which llama.cpp would be used to validate."""
     from mode_gguf import __version__

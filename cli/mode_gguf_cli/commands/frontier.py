@@ -1,55 +1,53 @@
 """mode-gguf frontier: predicted damage at every size."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from mode_gguf_cli import options
+from mode_gguf.options import OUTPUT
+from mode_gguf.recipe import Recipe
+from mode_gguf_cli import arguments
 from mode_gguf_cli.console import progress, show, stdout
+from mode_gguf_cli.generated import with_recipe
 
 if TYPE_CHECKING:
     from mode_gguf.allocation.frontier import Frontier, FrontierPoint
 
 WIDTH = 120
-"""Of the table where it goes to a file, so that its lines stay whole."""
+"""Terminal width for the table in a file, so that its lines stay whole."""
 
 
+@with_recipe("sensitivity")
 def command(
-    model: options.Model,
-    out: options.Out = None,
-    preset: options.PresetOption = options.PresetName.MODE,
-    types: options.MeasuredExpertTypes = None,
-    dense_types: options.MeasuredDenseTypes = None,
-    floor: options.Floors = None,
-    points: Annotated[int, typer.Option(help="Budgets to solve, from the smallest file to the largest.", min=2)] = 20,
-    png: Annotated[
-        Path | None, typer.Option(help="Where the plot goes; default: frontier.png in the work folder.")
-    ] = None,
-    json: options.Json = False,
+    recipe: Recipe,
+    model: arguments.Model,
+    out: arguments.Out = None,
+    points: Annotated[
+        int,
+        typer.Option(help="Budgets to solve, from the smallest file to the largest.", min=2, rich_help_panel=OUTPUT),
+    ] = 20,
+    json: arguments.Json = False,
 ) -> None:
-    """Show what damage is predicted at every size of MODEL's GGUF; writes frontier.json and frontier.png.
+    """Show what damage is predicted at every size of MODEL's GGUF; writes frontier.json and frontier.svg.
 
     Needs the results of `sensitivity` in the work folder and runs no model. With Fisher sensitivity, damage is the KL
     divergence of text and of image answers from full precision.
     """
     from mode_gguf import pipeline
+    from mode_gguf.allocation.presets import preset_of
 
-    checkpoint, folder = pipeline.open_model(model, out, progress())
-    candidates = options.measured_types(folder, types, dense_types, floor or ())
-    plot = png or folder.frontier_plot
-    with pipeline.working_in(folder):
-        made = pipeline.run_frontier(
-            checkpoint, folder, options.preset_of(preset), candidates, points=points, plot=plot
-        )
+    run = pipeline.open_model(model, out, recipe, progress())
+    candidates = pipeline.measured_candidates(recipe, run.folder)
+    with pipeline.folder_lock(run.folder):
+        made = pipeline.make_frontier(run, preset_of(recipe), candidates, points)
     if json:
         show(made.model_dump_json(indent=2, exclude_none=True))
         return
     (stdout if stdout.is_terminal else Console(width=WIDTH)).print(_table(made))
-    show(f"frontier  {folder.frontier}")
-    show(f"plot      {plot}")
+    show(f"frontier  {run.folder.frontier}")
+    show(f"plot      {run.folder.frontier_plot}")
 
 
 def _table(frontier: "Frontier") -> Table:

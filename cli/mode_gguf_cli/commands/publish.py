@@ -1,19 +1,28 @@
-"""mode-gguf publish: a finished conversion to the hub."""
+"""mode-gguf publish: a finished conversion to the hub, or its model card alone."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mode_gguf_cli import options
+from mode_gguf_cli import arguments
 from mode_gguf_cli.console import emit_json, progress, say, show
 
 
 def command(
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.", show_default=False)],
-    folder: options.Finished = Path(),
-    really: Annotated[
+    folder: arguments.Finished = Path(),
+    upload: Annotated[
         bool, typer.Option("--yes", help="Upload. Without it, what would be uploaded is shown and nothing is sent.")
+    ] = False,
+    card_only: Annotated[
+        bool, typer.Option("--card-only", help="Write README.md, the model card, into FOLDER; send nothing.")
+    ] = False,
+    replace_card: Annotated[
+        bool,
+        typer.Option(
+            "--replace-card", help="With --card-only: replace a README.md that was edited, or comes from elsewhere."
+        ),
     ] = False,
     private: Annotated[
         bool | None,
@@ -26,20 +35,39 @@ def command(
     unvalidated: Annotated[
         bool, typer.Option("--unvalidated", help="Publish files that were not validated as they are now.")
     ] = False,
-    base_model: options.BaseModel = None,
-    json: options.Json = False,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="The original model on the hub, where it was converted from a folder that does not say.",
+            show_default=False,
+        ),
+    ] = None,
+    json: arguments.Json = False,
 ) -> None:
     """Upload what belongs on the hub of FOLDER: the GGUF files, the card, the plan and the report.
 
-    Shows what that is; --yes sends it. An upload that broke off goes on when the command is repeated. Log in with
-    `hf auth login` or HF_TOKEN.
+    Shows what that is; --yes sends it. An upload that broke off goes on when the command is repeated. A card that was
+    edited is kept. Log in with `hf auth login` or HF_TOKEN.
     """
     from mode_gguf import pipeline
+    from mode_gguf.errors import UsageError
 
+    if upload and card_only:
+        raise UsageError("--yes and --card-only: give one of them")
+    if card_only:
+        readme, card = pipeline.write_card(
+            folder, repository, base_model=base_model, replace=replace_card, progress=progress()
+        )
+        if json:
+            emit_json({"card": str(readme), "text": card})
+        else:
+            show(f"card     {readme}")
+        return
     done = pipeline.publish(
         folder,
         repository,
-        really=really,
+        upload=upload,
         private=private,
         unvalidated=unvalidated,
         base_model=base_model,

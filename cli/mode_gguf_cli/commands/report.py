@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mode_gguf_cli import options
+from mode_gguf_cli import arguments
 from mode_gguf_cli.console import emit_json, show
 
 
@@ -15,7 +15,7 @@ def command(
         Path | None,
         typer.Option(help="Held-out folder whose pictures are shown; default: the one it was validated with."),
     ] = None,
-    json: options.Json = False,
+    json: arguments.Json = False,
 ) -> None:
     """Draw report.html again from the files in FOLDER; nothing is computed but the frontier.
 

@@ -7,31 +7,24 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mode_gguf_cli import options
+from mode_gguf.options import SERVING, ServingOptions
 from mode_gguf_cli.console import say, show
+from mode_gguf_cli.generated import with_options
 
 if TYPE_CHECKING:
-    from mode_gguf.pipeline import Pair
+    from mode_gguf.pipeline import ModelFiles
 
 _QUESTION = "What is in this picture?"
 
 
-class Tool(StrEnum):
-    """llama.cpp's programs that take a model."""
-
-    SERVER = "llama-server"
-    MTMD_CLI = "llama-mtmd-cli"
-    BENCH = "llama-bench"
-    PERPLEXITY = "llama-perplexity"
-
-
+@with_options("serving", ServingOptions)
 def command(
+    serving: ServingOptions,
     model: Annotated[
         Path,
         typer.Argument(
@@ -43,21 +36,13 @@ def command(
         typer.Argument(metavar="-- EXTRA...", help="What else the program is given, as it is.", show_default=False),
     ] = None,
     mmproj: Annotated[
-        Path | None, typer.Option(help="The model's projector, for pictures; default: the folder's.")
-    ] = None,
-    tool: Annotated[Tool, typer.Option(help="The program to start.")] = Tool.SERVER,
-    llama_cpp: options.LlamaCpp = None,
-    host: Annotated[str, typer.Option(help="Address that llama-server listens on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Its port; 0 for any that is free.", min=0, max=65535)] = 8080,
-    ctx: Annotated[
-        int | None,
+        Path | None,
         typer.Option(
-            help="Its context in tokens; default: what the model was fitted for, else 16384 at most.",
-            min=1,
+            help="The model's projector, for pictures; default: the folder's.",
             show_default=False,
+            rich_help_panel=SERVING,
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show what llama-server says.")] = False,
 ) -> None:
     """Talk to a finished model: start llama-server on it and its projector, and say how to ask it about a picture.
 
@@ -67,16 +52,16 @@ def command(
     command.
     """
     from mode_gguf import pipeline
-    from mode_gguf.validation.launch import command_line
+    from mode_gguf.llama_cpp.command_line import command_line
 
-    pair = pipeline.find_pair(model) if model.is_dir() else pipeline.Pair(model, None)
-    for remark in pair.remarks:
-        say(remark.replace("[", r"\["))
-    if tool is Tool.SERVER:
-        _serve(pair, mmproj or pair.mmproj, extra or (), llama_cpp, host, port, ctx, verbose=verbose)
+    files = pipeline.find_model_files(model) if model.is_dir() else pipeline.ModelFiles(model, None)
+    for note in files.notes:
+        say(note.replace("[", r"\["))
+    if serving.tool == "llama-server":
+        _serve(files, mmproj or files.mmproj, extra or (), serving)
         return
-    with_pictures = pair.mmproj if tool is Tool.MTMD_CLI else None
-    line = command_line(pair.model, tool.value, mmproj or with_pictures, extra or (), llama_cpp)
+    with_pictures = files.mmproj if serving.tool == "llama-mtmd-cli" else None
+    line = command_line(files.model, serving.tool, mmproj or with_pictures, extra or (), serving.llama_cpp)
     say(shlex.join(line).replace("[", r"\["))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -85,26 +70,17 @@ def command(
     os.execv(line[0], line)
 
 
-def _serve(
-    pair: "Pair",
-    mmproj: Path | None,
-    extra: Sequence[str],
-    llama_cpp: Path | None,
-    host: str,
-    port: int,
-    ctx: int | None,
-    *,
-    verbose: bool,
-) -> None:
-    from mode_gguf.validation.serving import running, server_command, serving_of
+def _serve(files: "ModelFiles", mmproj: Path | None, extra: Sequence[str], options: ServingOptions) -> None:
+    from mode_gguf.llama_cpp.llama_server import running, server_command, serving_of
 
-    serving = serving_of(pair.model, mmproj, pair.fit, host=host, port=port, context=ctx, extra=extra)
-    line, program = server_command(serving, extra, llama_cpp)
-    say(f"loading {pair.model.name} ({program}) ...".replace("[", r"\["))
+    serving = serving_of(files.model, mmproj, files.fit, options, extra)
+    line, program = server_command(serving, extra, options.llama_cpp)
+    say(f"loading {files.model.name} ({program}) ...".replace("[", r"\["))
     try:
-        with _interrupted_by_all(), running(line, serving, _echo if verbose else lambda said: None) as server:
+        said = _echo if options.verbose else lambda line: None
+        with _interrupted_by_all(), running(line, serving, said) as server:
             pictures = f"pictures through {mmproj.name}" if mmproj else "no pictures"
-            show(f"{serving.url}  {pair.model.name}, {pictures}, {serving.context} tokens of context; Ctrl-C ends it")
+            show(f"{serving.url}  {files.model.name}, {pictures}, {serving.context} tokens of context; Ctrl-C ends it")
             show(f"ask it  {_example(serving.url, with_picture=mmproj is not None)}")
             sys.stdout.flush()
             server.wait()

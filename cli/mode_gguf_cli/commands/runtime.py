@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from mode_gguf_cli import options
+from mode_gguf_cli import arguments
 from mode_gguf_cli.console import emit_json, progress, say, show
-from mode_gguf_cli.quiet import with_quiet
+from mode_gguf_cli.generated import with_quiet
 
 app = typer.Typer(
     help="Build llama.cpp with the patch that files with one type per expert need, or find what was built.",
@@ -33,16 +33,16 @@ def build(
     ] = None,
     stock: Stock = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build it even if it is there.")] = False,
-    json: options.Json = False,
+    json: arguments.Json = False,
 ) -> None:
     """Build llama.cpp's programs and libraries into ~/.cache/mode-gguf (XDG_CACHE_HOME), once; takes minutes.
 
     Needs cmake, a C++ compiler, and git or patch; `pip install cmake ninja` gives the first.
     """
-    from mode_gguf.runtime.bench import check_runs
-    from mode_gguf.runtime.build import build_runtime
-    from mode_gguf.runtime.installed import installed
-    from mode_gguf.runtime.release import PATCH, Variant
+    from mode_gguf.llama_cpp.runtime.builder import build_runtime
+    from mode_gguf.llama_cpp.runtime.installed import installed
+    from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, Variant
+    from mode_gguf.llama_cpp.runtime.speed import check_runs
 
     variant = Variant(None if stock else PATCH, "cuda" if cuda else "cpu")
     runtime = None if rebuild else installed(variant)
@@ -62,7 +62,7 @@ def build(
 def path(stock: Stock = False) -> None:
     """Print the folder with the programs of the build; exit code 4 if there is none."""
     from mode_gguf.errors import MissingResourceError
-    from mode_gguf.runtime.installed import HOW_TO_BUILD, find_runtime
+    from mode_gguf.llama_cpp.runtime.installed import HOW_TO_BUILD, find_runtime
 
     runtime = find_runtime(stock=stock)
     if runtime is None:

@@ -1,45 +1,35 @@
-"""mode-gguf unit-kl: what every type really does to every tensor, measured."""
+"""mode-gguf unit-kl: the KL divergence that every tensor in every type causes."""
 
-from mode_gguf_cli import options
+from dataclasses import replace
+
+from mode_gguf.recipe import Recipe
+from mode_gguf_cli import arguments
 from mode_gguf_cli.console import emit_json, progress, show
+from mode_gguf_cli.generated import with_recipe
 
 
-def command(
-    model: options.Model,
-    out: options.Out = None,
-    calibration: options.Calibration = None,
-    measured_samples: options.MeasuredSamples = options.DEFAULT_MEASURED_SAMPLES,
-    device: options.DeviceOption = options.Device.AUTO,
-    types: options.MeasuredExpertTypes = None,
-    dense_types: options.MeasuredDenseTypes = None,
-    image_samples: options.ImageSamples = 128,
-    text_samples: options.TextSamples = 128,
-    seed: options.Seed = 0,
-    memory: options.Memory = options.DEFAULT_MEMORY,
-    json: options.Json = False,
-) -> None:
+@with_recipe("sensitivity", "compute")
+def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, json: arguments.Json = False) -> None:
     """Measure the KL divergence that each tensor of MODEL in each type causes, by modality and kind of answer.
 
     Needs the results of `sensitivity` in the work folder, and packs as it did. Prints its predictions beside what was
     measured, if they are KL divergences, too. Interrupted, it continues where it was.
     """
     from mode_gguf import pipeline
-    from mode_gguf.importance.table import SensitivityTable
-    from mode_gguf.importance.unit_table import compared
+    from mode_gguf.importance.sensitivity_table import SensitivityTable
+    from mode_gguf.importance.unit_kl_table import UnitKl, compared
 
-    chosen = options.calibration_options(calibration, image_samples, text_samples, device, seed, memory)
-    checkpoint, folder = pipeline.open_model(model, out, progress())
-    table = SensitivityTable.load(folder.sensitivity)
-    candidates = options.measured_types(folder, types, dense_types)
-    with pipeline.working_in(folder):
-        measured = pipeline.run_unit_kl(
-            checkpoint, folder, chosen, candidates, sample_budget=measured_samples, progress=progress()
-        )
+    run = pipeline.open_model(model, out, recipe, progress())
+    sensitivity = pipeline.Sensitivity.of_folder(run, recipe.compute)
+    sensitivity = replace(sensitivity, types=pipeline.measured_candidates(recipe, run.folder))
+    with pipeline.folder_lock(run.folder):
+        run.ensure(pipeline.UnitKl(sensitivity, recipe.sensitivity.measured_samples))
+    measured, table = UnitKl.load(run.folder.unit_kl), SensitivityTable.load(run.folder.sensitivity)
     rows = compared(measured, table) if table.method == "fisher" else []
     if json:
         emit_json(
             {
-                "unit_kl": str(folder.unit_kl),
+                "unit_kl": str(run.folder.unit_kl),
                 "positions": {"text": measured.positions[0], "image": measured.positions[1]},
                 "compared": [
                     {"part": row.part, "type": row.quant_type, "predicted": row.predicted, "measured": row.measured}
@@ -48,7 +38,8 @@ def command(
             }
         )
         return
-    show(f"unit-kl  {folder.unit_kl}  (on {measured.positions[0]} text and {measured.positions[1]} image positions)")
+    positions = f"{measured.positions[0]} text and {measured.positions[1]} image positions"
+    show(f"unit-kl  {run.folder.unit_kl}  (on {positions})")
     if rows:
         show(f"{'':<22}{'':<8}{'text: predicted, measured':>28}{'image: predicted, measured':>30}")
     for row in rows:

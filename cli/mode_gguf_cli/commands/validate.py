@@ -1,49 +1,25 @@
 """mode-gguf validate: a finished file in llama.cpp, beside its reference."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mode_gguf.errors import UsageError
-from mode_gguf_cli import options
+from mode_gguf.options import OUTPUT, VALIDATION
+from mode_gguf.recipe import Recipe
+from mode_gguf_cli import arguments
 from mode_gguf_cli.console import emit_json, progress, show
+from mode_gguf_cli.generated import with_recipe
 
 if TYPE_CHECKING:
-    from mode_gguf.validation.offload import Offload
     from mode_gguf.validation.reference import Source
     from mode_gguf.validation.report import ValidationReport
 
-_BOUNDS = "Limits: exit code 5 where one is broken"
-_PLACE = "Placement on GPUs (in process)"
 
-
-class SplitModeName(StrEnum):
-    """How several GPUs share a model."""
-
-    NONE = "none"
-    LAYER = "layer"
-    ROW = "row"
-    TENSOR = "tensor"
-
-
-class AnswersName(StrEnum):
-    """Which answers about pictures are scored."""
-
-    REFERENCE = "reference"
-    GIVEN = "given"
-
-
-def _limit(help_text: str) -> Any:
-    return typer.Option(help=help_text, min=0.0, show_default=False, rich_help_panel=_BOUNDS)
-
-
-def _share(help_text: str) -> Any:
-    return typer.Option(help=help_text, min=0.0, max=1.0, show_default=False, rich_help_panel=_BOUNDS)
-
-
+@with_recipe("validation", "compute.threads")
 def command(
+    recipe: Recipe,
     candidate: Annotated[
         str,
         typer.Argument(
@@ -58,19 +34,21 @@ def command(
             metavar="GGUF|FOLDER|URL",
             help="The same model in full precision: a text GGUF, a folder that --reference-data filled earlier, or the "
             "address of a llama-server; without it nothing is compared.",
+            show_default=False,
+            rich_help_panel=VALIDATION,
         ),
     ] = None,
-    mmproj: Annotated[Path | None, typer.Option(help="Projector of both; without it images are left out.")] = None,
-    samples: options.HeldOut = None,
-    answers: Annotated[
-        AnswersName,
+    mmproj: Annotated[
+        Path | None,
         typer.Option(
-            help="Which answers about pictures KL is measured on: the reference's own greedy ones, or the right ones "
-            "that questions come with."
+            help="Projector of both; without it images are left out.", show_default=False, rich_help_panel=VALIDATION
         ),
-    ] = AnswersName.REFERENCE,
+    ] = None,
     report: Annotated[
-        Path, typer.Option(help="Where the report goes, a JSON file; a page to read is written beside it.")
+        Path,
+        typer.Option(
+            help="Where the report goes, a JSON file; a page to read is written beside it.", rich_help_panel=OUTPUT
+        ),
     ] = Path("report.json"),
     reference_data: Annotated[
         Path | None,
@@ -78,75 +56,10 @@ def command(
             help="Folder that keeps the reference's distributions for the next candidate; default: reference/ beside "
             "the report.",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens that a prompt and its answer may take.", min=16)] = 4096,
-    text_tokens: Annotated[int, typer.Option(help="Tokens of each text that are used at most.", min=2)] = 256,
-    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 64,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.", min=1)] = None,
-    max_kl: Annotated[float | None, _limit("Mean KL of text, nats per token.")] = None,
-    max_kl_p99: Annotated[float | None, _limit("Its 99th percentile.")] = None,
-    max_kl_p99_9: Annotated[float | None, _limit("Its 99.9th percentile.")] = None,
-    min_top1: Annotated[float | None, _share("Share of text tokens where both models would pick the same.")] = None,
-    max_image_kl: Annotated[float | None, _limit("Mean KL of answers about pictures.")] = None,
-    max_image_kl_p99: Annotated[float | None, _limit("Its 99th percentile.")] = None,
-    max_image_kl_p99_9: Annotated[float | None, _limit("Its 99.9th percentile.")] = None,
-    min_image_top1: Annotated[float | None, _share("Share of their tokens where both would pick the same.")] = None,
-    min_accuracy: Annotated[float | None, _share("Share of right answers.")] = None,
-    n_gpu_layers: Annotated[
-        int,
-        typer.Option(
-            "--n-gpu-layers", "-ngl", help="Layers in GPU memory; -1 means all.", min=-1, rich_help_panel=_PLACE
-        ),
-    ] = 0,
-    split_mode: Annotated[
-        SplitModeName, typer.Option(help="How several GPUs share a model.", rich_help_panel=_PLACE)
-    ] = SplitModeName.LAYER,
-    main_gpu: Annotated[
-        int, typer.Option(help="The GPU of split mode none, or for results of row.", min=0, rich_help_panel=_PLACE)
-    ] = 0,
-    tensor_split: Annotated[
-        str | None,
-        typer.Option(metavar="N,N", help="Share of each GPU, such as 3,1.", show_default=False, rich_help_panel=_PLACE),
-    ] = None,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A device to use, such as CUDA0; may be repeated. Default: all GPUs.",
-            show_default=False,
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
-    override_tensor: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REGEX=BUFFER",
-            help="Where tensors of matching names are stored, such as exps=CPU; may be repeated.",
-            show_default=False,
-            rich_help_panel=_PLACE,
-        ),
-    ] = None,
-    kv_offload: Annotated[
-        bool, typer.Option(help="Whether the KV cache is where its layers are.", rich_help_panel=_PLACE)
-    ] = True,
-    mmproj_offload: Annotated[
-        bool, typer.Option(help="Whether the projector is on the GPU, if layers are.", rich_help_panel=_PLACE)
-    ] = True,
-    library: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="A llama.cpp built with shared libraries to measure in; default: the one in xllamacpp.",
-            show_default=False,
-        ),
-    ] = None,
-    top_logprobs: Annotated[
-        int,
-        typer.Option(help="Tokens that a server lists per position; 0 is all of them, and makes KL exact.", min=0),
-    ] = 4096,
-    llama_cpp: options.LlamaCpp = None,
-    json: options.Json = False,
+    json: arguments.Json = False,
 ) -> None:
     """Load CANDIDATE in llama.cpp, let it answer, and measure how far it is from the reference.
 
@@ -154,53 +67,24 @@ def command(
     accuracy. A server lists the most likely tokens only: KL is then what it is at least and at most.
     """
     from mode_gguf import pipeline
-    from mode_gguf.validation.bounds import Bounds, require_kept
-    from mode_gguf.validation.engines import named_engine
-    from mode_gguf.validation.reference import Settings
+    from mode_gguf.validation.bounds import require_kept
+    from mode_gguf.validation.validate import Compared
 
-    settings = Settings(
-        context=context,
-        threads=threads,
-        offload=_offload(
-            *(n_gpu_layers, split_mode, main_gpu, tensor_split, device),
-            *(override_tensor, kv_offload, mmproj_offload),
-        ),
-        max_text_tokens=text_tokens,
-        max_answer_tokens=answer_tokens,
-        answers=answers.value,
-        engine=named_engine(library) if library else None,
-        top_logprobs=top_logprobs,
-    )
-    bounds = Bounds(
-        max_kl=max_kl,
-        max_kl_p99=max_kl_p99,
-        max_kl_p99_9=max_kl_p99_9,
-        min_top1=min_top1,
-        max_image_kl=max_image_kl,
-        max_image_kl_p99=max_image_kl_p99,
-        max_image_kl_p99_9=max_image_kl_p99_9,
-        min_image_top1=min_image_top1,
-        min_accuracy=min_accuracy,
-    )
     if report.suffix == ".html":
         raise UsageError(
             f"--report {report}: names the JSON file; the page is written beside it, give {report.stem}.json"
         )
-    source = _source(candidate)
-    result = pipeline.run_validation(
-        source,
-        mmproj,
-        _source(reference) if reference else None,
+    source, options = _source(candidate), recipe.validation
+    result = pipeline.validate_file(
+        Compared(source, _source(reference) if reference else None, mmproj),
         report,
-        held_out=samples,
-        llama_cpp=llama_cpp,
-        settings=settings,
+        options,
+        pipeline.Notes((), pipeline.conversion_of(source) if isinstance(source, Path) else None),
+        threads=recipe.compute.threads,
         reference_folder=reference_data or report.parent / "reference",
-        bounds=bounds,
-        conversion=pipeline.facts_about(source) if isinstance(source, Path) else None,
         progress=progress(),
     )
-    page = pipeline.draw_validated(report, result, samples)
+    page = pipeline.draw_validated(report, result, options.samples)
     if json:
         emit_json(result.model_dump(mode="json"))
     else:
@@ -209,50 +93,9 @@ def command(
 
 
 def _source(text: str) -> "Source":
-    from mode_gguf.validation.server import Server
+    from mode_gguf.llama_cpp.http_model import Server
 
     return Server(text) if text.startswith(("http://", "https://")) else Path(text)
-
-
-def _offload(
-    n_gpu_layers: int,
-    split_mode: SplitModeName,
-    main_gpu: int,
-    tensor_split: str | None,
-    device: list[str] | None,
-    override_tensor: list[str] | None,
-    kv_offload: bool,
-    mmproj_offload: bool,
-) -> "Offload":
-    from mode_gguf.validation.offload import Offload
-
-    return Offload(
-        n_gpu_layers=n_gpu_layers,
-        split_mode=split_mode.value,
-        main_gpu=main_gpu,
-        tensor_split=_shares(tensor_split) if tensor_split else (),
-        devices=tuple(device or ()),
-        override_tensors=tuple(map(_override, override_tensor or ())),
-        kv_cache=kv_offload,
-        projector=mmproj_offload,
-    )
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        shares = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--tensor-split: numbers such as 3,1 expected, {text!r} found") from None
-    if not all(0 <= share < float("inf") for share in shares) or not any(shares):
-        raise UsageError(f"--tensor-split: shares of 0 or more expected, not all 0, {text!r} found")
-    return shares
-
-
-def _override(text: str) -> tuple[str, str]:
-    pattern, _, buffer = text.rpartition("=")
-    if not pattern or not buffer:
-        raise UsageError(f"--override-tensor: REGEX=BUFFER expected, such as exps=CPU, {text!r} found")
-    return pattern, buffer
 
 
 def _show(result: "ValidationReport", page: Path) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 from torch import nn
 
+from tests.e2e.conftest import settings
 from tests.families import prompts
 from tests.families.case.shared import DENSE_FFN, FRAMES, OUTSIDE, SHARED_EXPERTS
 from tests.families.family_case import Change, Conversion, FamilyCase, MeasuredChange, block, weights
@@ -115,7 +116,8 @@ GLM4V = FamilyCase(
     conversion=Conversion(
         4.5,
         (
-            *("--types", "Q3_K,Q5_K", "--dense-types", "Q4_K,Q8_0", "--effort", "fast"),
+            *settings("sensitivity.types=Q3_K,Q5_K", "sensitivity.dense_types=Q4_K,Q8_0"),
+            *settings("sensitivity.packing.effort=fast"),
             *("--image-samples", "2", "--text-samples", "1", "--no-validate"),
         ),
         reached=0.98,

@@ -10,7 +10,7 @@ from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
 
 from mode_gguf.architectures import find_family
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.checkpoint import Checkpoint
+from mode_gguf.checkpoint.folder import Checkpoint
 from tests.families import prompts
 from tests.families.case.shared import DENSE_FFN, FEW, OUTSIDE, SHARED_EXPERTS, absorbed
 from tests.families.family_case import Conversion, Converted, FamilyCase, StockDifference, block, weights

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from tests.e2e.conftest import settings
 from tests.families import prompts
 from tests.families.case.shared import FEW, OUTSIDE, SHARED_EXPERTS, TableGelu, absorbed
 from tests.families.family_case import Change, Conversion, FamilyCase, MeasuredChange, StockDifference, block, weights
@@ -143,7 +144,10 @@ MISTRAL4 = FamilyCase(
     ),
     conversion=Conversion(
         3.0,
-        (*FEW, "--rounding", "nearest", "--types", "Q2_K,Q4_K", "--dense-types", "Q2_K,Q4_K,Q8_0"),
+        (
+            *(*FEW, "--rounding", "nearest"),
+            *settings("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q2_K,Q4_K,Q8_0"),
+        ),
         quantized="blk.0.attn_q_b blk.0.ffn_up_shexp",
         alone=True,
     ),

@@ -132,7 +132,7 @@ QWEN3_5 = FamilyCase(
     conversion=Conversion(
         3.0,
         SOME,
-        log="more tensors are left out; `mode-gguf mtp` writes them to a file to draft with",
+        log="more tensors are left out; `export --mtp Q8_0` writes them to a file to draft with",
         f32="blk.0.ssm_a blk.0.ffn_gate_inp_shexp.weight",
         quantized="blk.0.attn_qkv blk.0.ssm_out blk.0.ffn_up_shexp",
         alone=True,

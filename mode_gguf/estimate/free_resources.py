@@ -1,0 +1,91 @@
+"""Whether what a conversion needs is there: disk space and memory."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mode_gguf.artifacts import existing_parent, free_bytes
+from mode_gguf.estimate.machine import available_memory
+from mode_gguf.estimate.stage_estimates import StageEstimate
+from mode_gguf.workfolder import WorkFolder
+
+
+@dataclass(frozen=True, slots=True)
+class FreeResources:
+    """Free bytes.
+
+    Attributes:
+        folder: where the work folder is.
+        disk: there, and what files of an earlier run take in the folder, which give way or stay.
+        temporary_folder: TMPDIR's place.
+        temporary: there; None where it is the same disk.
+        memory: of the machine.
+    """
+
+    folder: Path
+    disk: int
+    temporary_folder: Path
+    temporary: int | None
+    memory: int
+
+
+def free_resources(folder: WorkFolder) -> FreeResources:
+    """What is free now."""
+    place, temporary = existing_parent(folder.path), Path(tempfile.gettempdir())
+    same = place.stat().st_dev == temporary.stat().st_dev
+    left = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file()) if folder.path.is_dir() else 0
+    return FreeResources(
+        folder=place,
+        disk=free_bytes(place) + left,
+        temporary_folder=temporary,
+        temporary=None if same else free_bytes(temporary),
+        memory=available_memory(),
+    )
+
+
+def disk_use(stages: Sequence[StageEstimate]) -> tuple[int, int]:
+    """Most bytes at one time in the work folder, and in TMPDIR."""
+    written = most = waiting = 0
+    for stage in stages:
+        written += stage.written
+        waiting += stage.working
+        most = max(most, written + waiting)
+        if stage.stage == "export":  # it has put into the file what `round` left, which is removed
+            waiting = 0
+    return most, max((stage.temporary for stage in stages), default=0)
+
+
+def shortages(stages: Sequence[StageEstimate], free: FreeResources) -> list[str]:
+    """What there is too little of on disks, one sentence each."""
+    working, temporary = disk_use(stages)
+    found = []
+    if free.temporary is None:
+        working, temporary = working + temporary, 0
+    if working > free.disk:
+        found.append(
+            f"{free.folder}: about {gigabytes(working)} are needed, {gigabytes(free.disk)} are free; choose another "
+            "disk with --out (and TMPDIR), or leave out what is compared with (--no-validate)"
+        )
+    if free.temporary is not None and temporary > free.temporary:
+        found.append(
+            f"{free.temporary_folder}: about {gigabytes(temporary)} are needed for hidden states, "
+            f"{gigabytes(free.temporary)} are free; name a folder on a larger disk in TMPDIR, or raise --hidden-memory"
+        )
+    return found
+
+
+def memory_warning(stages: Sequence[StageEstimate], free: FreeResources) -> str | None:
+    """What to say where a stage may take more memory than is free."""
+    largest = max(stages, key=lambda stage: stage.memory)
+    if largest.memory <= free.memory:
+        return None
+    return (
+        f"`{largest.stage}` may take {largest.memory / 2**30:.1f} GiB of memory, {free.memory / 2**30:.1f} GiB are "
+        "free; lower --hidden-memory, or use fewer samples"
+    )
+
+
+def gigabytes(count: int) -> str:
+    """In words."""
+    return f"{count / 1e9:,.1f} GB"

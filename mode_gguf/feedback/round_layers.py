@@ -1,0 +1,214 @@
+"""The stage that rounds with error feedback: samples through the model, every layer packed as they leave it.
+
+What a layer's matrices read is only known when all samples have passed the layer, and second moments of all experts
+would fill the memory (2.4 GB a layer at 30B). So the inputs of the experts are kept, which take a fraction of that, and
+the moments are formed expert by expert. Dense matrices add theirs up sample by sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.calibration.calibrate import run_recorded
+from mode_gguf.feedback.rounded_tensors import OUTSIDE, RoundedTensors, is_rounded, layer_part, part_of
+from mode_gguf.feedback.second_moments import DAMPING, DOWN_DAMPING, MIN_TOKENS, Moments, feedback_of, with_shared
+from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
+from mode_gguf.forward.inputs import ModelInputs
+from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.forward.streaming import StreamedModel
+from mode_gguf.importance.imatrix import Importance
+from mode_gguf.importance.token_weights import experts_entry
+from mode_gguf.options import Packing
+from mode_gguf.progress import Progress, silent
+from mode_gguf.quantization.expert_groups import ExpertTypes, stored_tensors, stored_types
+from mode_gguf.quantization.packer import matrix_name, pack_by_rows, read_matrix
+from mode_gguf.quantization.types import QuantType
+from mode_gguf_kernels import Feedback
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingSettings:
+    """How tensors are rounded.
+
+    Attributes:
+        types: of all tensors, by GGUF name; those without feedback are left to the export.
+        experts: types of single experts, where they differ within a tensor.
+        importance: what the grids are searched with, as for packing to nearest.
+        packing: how.
+        token_weights: what tokens count, float32 (N,), see `TokenWeights`; empty for all alike.
+        threads: that pack.
+        hidden_bytes: memory for hidden states; see `calibrate`.
+    """
+
+    types: Mapping[str, QuantType]
+    importance: Importance
+    packing: Packing
+    token_weights: Mapping[str, np.ndarray]
+    experts: ExpertTypes = field(default_factory=dict)
+    threads: int = 1
+    hidden_bytes: int = HIDDEN_BYTES
+
+
+def round_tensors(
+    streamed: StreamedModel,
+    inputs: Sequence[ModelInputs],
+    settings: RoundingSettings,
+    rounded: RoundedTensors,
+    progress: Progress = silent,
+) -> None:
+    """Write the parts of `rounded` that are missing.
+
+    Raises:
+        InputError: model, sample or weight cannot be used.
+    """
+    work = _Work(streamed, inputs, settings, rounded)
+    if not work.is_needed:
+        return
+    run_recorded(
+        streamed,
+        inputs,
+        key_tokens=None,
+        leave=work.collect,
+        finish=work.finish,
+        keep_hidden=False,
+        hidden_bytes=settings.hidden_bytes,
+        description="rounding",
+        progress=progress,
+    )
+
+
+class _Work:
+    """What is collected of the layer that samples pass, and what is done with it afterwards."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        inputs: Sequence[ModelInputs],
+        settings: RoundingSettings,
+        rounded: RoundedTensors,
+    ) -> None:
+        self._streamed, self._settings, self._rounded = streamed, settings, rounded
+        self._stored = stored_tensors(streamed.tensors, settings.experts)
+        self._types = stored_types(settings.types, settings.experts)
+        chosen = [tensor for tensor in self._stored.tensors if is_rounded(tensor, self._types)]
+        self._tensors = {
+            part: tensors
+            for part in dict.fromkeys(map(part_of, chosen))
+            if (tensors := [tensor for tensor in chosen if part_of(tensor) == part]) and not rounded.has(part)
+        }
+        ends = np.cumsum([len(one.input_ids) for one in inputs])
+        self._tokens = {id(one): slice(end - len(one.input_ids), end) for one, end in zip(inputs, ends, strict=True)}
+        self._moments: dict[str, Moments] = {}
+        self._routed: list[tuple[ExpertsCall, Tensor]] = []
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self._tensors)
+
+    def collect(self, passed: SampleTrace, layer: int) -> None:
+        """Take what the matrices of a layer read of one sample; of the head, too, after the last layer."""
+        for part in self._parts_after(layer):
+            for tensor in self._tensors[part]:
+                if tensor.role is not Role.EXPERT:
+                    call = passed.linears[str(tensor.activation)]
+                    if tensor.name not in self._moments:
+                        self._moments[tensor.name] = Moments(tensor.row_width, self._streamed.device)
+                    self._moments[tensor.name].add(call.input, self._weights(tensor.name, passed))
+        if layer_part(layer) in self._tensors and passed.experts is not None:
+            self._routed.append((passed.experts, self._weights(experts_entry(layer), passed)))
+
+    def finish(self, layer: int) -> None:
+        """Round what all samples have passed, while the layer's weights are there."""
+        for part in self._parts_after(layer):
+            packed: dict[str, np.ndarray] = {}
+            nearest: dict[str, int] = {}
+            experts = [tensor for tensor in self._tensors[part] if tensor.role is Role.EXPERT]
+            for tensor in self._tensors[part]:
+                if tensor.role is not Role.EXPERT:
+                    feedback = _feedback(self._moments.pop(tensor.name))
+                    nearest[tensor.name] = int(feedback is None)
+                    packed[tensor.name] = self._pack(tensor, 0, feedback)[None]
+            if experts:
+                self._round_experts(self._streamed.experts_module(layer), experts, packed, nearest)
+            self._rounded.write(part, packed, nearest)
+        self._routed.clear()
+
+    def _parts_after(self, layer: int) -> list[str]:
+        parts = [layer_part(layer)]
+        if layer == len(self._streamed.layers) - 1:
+            parts.append(OUTSIDE)
+        return [part for part in parts if part in self._tensors]
+
+    def _weights(self, name: str, passed: SampleTrace) -> Tensor:
+        """What the tokens of a sample count at a matrix's output."""
+        tokens = self._tokens[id(passed.inputs)]
+        weights = self._settings.token_weights.get(name)
+        if weights is None:
+            return torch.ones(tokens.stop - tokens.start)
+        return torch.from_numpy(weights[tokens])
+
+    def _round_experts(
+        self,
+        module: Any,
+        experts: Sequence[SourceTensor],
+        packed: dict[str, np.ndarray],
+        nearest: dict[str, int],
+    ) -> None:
+        """Round the experts of one layer, one after the other."""
+        device = self._streamed.device
+        places: dict[int, list[tuple[SourceTensor, int]]] = {}
+        for tensor in experts:
+            for place, expert in enumerate(self._stored.experts_of(tensor)):
+                places.setdefault(expert, []).append((tensor, place))
+        inputs = torch.cat([call.input for call, _ in self._routed])
+        index = torch.cat([call.index for call, _ in self._routed])
+        routing = torch.cat([call.weight for call, _ in self._routed]).float()
+        at_block = torch.cat([weights for _, weights in self._routed]).to(device)
+        shared = Moments(inputs.shape[1], device)
+        shared.add(inputs, at_block)
+        for expert, matrices in sorted(places.items()):
+            token, slot = torch.where(index == expert)
+            # With weights at the block's output, an error at an expert's counts by its squared share in it.
+            weight = at_block[token]
+            if self._settings.token_weights:
+                weight = weight * routing[token, slot].square()
+            read = inputs[token]
+            before = Moments(inputs.shape[1], device)
+            before.add(read, weight)
+            hidden = module._apply_gate(linear(read, module.gate_up_proj[expert]))
+            after = Moments(hidden.shape[1], device)
+            after.add(hidden, weight)
+            at_hidden, at_input = _feedback(after, damping=DOWN_DAMPING), _feedback(before, shared)
+            for tensor, place in matrices:
+                chosen = at_hidden if tensor.projection == "down" else at_input
+                nearest[tensor.name] = nearest.get(tensor.name, 0) + int(chosen is None)
+                matrix = self._pack(tensor, place, chosen)
+                if tensor.name not in packed:
+                    packed[tensor.name] = np.empty((tensor.n_experts, *matrix.shape), np.uint8)
+                packed[tensor.name][place] = matrix
+
+    def _pack(self, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
+        importance = self._stored.rows_of(tensor.name, self._settings.importance)
+        return pack_by_rows(
+            read_matrix(tensor, index),
+            self._types[tensor.name],
+            None if importance is None else importance[index],
+            name=matrix_name(tensor, index),
+            packing=self._settings.packing,
+            threads=self._settings.threads,
+            feedback=feedback,
+        )
+
+
+def _feedback(moments: Moments, shared: Moments | None = None, damping: float = DAMPING) -> Feedback | None:
+    """What to round with; None where there were too few tokens."""
+    if moments.effective_tokens < MIN_TOKENS:
+        return None
+    sums = moments.sums if shared is None else with_shared(moments.sums, shared.sums)
+    return feedback_of(sums, damping)

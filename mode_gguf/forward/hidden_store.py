@@ -1,0 +1,154 @@
+"""A place for hidden states: in memory up to a limit, beyond it in files that are mapped when they are read."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Hashable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from mode_gguf.errors import MissingResourceError
+from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.locks import try_lock
+
+_PREFIX = "mode-gguf-hidden-"
+_YOUNG_SECONDS = 60
+"""A folder may be this old and not locked yet."""
+
+
+class HiddenStore:
+    """Tensors by key, on the CPU. Once those held take `limit_bytes`, further ones go to a temporary folder.
+
+    The folder is removed when the store is closed or, as it is a context manager, left. Tensors that `get` or `take`
+    gave stay valid: a mapped file lives on until nobody maps it. A process that is killed leaves its folder, which the
+    next store that needs one removes.
+    """
+
+    def __init__(self, limit_bytes: int = HIDDEN_BYTES) -> None:
+        self._limit = limit_bytes
+        self._held: dict[Hashable, Tensor] = {}
+        self._held_bytes = 0
+        self._filed: dict[Hashable, tuple[Path, torch.Size, torch.dtype]] = {}
+        self._files_made = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lock: int | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory; never more than the limit."""
+        return self._held_bytes
+
+    @property
+    def filed(self) -> int:
+        """Number of tensors in files."""
+        return len(self._filed)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held or key in self._filed
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keep a copy of `tensor`, in place of what `key` had; one in memory may share it, so do not write to it."""
+        self.drop(key)
+        if self._held_bytes + tensor.nbytes <= self._limit:
+            self._held[key] = tensor.cpu()
+            self._held_bytes += tensor.nbytes
+            return
+        if self._folder is None:
+            _remove_abandoned()
+            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX)
+            self._lock = _locked(Path(self._folder.name))
+        path = Path(self._folder.name) / str(self._files_made)
+        self._files_made += 1
+        if tensor.numel():
+            _reserve(path, tensor.nbytes)
+            mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            mapped.copy_(tensor.detach().flatten())
+        self._filed[key] = (path, tensor.shape, tensor.dtype)
+
+    def get(self, key: Hashable) -> Tensor:
+        """What was put under `key`; KeyError if nothing was. Not to be written to."""
+        if key in self._held:
+            return self._held[key]
+        path, shape, dtype = self._filed[key]
+        if not shape.numel():
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_file(str(path), shared=False, size=shape.numel(), dtype=dtype).view(shape)
+
+    def take(self, key: Hashable) -> Tensor:
+        """`get` for the last time: the store forgets it."""
+        tensor = self.get(key)
+        self.drop(key)
+        return tensor
+
+    def drop(self, key: Hashable) -> None:
+        """Forget what was put under `key`, if anything was."""
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._held_bytes -= held.nbytes
+        path, _, _ = self._filed.pop(key, (None, None, None))
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+        self._held_bytes = 0
+        self._filed.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "HiddenStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make room for a file: writing to a mapped one on a full disk would kill the process instead of raising.
+
+    Raises:
+        MissingResourceError: there is none.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise MissingResourceError(
+            f"{path.parent}: no room for hidden states ({error}); free some space, or name a folder on a larger disk "
+            "in TMPDIR"
+        ) from error
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders of killed processes: those that nobody has locked."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        try:
+            if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+                continue
+        except OSError:
+            continue
+        descriptor = _locked(folder)
+        if descriptor is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    """The lock of a store's folder; None where another has it, or folders cannot be locked."""
+    try:
+        return try_lock(folder)
+    except OSError:
+        return None  # Windows; or another user's

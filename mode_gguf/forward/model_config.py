@@ -1,0 +1,22 @@
+"""transformers' configuration of a checkpoint, whatever layout its own is in."""
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from mode_gguf.architectures import ModelFamily
+from mode_gguf.architectures.config import setting
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.errors import InputError
+
+
+def model_config(checkpoint: Checkpoint, family: ModelFamily) -> PreTrainedConfig:
+    """What transformers builds the model from; the checkpoint's own code is never run.
+
+    Raises:
+        InputError: transformers does not know the model's type.
+    """
+    settings = family.model_config(checkpoint)
+    model_type = setting(checkpoint, settings, str, "model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(f"{checkpoint.path / 'config.json'}: transformers has no model_type {model_type!r}")
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(settings))
+    return config

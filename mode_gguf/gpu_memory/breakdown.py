@@ -1,0 +1,182 @@
+"""What a model takes on a GPU beside its text model's tensors, line by line.
+
+All of it is computed from metadata: llama.cpp's KV cache has a size per cell, and its compute buffers are those of its
+graphs, which are walked as it walks them (`graph.py`). What was checked, and against what: docs/design/gpu-memory.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, isqrt
+from typing import Any
+
+from gguf import Keys
+
+from mode_gguf.artifacts import Record
+from mode_gguf.errors import UsageError
+from mode_gguf.gpu_memory.fit_settings import FitSettings
+from mode_gguf.gpu_memory.qwen3_vl_moe import (
+    ARCHITECTURE,
+    IMAGE_TOKENS,
+    Batch,
+    EncoderShape,
+    TextShape,
+    encoder_graph,
+    encoder_shape,
+    text_graph,
+    text_shape,
+)
+from mode_gguf.quantization.types import QUANT_TYPES
+
+_PADDING_PER_TENSOR = 128 + 512 * 34 // 32
+"""CUDA aligns tensors to 128 bytes and pads the last row of a quantized one to a multiple of 512 weights."""
+
+
+class MemoryLine(Record):
+    """One thing that takes memory; what is not on the GPU is there for completeness."""
+
+    name: str
+    bytes: int
+    what: str
+    on_gpu: bool = True
+
+
+class MemoryBreakdown(Record):
+    """Where a GPU's memory goes.
+
+    Attributes:
+        memory: bytes of the GPU.
+        settings: that lines depend on.
+        lines: everything, the text model last of what is on the GPU, then what is not.
+    """
+
+    memory: int
+    settings: FitSettings
+    lines: tuple[MemoryLine, ...]
+
+    @property
+    def used(self) -> int:
+        """Bytes on the GPU, the reserve included."""
+        return sum(line.bytes for line in self.lines if line.on_gpu)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """All of a model that memory depends on, tensors' types aside."""
+
+    text: TextShape
+    encoder: EncoderShape
+    text_tensors: int
+    projector_bytes: int
+    trained_context: int
+
+    @classmethod
+    def of(
+        cls,
+        architecture: str,
+        text: Mapping[str, Any],
+        projector: Mapping[str, Any],
+        *,
+        vocabulary: int,
+        text_tensors: int,
+        projector_bytes: int,
+    ) -> "ModelShape":
+        """From the metadata of the two GGUF files.
+
+        Raises:
+            UsageError: the graphs of this architecture are not known.
+        """
+        if architecture != ARCHITECTURE:
+            raise UsageError(f"--fit is not known for {architecture} yet; give --size or --bpw")
+        return cls(
+            text=text_shape(text, vocabulary),
+            encoder=encoder_shape(projector),
+            text_tensors=text_tensors,
+            projector_bytes=projector_bytes,
+            trained_context=int(text[Keys.LLM.CONTEXT_LENGTH.format(arch=architecture)]),
+        )
+
+
+def needs(model: ModelShape, fit: FitSettings, groups: int = 1) -> list[MemoryLine]:
+    """Everything beside the text model's tensors.
+
+    Args:
+        groups: most groups that a layer's experts are stored in, where they have a type each.
+
+    Raises:
+        UsageError: the KV cache cannot have this type.
+    """
+    text, batch = model.text, text_batch(model.text, fit, groups)
+    image_tokens = min(fit.image_tokens or IMAGE_TOKENS, fit.cells_per_stream)
+    side = picture_side(model.encoder, image_tokens)
+    buffers = {
+        "KV cache": (
+            kv_bytes(text, fit),
+            f"{fit.cells} cells x {text.layers} layers, {fit.kv_type}{_beyond(model, fit)}",
+        ),
+        "text compute buffer": (text_graph(text, batch).buffer_bytes(), f"{batch.tokens} tokens at once"),
+        "image encoder": (model.projector_bytes, f"the projector file, {fit.projector_type}"),
+        "image compute buffer": (
+            encoder_graph(model.encoder, side, side).buffer_bytes(),
+            f"a picture of {image_tokens} tokens",
+        ),
+        "kernels' workspace": (
+            _text_workspace(text, batch) + _encoder_workspace(model.encoder, side**2),
+            "what CUDA kernels convert and collect",
+        ),
+        "padding of tensors": (_PADDING_PER_TENSOR * model.text_tensors * groups, f"{model.text_tensors} tensors"),
+        "reserve": (fit.reserve, "driver, its libraries, the screen"),
+    }
+    lines = [MemoryLine(name=name, bytes=size, what=what) for name, (size, what) in buffers.items()]
+    output = 4 * text.vocabulary * fit.parallel
+    return [*lines, MemoryLine(name="output buffer", bytes=output, what="logits, in system memory", on_gpu=False)]
+
+
+def _beyond(model: ModelShape, fit: FitSettings) -> str:
+    longer = fit.cells_per_stream > model.trained_context
+    return f"; the model was trained for {model.trained_context} tokens" if longer else ""
+
+
+def kv_bytes(text: TextShape, fit: FitSettings) -> int:
+    """Of K and V, all layers.
+
+    Raises:
+        UsageError: their rows are no multiple of the type's block.
+    """
+    kv_type = QUANT_TYPES[fit.kv_type.upper()]
+    width = text.kv_heads * text.head_dim
+    if not kv_type.fits(text.head_dim):
+        raise UsageError(
+            f"--kv-type {fit.kv_type} stores {kv_type.block_size} values together, and heads have {text.head_dim}: "
+            "give --kv-type f16"
+        )
+    return 2 * text.layers * fit.cells * kv_type.row_bytes(width)
+
+
+def text_batch(text: TextShape, fit: FitSettings, groups: int = 1, *, gpu: bool = True) -> Batch:
+    """The batch that llama-server reserves its compute buffer for: one token of output per sequence.
+
+    Args:
+        gpu: False for what the CPU takes, whose flash attention reads a quantized cache as it is.
+    """
+    tokens = ceil(min(fit.batch, fit.context) / fit.parallel) * fit.parallel
+    quantized = fit.kv_type != "f16"
+    return Batch(tokens, fit.cells, fit.parallel, fit.parallel, quantized, quantized and gpu, groups)
+
+
+def picture_side(encoder: EncoderShape, tokens: int) -> int:
+    """Patches along each side of the smallest square picture of at least so many tokens."""
+    return encoder.merge * (isqrt(tokens - 1) + 1)
+
+
+def _text_workspace(text: TextShape, batch: Batch) -> int:
+    """Inputs of matrix products, quantized to 36 bytes per 32 values, and partial results of flash attention."""
+    rows = batch.tokens * text.experts_used
+    products = rows * max(text.hidden, text.expert_width, text.heads * text.head_dim // text.experts_used) * 36 // 32
+    return products + 16 * batch.tokens * text.heads * (2 + text.head_dim // 2)
+
+
+def _encoder_workspace(encoder: EncoderShape, patches: int) -> int:
+    """Inputs and results of one matrix product in F16, which cuBLAS wants."""
+    merged = encoder.hidden * encoder.merge**2
+    widest = max(encoder.hidden + max(3 * encoder.hidden, encoder.width), 2 * merged // encoder.merge**2)
+    return 2 * patches * widest

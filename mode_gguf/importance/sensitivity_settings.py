@@ -1,0 +1,55 @@
+"""What both ways of measuring sensitivity are told and give back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.forward.modality import KeyTokens
+from mode_gguf.importance.imatrix import Imatrix, Importance
+from mode_gguf.options import Packing
+from mode_gguf.quantization.packing import EXACT
+from mode_gguf.quantization.types import QuantType
+from mode_gguf.vocabulary import ImatrixKind
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivitySettings:
+    """What is measured.
+
+    Attributes:
+        expert_types: candidates of expert tensors; dense_types: of all other matrices.
+        importance: the plain one, which they are packed with, except where `imatrix` says otherwise.
+        key_tokens: how key vision tokens are chosen.
+        draws: label draws per scored position; seed: of the draws. Only Fisher sensitivity draws.
+        imatrix: `fisher`: experts and the output head are packed with the Fisher importance, which is known before
+            they are measured.
+        packing: how candidates are packed.
+        hidden_bytes: memory for hidden states; see `calibrate`.
+    """
+
+    expert_types: Sequence[QuantType]
+    dense_types: Sequence[QuantType]
+    importance: Importance
+    key_tokens: KeyTokens
+    draws: int
+    seed: int
+    imatrix: ImatrixKind = "plain"
+    packing: Packing = EXACT
+    hidden_bytes: int = HIDDEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityResult:
+    """Arrays, scored positions per kind of answer, and experts whose values are estimates; see `SensitivityTable`.
+
+    `imatrix` is the Fisher importance of all tensors that have an activation, `token_weights` what it weighed tokens by
+    (see `TokenWeights`); both are empty for a method without gradients.
+    """
+
+    arrays: dict[str, np.ndarray]
+    positions: tuple[int, ...]
+    estimated: dict[str, list[int]]
+    imatrix: Imatrix = field(default_factory=dict)
+    token_weights: dict[str, np.ndarray] = field(default_factory=dict)

@@ -1,0 +1,109 @@
+"""What sensitivity measurement found: the damage of every candidate type to every tensor and expert."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mode_gguf import __version__
+from mode_gguf.artifacts import read_arrays, write_arrays
+from mode_gguf.forward.modality import ANSWERS, MODALITIES
+from mode_gguf.options import Packing
+from mode_gguf.quantization.packing import EXACT
+from mode_gguf.vocabulary import ImatrixKind, Method
+
+METHODS: tuple[Method, ...] = ("fisher", "expert-mse", "block-mse")
+"""Those that run the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityTable:
+    """Arrays named and shaped as docs/design/artefacts.md says; NaN where a tensor cannot be stored in a type.
+
+    Attributes:
+        model: name of the model.
+        fingerprint: of its checkpoint.
+        method: `fisher` (KL in nats per scored position), `expert-mse` or `block-mse` (mean squared errors), or
+            `imatrix-error` (shares of outputs' energy, of all tokens alike).
+        expert_types: names along the last axis of expert tensors' arrays.
+        dense_types: names along the last axis of all other arrays.
+        arrays: `{tensor}.unit`, `{tensor}.expert`, `blk.L.ffn_exps.expert`, and the `.weight_error` of all three.
+        positions: scored positions per kind of answer.
+        draws: label draws per position; 0 where nothing is drawn.
+        seed: of the draws.
+        estimated: experts per (layer, answer, modality) that no token reached, whose values are estimates.
+        imatrix: which importance matrix candidates were packed with; packing: how.
+        stand_ins: of tensors whose rows do not fit all types, names of what was measured in their place, in order.
+    """
+
+    model: str
+    fingerprint: str
+    method: Method
+    expert_types: Sequence[str]
+    dense_types: Sequence[str]
+    arrays: Mapping[str, np.ndarray]
+    positions: Sequence[int]
+    draws: int
+    seed: int
+    estimated: Mapping[str, Sequence[int]]
+    imatrix: ImatrixKind = "plain"
+    packing: Packing = EXACT
+    stand_ins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def n_units(self) -> int:
+        """Matrices, experts' ones each for itself, times the types that each was measured in."""
+        units = 0
+        for name, array in self.arrays.items():
+            if name.endswith(".weight.weight_error"):
+                stored = self.stand_ins.get(name.removesuffix(".weight_error"), range(array.shape[1]))
+                distinct = [t for t, one in enumerate(stored) if one not in list(stored)[:t]]
+                units += int(np.isfinite(array[:, distinct]).sum())
+        return units
+
+    def save(self, path: Path) -> None:
+        """Write everything to a safetensors file, atomically."""
+        metadata = {
+            "kind": "sensitivity",
+            "tool_version": __version__,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "method": self.method,
+            "types": {"expert": list(self.expert_types), "dense": list(self.dense_types)},
+            "positions": list(self.positions),
+            "units": self.n_units,
+            "draws": self.draws,
+            "seed": self.seed,
+            "estimated": self.estimated,
+            "imatrix": self.imatrix,
+            "packing": asdict(self.packing),
+            "stand_ins": self.stand_ins,
+            "answers": list(ANSWERS),
+            "modalities": list(MODALITIES),
+        }
+        write_arrays(path, self.arrays, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "SensitivityTable":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, or is no sensitivity file of this version.
+        """
+        arrays, metadata = read_arrays(path, "sensitivity")
+        return cls(
+            model=metadata["model"],
+            fingerprint=metadata["fingerprint"],
+            method=metadata["method"],
+            expert_types=tuple(metadata["types"]["expert"]),
+            dense_types=tuple(metadata["types"]["dense"]),
+            arrays=arrays,
+            positions=tuple(metadata["positions"]),
+            draws=metadata["draws"],
+            seed=metadata["seed"],
+            estimated={key: tuple(value) for key, value in metadata["estimated"].items()},
+            imatrix=metadata.get("imatrix", "plain"),  # the only one there was before the choice
+            packing=Packing(**metadata["packing"]) if "packing" in metadata else EXACT,
+            stand_ins={key: tuple(value) for key, value in metadata.get("stand_ins", {}).items()},
+        )

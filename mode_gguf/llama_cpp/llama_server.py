@@ -1,0 +1,257 @@
+"""llama-server on a model and its projector: the user's, our build's, or the embedded one, in a process of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
+
+from mode_gguf.errors import InputError, MissingResourceError, UsageError
+from mode_gguf.gguf.header import read_header
+from mode_gguf.gpu_memory.fit_settings import FitSettings
+from mode_gguf.llama_cpp.c_api import library_version
+from mode_gguf.llama_cpp.command_line import command_line
+from mode_gguf.llama_cpp.engines import has_expert_groups
+from mode_gguf.options import ServingOptions
+from mode_gguf.vocabulary import KvType
+
+DEFAULT_CONTEXT: Final = 16384
+"""Tokens; as many as a model was trained for, 262,144, would take gigabytes of KV cache."""
+_POLL_SECONDS: Final = 0.2
+_STOP_SECONDS: Final = 10
+_SAID: Final = 8
+"""Lines of a server's last words."""
+_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How a model is served.
+
+    Attributes:
+        context: tokens of all parallel sequences together.
+        kv_type: of the cache; one that is quantized needs flash attention.
+        planned: whether memory was planned for: then all of the model goes to the GPU and nothing is adjusted.
+        image_tokens: of the largest picture; None for llama.cpp's limit.
+    """
+
+    model: Path
+    mmproj: Path | None
+    host: str
+    port: int
+    context: int
+    parallel: int = 1
+    kv_type: KvType = "f16"
+    planned: bool = False
+    image_tokens: int | None = None
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{_ANYWHERE.get(self.host, host)}:{self.port}"
+
+    @property
+    def options(self) -> list[str]:
+        """As llama-server takes them, model and projector aside."""
+        options = ["--host", self.host, "--port", str(self.port), "--jinja"]
+        options += ["--ctx-size", str(self.context), "--parallel", str(self.parallel)]
+        if self.kv_type != "f16":
+            options += ["--cache-type-k", self.kv_type, "--cache-type-v", self.kv_type]
+        if self.planned or self.kv_type != "f16":
+            options += ["--flash-attn", "on"]
+        if self.planned:
+            options += ["--gpu-layers", "all", "--fit", "off"]
+        if self.image_tokens is not None:
+            options += ["--image-max-tokens", str(self.image_tokens)]
+        return options
+
+
+def serving_of(
+    model: Path,
+    mmproj: Path | None,
+    fit: FitSettings | None,
+    options: ServingOptions,
+    extra: Sequence[str] = (),
+) -> Serving:
+    """Settings from those that memory was planned for, or defaults.
+
+    Args:
+        fit: what memory was planned for.
+        options: address and context, where it is other than planned.
+        extra: what llama-server is told besides; a host or a port among it is what counts.
+
+    Raises:
+        InputError: a file is no GGUF file.
+        UsageError: a port that is none.
+    """
+    trained = next((v for k, v in read_header(model).metadata.items() if k.endswith(".context_length")), None)
+    default = min(int(trained), DEFAULT_CONTEXT) if trained else DEFAULT_CONTEXT
+    context = options.context
+    host, told = _told(extra, "--host") or options.host, _told(extra, "--port")
+    if told is not None and not told.isdecimal():
+        raise UsageError(f"--port {told} is not a port: give a number, such as 8080")
+    serving = Serving(model, mmproj, host, options.port if told is None else int(told), context or default)
+    if fit is not None:
+        serving = replace(
+            serving,
+            context=context or fit.context,
+            parallel=fit.parallel,
+            kv_type=fit.kv_type,
+            image_tokens=fit.image_tokens,
+            planned=context is None or context <= fit.context,
+        )
+    return replace(serving, port=_free_port(host)) if serving.port == 0 else serving
+
+
+def server_command(serving: Serving, extra: Sequence[str], llama_cpp: Path | None) -> tuple[list[str], str]:
+    """What to execute, and what that is, in words.
+
+    Raises:
+        InputError: a file or the folder `llama_cpp` cannot be used.
+        UsageError: `extra` for the embedded server, which takes none.
+        MissingResourceError: experts have a type each, and our build is missing.
+    """
+    try:
+        line = command_line(serving.model, "llama-server", serving.mmproj, (*serving.options, *extra), llama_cpp)
+    except MissingResourceError:
+        if has_expert_groups(read_header(serving.model).metadata):
+            raise
+        if extra:
+            raise UsageError(
+                f"{' '.join(extra)} goes to llama-server, and none was found: name the folder of your llama.cpp with "
+                "--llama-cpp, or leave it out"
+            ) from None
+        settings = json.dumps(asdict(serving), default=str)
+        return [sys.executable, "-m", "mode_gguf.llama_cpp.embedded_server", settings], f"embedded {library_version()}"
+    return line, line[0]
+
+
+@contextmanager
+def running(
+    command: Sequence[str], serving: Serving, on_line: Callable[[str], None] = lambda line: None
+) -> Iterator["Server"]:
+    """Start a server, wait until it answers, and stop it in the end, however that comes.
+
+    Args:
+        on_line: is given every line that it prints.
+
+    Raises:
+        MissingResourceError: the port is in use, or the program cannot be started.
+        InputError: it ended before it answered; with its last words.
+    """
+    _check_free(serving)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+    except OSError as error:
+        raise MissingResourceError(f"{command[0]}: cannot be started ({error.strerror})") from error
+    server = Server(process, serving, on_line)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+class Server:
+    """A server that was started; `running` makes it."""
+
+    def __init__(self, process: "subprocess.Popen[str]", serving: Serving, on_line: Callable[[str], None]) -> None:
+        self.process, self._serving, self._on_line = process, serving, on_line
+        self._said: deque[str] = deque(maxlen=_SAID)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_until_ready(self) -> None:
+        """Return when /health is ok; raises as `running` does."""
+        opener = build_opener(ProxyHandler({}))
+        while self.process.poll() is None:
+            with suppress(URLError, OSError), opener.open(f"{self._serving.url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+            time.sleep(_POLL_SECONDS)
+        raise self._ended()
+
+    def wait(self) -> None:
+        """Return never; raises InputError with its last words when the server ends by itself."""
+        self.process.wait()
+        raise self._ended()
+
+    def stop(self) -> None:
+        """Ask it to end, and make it end if it does not."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(_STOP_SECONDS)
+        if self.process.stdout:
+            self.process.stdout.close()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            if line.strip():
+                self._said.append(line.strip())
+                self._on_line(line.rstrip("\n"))
+
+    def _ended(self) -> InputError:
+        self._reader.join(_STOP_SECONDS)
+        code = self.process.returncode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return InputError(f"{self._serving.model}: its server {how}: {_last_words(list(self._said))}")
+
+
+def _last_words(lines: list[str]) -> str:
+    """Lines that complain, else the last ones."""
+    complaints = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    return " / ".join((complaints or lines)[-3:]) or "it said nothing"
+
+
+def _told(extra: Sequence[str], option: str) -> str | None:
+    """The value of `option` among what llama-server is told; the last one counts."""
+    values = [value for name, value in pairwise(extra) if name == option]
+    values += [one.partition("=")[2] for one in extra if one.startswith(f"{option}=")]
+    return values[-1] if values else None
+
+
+def _check_free(serving: Serving) -> None:
+    try:
+        _bind(serving.host, serving.port)
+    except OSError as error:
+        raise MissingResourceError(
+            f"port {serving.port} on {serving.host} cannot be used ({error.strerror or error}): give another --port"
+        ) from error
+
+
+def _free_port(host: str) -> int:
+    return _bind(host, 0)
+
+
+def _bind(host: str, port: int) -> int:
+    """The port, after having had it for a moment."""
+    family: Any = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        return int(probe.getsockname()[1])

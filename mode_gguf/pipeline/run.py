@@ -1,0 +1,84 @@
+"""A run: one checkpoint worked on in one folder, where stages are ensured; and what a stage is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mode_gguf.artifacts import SCHEMAS
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.pipeline.stage_cache import StageCache, StageState
+from mode_gguf.progress import Progress, silent
+from mode_gguf.workfolder import WorkFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A checkpoint, the folder of everything written about it, and how long each stage took.
+
+    `seconds` has 0 for a stage that was reused.
+    """
+
+    checkpoint: Checkpoint
+    folder: WorkFolder
+    progress: Progress = silent
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> StageCache:
+        return StageCache(self.folder)
+
+    def ensure(self, *stages: "Stage") -> None:
+        """Execute each stage unless what it left is still right."""
+        for stage in stages:
+            self.seconds[stage.name] = 0.0
+            if not stage.is_current(self):
+                stage.execute(self)
+
+    @contextmanager
+    def recorded(self, stage: "Stage") -> Iterator[None]:
+        """The part of a stage that writes: what was known of its outputs is forgotten, and noted anew at the end."""
+        running = self.cache.begin(stage.state(self))
+        yield
+        running.finish()
+        self.seconds[stage.name] = self.cache.seconds(stage.name)
+
+
+class Stage(ABC):
+    """One step of a conversion; made from its options, it reads and writes files of the run's folder."""
+
+    name: ClassVar[str]
+    """As stages.json has it."""
+
+    @abstractmethod
+    def key(self, run: Run) -> dict[str, Any]:
+        """All that the outputs depend on, by names that people read; values that JSON can hold."""
+
+    @abstractmethod
+    def outputs(self, run: Run) -> tuple[Path, ...]:
+        """The files it writes."""
+
+    @abstractmethod
+    def execute(self, run: Run) -> None:
+        """Do it, writing within `run.recorded`."""
+
+    def state(self, run: Run) -> StageState:
+        """What stages.json keeps."""
+        return StageState(self.name, self.key(run), self.outputs(run))
+
+    def is_current(self, run: Run) -> bool:
+        """Whether it need not be executed."""
+        return run.cache.is_current(self.state(run))
+
+
+def basis(checkpoint: Checkpoint, schema: str) -> dict[str, Any]:
+    """What every stage depends on: the model, the base that it comes from, and the method of this artefact.
+
+    A change of method raises the artefact's number in `SCHEMAS`; the tool's version is not part of it, so that a
+    release throws nothing away.
+    """
+    base = {} if checkpoint.base is None else {"base": [path.name for path in checkpoint.base.files]}
+    named = {"model": checkpoint.name, "model fingerprint": checkpoint.fingerprint, **base}
+    return {**named, f"{schema} schema": SCHEMAS[schema]}

@@ -1,0 +1,220 @@
+"""stages.json: with which settings each stage made what is in the work folder."""
+
+import json
+import logging
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mode_gguf import __version__
+from mode_gguf.artifacts import file_fingerprint, write_json
+from mode_gguf.errors import UsageError
+from mode_gguf.workfolder import JOURNAL, WorkFolder
+
+DIGESTED_BYTES = 1 << 30
+"""Files up to this size are known by their content, larger ones by their size: reading a model takes minutes."""
+
+COMPUTING = ("gguf", "numba", "numpy", "torch", "transformers", "xllamacpp")
+"""Packages whose versions may change results."""
+
+journal = logging.getLogger(JOURNAL)
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """A stage as it is asked for.
+
+    Attributes:
+        name: as its command is called.
+        settings: all that its outputs depend on, by names that people read; values that JSON can hold.
+        outputs: the files it writes.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    outputs: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningStage:
+    """A stage that has begun; `StageCache.begin` makes it."""
+
+    ledger: "StageCache"
+    stage: StageState
+    started: float
+
+    def finish(self) -> None:
+        """Record that all outputs are there."""
+        seconds = max(0.001, round(time.monotonic() - self.started, 3))
+        self.ledger.record(self.stage, seconds)
+        journal.info("%s: done in %.1f s", self.stage.name, seconds)
+
+
+class StageCache:
+    """Remembers with which settings each stage made its outputs, what they were, and how long it took.
+
+    A stage that has begun and not finished is not remembered: whatever it may have left of its outputs is made again.
+    """
+
+    def __init__(self, folder: WorkFolder) -> None:
+        self._folder = folder
+
+    def begin(self, stage: StageState) -> RunningStage:
+        """Forget what is known of the stage's outputs, which are about to change."""
+        self.forget(stage.name)
+        journal.info("%s: begins with %s", stage.name, json.dumps(_plain(stage.settings)))
+        return RunningStage(self, stage, time.monotonic())
+
+    def is_current(self, stage: StageState) -> bool:
+        """Whether all outputs are there, as they were made with just these settings."""
+        return self.has_settings(stage) and self._entry(stage.name)["outputs"] == self._identities(stage.outputs)
+
+    def has_settings(self, stage: StageState) -> bool:
+        """Whether the stage last ran with these settings, whatever became of its outputs."""
+        return self._entry(stage.name).get("settings") == _plain(stage.settings)
+
+    def edited(self, stage: StageState) -> list[Path]:
+        """Outputs that are there, and are not what the stage left."""
+        left = self._entry(stage.name).get("outputs", {})
+        now = self._identities(stage.outputs)
+        names = {self._name(path): path for path in stage.outputs}
+        return [path for name, path in names.items() if now[name] and left.get(name) not in (None, now[name])]
+
+    def left(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
+        """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished."""
+        entry = self._entry(stage)
+        outputs = {self._folder.path / name: str(found) for name, found in entry.get("outputs", {}).items()}
+        return entry.get("settings", {}), outputs
+
+    def seconds(self, stage: str) -> float:
+        """How long the stage took when it last ran."""
+        return float(self._entry(stage).get("seconds", 0.0))
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """What is remembered, by stage."""
+        return {stage: entry for stage in self._read() if (entry := self._entry(stage))}
+
+    def written_again(self, stage: str, path: Path, before: str) -> None:
+        """One of a stage's outputs, whose identity was `before`, has been rewritten to hold more than it did."""
+        entries = self._read()
+        outputs = self._entry(stage).get("outputs", {})
+        if outputs.get(self._name(path)) == before:
+            entries[stage]["outputs"][self._name(path)] = file_identity(path)
+            write_json(self._folder.stages, entries)
+
+    def check_unchanged(self, stages: Sequence[StageState]) -> None:
+        """Refuse to throw away what took long to measure.
+
+        Raises:
+            UsageError: one of the stages ran with other settings, or one of its outputs was edited; says which.
+        """
+        for stage in stages:
+            entry = self._entry(stage.name)
+            before, now = entry.get("settings", {}), _plain(stage.settings)
+            changes = [
+                f"{name}: {_shown(before.get(name))} then, {_shown(now.get(name))} now"
+                for name in dict.fromkeys([*before, *now])
+                if before.get(name) != now.get(name)
+            ]
+            if entry and changes:
+                raise UsageError(
+                    f"{self._folder.path}: `{stage.name}` was run here with other settings ({'; '.join(changes)}); "
+                    "give those it had, --restart to run it and what depends on it again, or another --out"
+                )
+            for path in self.edited(stage):
+                raise UsageError(
+                    f"{path}: is not what `{stage.name}` wrote; remove it or give --restart to have it made again, or "
+                    "use it with the commands of single stages"
+                )
+
+    def forget(self, stage: str) -> None:
+        """Count the stage as never run."""
+        entries = self._read()
+        if entries.pop(stage, None):
+            write_json(self._folder.stages, entries)
+
+    def record(self, stage: StageState, seconds: float) -> None:
+        """Remember a stage whose outputs are there."""
+        entry = {
+            "settings": _plain(stage.settings),
+            "outputs": self._identities(stage.outputs),
+            "seconds": seconds,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command(),
+            "directory": str(Path.cwd()),
+            "versions": versions(),
+        }
+        write_json(self._folder.stages, {**self._read(), stage.name: entry})
+
+    def _entry(self, stage: str) -> dict[str, Any]:
+        """What is remembered of a stage; empty if nothing is, or nothing that can be trusted."""
+        entry = self._read().get(stage)
+        fits = isinstance(entry, dict) and all(isinstance(entry.get(key), dict) for key in ("settings", "outputs"))
+        return entry if fits and entry else {}
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            entries = json.loads(self._folder.stages.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # No ledger, or one that cannot be trusted: every stage runs.
+        return entries if isinstance(entries, dict) else {}
+
+    def _identities(self, paths: Sequence[Path]) -> dict[str, str]:
+        return {self._name(path): file_identity(path) for path in paths}
+
+    def _name(self, path: Path) -> str:
+        """Within the folder, so that it may be moved."""
+        return str(path.relative_to(self._folder.path)) if path.is_relative_to(self._folder.path) else str(path)
+
+
+def command() -> str:
+    """What runs, as it was typed, but for the place where the program is installed."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["mode-gguf" if program == "__main__.py" else program, *sys.argv[1:]])
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Of this package, of Python, and of the packages that compute."""
+    found = {"mode-gguf": __version__, "Python": platform.python_version()}
+    for name in COMPUTING:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def file_identity(path: Path) -> str:
+    """Size and, unless it is large, digest of a file; empty if it is not there."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ""
+    if stat.st_size > DIGESTED_BYTES:
+        return f"{stat.st_size} bytes"
+    return f"{stat.st_size} bytes, {_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)}"
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, size: int, mtime_ns: int, inode: int) -> str:
+    return file_fingerprint(path)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
+    return plain
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value is None else str(value)

@@ -1,0 +1,175 @@
+"""Calibration: the model's statistics and the plain importance matrix, measured or from llama-imatrix's file."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mode_gguf.architectures import text_tensors
+from mode_gguf.artifacts import samples_fingerprint
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.errors import InputError
+from mode_gguf.export.imatrix_file import write_imatrix
+from mode_gguf.options import CalibrationOptions, ComputeOptions
+from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.stage_cache import file_identity
+from mode_gguf.workfolder import WorkFolder
+
+if TYPE_CHECKING:
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.data.sample import Sample
+    from mode_gguf.importance.imatrix import Imatrix
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrate(Stage):
+    """Writes calibration.safetensors and the importance matrix."""
+
+    options: CalibrationOptions = CalibrationOptions()
+    compute: ComputeOptions = ComputeOptions()
+    name: ClassVar[str] = "calibrate"
+
+    @classmethod
+    def of_folder(cls, run: Run, compute: ComputeOptions) -> "Calibrate":
+        """The stage as it ran in the folder.
+
+        Raises:
+            InputError: it did not run there, or for another model.
+        """
+        statistics = stored_statistics(run)
+        return cls(statistics.options, ComputeOptions(statistics.device, compute.threads, compute.hidden_memory))
+
+    def key(self, run: Run) -> dict[str, Any]:
+        options, common = self.options, basis(run.checkpoint, "calibration")
+        if options.from_imatrix is not None:
+            content = file_identity(options.from_imatrix)
+            return {**common, "calibration from": options.from_imatrix.name, "its content": content}
+        source = options.source or "built-in"
+        return {
+            **common,
+            "calibration data": Path(source).name if Path(source).exists() else source,
+            "calibration data's names, sizes and times": samples_fingerprint(options.source),
+            "image samples": options.image_samples,
+            "text samples": options.text_samples,
+            "key tokens": options.key_tokens,
+            "key ratio": options.key_ratio,
+            "seed": options.seed,
+            "device": self.compute.device,
+        }
+
+    def outputs(self, run: Run) -> tuple[Path, ...]:
+        return run.folder.calibration, run.folder.imatrix
+
+    def execute(self, run: Run) -> None:
+        """Raises:
+        InputError: a sample or the importance matrix cannot be used, or the model cannot be run.
+        """
+        with run.recorded(self):
+            if self.options.from_imatrix is not None:
+                from mode_gguf.pipeline.from_imatrix import take_statistics
+
+                take_statistics(run.checkpoint, run.folder, self.options)
+            else:
+                self._measure(run)
+
+    def _measure(self, run: Run) -> None:
+        from mode_gguf.calibration.calibrate import calibrate
+        from mode_gguf.calibration.coverage import calibration_warnings
+        from mode_gguf.forward.distributed import on_all_ranks
+        from mode_gguf.forward.modality import KeyTokens
+        from mode_gguf.importance.imatrix import balanced_imatrix
+
+        with any_form_of_model(run.checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
+            statistics = on_all_ranks(
+                calibrate,
+                run.checkpoint,
+                calibration_samples(self.options),
+                device=self.compute.device,
+                key_tokens=KeyTokens.of(self.options),
+                hidden_bytes=self.compute.hidden_memory,
+                progress=run.progress,
+            )
+        statistics = replace(statistics, options=self.options, device=self.compute.device)
+        statistics.save(run.folder.calibration)
+        for warning in calibration_warnings(statistics):
+            log.warning("%s", warning)
+        save_imatrix(run.folder.imatrix, balanced_imatrix(statistics, text_tensors(run.checkpoint)), statistics)
+
+
+def calibration_samples(options: CalibrationOptions) -> "Sequence[Sample]":
+    """The samples that the options stand for."""
+    from mode_gguf.data.samples import load_samples
+
+    return load_samples(
+        options.source,
+        max_image_samples=options.image_samples,
+        max_text_samples=options.text_samples,
+        seed=options.seed,
+    )
+
+
+def stored_statistics(run: Run) -> "CalibrationStatistics":
+    """What `calibrate` left in the folder.
+
+    Raises:
+        InputError: nothing, or of another model.
+    """
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+
+    statistics = CalibrationStatistics.load(run.folder.calibration)
+    check_same_model(run.checkpoint, run.folder.calibration, statistics.fingerprint)
+    return statistics
+
+
+def stored_warnings(folder: WorkFolder) -> list[str]:
+    """What a user should know of the calibration in a folder."""
+    from mode_gguf.calibration.coverage import calibration_warnings
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+
+    return calibration_warnings(CalibrationStatistics.load(folder.calibration, sums=False))
+
+
+def check_same_model(checkpoint: Checkpoint, path: Path, found: str) -> None:
+    """Refuse an artefact of another model.
+
+    Raises:
+        InputError: the fingerprint that the artefact has is not the checkpoint's.
+    """
+    if found != checkpoint.fingerprint:
+        raise InputError(
+            f"{path}: made from a model with fingerprint {found}, but {checkpoint.path} has {checkpoint.fingerprint}; "
+            "run the stage that writes it again, or choose another work folder"
+        )
+
+
+def save_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStatistics") -> None:
+    """Write an importance matrix of the samples that `statistics` were taken of."""
+    samples = statistics.samples
+    n_samples = samples.text_samples + samples.image_samples
+    write_imatrix(
+        path,
+        entries,
+        datasets=statistics.datasets,
+        chunk_count=n_samples,
+        chunk_size=(samples.text_tokens + samples.vision_tokens) // n_samples,
+    )
+
+
+@contextmanager
+def any_form_of_model(checkpoint: Checkpoint, way_out: str) -> Iterator[None]:
+    """A model without a family may be of a form that nobody has seen: then an error of its code is one of input.
+
+    Raises:
+        InputError: with a way out.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if checkpoint.base is None:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason}); {way_out}") from error

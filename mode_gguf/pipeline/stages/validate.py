@@ -1,0 +1,172 @@
+"""Validation: a finished file beside its reference in llama.cpp; report.json and the page made of it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mode_gguf.allocation.plan import Plan
+from mode_gguf.architectures import projector_tensors
+from mode_gguf.artifacts import SCHEMAS, samples_fingerprint, write_text
+from mode_gguf.errors import ValidationError
+from mode_gguf.llama_cpp.engines import named_engine
+from mode_gguf.llama_cpp.gpu_offload import placement_of
+from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
+from mode_gguf.options import ExportOptions, ValidationOptions
+from mode_gguf.pipeline.report_data import conversion_record
+from mode_gguf.pipeline.run import Run, Stage
+from mode_gguf.pipeline.settings import base_warnings
+from mode_gguf.pipeline.stage_cache import StageCache
+from mode_gguf.pipeline.stages.calibrate import stored_warnings
+from mode_gguf.pipeline.stages.export import (
+    ExportReference,
+    ExportText,
+    projector_path,
+    reference_fits,
+)
+from mode_gguf.pipeline.stages.feedback import warnings_of_rounding
+from mode_gguf.progress import Progress, silent
+from mode_gguf.validation.conversion_record import ConversionRecord
+from mode_gguf.validation.questions import load_held_out
+from mode_gguf.validation.reference import Settings
+from mode_gguf.validation.report import ValidationReport
+from mode_gguf.validation.validate import Compared, validate
+from mode_gguf.workfolder import WorkFolder, failure_beside
+
+
+@dataclass(frozen=True, slots=True)
+class Validate(Stage):
+    """Compares what `export` wrote with a full-precision file, which is made if this machine can run it."""
+
+    export: ExportText
+    options: ValidationOptions = ValidationOptions()
+    mmproj_type: str = ExportOptions.mmproj_type
+    name: ClassVar[str] = "validate"
+
+    def key(self, run: Run) -> dict[str, Any]:
+        options = self.options
+        return {
+            **self.export.key(run),
+            "report schema": SCHEMAS["report"],
+            "projector": self.mmproj_type if projector_tensors(run.checkpoint) else None,
+            "held-out data": str(options.samples or "built-in"),
+            "held-out data's names, sizes and times": samples_fingerprint(options.samples),
+            "llama.cpp": options.llama_cpp,
+            **_changed(options),
+        }
+
+    def outputs(self, run: Run) -> tuple[Path, ...]:
+        return (run.folder.report,)
+
+    def execute(self, run: Run) -> None:
+        """Raises:
+        ValidationError: the file cannot be loaded, or does not answer.
+        """
+        folder, plan = run.folder, self.export.followed(run)
+        with run.recorded(self):
+            reference = None
+            if reference_fits(run.checkpoint):
+                written = ExportReference(self.export.compute)
+                run.ensure(written)
+                (reference,) = written.outputs(run)
+            with_projector = projector_tensors(run.checkpoint)
+            validate_file(
+                Compared(
+                    self.export.outputs(run)[0],
+                    reference,
+                    projector_path(folder, self.mmproj_type) if with_projector else None,
+                    plan.stored_types,
+                ),
+                folder.report,
+                self.options,
+                Notes((*base_warnings(run.checkpoint), *_warnings(folder, plan)), conversion_record(folder)),
+                reference_folder=folder.reference,
+                progress=run.progress,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What a report says beside what was measured: warnings, and how the file was made."""
+
+    warnings: Sequence[str] = ()
+    conversion: ConversionRecord | None = None
+
+
+def validate_file(
+    compared: Compared,
+    report: Path,
+    options: ValidationOptions,
+    notes: Notes = Notes(),
+    *,
+    threads: int | None = None,
+    reference_folder: Path | None = None,
+    progress: Progress = silent,
+) -> ValidationReport:
+    """Run a file and its reference in llama.cpp, compare them, and write the report to `report`.
+
+    The report says which limits are kept; `validation.bounds.require_kept` stops where one is not.
+
+    Raises:
+        ValidationError: the file cannot be loaded, or does not answer.
+        InputError, UsageError: the held-out set or an option cannot be used.
+    """
+    with _failure_noted(report):
+        result = validate(
+            compared,
+            load_held_out(options.samples) if options.samples else None,
+            tools=find_llama_cpp(options.llama_cpp),
+            settings=run_settings(options, threads),
+            reference_folder=reference_folder,
+            limits=options.limits,
+            progress=progress,
+        )
+    warnings = (*result.warnings, *notes.warnings)
+    result = result.model_copy(update={"warnings": warnings, "conversion": notes.conversion})
+    result.save(report)
+    return result
+
+
+def run_settings(options: ValidationOptions, threads: int | None = None) -> Settings:
+    """How models are run for these options.
+
+    Raises:
+        UsageError, InputError: a placement or a library that cannot be used.
+    """
+    return Settings(
+        context=options.context,
+        threads=threads,
+        offload=placement_of(options.placement),
+        max_text_tokens=options.text_tokens,
+        max_answer_tokens=options.answer_tokens,
+        answers=options.answers,
+        engine=named_engine(options.library) if options.library else None,
+        top_logprobs=options.top_logprobs,
+    )
+
+
+def _changed(options: ValidationOptions) -> dict[str, Any]:
+    """Options that change what is measured, where they are not the default."""
+    common = ("validate", "samples", "llama_cpp")
+    plain = ValidationOptions()
+    alike = replace(options, **{name: getattr(plain, name) for name in common})
+    return {} if alike == plain else {"validation": repr(alike)}
+
+
+def _warnings(folder: WorkFolder, plan: Plan) -> list[str]:
+    return [*stored_warnings(folder), *(warnings_of_rounding(folder) if plan.rounding == "feedback" else [])]
+
+
+@contextmanager
+def _failure_noted(report: Path) -> Iterator[None]:
+    """Leave no report of an earlier run where validation fails, but a note of what failed."""
+    failure = failure_beside(report)
+    StageCache(WorkFolder(report.parent, "")).forget("validate")  # if `convert` put its report there
+    for before in (report, failure):
+        before.unlink(missing_ok=True)
+    try:
+        yield
+    except ValidationError as error:
+        write_text(failure, f"{error}\n")
+        raise

@@ -1,0 +1,143 @@
+"""What sleeping forwards hold gives way to a store, and comes back."""
+
+import weakref
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mode_gguf.calibration import calibrate as calibration
+from mode_gguf.calibration.calibrate import calibrate
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.data.sample import Sample
+from mode_gguf.forward import offload
+from mode_gguf.forward.hidden_store import HiddenStore
+from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.offload import TensorOffload
+
+N_LAYERS, N_SAMPLES, WIDTH = 3, 4, 64
+
+
+class TextModel(nn.Module):
+    """Adds what was seen after each layer, as DeepStack does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(N_LAYERS))
+
+    def forward(self, *, embeddings: Tensor, seen: list[Tensor]) -> Tensor:
+        x = embeddings
+        for index, layer in enumerate(self.layers):
+            x = layer(x) + seen[index % len(seen)]
+        return x
+
+
+class Model(nn.Module):
+    """Looks at a picture, runs its text model, and uses the picture once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Linear(WIDTH, WIDTH)
+        self.text = TextModel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        picture = self.visual(x)
+        outer = self.text(embeddings=picture * 2, seen=[picture + 1, picture - 1])
+        return outer + picture  # type: ignore[no-any-return]
+
+
+class Watched(HiddenStore):
+    """Knows what it was given."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes)
+        self.given: dict[Hashable, weakref.ref[Tensor]] = {}
+        self.most_filed = 0
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        super().put(key, tensor)
+        self.given[key] = weakref.ref(tensor)
+        self.most_filed = max(self.most_filed, self.filed)
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "_SMALL", 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Tensor]:
+    return list(torch.randn(N_SAMPLES, 8, WIDTH, generator=torch.Generator().manual_seed(1)))
+
+
+def forwards(model: Model, pictures: list[Tensor], results: dict[int, Tensor]) -> Iterator[object]:
+    def forward(number: int) -> None:
+        with torch.no_grad():
+            results[number] = model(pictures[number])
+
+    for number in range(len(pictures)):
+        yield lambda number=number: forward(number)
+
+
+@pytest.mark.parametrize(("limit", "in_files"), [(1, True), (5_000, True), (1 << 20, False)])
+@pytest.mark.parametrize("keep", [False, True])
+def test_nothing_changes(model: Model, pictures: list[Tensor], limit: int, in_files: bool, keep: bool) -> None:
+    results: dict[int, Tensor] = {}
+    asleep: list[int] = []
+
+    def look(layer: int) -> None:
+        """Every sample sleeps now."""
+        there = [tensor for seen in store.given.values() if (tensor := seen()) is not None]
+        asleep.append(sum(tensor.untyped_storage().nbytes() for tensor in there))
+
+    store = Watched(limit)
+    with store:
+        run_layerwise(
+            list(model.text.layers),
+            list(forwards(model, pictures, results)),  # type: ignore[arg-type]
+            load=look,
+            free=lambda layer: None,
+            enter=lambda number: None,
+            leave=lambda number, layer: None,
+            parking=TensorOffload(store, model, "text", keep=keep),
+            description="test",
+        )
+        kept = {key: store.take(key).clone() for key in store.given if isinstance(key, tuple) and key in store}
+    for number, picture in enumerate(pictures):
+        assert torch.equal(results[number], model(picture))
+    assert len(kept) == (N_LAYERS * N_SAMPLES if keep else 0)
+    for number in range(N_SAMPLES if keep else 0):
+        assert torch.equal(kept[number, 0], model.visual(pictures[number]) * 2)
+    assert (store.most_filed > 0) == in_files
+    if limit == 1:
+        assert asleep == [0] * N_LAYERS
+        assert {(0, "inside", 1), (0, "inside", 2), (0, "outside", 0)} <= store.given.keys()
+
+
+def test_calibration_in_a_byte_of_memory(pico: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(pico)
+    plain = calibrate(checkpoint, samples, device="cpu")
+    stores: list[Watched] = []
+
+    def watched(limit_bytes: int) -> Watched:
+        stores.append(Watched(limit_bytes))
+        return stores[-1]
+
+    monkeypatch.setattr(calibration, "HiddenStore", watched)
+    parked = calibrate(checkpoint, samples, device="cpu", hidden_bytes=1)
+    for name, array in plain.arrays.items():
+        np.testing.assert_array_equal(parked.arrays[name], array, err_msg=name)
+    (store,) = stores
+    assert store.held_bytes == store.filed == 0
+    deep_stack = [key for key in store.given if isinstance(key, tuple) and key[1] == "inside"]
+    assert store.most_filed > len(samples)
+    assert len(deep_stack) > 2
