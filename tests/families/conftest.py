@@ -48,7 +48,7 @@ class Families:
 
     def load(self, case: FamilyCase) -> Any:
         """A model of transformers of the test's own."""
-        return case.load(self.checkpoint(case.published).path, self.checkpoint(case.layouts[0]))
+        return case.load(self.checkpoint(case.transformers_layout).path, self.checkpoint(case.layouts[0]))
 
     def model(self, case: FamilyCase) -> Any:
         """transformers' whole model in F32."""
@@ -62,7 +62,7 @@ class Families:
 
     def reference(self, case: FamilyCase, model: Any = None) -> Reference:
         """transformers' side of a comparison, by a model of one's own or by the shared one."""
-        layouts = self.checkpoint(case.layouts[0]), self.checkpoint(case.published)
+        layouts = self.checkpoint(case.layouts[0]), self.checkpoint(case.transformers_layout)
         return Reference(case, *layouts, self.model(case) if model is None else model)
 
     def inputs(self, layout: str) -> list[ModelInputs]:

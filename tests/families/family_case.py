@@ -63,7 +63,7 @@ class Change:
 
 @dataclass(frozen=True)
 class StockDifference:
-    """What llama.cpp's converter writes otherwise, undone in our file to show that it matters.
+    """A difference between our files and those of llama.cpp's converter, undone to show that it matters.
 
     Attributes:
         name: in the test's id.
@@ -84,7 +84,7 @@ class StockDifference:
 
 @dataclass(frozen=True)
 class MeasuredChange:
-    """Tensors whose quantization to Q8_0 is measured, and how near the measurements come to the whole model's KL.
+    """Tensors whose change to Q8_0 is measured, and how near the measurements come to the whole model's KL.
 
     Attributes:
         names: GGUF tensors.
@@ -108,11 +108,11 @@ class MeasuredChange:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The whole way on the command line.
+    """Options of `convert` on the command line, and what must come of them.
 
     Attributes:
-        options: of `convert`, with the budget.
         bpw: the budget in bits per weight.
+        options: others.
         reached: how much of it is used at least.
         log: what it says on the way.
         f32: tensors that stay as they are.
@@ -140,8 +140,8 @@ class FamilyCase:
         pico: module of the builder.
         write: the builder.
         layouts: fixtures of checkpoints with the same weights; the published layout first.
-        published: the one that transformers can open.
-        tied: options of the builder for tied embeddings; None where the family has none.
+        transformers_layout: fixture of one that transformers opens itself.
+        tied: whether its embeddings may be tied.
         hf_class, gguf_arch, projector_type: what the family says of itself.
         load: from a folder and a checkpoint of the case to transformers' model in F32.
         outside: the text model's tensors outside the layers.
@@ -184,8 +184,8 @@ class FamilyCase:
     pico: ModuleType
     write: Callable[..., Path]
     layouts: tuple[str, ...]
-    published: str
-    tied: Mapping[str, Any] | None = None
+    transformers_layout: str
+    tied: bool = False
     hf_class: str
     gguf_arch: str
     projector_type: str

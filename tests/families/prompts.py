@@ -24,12 +24,13 @@ class Reference:
     """A pico checkpoint in transformers, F32, on the CPU.
 
     Attributes:
-        checkpoint: the published layout, which transformers may be unable to open.
+        checkpoint: the case's first layout, which transformers may be unable to open.
+        opened: one that it opens.
         model: transformers' model of the same weights.
     """
 
-    def __init__(self, case: FamilyCase, checkpoint: Checkpoint, published: Checkpoint, model: Any) -> None:
-        self.case, self.checkpoint, self.published, self.model = case, checkpoint, published, model
+    def __init__(self, case: FamilyCase, checkpoint: Checkpoint, opened: Checkpoint, model: Any) -> None:
+        self.case, self.checkpoint, self.opened, self.model = case, checkpoint, opened, model
 
     @cached_property
     def builder(self) -> InputBuilder:
@@ -37,12 +38,12 @@ class Reference:
 
     @cached_property
     def tokenizer(self) -> Any:
-        has_own = (self.published.path / "tokenizer.json").exists()
-        return AutoTokenizer.from_pretrained(self.published.path) if has_own else self.builder.tokenizer
+        has_own = (self.opened.path / "tokenizer.json").exists()
+        return AutoTokenizer.from_pretrained(self.opened.path) if has_own else self.builder.tokenizer
 
     @cached_property
     def processor(self) -> Any:
-        return AutoImageProcessor.from_pretrained(self.published.path, backend="pil")
+        return AutoImageProcessor.from_pretrained(self.opened.path, backend="pil")
 
     def tokens(self, text: str) -> list[int]:
         """Without a BOS."""

@@ -57,8 +57,7 @@ GEMMA4 = FamilyCase(
     pico=pico,
     write=pico.write_pico_gemma4_moe,
     layouts=("pico_gemma4",),
-    published="pico_gemma4",
-    tied={},
+    transformers_layout="pico_gemma4",
     hf_class="Gemma4ForConditionalGeneration",
     gguf_arch="gemma4",
     projector_type="gemma4v",
@@ -84,13 +83,13 @@ GEMMA4 = FamilyCase(
     changes=(
         Change(
             "defaults of transformers",
-            "text_config",
+            TEXT,
             {"layer_types": None, "rope_parameters": None, "global_head_dim": None},
             {"attention.sliding_window_pattern": [True, True, True, False], "rope.freq_base": 1e6},
         ),
         Change(
             "pooling",
-            "vision_config",
+            VISION,
             {"pooling_kernel_size": 2},
             projector={"vision.projector.scale_factor": 2},
         ),

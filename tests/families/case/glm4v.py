@@ -42,7 +42,7 @@ REFUSALS = (
     Refusal(VISION, {"rope_parameters": "axial"}, r"config\.json: (vision )?rope_\w+ is .*expected"),
     Refusal(
         None,
-        {"architectures": ["Glm4vForConditionalGeneration"], "text_config": {"hidden_size": pico_qwen3_vl.HIDDEN}},
+        {"architectures": ["Glm4vForConditionalGeneration"], TEXT: {"hidden_size": pico_qwen3_vl.HIDDEN}},
         r"Glm4vForConditionalGeneration.* is not a Mixture-of-Experts model",
     ),
 )
@@ -57,8 +57,8 @@ GLM4V = FamilyCase(
     pico=pico,
     write=pico.write_pico_glm4v_moe,
     layouts=("pico_glm4v", "pico_glm4v_fused"),
-    published="pico_glm4v",
-    tied={"tied": True},
+    transformers_layout="pico_glm4v",
+    tied=True,
     hf_class="Glm4vMoeForConditionalGeneration",
     gguf_arch="glm4moe",
     projector_type="glm4v",
@@ -90,12 +90,12 @@ GLM4V = FamilyCase(
     changes=(
         Change(
             "rope as transformers 5 writes it",
-            "text_config",
+            TEXT,
             {"rope_scaling": None, "rope_theta": None, "partial_rotary_factor": None, "rope_parameters": GLM_ROPE},
         ),
         Change(
             "defaults of transformers",
-            "text_config",
+            TEXT,
             dict.fromkeys(("first_k_dense_replace", "n_group", "topk_group", "n_shared_experts", "attention_bias")),
         ),
     ),

@@ -73,7 +73,7 @@ MISTRAL4 = FamilyCase(
     pico=pico,
     write=pico.write_pico_mistral4,
     layouts=("pico_mistral4", "pico_mistral4_module"),
-    published="pico_mistral4",
+    transformers_layout="pico_mistral4",
     hf_class="Mistral3ForConditionalGeneration",
     gguf_arch="mistral4",
     projector_type="pixtral",
@@ -105,7 +105,7 @@ MISTRAL4 = FamilyCase(
     changes=(
         Change(
             "rope as transformers 4 wrote it",
-            "text_config",
+            TEXT,
             {
                 "rope_parameters": None,
                 "rope_theta": pico.ROPE["rope_theta"],
@@ -114,11 +114,11 @@ MISTRAL4 = FamilyCase(
         ),
         Change(
             "other weights of experts",
-            "text_config",
+            TEXT,
             {"norm_topk_prob": False, "routed_scaling_factor": 2.5},
             {"expert_weights_norm": None, "expert_weights_scale": 2.5},
         ),
-        Change("GELU", "vision_config", {"hidden_act": "gelu"}, projector={"use_gelu": True}),
+        Change("GELU", VISION, {"hidden_act": "gelu"}, projector={"use_gelu": True}),
     ),
     pre_tokenizer="tekken",
     image_token="[IMG]",

@@ -69,8 +69,8 @@ QWEN3_5 = FamilyCase(
     pico=pico,
     write=pico.write_pico_qwen3_5_moe,
     layouts=("pico_qwen3_5", "pico_qwen3_5_resaved"),
-    published="pico_qwen3_5",
-    tied={"tied": True},
+    transformers_layout="pico_qwen3_5",
+    tied=True,
     hf_class="Qwen3_5MoeForConditionalGeneration",
     gguf_arch="qwen35moe",
     projector_type="qwen3vl_merger",
@@ -110,10 +110,10 @@ QWEN3_5 = FamilyCase(
     },
     projector_keys={"vision.is_deepstack_layers": [False] * 3},
     changes=(
-        Change("implied layers", "text_config", {"layer_types": None}),
+        Change("implied layers", TEXT, {"layer_types": None}),
         Change(
             "default rope",
-            "text_config",
+            TEXT,
             {"rope_parameters": {"rope_theta": 10_000}},
             {"rope.dimension_sections": [11, 11, 10, 0], "rope.dimension_count": 16},
         ),
