@@ -52,10 +52,10 @@ def test_another_method_runs_its_stage_and_what_builds_on_it(
     pico: Path, out: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ("convert", pico, "--recipe", out / "recipe.yaml", "--out", out, "--json")
-    monkeypatch.setitem(artifacts.SCHEMAS, "projector", 99)  # type: ignore[misc]
+    monkeypatch.setitem(artifacts.SCHEMAS, "projector", 99)
     seconds = json.loads(run(*asked))["seconds"]
     assert {stage for stage, taken in seconds.items() if taken} == {"projector"}
-    monkeypatch.setitem(artifacts.SCHEMAS, "sensitivity", 99)  # type: ignore[misc]
+    monkeypatch.setitem(artifacts.SCHEMAS, "sensitivity", 99)
     line = run(*asked, code=2)
     assert "`sensitivity` was run here with other settings (sensitivity schema:" in line
     assert "99 now" in line
