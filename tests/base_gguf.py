@@ -15,8 +15,9 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.quantization.types import QUANT_TYPES
-from tests.pico import HIDDEN, VOCAB
-from tests.pico_base import EXPERTS, LAYERS, TOP_K, WIDTH
+from tests.families.pico.base import EXPERTS, LAYERS, TOP_K, WIDTH
+from tests.families.pico.qwen3_vl_moe import HIDDEN
+from tests.families.pico.tokenizer import VOCAB
 
 __all__ = ["open_base", "write_family_base", "write_olmoe_base"]
 

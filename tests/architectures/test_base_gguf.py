@@ -20,8 +20,8 @@ from mode_gguf.export.text_model import write_text_model
 from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.base_gguf import open_base, permuted_rows, write_family_base, write_olmoe_base
-from tests.pico import write_pico_qwen3vlmoe
-from tests.pico_base import write_pico_olmoe
+from tests.families.pico.base import write_pico_olmoe
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from mode_gguf.pipeline import Calibrate, Run
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import WorkFolder
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
-from tests.pico_base import LAYERS, TOP_K, write_pico_olmoe
+from tests.families.pico.base import LAYERS, TOP_K, write_pico_olmoe
 
 TEXT = "The square is red. The circle is blue, and the triangle on the left is green. How many shapes are there?"
 TYPE = QUANT_TYPES["Q3_K"]

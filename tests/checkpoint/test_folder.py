@@ -23,7 +23,7 @@ from mode_gguf.errors import InputError
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
-from tests.pico import write_pico_qwen3vlmoe
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 GATE_UP = "model.language_model.layers.0.mlp.experts.gate_up_proj"
 

@@ -16,7 +16,7 @@ from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.gguf.header import read_header
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
 from tests.e2e.conftest import settings
-from tests.pico_base import write_pico_olmoe
+from tests.families.pico.base import write_pico_olmoe
 
 Run = Callable[..., str]
 

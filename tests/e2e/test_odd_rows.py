@@ -16,7 +16,7 @@ from mode_gguf.pipeline.report_data import conversion_record, work_folder
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.structure import check_structure
 from tests.e2e.conftest import settings
-from tests.pico import write_pico_qwen3vlmoe
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"), "--json")
 STAND_INS = {"IQ4_NL", "Q5_0", "Q5_1"}

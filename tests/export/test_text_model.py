@@ -15,7 +15,7 @@ from mode_gguf.llama_cpp.engines import Engine
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.expert_groups import group_name
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from tests.pico import write_pico_qwen3vlmoe
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 EXPERTS = "blk.0.ffn_down_exps.weight"
 

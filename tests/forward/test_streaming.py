@@ -65,17 +65,6 @@ def assert_streamed_is_plain(
         torch.testing.assert_close(logits[number], expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("layout", ["pico", "pico_module"])
-def test_streamed_forward_equals_the_plain_one(
-    layout: str, pico_module: Path, samples: list[Sample], request: pytest.FixtureRequest
-) -> None:
-    folder: Path = request.getfixturevalue(layout)
-    inputs = build(folder, samples)
-    streamed = open_streamed(Checkpoint.open(folder), "cpu")
-    assert_streamed_is_plain(streamed, inputs, whole_model(pico_module, "sdpa"), atol=2e-5)
-    assert all(parameter.is_meta for layer in streamed.layers for parameter in layer.parameters())
-
-
 def test_without_logits_only_the_output_head_does_nothing(pico: Path, samples: list[Sample]) -> None:
     inputs = build(pico, samples)
     streamed = open_streamed(Checkpoint.open(pico), "cpu")

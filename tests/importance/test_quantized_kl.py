@@ -29,7 +29,7 @@ from mode_gguf.importance.variants import TypesByTensor, Variant
 from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from tests.pico import write_pico_qwen3vlmoe
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 CPU = torch.device("cpu")
 Q2, Q3, Q4, Q6 = (QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q6_K"))

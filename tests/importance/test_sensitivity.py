@@ -28,7 +28,7 @@ from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.vocabulary import Method
-from tests.pico import write_pico_qwen3vlmoe
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 TYPES = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
 CPU = torch.device("cpu")
