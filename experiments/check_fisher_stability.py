@@ -39,6 +39,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.samples import load_samples
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.importance.sensitivity import measure_sensitivity
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.workfolder import WorkFolder
@@ -91,12 +92,14 @@ def measured_pieces(
                     checkpoint,
                     samples[part::parts],
                     importance,
-                    expert_types=DEFAULT_TYPES.expert,
-                    dense_types=DEFAULT_TYPES.dense,
-                    statistics=statistics,
-                    packing=DEFAULT_PACKING,
-                    label_draws=draws,
-                    seed=batch,
+                    statistics,
+                    SensitivityRequest(
+                        expert_types=DEFAULT_TYPES.expert,
+                        dense_types=DEFAULT_TYPES.dense,
+                        packing=DEFAULT_PACKING,
+                        label_draws=draws,
+                        seed=batch,
+                    ),
                 ).table
                 table.save(path)
                 print(path, flush=True)

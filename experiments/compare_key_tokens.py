@@ -28,6 +28,7 @@ from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.forward.inputs import ANSWERS
 from mode_gguf.forward.modality import KEY_VISION, MODALITIES, REDUNDANT_VISION, KeyTokens
 from mode_gguf.importance.sensitivity import measure_sensitivity
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType, quant_type
 from mode_gguf.vocabulary import KEY_TOKEN_RULES, KeyTokenRule
@@ -45,11 +46,10 @@ def layer_costs(
         checkpoint,
         load_samples(source),
         read_imatrix(folder.imatrix),
-        expert_types=(expert_type,),
-        dense_types=(QUANT_TYPES["Q8_0"],),
-        statistics=replace(statistics, key_tokens=key),
-        packing=DEFAULT_PACKING,
-        label_draws=draws,
+        replace(statistics, key_tokens=key),
+        SensitivityRequest(
+            expert_types=(expert_type,), dense_types=(QUANT_TYPES["Q8_0"],), packing=DEFAULT_PACKING, label_draws=draws
+        ),
     ).table
     return np.stack(
         [table.arrays[f"blk.{layer}.ffn_exps.expert"][..., 0].sum(axis=-1) for layer in statistics.moe_layers]

@@ -32,7 +32,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.feedback.round_layers import RoundingSettings, round_tensors
 from mode_gguf.feedback.rounded_tensors import RoundedTensors, is_rounded, part_of
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
@@ -104,7 +104,9 @@ class Comparison:
                 for tensor in streamed.tensors
                 if is_rounded(tensor, plan.types)
             }
-        write_text_model(path, self.checkpoint, plan.types, importance, packing=plan.packing, packed=packed, threads=2)
+        write_text_model(
+            path, self.checkpoint, TensorPacking(plan.types, importance, packing=plan.packing, packed=packed), threads=2
+        )
         shutil.rmtree(rounded.path, ignore_errors=True)
 
     def measure(self, targets: Sequence[str], held_out: Sequence[Path]) -> Iterator[Result]:

@@ -154,7 +154,8 @@ def _option(name: str, path: KeyPath, info: FieldInfo, flag: Flag) -> inspect.Pa
     """A parameter as Typer reads it; None stands for "not given", so that a recipe's value is not overridden."""
     kind = _command_line_type(info.annotation)
     spelled = flag_name(path, flag)
-    names = [f"{spelled}/--no-{spelled[2:]}"] if kind is bool and info.default is True else [spelled]
+    two_ways = kind is bool and info.default is True and "/" not in spelled
+    names = [f"{spelled}/--no-{spelled[2:]}" if two_ways else spelled]
     if flag.short:
         names.append(flag.short)
     default = info.get_default(call_default_factory=True)
