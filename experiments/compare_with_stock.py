@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf.architectures import find_family, text_tensors
-from mode_gguf.architectures.moon_vit import column_and_row_halves
 from mode_gguf.architectures.tensors import Role
+from mode_gguf.architectures.vision.moon_vit import column_and_row_halves
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model

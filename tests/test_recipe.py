@@ -11,6 +11,8 @@ from mode_gguf.errors import InputError, UsageError
 from mode_gguf.options import CalibrationOptions, Packing
 from mode_gguf.recipe import PRESET_NAMES, Layer, Recipe, commented, nested, read_recipe, settings_layer, shipped
 
+PRINTABLE = st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs"))
+
 
 def written(folder: Path, text: str) -> Path:
     path = folder / "recipe.yaml"
@@ -108,7 +110,7 @@ def test_shipped_recipes_are_read_as_written(name: str, tmp_path: Path) -> None:
             "plan.budget.bpw": st.floats(0.1, 16),
             "plan.budget.size": st.integers(1, 2**50),
             "plan.costs.frequency_floor": st.floats(0, 1),
-            "calibration.source": st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs"))),
+            "calibration.source": st.text(PRINTABLE),
             "calibration.seed": st.integers(-(2**40), 2**40),
             "checkpoint.pre_tokenizer": st.text(
                 st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs", "Cc")), min_size=1

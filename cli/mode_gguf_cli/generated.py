@@ -101,7 +101,7 @@ def with_options(name: str, options: type[Any]) -> Callable[[Callable[..., None]
     """A decorator for commands whose parameter `name` is an object of one class of options."""
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        found = {one.name: _described(options, one.name) for one in fields(options)}
+        found = {one.name: described(options, one.name) for one in fields(options)}
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
@@ -130,12 +130,13 @@ def _flags_of(options: Any, at: KeyPath, *, everyday: bool) -> Iterator[tuple[Ke
         if is_dataclass(value):
             yield from _flags_of(value, (*at, one.name), everyday=everyday)
             continue
-        info, flag = _described(type(options), one.name)
+        info, flag = described(type(options), one.name)
         if flag is not None and (flag.everyday or not everyday):
             yield (*at, one.name), info, flag
 
 
-def _described(options: type[Any], name: str) -> tuple[FieldInfo, Flag | None]:
+def described(options: type[Any], name: str) -> tuple[FieldInfo, Flag | None]:
+    """A field's declaration, and its flag if it has one."""
     info: FieldInfo = options.__pydantic_fields__[name]
     return info, next((one for one in info.metadata if isinstance(one, Flag)), None)
 

@@ -124,7 +124,7 @@ class ModelSizes:
             used=used,
             width=min(tensor.row_width for tensor in experts if tensor.projection == "down"),
             pixels_per_token=side * side,
-            image_tokens=partial(family.image_tokens or partial(_by_area, side * side), checkpoint),
+            image_tokens=partial(family.vision.image_tokens or partial(_by_area, side * side), checkpoint),
         )
 
 

@@ -69,7 +69,7 @@ def write_text_model(
     model_tensors = text_tensors(checkpoint)
     if without := left_out(checkpoint):
         more = f"{without[0]} and {len(without) - 1} more tensors are left out"
-        log.info("%s%s", more, MTP_WAY_OUT if find_family(checkpoint).mtp_rules else "")
+        log.info("%s%s", more, MTP_WAY_OUT if find_family(checkpoint).text.mtp else "")
     layout, stored = _stored(model_tensors, types, experts or {})
     tensors = layout.tensors
     importance_of = partial(layout.rows_of, arrays=importance or {})
@@ -167,7 +167,8 @@ def _add_keys(
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
         add_general_keys(writer, checkpoint, tensors, kind="model")
         add_metadata(writer, family.text_metadata(checkpoint))
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, family.special_tokens)
+        special = family.tokenizer.special_tokens
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, special)
     add_metadata(writer, metadata)
 
 

@@ -206,7 +206,9 @@ def test_missing_experts_are_named(olmoe: Checkpoint, folder: Path, monkeypatch:
     header = read_header(path)
     for left_out, message in (("_up_exps", "layer 0 has experts' down, gate alone"), ("_exps", "no routed experts")):
         kept = {name: info for name, info in header.tensors.items() if left_out not in name}
-        monkeypatch.setattr("mode_gguf.architectures.base_gguf.read_header", lambda _, kept=kept: with_only(path, kept))
+        monkeypatch.setattr(
+            "mode_gguf.architectures.base_gguf.files.read_header", lambda _, kept=kept: with_only(path, kept)
+        )
         with pytest.raises(InputError, match=message):
             open_base(path)
 

@@ -11,6 +11,7 @@ from mode_gguf.options import PANELS
 from mode_gguf.recipe import Recipe
 from mode_gguf_cli import main
 from mode_gguf_cli.generated import with_recipe
+from mode_gguf_cli.reference import reference
 
 GROUP = typer.main.get_command(main.app)
 COMMANDS = GROUP.commands  # type: ignore[attr-defined]
@@ -78,3 +79,8 @@ def test_defaults_are_shown_as_they_are_declared() -> None:
     shown = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, ["--help"], terminal_width=200).output)
     assert "Samples with an image to use at most. Default: 128." in shown
     assert "Changes no result. Default: 4GiB." in shown
+
+
+def test_the_reference_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "command-line.md"
+    assert page.read_text(encoding="utf-8") == reference(), "python -m mode_gguf_cli.reference > " + page.name

@@ -113,7 +113,7 @@ def placed(reference: Reference, picture: Image.Image) -> Asked:
     """Kimi's, in llama.cpp's prompt, which lacks the words that the chat template has between mark and picture."""
     builder = reference.builder
     place = ImagePlace(reference.checkpoint, picture, None, builder.tokenizer, builder.image_token, 10**9)
-    image = builder.family.place_image(place)
+    image = builder.family.vision.place_image(place)
     begin = "<|media_start|>" if reference.case.name == "kimi-vl" else "<|media_begin|>"
     before = reference.tokens(f"<|im_user|>user<|im_middle|>{begin}")
     after = reference.tokens(f"<|media_end|>{QUESTION}<|im_end|><|im_assistant|>assistant<|im_middle|>")

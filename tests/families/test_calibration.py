@@ -30,7 +30,7 @@ def test_image_tokens_between_their_marks(case: FamilyCase, families: Families) 
     before, after = (tokenizer.convert_tokens_to_ids(mark) for mark in case.marks)
     assert tuple(int(one.is_vision.sum()) for one in shown) == case.image_tokens
     for one in shown:
-        assert torch.equal(one.is_vision, one.input_ids == find_family(checkpoint).image_token(checkpoint))
+        assert torch.equal(one.is_vision, one.input_ids == find_family(checkpoint).vision.image_token(checkpoint))
         places = torch.nonzero(one.is_vision)[:, 0]
         assert (int(one.input_ids[places[0] - 1]), int(one.input_ids[places[-1] + 1])) == (before, after)
         assert (places.diff() == 1).all() or "img_break" in " ".join(case.vision)

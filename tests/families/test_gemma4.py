@@ -76,7 +76,7 @@ def test_kinds_of_tokens(checkpoint: Checkpoint) -> None:
 
 
 def test_tokens_of_a_picture_at_most(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    image_tokens = find_family(checkpoint).image_tokens
+    image_tokens = find_family(checkpoint).vision.image_tokens
     assert image_tokens is not None
     assert image_tokens(checkpoint, None) == SOFT_TOKENS == 70
     larger = changed(checkpoint.path, tmp_path / "larger", "text_config")
@@ -86,7 +86,7 @@ def test_tokens_of_a_picture_at_most(checkpoint: Checkpoint, tmp_path: Path) -> 
 
 def test_an_audio_tower_is_left_out(checkpoint: Checkpoint) -> None:
     assert left_out(checkpoint) == ["model.audio_tower.output_proj.weight"]
-    assert find_family(checkpoint).model_config(checkpoint)["audio_config"] is None
+    assert find_family(checkpoint).layout.model_config(checkpoint)["audio_config"] is None
 
 
 def test_clipped_linear_layers(families: Families, tmp_path: Path) -> None:

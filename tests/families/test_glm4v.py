@@ -74,7 +74,7 @@ def test_a_vocabulary_without_the_tokens(pico_glm4v: Path, tmp_path: Path) -> No
 def test_tied_embeddings_in_either_section(section: str | None, tmp_path: Path) -> None:
     folder = write_pico_glm4v_moe(tmp_path / "tied", tied=True)
     checkpoint = changed(folder, tmp_path / "other", tie_word_embeddings=None)
-    assert not find_family(checkpoint).tied(checkpoint)
+    assert not find_family(checkpoint).layout.tied(checkpoint)
     tied = changed(checkpoint.path, tmp_path / "again", section, tie_word_embeddings=True)
     assert "output.weight" not in {tensor.name for tensor in text_tensors(tied)}
 

@@ -45,19 +45,19 @@ def test_the_larger_vision_tower(layout: Layout, tmp_path: Path) -> None:
     family = find_family(checkpoint)
     tensors = {tensor.name: tensor for tensor in projector_tensors(checkpoint)}
     with torch.device("meta"):
-        model = InternVLForConditionalGeneration(InternVLConfig.from_dict(dict(family.model_config(checkpoint))))
+        model = InternVLForConditionalGeneration(InternVLConfig.from_dict(dict(family.layout.model_config(checkpoint))))
     read = {
-        name: family.read_parameter(checkpoint, name)
+        name: family.layout.read_parameter(checkpoint, name)
         for name, _ in model.named_parameters()
         if name.startswith(("model.vision_tower", "model.multi_modal_projector"))
     }
     assert len(read) == len(tensors)
     for name, special in read.items():
-        values = checkpoint.read(family.stored_name(name)) if special is None else special
+        values = checkpoint.read(family.layout.stored_name(name)) if special is None else special
         assert values.shape == model.get_parameter(name).shape
     source = "model.vision_tower.encoder.layer.3.attention"
     for norm in ("q_norm", "k_norm"):
-        assert tensors[f"v.blk.3.attn_{norm}.weight"].sources == (family.stored_name(f"{source}.{norm}.weight"),)
+        assert tensors[f"v.blk.3.attn_{norm}.weight"].sources == (family.layout.stored_name(f"{source}.{norm}.weight"),)
     assert "v.blk.0.ln1.bias" not in tensors
     assert "v.blk.0.attn_q.bias" not in tensors
     assert "v.blk.0.attn_out.bias" in tensors
@@ -79,7 +79,7 @@ def test_both_layouts_make_one_configuration(families: Families) -> None:
     configs: list[dict[str, Any]] = []
     for layout in INTERNVL.layouts:
         checkpoint = families.checkpoint(layout)
-        settings = dict(find_family(checkpoint).model_config(checkpoint))
+        settings = dict(find_family(checkpoint).layout.model_config(checkpoint))
         config = InternVLConfig.from_dict(settings).to_dict()
         del config["transformers_version"], config["vision_config"]["architectures"]
         configs.append(config)
@@ -90,7 +90,7 @@ def test_scaling_beyond_the_trained_context_is_left_out(checkpoint: Checkpoint, 
     """Of what the model is built from; `cases` has the metadata."""
     (change,) = INTERNVL.changes
     scaled = changed(checkpoint.path, tmp_path / "other", change.section, **change.settings)
-    assert "rope_scaling" not in find_family(scaled).model_config(scaled)["text_config"]
+    assert "rope_scaling" not in find_family(scaled).layout.model_config(scaled)["text_config"]
 
 
 def test_prompts_of_both_layouts_are_the_same(families: Families) -> None:
@@ -114,11 +114,11 @@ def test_a_picture_takes_its_place(
 ) -> None:
     picture, family = Image.new("RGB", size, (255, 0, 128)), find_family(checkpoint)
     tokenizer = families.reference(INTERNVL).tokenizer
-    placed = family.place_image(ImagePlace(checkpoint, picture, None, tokenizer, IMAGE, max_pixels))
+    placed = family.vision.place_image(ImagePlace(checkpoint, picture, None, tokenizer, IMAGE, max_pixels))
     assert placed.tokens == [mark_id("<img>"), *[IMAGE] * (4 * n_tiles), mark_id("</img>")]
-    assert family.image_tokens is not None
-    assert family.image_tokens(checkpoint, scaled_size(size, max_pixels)) == 4 * n_tiles
-    assert family.image_tokens(checkpoint, None) == 4 * (MAX_TILES + 1)
+    assert family.vision.image_tokens is not None
+    assert family.vision.image_tokens(checkpoint, scaled_size(size, max_pixels)) == 4 * n_tiles
+    assert family.vision.image_tokens(checkpoint, None) == 4 * (MAX_TILES + 1)
     pixels = placed.arguments["pixel_values"]
     assert pixels.shape == (n_tiles, 3, SIDE, SIDE)
     assert pixels.dtype == np.float32
@@ -132,16 +132,16 @@ def test_a_tokenizer_without_image_tokens(checkpoint: Checkpoint, tmp_path: Path
     """Which may be named in either file, or in both."""
     other, family = changed(checkpoint.path, tmp_path / "other"), find_family(checkpoint)
     for name, key in (("tokenizer_config.json", "added_tokens_decoder"), ("tokenizer.json", "added_tokens")):
-        assert family.image_token(other) == IMAGE
+        assert family.vision.image_token(other) == IMAGE
         path = other.path / name
         content = json.loads(path.read_text())
         del content[key]
         path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"the tokenizer has no added token <IMG_CONTEXT>"):
-        family.image_token(other)
+        family.vision.image_token(other)
 
 
 def test_a_tokenizer_without_marks(pico: Path, checkpoint: Checkpoint) -> None:
     tokenizer, picture = AutoTokenizer.from_pretrained(pico), Image.new("RGB", (56, 56))
     with pytest.raises(InputError, match=r"the tokenizer lacks <img> or </img>"):
-        find_family(checkpoint).place_image(ImagePlace(checkpoint, picture, None, tokenizer, IMAGE, 10**6))
+        find_family(checkpoint).vision.place_image(ImagePlace(checkpoint, picture, None, tokenizer, IMAGE, 10**6))

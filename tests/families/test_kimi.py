@@ -15,7 +15,7 @@ from tests.families.test_logits import image_scores
 
 def placed(checkpoint: Checkpoint, size: tuple[int, int], max_pixels: int = 10**7) -> PlacedImage:
     image = Image.new("RGB", size, (255, 0, 0))
-    return find_family(checkpoint).place_image(ImagePlace(checkpoint, image, None, None, 7, max_pixels))
+    return find_family(checkpoint).vision.place_image(ImagePlace(checkpoint, image, None, None, 7, max_pixels))
 
 
 def test_positions_of_kimi_vl_are_not_scaled(families: Families) -> None:

@@ -92,7 +92,7 @@ def test_a_stored_head_is_the_head_whatever_config_json_says(
 ) -> None:
     tied = changed(checkpoint.path, tmp_path / "tied", tie_word_embeddings=said)
     assert "output.weight" in {tensor.name for tensor in text_tensors(tied)}
-    assert find_family(tied).model_config(tied)["tie_word_embeddings"] is False
+    assert find_family(tied).layout.model_config(tied)["tie_word_embeddings"] is False
 
 
 def test_a_vocabulary_without_the_break(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_every_other_tensor_is_made_of_what_transformers_holds(
             columns = slice(None) if tensor.order.columns is None else tensor.order.columns
             np.testing.assert_array_equal(state[str(parameter)][ours][:, columns], expected, err_msg=tensor.name)
     for name in left:  # transformers has in parts what is stored in one
-        read = find_family(checkpoint).read_parameter(checkpoint, name)
+        read = find_family(checkpoint).layout.read_parameter(checkpoint, name)
         assert read is not None, name
         np.testing.assert_array_equal(as_float32(read), state[name], err_msg=name)
 
@@ -140,11 +140,11 @@ def test_parameters_that_are_named(case: FamilyCase, layout: str, families: Fami
     family = find_family(checkpoint)
     tensors = {tensor.name: tensor for tensor in (*text_tensors(checkpoint), *projector_tensors(checkpoint))}
     for name, parameter in named_parameters(case).items():
-        assert tensors[name].sources == (family.stored_name(parameter),)
+        assert tensors[name].sources == (family.layout.stored_name(parameter),)
         convert = conversion_of(case, name)
         assert convert is not None
         np.testing.assert_array_equal(as_float32(tensors[name].read(0)), convert(state[parameter]), err_msg=name)
-        special = family.read_parameter(checkpoint, parameter)
+        special = family.layout.read_parameter(checkpoint, parameter)
         read = checkpoint.read(tensors[name].sources[0]) if special is None else special
         np.testing.assert_array_equal(as_float32(read), state[parameter], err_msg=parameter)
 

@@ -15,7 +15,8 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.gpu_memory.breakdown import ModelShape, kv_bytes, picture_side, text_batch
 from mode_gguf.gpu_memory.fit_settings import FitSettings
-from mode_gguf.gpu_memory.qwen3_vl_moe import EncoderShape, TextShape, encoder_graph, text_graph
+from mode_gguf.gpu_memory.model_graphs import EncoderShape, TextShape
+from mode_gguf.gpu_memory.qwen3_vl_moe import encoder_graph, text_graph
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.pipeline.gpu_budget import model_shape
 from mode_gguf.quantization.types import QUANT_TYPES

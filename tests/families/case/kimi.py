@@ -95,7 +95,7 @@ def kimi_layers(queries: str) -> tuple[dict[str, Role], ...]:
 
 def kimi_model(folder: Path, checkpoint: Checkpoint) -> Any:
     """transformers' Kimi K2.5, which computes what Kimi-VL does, too."""
-    config = Kimi_K25Config.from_dict(dict(find_family(checkpoint).model_config(checkpoint)))
+    config = Kimi_K25Config.from_dict(dict(find_family(checkpoint).layout.model_config(checkpoint)))
     return Kimi_K25ForConditionalGeneration.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 

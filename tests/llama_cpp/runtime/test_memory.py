@@ -11,7 +11,8 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.text_model import write_text_model
 from mode_gguf.gpu_memory.breakdown import kv_bytes, text_batch
 from mode_gguf.gpu_memory.fit_settings import FitSettings
-from mode_gguf.gpu_memory.qwen3_vl_moe import TextShape, text_graph
+from mode_gguf.gpu_memory.model_graphs import TextShape
+from mode_gguf.gpu_memory.qwen3_vl_moe import text_graph
 from mode_gguf.llama_cpp import c_api
 from mode_gguf.llama_cpp.runtime.random_model import Shape, random_groups, write_random_model
 from mode_gguf.pipeline.gpu_budget import model_shape

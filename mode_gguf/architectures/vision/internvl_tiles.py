@@ -1,4 +1,4 @@
-"""How llama.cpp cuts a picture for an `internvl` projector.
+"""Tiles of a picture, as llama.cpp cuts them for an `internvl` projector.
 
 Not as the model's authors do: they choose the grid nearest in proportions and stretch the picture over it. llama.cpp
 chooses the grid that keeps most of the picture's pixels, and leaves black what is over. Files are made for llama.cpp,
@@ -29,7 +29,7 @@ def tiles(picture: Image.Image, side: int, fewest: int, most: int) -> list[Image
 
 
 def count(size: tuple[int, int], side: int, fewest: int, most: int) -> int:
-    """How many `tiles` a picture of `size` has."""
+    """The number of `tiles` of a picture of `size`."""
     return 1 if max(size) <= side else 1 + math.prod(grid(size, side, fewest, most))
 
 
@@ -49,7 +49,7 @@ def grid(size: tuple[int, int], side: int, fewest: int, most: int) -> tuple[int,
 
 
 def _scale(size: tuple[int, int], into: tuple[int, int]) -> np.float32:
-    """What fits `size` into `into`; in single precision, as where it decides about a pixel."""
+    """The scale that fits `size` into `into`; in single precision, as where it decides about a pixel."""
     return np.float32(min(np.float32(into[0]) / np.float32(size[0]), np.float32(into[1]) / np.float32(size[1])))
 
 

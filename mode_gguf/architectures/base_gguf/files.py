@@ -44,7 +44,7 @@ _KEPT: Final = (
     "attn_rel_b",
     "rope_freqs",
 )
-"""In names of matrices that llama-quantize keeps as they are: routers, norms, and what is too small to matter."""
+"""Parts of the names of matrices that llama-quantize keeps: routers, norms, and what is too small to matter."""
 
 _SMALLEST_BLOCK: Final = 32
 _NOT_COPIED: Final = (
@@ -110,7 +110,7 @@ class BaseGguf:
 
     @property
     def name(self) -> str:
-        """Of the model: the file's, without shard number and type."""
+        """The model's name: the file's, without shard number and type."""
         return _TYPE_END.sub("", _NAME_END.sub("", self.text.files[0].name)) or self.text.files[0].stem
 
     def setting(self, key: str) -> Any:
@@ -118,7 +118,7 @@ class BaseGguf:
         return self.text.metadata.get(key.format(arch=self.architecture))
 
     def with_statistics(self, matched: Mapping[str, tuple[str, Order | None]]) -> "BaseGguf":
-        """The same, with the checkpoint tensors that dense matrices equal; all others lose their statistics.
+        """The base with the checkpoint tensors that dense matrices equal; all others lose their statistics.
 
         Args:
             matched: checkpoint name, and order where it differs, by GGUF name.
@@ -239,7 +239,7 @@ def _text_tensor(info: TensorInfo) -> SourceTensor:
 
 
 def _projector_tensor(info: TensorInfo, mixed: bool) -> SourceTensor:
-    """What the converter keeps in F32 beside smaller types stays so; of a file in F32 alone, vectors and positions."""
+    """A tensor of the projector; it stays F32 where the converter kept it so, or is a vector or positions."""
     kept = len(info.shape) < 2 or "position_embd" in info.name or (mixed and info.type == "F32" and len(info.shape) < 4)
     role = Role.KEEP if kept else Role.DENSE
     return SourceTensor(info.name, info.shape, role, (info.name,), GgufReader(info, False))

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint a base GGUF was made from: found by name, believed by their values.
+"""Matches between a base GGUF's tensors and a checkpoint's: found by name, believed by their values.
 
 Names are gguf's own tables over all architectures. A match counts where sampled rows of the GGUF tensor are rows of the
 checkpoint's, bit by bit once rounded to the base's type: statistics are of columns, so rows may be in another order
@@ -13,19 +13,20 @@ import gguf
 import numpy as np
 from gguf import Keys
 
-from mode_gguf.architectures.base_gguf import BaseGguf
+from mode_gguf.architectures.base_gguf.files import BaseGguf
+from mode_gguf.architectures.hparams import EXPERT_COUNTS
 from mode_gguf.architectures.tensors import Array, Order, Role, SourceTensor, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 Match = tuple[str, Order | None]
 
-_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_COUNTS: Final = (*EXPERT_COUNTS, "moe_num_experts")
 _IN_LAYER: Final = re.compile(r"(?:^|.*\.)layers\.(\d+)\.(.+)")
 _ELSEWHERE: Final = ("vision", "visual", "audio", "projector", "mm_", "connector", "vit", "vq")
-"""In names of tensors beside the text model, whose layers are numbered, too."""
+"""Parts of the names of tensors beside the text model, whose layers are numbered, too."""
 _ROWS: Final = 4
-"""Of a matrix that are compared."""
+"""The number of rows of a matrix that are compared."""
 
 
 def compared(checkpoint: Checkpoint, base: BaseGguf) -> BaseGguf:
@@ -101,7 +102,7 @@ def _check_expert(
 
 
 def _expert_matrices(checkpoint: Checkpoint, names: Sequence[str], expert: int, width: int) -> Iterator[Array]:
-    """Everything in a layer that may hold rows of this width of an expert: a tensor of its own, or a slice."""
+    """Matrices of a layer that may hold rows of this width of an expert: tensors of its own, or slices."""
     for name in names:
         shape = checkpoint.shape(name)
         if len(shape) == 2 and shape[1] == width and f".{expert}." in name and "expert" in name:
@@ -160,7 +161,7 @@ def _equal_rows(
 
 
 def _order_of_rows(checkpoint: Checkpoint, base: BaseGguf, tensor: SourceTensor, source: str) -> np.ndarray | None:
-    """Where each row of a GGUF matrix is in the checkpoint's; None if they are not the same rows."""
+    """Positions of a GGUF matrix's rows in the checkpoint's; None if they are not the same rows."""
     places: dict[bytes, list[int]] = {}
     for place, row in enumerate(_rounded(checkpoint.read(source), _type_of(base, tensor))):
         places.setdefault(row.tobytes(), []).append(place)

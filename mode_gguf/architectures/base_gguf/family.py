@@ -8,16 +8,20 @@ from typing import Any, Final
 import numpy as np
 from gguf import Keys
 
-from mode_gguf.architectures import base_match
-from mode_gguf.architectures.base_gguf import BaseGguf
-from mode_gguf.architectures.family import Metadata, ModelFamily
+from mode_gguf.architectures.base_gguf import match
+from mode_gguf.architectures.base_gguf.files import BaseGguf
+from mode_gguf.architectures.common_keys import Metadata
+from mode_gguf.architectures.family import ModelFamily, TextModel, VisionTower
+from mode_gguf.architectures.hparams import Hparams, config
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
+from mode_gguf.architectures.rules import Ranges
+from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 _IMAGE_TOKENS: Final = ("image_token_id", "image_token_index")
 _NO_IMAGE: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-"""What a processor gives beside the image."""
+"""Outputs of a processor that are not the image."""
 
 
 def checkpoint_with_base(checkpoint: Checkpoint | None, base: BaseGguf, *, compared: bool = True) -> Checkpoint:
@@ -28,55 +32,65 @@ def checkpoint_with_base(checkpoint: Checkpoint | None, base: BaseGguf, *, compa
         compared: whether weights are looked for in the checkpoint, which the statistics of dense matrices need.
 
     Raises:
-        InputError: the base is another model's, or lacks the projector of a model that sees.
+        InputError: the base is another model's, or lacks the projector of a model with a vision encoder.
     """
     if checkpoint is None:
         return Checkpoint(base.text.files[0], base.name, None, None, {}, {}, base.fingerprint, base)
-    if base.projector is None and sees(checkpoint.config):
+    if base.projector is None and has_vision(checkpoint.config):
         raise InputError(
             f"{checkpoint.path}: config.json names a vision encoder; make its projector with convert_hf_to_gguf.py "
             "--mmproj, and give it with --base-mmproj"
         )
     both = f"{checkpoint.fingerprint} {base.fingerprint}".encode()
     if compared:
-        base = base_match.compared(checkpoint, base)
+        base = match.compared(checkpoint, base)
     return replace(checkpoint, base=base, fingerprint=hashlib.sha256(both).hexdigest()[:16])
 
 
-def sees(config: Mapping[str, Any]) -> bool:
+def has_vision(config: Mapping[str, Any]) -> bool:
     """Whether a configuration is of a model with a vision encoder."""
     return any(isinstance(config.get(part), dict) for part in ("vision_config", "thinker_config"))
 
 
 def base_family(checkpoint: Checkpoint, base: BaseGguf) -> ModelFamily:
-    """What the stages ask a family for; the rules are empty, since the base has tensors, not recipes for them."""
+    """The family of a base GGUF; its rules are empty, since the base has tensors, and its tokenizer is copied."""
     classes = checkpoint.config.get("architectures")
     projector = base.projector.metadata if base.projector else {}
     return ModelFamily(
         hf_class=str(classes[0]) if isinstance(classes, list) and classes else base.architecture,
-        gguf_arch=base.architecture,
-        projector_type=str(projector.get(Keys.Clip.PROJECTOR_TYPE, "")),
-        text_rules=(),
-        projector_rules=(),
-        ignored=(),
-        check=lambda checkpoint: None,
-        ranges=lambda checkpoint: {},
-        text_metadata=_text_metadata,
-        projector_metadata=_projector_metadata,
-        tied_output="",
-        place_image=place_image,
-        image_token=image_token,
+        text=TextModel(base.architecture, config, (), _text_keys, _no_check, _no_ranges),
+        vision=VisionTower(
+            str(projector.get(Keys.Clip.PROJECTOR_TYPE, "")),
+            config,
+            (),
+            _projector_keys,
+            _no_check,
+            place_image,
+            _no_ranges,
+            image_token=image_token,
+        ),
+        tokenizer=Tokenizer(""),
     )
 
 
-def _text_metadata(checkpoint: Checkpoint) -> Metadata:
-    assert checkpoint.base is not None
-    return checkpoint.base.text.metadata
+def _no_ranges(hparams: Hparams) -> Ranges:
+    return {}
 
 
-def _projector_metadata(checkpoint: Checkpoint) -> Metadata:
-    assert checkpoint.base is not None
-    return checkpoint.base.projector.metadata if checkpoint.base.projector else {}
+def _no_check(hparams: Hparams) -> None:
+    """Nothing is refused: llama.cpp's converter has done so."""
+
+
+def _text_keys(hparams: Hparams) -> Metadata:
+    base = hparams.checkpoint.base
+    assert base is not None
+    return base.text.metadata
+
+
+def _projector_keys(hparams: Hparams) -> Metadata:
+    base = hparams.checkpoint.base
+    assert base is not None
+    return base.projector.metadata if base.projector else {}
 
 
 def image_token(checkpoint: Checkpoint) -> int:
