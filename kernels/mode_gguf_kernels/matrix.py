@@ -94,11 +94,11 @@ def matrix_kernels(
     layout: Layout | None = None,
     uses_row_squares: bool = False,
 ) -> Kernels:
-    """The kernels of a type; blocks of 32 weights are packed `search.INTERLEAVED` per lane, others one."""
+    """The kernels of a type; blocks of 32 weights that are searched are packed `search.INTERLEAVED` per lane."""
     common = {
         "BLOCK_SIZE": block_size,
         "BLOCK_BYTES": block_bytes,
-        "BLOCKS_PER_LANE": INTERLEAVED if block_size == 32 else 1,
+        "BLOCKS_PER_LANE": INTERLEAVED if block_size == 32 and searches else 1,
         "USES_IMPORTANCE": bool(searches),
     }
     exact = {**common, "pack_tile": tiles.pack, "USES_ROW_SQUARES": uses_row_squares}
