@@ -131,16 +131,16 @@ def _pack(
     for start in range(0, n_blocks, BLOCKS_PER_LANE * LANES):
         for k in range(BLOCKS_PER_LANE):
             first = start + k * LANES
-            if not load_weights(source, source_dtype, first, n_blocks, BLOCK_SIZE, block_items(x, k, BLOCK_SIZE)):
+            if not load_weights(source, source_dtype, first, n_blocks, BLOCK_SIZE, x, k * BLOCK_SIZE):
                 return first
             if USES_IMPORTANCE and weighted:
-                load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, block_items(w, k, BLOCK_SIZE))
+                load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, w, k * BLOCK_SIZE)
             if USES_ROW_SQUARES and weighted:
                 for lane in range(LANES):
                     squares[k * LANES + lane] = row_squares[min(first + lane, n_blocks - 1) // blocks_per_row]
         pack_tile(x, w, squares, weighted, search, words)
         for k in range(BLOCKS_PER_LANE):
-            store_blocks(block_items(words, k, stride), BLOCK_BYTES, start + k * LANES, n_blocks, staging, packed)
+            store_blocks(words, k * stride, BLOCK_BYTES, start + k * LANES, n_blocks, staging, packed)
     return n_blocks
 
 
