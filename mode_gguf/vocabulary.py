@@ -49,7 +49,6 @@ PackingMode: TypeAlias = Literal["exact", "refined"]
 
 Effort: TypeAlias = Literal["fast", "default", "max"]
 """How long refined packing searches."""
-EFFORTS: Final[tuple[Effort, ...]] = get_args(Effort)
 
 Rounding: TypeAlias = Literal["nearest", "feedback"]
 """`nearest`: every weight by itself, as llama.cpp does; `feedback`: a row's errors make up for each other (GPTQ)."""
