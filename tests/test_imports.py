@@ -58,7 +58,6 @@ HEAVY_ONLY_IN = {
     "llvmlite": {"mode_gguf_kernels"},
     "mode_gguf_kernels": {"feedback", "quantization", "mode_gguf_kernels"},
     "pulp": {"allocation"},
-    "matplotlib": {"allocation"},
     "typer": {"mode_gguf_cli"},
     "rich": {"mode_gguf_cli"},
     "xllamacpp": {"llama_cpp"},
