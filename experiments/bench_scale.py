@@ -9,8 +9,8 @@
 `export` and `calibrate` run the commands of those names in processes of their own and watch their memory: "anonymous"
 is what the process itself fills, "resident" has the mapped part of the checkpoint with it; peaks of samples taken every
 few milliseconds. Lines are fitted through them and drawn out to 48 and 94 layers (Qwen3-VL-30B-A3B, 235B-A22B's depth).
-`stages` runs every stage of a conversion and puts what `convert --dry-run` says beside what was measured; `export` there
-rounds with feedback first, and writes the projector.
+`stages` runs every stage of a conversion and puts what `convert --dry-run` says beside what was measured; `export`
+there rounds with feedback first, and writes the projector.
 `calibrate` also runs the plain forward of the same samples by transformers, the whole model in memory.
 `disk` exports to BF16, so that packing is not the limit, beside reading the checkpoint and writing as many bytes as the
 outputs have: nothing is cached when a round begins, and each ends when all is on the disk.
