@@ -25,14 +25,14 @@ from external_program import run_program
 from mode_gguf.architectures import checkpoint_with_base, text_tensors
 from mode_gguf.architectures.base_gguf import open_base
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.calibration.observers import Observer
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.samples import load_samples
 from mode_gguf.errors import InputError
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.modality import TEXT_ATTENTION
+from mode_gguf.forward.recorded import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -65,7 +65,7 @@ def stock_imatrix(
     """Arrays of llama-imatrix's file: in_sum2 (E, n) and counts (E, 1) per tensor."""
     model, corpus, output = folder / "model-f32.gguf", folder / "text.txt", folder / "imatrix.gguf"
     types = {tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP}
-    write_text_model(model, checkpoint, types)
+    write_text_model(model, checkpoint, TensorPacking(types))
     corpus.write_text(text, encoding="utf-8")
     command = [str(arguments.llama_cpp / "llama-imatrix"), "-m", str(model), "-f", str(corpus), "-o", str(output)]
     command += ["-c", str(arguments.context), "-b", str(arguments.context), "--chunks", str(arguments.chunks)]
@@ -93,9 +93,7 @@ def our_sums(checkpoint: Checkpoint, text: str, context: int, chunks: int) -> di
     run_recorded(
         streamed,
         inputs,
-        key_tokens=TEXT_ATTENTION,
-        leave=observer.observe,
-        finish=lambda layer: observer.finish_layer(),
+        LayerConsumer(key_tokens=TEXT_ATTENTION, leave=observer.observe, finish=lambda layer: observer.finish_layer()),
         description="calibrating",
     )
     return observer.arrays

@@ -34,6 +34,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.importance.sensitivity import measure_sensitivity
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.pipeline.stages.calibrate import stored_statistics
 from mode_gguf.quantization.packing import DEFAULT_PACKING
@@ -84,12 +85,14 @@ def measured_pieces(run: pipeline.Run, parts: int, batches: Sequence[int]) -> di
                     run.checkpoint,
                     samples[part::parts],
                     importance,
-                    expert_types=DEFAULT_TYPES.expert,
-                    dense_types=DEFAULT_TYPES.dense,
-                    statistics=statistics,
-                    packing=DEFAULT_PACKING,
-                    label_draws=draws,
-                    seed=batch,
+                    statistics,
+                    SensitivityRequest(
+                        expert_types=DEFAULT_TYPES.expert,
+                        dense_types=DEFAULT_TYPES.dense,
+                        packing=DEFAULT_PACKING,
+                        label_draws=draws,
+                        seed=batch,
+                    ),
                 ).table
                 table.save(path)
                 print(path, flush=True)

@@ -29,7 +29,12 @@ from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.data.sample import Sample
 from mode_gguf.export.imatrix_file import read_imatrix
+<<<<<<< HEAD
 from mode_gguf.export.text_model import write_text_model
+=======
+from mode_gguf.export.projector import write_projector
+from mode_gguf.export.text_model import TensorPacking, write_text_model
+>>>>>>> main
 from mode_gguf.feedback.round_layers import RoundingSettings, round_tensors
 from mode_gguf.feedback.rounded_tensors import RoundedTensors, is_rounded, part_of
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
@@ -95,7 +100,13 @@ class Comparison:
                 for tensor in streamed.tensors
                 if is_rounded(tensor, plan.types)
             }
+<<<<<<< HEAD
         write_text_model(path, checkpoint, plan.types, importance, packing=plan.packing, packed=packed, threads=2)
+=======
+        write_text_model(
+            path, self.checkpoint, TensorPacking(plan.types, importance, packing=plan.packing, packed=packed), threads=2
+        )
+>>>>>>> main
         shutil.rmtree(rounded.path, ignore_errors=True)
 
     def measure(self, targets: Sequence[str], held_out: Sequence[Path]) -> Iterator[Result]:

@@ -28,11 +28,11 @@ from rich.table import Table
 from experiment_command import command_parser
 from external_program import run_program
 from mode_gguf.architectures import find_family, text_tensors
-from mode_gguf.architectures.moon_vit import column_and_row_halves
 from mode_gguf.architectures.tensors import Role
+from mode_gguf.architectures.vision.moon_vit import column_and_row_halves
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 
 EXPECTED = {
@@ -168,7 +168,11 @@ def main() -> int:
     types = {t.name: QUANT_TYPES["F32"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+<<<<<<< HEAD
         write_text_model(folder / "text.gguf", checkpoint, types)
+=======
+        write_text_model(folder / "text.gguf", checkpoint, TensorPacking(types), pre_tokenizer=options.pre_tokenizer)
+>>>>>>> main
         write_projector(folder / "projector.gguf", checkpoint, "F32")
         stock = (options.llama_cpp.resolve(), options.checkpoint.resolve())
         mtp = any("mtp" in name for name in find_family(checkpoint).ignored)

@@ -21,7 +21,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -44,7 +44,9 @@ def main() -> int:
     held_out = load_held_out(arguments.samples)
     with tempfile.TemporaryDirectory() as folder:
         text, mmproj = Path(folder) / "text.gguf", Path(folder) / "mmproj.gguf"
-        write_text_model(text, checkpoint, {tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint)})
+        write_text_model(
+            text, checkpoint, TensorPacking({tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint)})
+        )
         write_projector(mmproj, checkpoint, "F32")
         divergences = measure(checkpoint, text, mmproj, held_out, arguments.count)
     table = Table("", "positions", "mean KL", "largest KL")

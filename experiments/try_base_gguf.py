@@ -3,10 +3,10 @@
     python experiments/try_base_gguf.py --llama-cpp SOURCE --imatrix FOLDER --out FOLDER
 
 SOURCE is a source tree of llama.cpp, whose converter needs sentencepiece; FOLDER of --imatrix holds llama-imatrix. Run
-it from the root of the repository, with that in PYTHONPATH. Pico checkpoints with random weights (tests/pico_base.py)
-are converted by stock to BF16, then each is quantized twice: run on samples (`convert MODEL --base-gguf`), and from an
-importance matrix of llama-imatrix alone (`--calibration-from`). A row says how far a result is from the BF16 file.
-Random weights say nothing about quality; more bits must be nearer.
+it from the root of the repository, with that in PYTHONPATH. Pico checkpoints with random weights
+(tests/families/pico/base.py) are converted by stock to BF16, then each is quantized twice: run on samples
+(`convert MODEL --base-gguf`), and from an importance matrix of llama-imatrix alone (`--calibration-from`). A row says
+how far a result is from the BF16 file. Random weights say nothing about quality; more bits must be nearer.
 """
 
 import json
@@ -21,7 +21,7 @@ from compare_with_stock import convert_with_stock
 from experiment_command import command_parser
 from external_program import mode_gguf_command, run_program
 from mode_gguf.data.samples import load_samples
-from tests.pico_base import write_pico_idefics3_mixtral, write_pico_olmoe
+from tests.families.pico.base import write_pico_idefics3_mixtral, write_pico_olmoe
 
 MODELS = {"olmoe": write_pico_olmoe, "idefics3-mixtral": write_pico_idefics3_mixtral}
 SEES = "idefics3-mixtral"

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mode_gguf.checkpoint.folder import INDEX_FILE
-from tests.pico import write_pico_qwen3vlmoe
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 TEXT: Final = {
     "hidden_size": 2048,

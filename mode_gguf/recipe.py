@@ -184,7 +184,7 @@ def _section(options: Any, indent: str) -> Iterator[str]:
             yield from _section(value, indent + "  ")
         else:
             yield from _comment(" ".join((described[one.name].description or "").split()), indent)
-            yield f"{indent}{one.name}: {_scalar(value)}"
+            yield f"{indent}{one.name}: {yaml_scalar(value)}"
 
 
 def _comment(text: str, indent: str) -> Iterator[str]:
@@ -198,7 +198,7 @@ def _comment(text: str, indent: str) -> Iterator[str]:
         yield line
 
 
-def _scalar(value: Any) -> str:
+def yaml_scalar(value: Any) -> str:
     """A value on one line of YAML."""
     plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     text: str = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True)

@@ -46,7 +46,6 @@ Granularity: TypeAlias = Literal["tensor", "expert"]
 
 PackingMode: TypeAlias = Literal["exact", "refined"]
 """`exact`: the bytes that libggml would write; `refined`: scales, mins and levels of less error."""
-PACKING_MODES: Final[tuple[PackingMode, ...]] = get_args(PackingMode)
 
 Effort: TypeAlias = Literal["fast", "default", "max"]
 """How long refined packing searches."""

@@ -1,32 +1,49 @@
 """Fixtures every test folder shares."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests.families.pico.gemma4_moe import write_pico_gemma4_moe
+from tests.families.pico.glm4v_moe import write_pico_glm4v_moe
+from tests.families.pico.internvl import write_pico_internvl
+from tests.families.pico.kimi import write_pico_kimi
+from tests.families.pico.mistral4 import write_pico_mistral4
+from tests.families.pico.qwen3_5_moe import write_pico_qwen3_5_moe
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 from tests.hub_server import Hub, serving
-from tests.pico import write_pico_qwen3vlmoe
-from tests.pico_gemma4_moe import write_pico_gemma4_moe
-from tests.pico_glm4v_moe import write_pico_glm4v_moe
-from tests.pico_internvl import write_pico_internvl
-from tests.pico_kimi import write_pico_kimi
-from tests.pico_mistral4 import write_pico_mistral4
-from tests.pico_qwen3_5_moe import write_pico_qwen3_5_moe
 
 
-@pytest.fixture(scope="session")
-def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a pico Qwen3-VL-MoE checkpoint in the public layout; read only."""
-    return write_pico_qwen3vlmoe(tmp_path_factory.mktemp("pico") / "pico-qwen3-vl-moe")
+def checkpoint(name: str, write: Callable[..., Path], *arguments: Any, **options: Any) -> Any:
+    """A fixture: the folder of a pico checkpoint, written once and read only."""
+
+    @pytest.fixture(scope="session")
+    def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return write(tmp_path_factory.mktemp("pico") / name, *arguments, **options)
+
+    return written
 
 
-@pytest.fixture(scope="session")
-def pico_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights in the module layout, as transformers 5 would save them again; read only."""
-    return write_pico_qwen3vlmoe(tmp_path_factory.mktemp("pico") / "pico-module", layout="module")
+pico = checkpoint("pico-qwen3-vl-moe", write_pico_qwen3vlmoe)
+pico_module = checkpoint("pico-module", write_pico_qwen3vlmoe, layout="module")
+pico_qwen3_5 = checkpoint("pico-qwen3-5-moe", write_pico_qwen3_5_moe, mtp=True)
+pico_qwen3_5_resaved = checkpoint("pico-resaved", write_pico_qwen3_5_moe, layout="resaved")
+pico_glm4v = checkpoint("pico-glm-4-5v", write_pico_glm4v_moe, mtp=True)
+pico_glm4v_fused = checkpoint("pico-glm-fused", write_pico_glm4v_moe, layout="fused")
+pico_gemma4 = checkpoint("pico-gemma-4", write_pico_gemma4_moe, audio=True)
+pico_internvl = checkpoint("pico-internvl", write_pico_internvl)
+pico_internvl_hf = checkpoint("pico-internvl-hf", write_pico_internvl, layout="transformers")
+pico_mistral4 = checkpoint("pico-mistral4", write_pico_mistral4)
+pico_mistral4_module = checkpoint("pico-mistral4-module", write_pico_mistral4, layout="module")
+pico_kimi_vl = checkpoint("pico-kimi-vl", write_pico_kimi, "kimi_vl")
+pico_kimi_k25 = checkpoint("pico-kimi-k25", write_pico_kimi, "kimi_k25")
+pico_kimi_k25_packed = checkpoint("pico-kimi-k25-packed", write_pico_kimi, "kimi_k25_packed")
+pico_kimi_vl_as_k25 = checkpoint("pico-kimi-vl-as-k25", write_pico_kimi, "kimi_k25", low_rank=False, yarn=False)
+"""Kimi-VL's weights and settings with Kimi K2.5's names, which transformers can read."""
 
 
 @pytest.fixture
@@ -53,82 +70,3 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
         yield hub
         _http.close_session()
-
-
-@pytest.fixture(scope="session")
-def pico_qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a pico Qwen3.5-MoE checkpoint in the public layout, with an `mtp.*` tensor; read only."""
-    return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-qwen3-5-moe", mtp=True)
-
-
-@pytest.fixture(scope="session")
-def pico_qwen3_5_resaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights in tensors of their own per expert, as transformers 5 saves them; read only."""
-    return write_pico_qwen3_5_moe(tmp_path_factory.mktemp("pico") / "pico-resaved", layout="resaved")
-
-
-@pytest.fixture(scope="session")
-def pico_glm4v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a pico GLM-4.5V checkpoint in the public layout, with a block for multi-token prediction; read only."""
-    return write_pico_glm4v_moe(tmp_path_factory.mktemp("pico") / "pico-glm-4-5v", mtp=True)
-
-
-@pytest.fixture(scope="session")
-def pico_glm4v_fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights with fused experts, as transformers 5 holds them, without that block; read only."""
-    return write_pico_glm4v_moe(tmp_path_factory.mktemp("pico") / "pico-glm-fused", layout="fused")
-
-
-@pytest.fixture(scope="session")
-def pico_gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a pico Gemma 4 MoE checkpoint with a tensor of an audio tower; read only."""
-    return write_pico_gemma4_moe(tmp_path_factory.mktemp("pico") / "pico-gemma-4", audio=True)
-
-
-@pytest.fixture(scope="session")
-def pico_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a pico InternVL3.5-MoE checkpoint in its authors' layout; read only."""
-    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl")
-
-
-@pytest.fixture(scope="session")
-def pico_internvl_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights in transformers' layout, which transformers itself can open; read only."""
-    return write_pico_internvl(tmp_path_factory.mktemp("pico") / "pico-internvl-hf", layout="transformers")
-
-
-@pytest.fixture(scope="session")
-def pico_mistral4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a pico Mistral Small 4 checkpoint, named as transformers saves it; read only."""
-    return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4")
-
-
-@pytest.fixture(scope="session")
-def pico_mistral4_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights under the names of transformers' parameters; read only."""
-    return write_pico_mistral4(tmp_path_factory.mktemp("pico") / "pico-mistral4-module", layout="module")
-
-
-@pytest.fixture(scope="session")
-def pico_kimi_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a pico Kimi-VL checkpoint; read only."""
-    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-vl", "kimi_vl")
-
-
-@pytest.fixture(scope="session")
-def pico_kimi_vl_as_k25(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights and settings with Kimi K2.5's names, which transformers can read; read only."""
-    folder = tmp_path_factory.mktemp("pico") / "pico-kimi-vl-as-k25"
-    return write_pico_kimi(folder, "kimi_k25", low_rank=False, yarn=False)
-
-
-@pytest.fixture(scope="session")
-def pico_kimi_k25(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a pico Kimi K2.5 checkpoint in full precision; read only."""
-    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-k25", "kimi_k25")
-
-
-@pytest.fixture(scope="session")
-def pico_kimi_k25_packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with its experts in four bits, as published; read only."""
-    return write_pico_kimi(tmp_path_factory.mktemp("pico") / "pico-kimi-k25-packed", "kimi_k25_packed")

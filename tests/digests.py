@@ -29,11 +29,18 @@ VOLATILE = ("tool version", "directory", "command", "finished", "seconds", "vers
 """Parts of stages.json that say when and where something ran, not what it is."""
 
 
+_BUILDERS = {"pico": "qwen3_vl_moe"}
+
+
 def _pico(module: str, function: str, *arguments: Any, **options: Any) -> Callable[[Path], list[str | Path]]:
-    """A case's MODEL argument: the checkpoint that a function of a module of tests writes."""
+    """A case's MODEL argument: the checkpoint that a function of a module of pico builders writes.
+
+    Its folder, which names the model in the files, is as it was when the builders had these names.
+    """
 
     def written(folder: Path) -> list[str | Path]:
-        writer = getattr(__import__(f"tests.{module}", fromlist=[function]), function)
+        builder = _BUILDERS.get(module, module.removeprefix("pico_"))
+        writer = getattr(__import__(f"tests.families.pico.{builder}", fromlist=[function]), function)
         return [writer(folder / f"{module}-model", *arguments, **options)]
 
     return written
@@ -47,7 +54,7 @@ def _based(folder: Path) -> list[str | Path]:
     """Qwen3-VL's checkpoint, read as one without a family, from its own BF16 export."""
     from mode_gguf.checkpoint.folder import Checkpoint
     from tests.base_gguf import write_family_base
-    from tests.pico import write_pico_qwen3vlmoe
+    from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
     model = write_pico_qwen3vlmoe(folder / "model")
     text, projector = write_family_base(Checkpoint.open(model), folder)

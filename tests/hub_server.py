@@ -19,7 +19,7 @@ from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 LFS_SUFFIXES = (".gguf", ".safetensors", ".bin")
 WRITER, READER = "hf_writerwriterwriter", "hf_readerreaderreader"

@@ -1,9 +1,9 @@
-"""The import rules of ARCHITECTURE (README): who may import whom, and which heavy libraries live where."""
+"""The import rules of docs/design/architecture.md: who may import whom, and which heavy libraries live where."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,16 @@ FOUNDATION = {
     "image_files",
     "llama_cpp_library",
     "locks",
+    "options",
     "progress",
+    "recipe",
+    "sizes",
+    "vocabulary",
 }
 """What every stage may build on."""
 STAGE_MAY_IMPORT = {
     "allocation": FOUNDATION | {"gpu_memory", "quantization"},
-    "architectures": FOUNDATION,
+    "architectures": FOUNDATION | {"gpu_memory"},
     "artifacts": {"errors"},
     "calibration": FOUNDATION | {"data", "forward"},
     "checkpoint": {"architectures", "artifacts", "errors"},
@@ -38,13 +42,17 @@ STAGE_MAY_IMPORT = {
     "feedback": FOUNDATION | {"calibration", "data", "forward", "importance", "quantization"},
     "forward": FOUNDATION | {"data"},
     "gguf": {"errors"},
-    "gpu_memory": {"artifacts", "errors", "quantization"},
+    "gpu_memory": {"artifacts", "errors", "options", "quantization", "vocabulary"},
     "hub": FOUNDATION | {"allocation", "llama_cpp", "validation"},
     "image_files": {"errors"},
     "importance": FOUNDATION | {"calibration", "data", "forward", "quantization"},
     "llama_cpp": FOUNDATION | {"gpu_memory", "quantization"},
     "llama_cpp_library": set(),
     "locks": set(),
+    "options": {"errors", "sizes", "vocabulary"},
+    "recipe": {"artifacts", "errors", "options"},
+    "sizes": {"errors"},
+    "vocabulary": set(),
     "progress": set(),
     "quantization": FOUNDATION,
     "report": FOUNDATION | {"quantization", "validation"},
@@ -93,6 +101,53 @@ def test_import_directions(path: Path) -> None:
             pytest.fail(f"kernels import {name}")
         if top == "mode_gguf" and rest and part in STAGE_MAY_IMPORT:
             assert rest[0] in STAGE_MAY_IMPORT[part] | {part}, f"{part} imports {name}"
+
+
+MODULES = {
+    ".".join((root.rpartition("/")[2], *path.relative_to(ROOT / root).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for root in ("mode_gguf", "cli/mode_gguf_cli", "kernels/mode_gguf_kernels")
+    for path in (ROOT / root).rglob("*.py")
+}
+MOST_PARAMETERS = 8
+KERNELS = "mode_gguf_kernels"
+"""Compiled code, whose functions take arrays and sizes apart."""
+
+
+def at_import(body: Sequence[ast.stmt]) -> Iterator[str]:
+    """Modules that running a module's body imports: not what functions import, nor what only type checkers see."""
+    for node in body:
+        if isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else str(node.module) for name in inside)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Try | ast.With):
+            yield from at_import(node.body)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    needs = {
+        name: {one for one in at_import(ast.parse(path.read_text(encoding="utf-8")).body) if one in MODULES} - {name}
+        for name, path in MODULES.items()
+    }
+    while needs:
+        free = {name for name, imported in needs.items() if not imported & needs.keys()}
+        assert free, f"these import each other: {', '.join(sorted(needs))}"
+        needs = {name: imported for name, imported in needs.items() if name not in free}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_have_few_parameters(path: Path) -> None:
+    if part_of(path) == KERNELS:
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = node.args
+            names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+            count = len(names) - (names[:1] in (["self"], ["cls"]))
+            assert count <= MOST_PARAMETERS, f"{node.name} has {count} parameters: make some of them one object"
 
 
 def test_the_command_line_starts_without_heavy_libraries() -> None:

@@ -1,4 +1,4 @@
-"""Small integers into the words of a block, and out again.
+"""Bit packing: small integers in the words of a block, the way ggml lays them out.
 
 ggml's layouts are all of one kind: a byte holds values that stand `stride` apart, the first in its lowest bits. With
 8 / n_bits = k values to a byte, each group of k * stride values fills stride bytes:
@@ -6,7 +6,10 @@ ggml's layouts are all of one kind: a byte holds values that stand `stride` apar
     byte[g * stride + m] = sum over j < k of field(value[g * k * stride + j * stride + m]) << (j * n_bits)
 """
 
+from collections.abc import Callable
+
 from mode_gguf_kernels.compilation import device
+from mode_gguf_kernels.levels import Field
 from mode_gguf_kernels.simd import Ints, Tile, load, shift_in_zeros, splat, store
 
 
@@ -15,36 +18,33 @@ def pack_bits(values: Tile, count: int, shift: int, n_bits: int, stride: int, wo
     """Lay bits [shift, shift + n_bits) of values 0..count-1 out from word `first_word` on."""
     per_byte = 8 // n_bits
     mask = (1 << n_bits) - 1
-    for group in range(count // (per_byte * stride)):
-        for m in range(0, stride, 4):
-            word = splat(0)
-            for byte in range(4):
-                for j in range(per_byte):
-                    value = load(values, (group * per_byte + j) * stride + m + byte)
-                    word = word | (((value >> shift) & mask) << (8 * byte + j * n_bits))
-            store(words, first_word + (group * stride + m) // 4, word)
+    for i in range(count // (4 * per_byte)):
+        word = splat(0)
+        for byte in range(4):
+            group, m = (4 * i + byte) // stride, (4 * i + byte) % stride
+            for j in range(per_byte):
+                value = load(values, (group * per_byte + j) * stride + m)
+                word = word | (((value >> shift) & mask) << (8 * byte + j * n_bits))
+        store(words, first_word + i, word)
 
 
 @device
-def unpack_bits(words: Tile, first_word: int, count: int, shift: int, n_bits: int, stride: int, values: Tile) -> None:
-    """The inverse of `pack_bits`: OR the fields into bits [shift, shift + n_bits) of values 0..count-1."""
+def unpack_bits(
+    words: Tile, first_word: int, count: int, shift: int, n_bits: int, stride: int, adds: bool, values: Tile
+) -> None:
+    """The inverse of `pack_bits`: values 0..count-1 get bits [shift, shift + n_bits), beside those they have if `adds`,
+    else alone.
+    """
     per_byte = 8 // n_bits
     mask = (1 << n_bits) - 1
-    for group in range(count // (per_byte * stride)):
-        for m in range(0, stride, 4):
-            word = load(words, first_word + (group * stride + m) // 4)
-            for byte in range(4):
-                for j in range(per_byte):
-                    item = (group * per_byte + j) * stride + m + byte
-                    field = ((word >> (8 * byte + j * n_bits)) & mask) << shift
-                    store(values, item, load(values, item) | field)
-
-
-@device
-def clear(values: Tile, count: int) -> None:
-    """Set values 0..count-1 to zero, ready for `unpack_bits`."""
-    for i in range(count):
-        store(values, i, splat(0))
+    for i in range(count // (4 * per_byte)):
+        word = load(words, first_word + i)
+        for byte in range(4):
+            group, m = (4 * i + byte) // stride, (4 * i + byte) % stride
+            for j in range(per_byte):
+                item = (group * per_byte + j) * stride + m
+                field = ((word >> (8 * byte + j * n_bits)) & mask) << shift
+                store(values, item, load(values, item) | field if adds else field)
 
 
 @device
@@ -71,17 +71,43 @@ def without_half(words: Tile, count: int, payload: Tile) -> None:
         store(payload, i, shift_in_zeros(load(words, i), 16) | (load(words, i + 1) << 16))
 
 
-@device
-def word_of_bits(values: Tile, shift: int) -> Ints:
-    """Bit `shift` of the values 0..31, that of value i as bit i."""
-    word = splat(0)
-    for i in range(32):
-        word = word | (((load(values, i) >> shift) & 1) << i)
-    return word
+def field_packer(fields: tuple[Field, ...], start: int = 0) -> Callable[[Tile, Tile], None]:
+    """A device function pack(values, words) that lays values out in all fields; `words` begins at byte `start`."""
+    first, shift, n_bits, stride, count = fields[0]
+    first_word = (first - start) // 4
+
+    @device
+    def pack_field(values: Tile, words: Tile) -> None:
+        pack_bits(values, count, shift, n_bits, stride, words, first_word)
+
+    if len(fields) == 1:
+        return pack_field
+    pack_others = field_packer(fields[1:], start)
+
+    @device
+    def pack_fields(values: Tile, words: Tile) -> None:
+        pack_field(values, words)
+        pack_others(values, words)
+
+    return pack_fields
 
 
-@device
-def bits_of_word(word: Ints, shift: int, values: Tile) -> None:
-    """The inverse of `word_of_bits`: OR bit i into bit `shift` of value i."""
-    for i in range(32):
-        store(values, i, load(values, i) | (((word >> i) & 1) << shift))
+def field_unpacker(fields: tuple[Field, ...], start: int = 0) -> Callable[[Tile, Tile], None]:
+    """A device function unpack(words, values), the inverse of `field_packer`'s."""
+    first, shift, n_bits, stride, count = fields[0]
+    first_word = (first - start) // 4
+    if len(fields) == 1:
+
+        @device
+        def unpack_field(words: Tile, values: Tile) -> None:
+            unpack_bits(words, first_word, count, shift, n_bits, stride, False, values)
+
+        return unpack_field
+    unpack_others = field_unpacker(fields[1:], start)
+
+    @device
+    def unpack_fields(words: Tile, values: Tile) -> None:
+        unpack_others(words, values)
+        unpack_bits(words, first_word, count, shift, n_bits, stride, True, values)
+
+    return unpack_fields

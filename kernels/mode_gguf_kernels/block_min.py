@@ -1,13 +1,17 @@
-"""What Q4_1 and Q5_1 share: weight = d * level + m, a d and an m per 32 weights, levels 0..highest."""
+"""Types with a scale and a min per 32 weights: Q4_1 and Q5_1, weight = d * level + m, levels 0..highest."""
+
+from collections.abc import Mapping
 
 import numpy as np
 
-from mode_gguf_kernels.blocks import BLOCK_SIZE
+from mode_gguf_kernels.blocks import BLOCK_SIZE, block_kernels
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits, half_value
+from mode_gguf_kernels.levels import Layout
+from mode_gguf_kernels.matrix import Kernels
 from mode_gguf_kernels.refine import Search, as_half, error_weights, limited, lost_gain, reciprocal
 from mode_gguf_kernels.refine_min import start_with_min
-from mode_gguf_kernels.search import TOGETHER, F, bounded_level, make_qkx_quants, nearest_int, weigh_by_size
+from mode_gguf_kernels.search import INTERLEAVED, F, bounded_level, make_qkx_quants, nearest_int, weigh_by_size
 from mode_gguf_kernels.simd import (
     Floats,
     Ints,
@@ -29,29 +33,50 @@ from mode_gguf_kernels.tiles import float_tile
 _LARGEST = F(np.finfo(np.float32).max)
 
 
+def min_block_kernels(name: str, layout: Layout, searches: Mapping[str, Search]) -> Kernels:
+    """The kernels of a type with weight = d * level + m."""
+    highest = layout.highest
+
+    @device
+    def encode(x: Tile, w: Tile, mean_squares: Tile, weighted: bool, level: Tile, halves: Tile) -> None:
+        _encode_blocks(x, w, mean_squares, highest, weighted, level, halves)
+
+    @device
+    def refine(x: Tile, w: Tile, k: int, weighted: bool, search: Search, level: Tile) -> Ints:
+        return _refine_block(x, w, k, highest, weighted, search, level)
+
+    @device
+    def decode(halves: Ints, level: Tile, x: Tile) -> None:
+        d, m = half_value(halves), half_value(halves >> 16)
+        for i in range(BLOCK_SIZE):
+            store(x, i, to_float(load(level, i)) * d + m)
+
+    return block_kernels(name, layout, encode, refine, decode, searches)
+
+
 @device
-def encode_min_blocks(
-    x: Tile, w: Tile, variances: Tile, highest: int, weighted: bool, level: Tile, halves: Tile
+def _encode_blocks(
+    x: Tile, w: Tile, mean_squares: Tile, highest: int, weighted: bool, level: Tile, halves: Tile
 ) -> None:
     """Levels of all of a lane's blocks as ggml chooses them; item k of `halves` becomes d and m of block k.
 
     With `weighted`, w is overwritten.
     """
     if not weighted:
-        for k in range(TOGETHER):
+        for k in range(INTERLEAVED):
             store(halves, k, _encode_between_extremes(x, k, highest, level))
         return
     scales, lows, inverses, offsets = (
-        float_tile(TOGETHER),
-        float_tile(TOGETHER),
-        float_tile(TOGETHER),
-        float_tile(TOGETHER),
+        float_tile(INTERLEAVED),
+        float_tile(INTERLEAVED),
+        float_tile(INTERLEAVED),
+        float_tile(INTERLEAVED),
     )
-    for k in range(TOGETHER):
-        weigh_by_size(x, w, BLOCK_SIZE * k, BLOCK_SIZE, load(variances, k))
+    for k in range(INTERLEAVED):
+        weigh_by_size(x, w, BLOCK_SIZE * k, BLOCK_SIZE, load(mean_squares, k))
     found = scales, lows, inverses, offsets
     make_qkx_quants(x, w, 0, BLOCK_SIZE, highest, F(-0.9), F(0.05), 36, False, True, found, 0)
-    for k in range(TOGETHER):
+    for k in range(INTERLEAVED):
         inverse, offset = load(inverses, k), load(offsets, k)
         for i in range(BLOCK_SIZE * k, BLOCK_SIZE * (k + 1)):
             store(level, i, nearest_int(bounded_level(inverse * (load(x, i) - offset), F(highest))))
@@ -78,7 +103,7 @@ def _encode_between_extremes(x: Tile, k: int, highest: int, level: Tile) -> Ints
 
 
 @device
-def refine_min_block(x: Tile, w: Tile, k: int, highest: int, weighted: bool, search: Search, level: Tile) -> Ints:
+def _refine_block(x: Tile, w: Tile, k: int, highest: int, weighted: bool, search: Search, level: Tile) -> Ints:
     """Levels of block k of less error; returns d and m. w is overwritten."""
     first, last = BLOCK_SIZE * k, BLOCK_SIZE * (k + 1)
     nmax, zero = F(highest), splat(F(0))
@@ -130,11 +155,3 @@ def refine_min_block(x: Tile, w: Tile, k: int, highest: int, weighted: bool, sea
 def _signed_half(value: Floats) -> Floats:
     """What is read back after storing as float16; of what is too large, the largest of its sign."""
     return select(value < F(0), negative(as_half(negative(value))), as_half(value))
-
-
-@device
-def decode_min_block(halves: Ints, level: Tile, x: Tile) -> None:
-    """Weights of the levels 0..31 of a tile."""
-    d, m = half_value(halves), half_value(halves >> 16)
-    for i in range(BLOCK_SIZE):
-        store(x, i, to_float(load(level, i)) * d + m)

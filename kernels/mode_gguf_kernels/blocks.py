@@ -1,108 +1,90 @@
-"""Whole matrices in blocks of 32 weights, each with a scale of its own: the loops of Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL.
+"""Types of 32 weights to a block: 16 or 32 bits of scale (and min), then the levels."""
 
-A tile works on `TOGETHER` blocks per lane, side by side: item 32 k + i is weight i of a lane's block k.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
+from mode_gguf_kernels.bits import after_half, field_packer, field_unpacker, without_half
 from mode_gguf_kernels.compilation import device
-from mode_gguf_kernels.search import TOGETHER, F
-from mode_gguf_kernels.simd import LANES, Tile, load, splat, store
-from mode_gguf_kernels.tiles import (
-    float_tile,
-    int_tile,
-    lane_starts,
-    load_blocks,
-    load_importance,
-    load_run,
-    load_weights,
-    staging_words,
-    store_blocks,
-    store_weights,
-)
+from mode_gguf_kernels.levels import Layout
+from mode_gguf_kernels.matrix import Kernels, TileFunctions, block_items, matrix_kernels
+from mode_gguf_kernels.refine import Search
+from mode_gguf_kernels.search import INTERLEAVED
+from mode_gguf_kernels.simd import Ints, Tile, load, store
+from mode_gguf_kernels.tiles import int_tile, staging_words
 
 BLOCK_SIZE = 32
 
+SEARCHES: dict[str, Search] = {
+    "fast": Search(7, 0, 0, 2),
+    "default": Search(15, 0, 0, 4),
+    "max": Search(41, 0, 0, 10),
+}
+"""For most of them."""
 
-@device
-def part(tile: Tile, k: int, items: int) -> Tile:
-    """The items of a lane's block k, of `items` per block."""
-    return tile[k * items * LANES : (k + 1) * items * LANES]
 
+def block_kernels(
+    name: str,
+    layout: Layout,
+    encode: Callable[[Tile, Tile, Tile, bool, Tile, Tile], None],
+    refine: Callable[[Tile, Tile, int, bool, Search, Tile], Ints],
+    decode: Callable[[Ints, Tile, Tile], None],
+    searches: Mapping[str, Search],
+    uses_row_squares: bool = True,
+) -> Kernels:
+    """The kernels of a type.
 
-@device
-def pack_blocks(
-    pack_tile: Callable[[Tile, Tile, Tile, bool, Any, Tile], None],
-    search: Any,
-    by_row: bool,
-    block_bytes: int,
-    source: np.ndarray,
-    kind: int,
-    importance: np.ndarray,
-    blocks_per_row: int,
-    packed: np.ndarray,
-) -> int:
-    """Pack a whole matrix in blocks of `block_bytes`; see `registry.Kernels`.
-
-    pack_tile gets weights, their importance, the mean square of each block's row (with an importance and `by_row`),
-    whether there is an importance, and `search`; it writes the words of the blocks.
+    Args:
+        name: GGUF name.
+        layout: where levels lie; what is before them, 2 or 4 bytes, is the block's float16 numbers, its *halves*.
+        encode: encode(x, w, mean_squares, weighted, level, halves) chooses levels and halves of a lane's `INTERLEAVED`
+            blocks as ggml does.
+        refine: refine(x, w, k, weighted, search, level) chooses levels of block k with less error and returns its
+            halves.
+        decode: decode(halves, level, x) gives the weights of one block per lane.
+        searches: what `refine` is told, for each effort.
+        uses_row_squares: whether `encode` reads mean_squares.
     """
-    weighted = importance.size > 0
-    stride = staging_words(block_bytes)
-    x, w = float_tile(TOGETHER * BLOCK_SIZE), float_tile(TOGETHER * BLOCK_SIZE)
-    variances = float_tile(TOGETHER)
-    words, staging = int_tile(TOGETHER * stride), int_tile(stride)
-    n_blocks = packed.size // block_bytes
-    n_rows = n_blocks // blocks_per_row if weighted and by_row else 0
-    of_rows = mean_squares(source, kind, n_rows, blocks_per_row * BLOCK_SIZE)
-    for start in range(0, n_blocks, TOGETHER * LANES):
-        for k in range(TOGETHER):
-            first = start + k * LANES
-            if not load_weights(source, kind, first, n_blocks, BLOCK_SIZE, part(x, k, BLOCK_SIZE)):
-                return first
-            if weighted:
-                load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, part(w, k, BLOCK_SIZE))
-            if n_rows > 0:
-                for lane in range(LANES):
-                    variances[k * LANES + lane] = of_rows[min(first + lane, n_blocks - 1) // blocks_per_row]
-        pack_tile(x, w, variances, weighted, search, words)
-        for k in range(TOGETHER):
-            store_blocks(part(words, k, stride), block_bytes, start + k * LANES, n_blocks, staging, packed)
-    return n_blocks
+    header_bytes = min(field.first for field in layout.fields)
+    level_bytes = layout.n_bytes
+    block_bytes = header_bytes + level_bytes
+    starts_within_word = header_bytes == 2
+    pack_levels = field_packer(layout.fields, header_bytes if starts_within_word else 0)
+    unpack_levels = field_unpacker(layout.fields, header_bytes if starts_within_word else 0)
+    level_words = level_bytes // 4
 
+    @device
+    def lay_out(level: Tile, halves: Ints, words: Tile) -> None:
+        if starts_within_word:
+            payload = int_tile(level_words)
+            pack_levels(level, payload)
+            after_half(halves, payload, level_words, words)
+        else:
+            store(words, 0, halves)
+            pack_levels(level, words)
 
-@device
-def mean_squares(source: np.ndarray, kind: int, n_rows: int, n: int) -> np.ndarray:
-    """The mean square of every row of n weights, summed in order; a row per lane."""
-    result = np.empty(n_rows, np.float32)
-    run, total = float_tile(16), float_tile(1)
-    for first in range(0, n_rows, LANES):
-        starts = lane_starts(first, n_rows, n)
-        store(total, 0, splat(F(0)))
-        for column in range(0, n, 16):
-            load_run(source, kind, starts, column, run, 0)
-            summed = load(total, 0)
-            for item in range(16):
-                value = load(run, item)
-                summed = summed + value * value
-            store(total, 0, summed)
-        for lane in range(min(LANES, n_rows - first)):
-            result[first + lane] = total[lane] / F(n)
-    return result
+    @device
+    def pack_tile(x: Tile, w: Tile, mean_squares: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
+        level, halves, stride = int_tile(INTERLEAVED * BLOCK_SIZE), int_tile(INTERLEAVED), staging_words(block_bytes)
+        encode(x, w, mean_squares, weighted, level, halves)
+        for k in range(INTERLEAVED):
+            lay_out(block_items(level, k, BLOCK_SIZE), load(halves, k), block_items(words, k, stride))
 
+    @device
+    def refine_tile(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, search: Any, words: Tile) -> None:
+        level, stride = int_tile(INTERLEAVED * BLOCK_SIZE), staging_words(block_bytes)
+        for k in range(INTERLEAVED):
+            halves = refine(x, w, k, weighted, search, level)
+            lay_out(block_items(level, k, BLOCK_SIZE), halves, block_items(words, k, stride))
 
-@device
-def unpack_blocks(
-    unpack_tile: Callable[[Tile, Tile, Tile], None], block_bytes: int, packed: np.ndarray, weights: np.ndarray
-) -> None:
-    """Unpack a whole matrix, a block per lane at a time."""
-    x, level = float_tile(BLOCK_SIZE), int_tile(BLOCK_SIZE)
-    words, staging = int_tile(staging_words(block_bytes)), int_tile(staging_words(block_bytes))
-    n_blocks = packed.size // block_bytes
-    for first in range(0, n_blocks, LANES):
-        load_blocks(packed, block_bytes, first, n_blocks, staging, words)
-        unpack_tile(words, level, x)
-        store_weights(x, first, n_blocks, BLOCK_SIZE, weights)
+    @device
+    def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
+        if starts_within_word:
+            payload = int_tile(level_words)
+            without_half(words, level_words, payload)
+            unpack_levels(payload, level)
+        else:
+            unpack_levels(words, level)
+        decode(load(words, 0), level, x)
+
+    tiles = TileFunctions(pack_tile, unpack_tile, refine_tile)
+    return matrix_kernels(name, BLOCK_SIZE, block_bytes, tiles, searches, layout, uses_row_squares)

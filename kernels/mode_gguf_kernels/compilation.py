@@ -1,4 +1,4 @@
-"""How kernels are compiled: without the GIL, without fast-math, cached on disk under a name no edit can leave stale.
+"""Compilation with Numba: without the GIL, without fast-math, cached on disk under a name no edit can leave stale.
 
 Numba notices an edit of the file a cached function stands in, but not of a helper in another file. So the cache
 folder's name carries a digest of every source of this package, of the versions of Numba and llvmlite, of the number
@@ -9,8 +9,9 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import llvmlite
@@ -76,6 +77,20 @@ def kernel(function: _Function) -> _Function:
         return cast(_Function, numba.njit(**options)(function))
     finally:
         config.CACHE_DIR = users_setting
+
+
+def kernel_of(template: Callable[..., Any], name: str, constants: Mapping[str, Any]) -> Any:
+    """`kernel` of a copy of `template` that is called `name` and for which the globals in `constants` are these.
+
+    A closure would say the same in plain Python, but Numba looks a closure up in its cache by the pickled contents of
+    its cells, and a device function pickles differently in every process: nothing would ever be found again. A
+    function's globals are not part of the look-up, its qualified name is part of the cache's file names; so every copy
+    needs a name of its own, and `sources_digest` has to notice whatever changes its constants.
+    """
+    code = cast(FunctionType, template).__code__
+    copy = FunctionType(code, {**cast(FunctionType, template).__globals__, **constants}, name)
+    copy.__qualname__ = name
+    return kernel(copy)
 
 
 def device(function: _Function) -> _Function:

@@ -1,4 +1,6 @@
-"""float16 and back, the way ggml does it on any x86-64 (`ggml_compute_fp32_to_fp16`, MIT licence): bit for bit."""
+"""Conversion between float32 and float16, bit for bit as ggml does it on any x86-64 (`ggml_compute_fp32_to_fp16`, MIT
+licence).
+"""
 
 import numpy as np
 

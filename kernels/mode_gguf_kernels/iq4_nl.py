@@ -1,4 +1,4 @@
-"""IQ4_NL: weight = d * VALUES[level], levels of 4 bits, one d per 32 weights; values (see `levels`) are not even.
+"""IQ4_NL: weight = d * VALUES[level], levels of 4 bits, one d per 32 weights; values are not evenly spaced.
 
 A block of 32 weights, `block_iq4_nl` of ggml, is laid out as in `q4_0`. The search is ggml's `quantize_row_iq4_nl_impl`
 (MIT licence, The ggml authors), which weighs errors with x^2 where there is no importance.
@@ -8,18 +8,21 @@ from itertools import pairwise
 
 import numpy as np
 
-from mode_gguf_kernels.bits import after_half, clear, pack_bits, unpack_bits, without_half
-from mode_gguf_kernels.blocks import BLOCK_SIZE, pack_blocks, part, unpack_blocks
-from mode_gguf_kernels.compilation import device, kernel
+from mode_gguf_kernels.block_scale import refine_scale
+from mode_gguf_kernels.blocks import BLOCK_SIZE, SEARCHES, block_kernels
+from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits, half_value
-from mode_gguf_kernels.levels import IQ4_NL_VALUES as VALUES
-from mode_gguf_kernels.refine import Search, as_half, error_weights, lost_gain, reciprocal
-from mode_gguf_kernels.search import GROUP_MAX_EPS, TOGETHER, F, signed_extreme, sum_of_squares, weigh_by_size
-from mode_gguf_kernels.simd import Floats, Ints, Tile, fused, load, negative, select, splat, store
-from mode_gguf_kernels.tiles import int_tile, staging_words
+from mode_gguf_kernels.levels import Field, Layout
+from mode_gguf_kernels.refine import Search
+from mode_gguf_kernels.search import GROUP_MAX_EPS, INTERLEAVED, F, signed_extreme, sum_of_squares, weigh_by_size
+from mode_gguf_kernels.simd import Floats, Ints, Tile, load, negative, select, splat, store
 
-BLOCK_BYTES = 2 + 32 // 2
-_PAYLOAD = 4  # 32-bit words after d
+VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""ggml's `kvalues_iq4nl`."""
+
+LAYOUT = Layout(
+    32, (Field(first=2, shift=0, n_bits=4, stride=16, weights=32),), tuple(value - VALUES[0] for value in VALUES)
+)
 
 
 def _border(low: int, high: int) -> np.float32:
@@ -49,12 +52,6 @@ def _from_ordered(number: int) -> np.float32:
 
 _VALUES = tuple(F(value) for value in VALUES)
 _BORDERS = tuple(_border(low, high) for low, high in pairwise(VALUES))
-
-SEARCHES: dict[str, Search] = {
-    "fast": Search(7, 0, 0, 2),
-    "default": Search(15, 0, 0, 4),
-    "max": Search(41, 0, 0, 10),
-}
 
 _TRIES = 7
 
@@ -109,77 +106,39 @@ def _scale(x: Tile, w: Tile, first: int, tries: int, step: np.float32) -> Floats
 
 
 @device
-def pack_tile(x: Tile, w: Tile, _variances: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
-    """Pack a lane's blocks; with `weighted`, w holds the importance (it is overwritten)."""
-    level = int_tile(BLOCK_SIZE)
-    for k in range(TOGETHER):
-        first = BLOCK_SIZE * k
+def encode(x: Tile, w: Tile, _mean_squares: Tile, weighted: bool, level: Tile, halves: Tile) -> None:
+    """Levels and d of a lane's blocks as ggml chooses them; w is overwritten."""
+    for k in range(INTERLEAVED):
+        first, last = BLOCK_SIZE * k, BLOCK_SIZE * (k + 1)
         if weighted:
             weigh_by_size(x, w, first, BLOCK_SIZE, sum_of_squares(x, first, BLOCK_SIZE) * F(2 / 32))
         else:
-            for i in range(first, first + BLOCK_SIZE):
+            for i in range(first, last):
                 store(w, i, load(x, i) * load(x, i))
         d = _scale(x, w, first, _TRIES, F(1))
         inverse = select(d != F(0), F(1) / d, F(0))
-        for i in range(BLOCK_SIZE):
-            store(level, i, nearest_level(inverse * load(x, first + i)))
-        _lay_out(level, half_bits(d), part(words, k, staging_words(BLOCK_BYTES)))
-
-
-@device
-def refine_tile(x: Tile, w: Tile, _variances: Tile, weighted: bool, search: Search, words: Tile) -> None:
-    """Pack a lane's blocks with less error; w is overwritten."""
-    level = int_tile(BLOCK_SIZE)
-    zero = splat(F(0))
-    tries = search.encoders // 2
-    for k in range(TOGETHER):
-        first, last = BLOCK_SIZE * k, BLOCK_SIZE * (k + 1)
-        error_weights(x, w, first, BLOCK_SIZE, weighted, search.half_powers)
-        d = as_half(_scale(x, w, first, tries, F(8) / F(tries)))
-        best, best_d = splat(F(np.inf)), d
-        for _ in range(search.rounds):
-            inverse = reciprocal(d)
-            total, sum_qx, sum_q2 = zero, zero, zero
-            for i in range(first, last):
-                value, weight = load(x, i), load(w, i)
-                q = nearest_value(inverse * value)
-                error = fused(d, q, negative(value))
-                total = fused(weight * error, error, total)
-                sum_qx = fused(weight * q, value, sum_qx)
-                sum_q2 = fused(weight * q, q, sum_q2)
-            better = total < best
-            best, best_d = select(better, total, best), select(better, d, best_d)
-            d = as_half(select(sum_q2 > F(0), sum_qx / sum_q2, d))
-        inverse = reciprocal(best_d)
-        sum_xx, sum_xq = zero, zero
         for i in range(first, last):
-            value = load(x, i)
-            scaled = inverse * value
-            store(level, i - first, nearest_level(scaled))
-            weighted_value = load(w, i) * value
-            sum_xx = fused(weighted_value, value, sum_xx)
-            sum_xq = fused(weighted_value, best_d * nearest_value(scaled), sum_xq)
-        if search.unbiased:
-            best_d = as_half(best_d * lost_gain(sum_xx, sum_xq))
-        _lay_out(level, half_bits(best_d), part(words, k, staging_words(BLOCK_BYTES)))
+            store(level, i, nearest_level(inverse * load(x, i)))
+        store(halves, k, half_bits(d))
 
 
 @device
-def _lay_out(level: Tile, d: Ints, words: Tile) -> None:
-    """Write a block: levels and the float16 bits of d."""
-    payload = int_tile(_PAYLOAD)
-    pack_bits(level, BLOCK_SIZE, 0, 4, 16, payload, 0)
-    after_half(d, payload, _PAYLOAD, words)
+def start_scale(x: Tile, w: Tile, first: int, encoders: int) -> Floats:
+    """The scale that refining starts from."""
+    tries = encoders // 2
+    return _scale(x, w, first, tries, F(8) / F(tries))
 
 
 @device
-def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
-    """The inverse of `pack_tile`, for one block per lane."""
-    payload = int_tile(_PAYLOAD)
-    without_half(words, _PAYLOAD, payload)
-    clear(level, BLOCK_SIZE)
-    unpack_bits(payload, 0, BLOCK_SIZE, 0, 4, 16, level)
-    d = half_value(load(words, 0))
+def refine(x: Tile, w: Tile, k: int, weighted: bool, search: Search, level: Tile) -> Ints:
+    """Levels of block k of less error; returns the float16 bits of d. w is overwritten."""
+    return refine_scale(start_scale, nearest_value, nearest_level, x, w, k, weighted, search, level)
+
+
+@device
+def decode(half: Ints, level: Tile, x: Tile) -> None:
+    """Weights of the levels 0..31 of a tile."""
+    d = half_value(half)
     for i in range(BLOCK_SIZE):
         value = splat(_VALUES[15])
         for j in range(15):
@@ -187,21 +146,4 @@ def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
         store(x, i, d * value)
 
 
-@kernel
-def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
-    """Pack a whole matrix as ggml does; see `registry.Kernels`."""
-    return pack_blocks(pack_tile, (), False, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
-
-
-@kernel
-def pack_refined(
-    source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, search: Search, packed: np.ndarray
-) -> int:
-    """Pack a whole matrix with less error; see `registry.Kernels`."""
-    return pack_blocks(refine_tile, search, False, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
-
-
-@kernel
-def unpack(packed: np.ndarray, weights: np.ndarray) -> None:
-    """Unpack a whole matrix; see `registry.Kernels`."""
-    unpack_blocks(unpack_tile, BLOCK_BYTES, packed, weights)
+KERNELS = block_kernels("IQ4_NL", LAYOUT, encode, refine, decode, SEARCHES, uses_row_squares=False)

@@ -1,7 +1,8 @@
-"""The levels of packed weights apart from their scales: the grid that scales leave, and levels written anew on it.
+"""Levels of packed weights: their places in a block, the grid of values that scales leave them, reading and writing.
 
 With the bytes of its levels all zeros a block unpacks to the lowest value of every weight's grid, with all ones to the
-last one, and values in between are evenly spaced, but for IQ4_NL. So a table of where levels lie serves all types.
+last one, and values in between are evenly spaced, but for IQ4_NL. So the places of its levels are all that need be
+known of a type.
 """
 
 from collections.abc import Callable
@@ -24,11 +25,12 @@ class Field(NamedTuple):
     @property
     def place(self) -> slice:
         """The field's bytes in a block."""
-        return slice(self.first, self.first + self.weights * self.n_bits // 8)
+        return slice(self.first, self.first + self.n_bytes)
 
-
-IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""ggml's `kvalues_iq4nl`."""
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the field in a block."""
+        return self.weights * self.n_bits // 8
 
 
 class Layout(NamedTuple):
@@ -47,23 +49,14 @@ class Layout(NamedTuple):
         return self.fields[0].weights
 
     @property
+    def n_bytes(self) -> int:
+        """Bytes of the levels of a block."""
+        return sum(field.n_bytes for field in self.fields)
+
+    @property
     def highest(self) -> int:
         """The last level."""
         return int((1 << sum(field.n_bits for field in self.fields)) - 1)
-
-
-LAYOUTS = {
-    "Q2_K": Layout(16, (Field(16, 0, 2, 32),)),
-    "Q3_K": Layout(16, (Field(32, 0, 2, 32), Field(0, 2, 1, 32))),
-    "Q4_K": Layout(32, (Field(16, 0, 4, 32),)),
-    "Q5_K": Layout(32, (Field(48, 0, 4, 32), Field(16, 4, 1, 32))),
-    "Q6_K": Layout(16, (Field(0, 0, 4, 64), Field(128, 4, 2, 32))),
-    "Q4_0": Layout(32, (Field(2, 0, 4, 16, 32),)),
-    "Q4_1": Layout(32, (Field(4, 0, 4, 16, 32),)),
-    "Q5_0": Layout(32, (Field(6, 0, 4, 16, 32), Field(2, 4, 1, 1, 32))),
-    "Q5_1": Layout(32, (Field(8, 0, 4, 16, 32), Field(4, 4, 1, 1, 32))),
-    "IQ4_NL": Layout(32, (Field(2, 0, 4, 16, 32),), tuple(value - IQ4_NL_VALUES[0] for value in IQ4_NL_VALUES)),
-}
 
 
 class Grid(NamedTuple):

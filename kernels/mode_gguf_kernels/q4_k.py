@@ -1,4 +1,4 @@
-"""Q4_K: levels of 4 bits, scale and min of 6 bits per 32 weights; see `scale_min`.
+"""Q4_K: levels of 4 bits, scale and min of 6 bits per 32 weights; see `super_block_min`.
 
 A super-block of 256 weights, `block_q4_K` of ggml:
 
@@ -6,71 +6,18 @@ A super-block of 256 weights, `block_q4_K` of ggml:
 |--------|---------------------------------------------------------------------------------------|
 | 0-1    | d, float16                                                                            |
 | 2-3    | dmin, float16                                                                         |
-| 4-15   | eight scales and eight mins of 6 bits, see `scale_min`                                |
+| 4-15   | eight scales and eight mins of 6 bits, see `scale_min_k4`                                |
 | 16-143 | levels: byte 32 h + m holds weights 64 h + m (bits 0-3) and 64 h + m + 32 (bits 4-7)  |
 """
 
-import numpy as np
+from mode_gguf_kernels.levels import Field, Layout
+from mode_gguf_kernels.scale_min_k4 import pack_scales, unpack_scales, weigh_by_typical_size
+from mode_gguf_kernels.super_block_min import Codes, GgmlSearch, min_super_block_kernels
 
-from mode_gguf_kernels.bits import clear, pack_bits, unpack_bits
-from mode_gguf_kernels.compilation import device, kernel
-from mode_gguf_kernels.matrix import pack_matrix, unpack_matrix
-from mode_gguf_kernels.refine import Search
-from mode_gguf_kernels.scale_min import decode_tile, encode_refined, encode_tile
-from mode_gguf_kernels.search import F
-from mode_gguf_kernels.simd import Tile
-from mode_gguf_kernels.tiles import int_tile
-
-BLOCK_SIZE = 256
-BLOCK_BYTES = 2 + 2 + 12 + 256 // 2
-_LEVELS = 4  # first 32-bit word
-
-SEARCHES: dict[str, Search] = {
-    "fast": Search(5, 1, 0, 1),
-    "default": Search(9, 2, 1, 3),
-    "max": Search(19, 5, 2, 8),
-}
-
-
-@device
-def pack_tile(x: Tile, w: Tile, weighted: bool, _search: tuple[()], words: Tile) -> None:
-    """Pack one super-block per lane; with `weighted`, w holds the importance (it is overwritten)."""
-    level = int_tile(256)
-    encode_tile(x, w, weighted, 15, F(-1.0), 20, words, level)
-    pack_bits(level, 256, 0, 4, 32, words, _LEVELS)
-
-
-@device
-def refine_tile(x: Tile, w: Tile, weighted: bool, search: Search, words: Tile) -> None:
-    """Pack one super-block per lane with less error; w is overwritten."""
-    level = int_tile(256)
-    encode_refined(x, w, weighted, 15, search, words, level)
-    pack_bits(level, 256, 0, 4, 32, words, _LEVELS)
-
-
-@device
-def unpack_tile(words: Tile, level: Tile, x: Tile) -> None:
-    """The inverse of `pack_tile`."""
-    clear(level, 256)
-    unpack_bits(words, _LEVELS, 256, 0, 4, 32, level)
-    decode_tile(words, level, x)
-
-
-@kernel
-def pack(source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, packed: np.ndarray) -> int:
-    """Pack a whole matrix as ggml does; see `registry.Kernels`."""
-    return pack_matrix(pack_tile, (), BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
-
-
-@kernel
-def pack_refined(
-    source: np.ndarray, kind: int, importance: np.ndarray, blocks_per_row: int, search: Search, packed: np.ndarray
-) -> int:
-    """Pack a whole matrix with less error; see `registry.Kernels`."""
-    return pack_matrix(refine_tile, search, BLOCK_BYTES, source, kind, importance, blocks_per_row, packed)
-
-
-@kernel
-def unpack(packed: np.ndarray, weights: np.ndarray) -> None:
-    """Unpack a whole matrix; see `registry.Kernels`."""
-    unpack_matrix(unpack_tile, BLOCK_BYTES, packed, weights)
+KERNELS = min_super_block_kernels(
+    "Q4_K",
+    2 + 2 + 12 + 256 // 2,
+    Layout(32, (Field(first=16, shift=0, n_bits=4, stride=32),)),
+    Codes(63, pack_scales, unpack_scales, halves_word=0),
+    GgmlSearch(2, weigh_by_typical_size, rmin=-1.0, nstep=20, use_mad=False, limits_plain=True, limits_weighted=False),
+)

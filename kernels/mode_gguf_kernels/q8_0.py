@@ -8,30 +8,27 @@ A block of 32 weights, `block_q8_0` of ggml:
 | 2-33  | levels, int8 |
 """
 
-import numpy as np
-
 from mode_gguf_kernels.bits import byte_of
-from mode_gguf_kernels.compilation import device, kernel
+from mode_gguf_kernels.blocks import BLOCK_SIZE
+from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits, half_value
-from mode_gguf_kernels.search import F, signed_extreme
-from mode_gguf_kernels.simd import LANES, Tile, absolute, load, round_away, select, splat, store, to_float, to_int
-from mode_gguf_kernels.tiles import (
-    float_tile,
-    int_tile,
-    load_blocks,
-    load_weights,
-    staging_words,
-    store_blocks,
-    store_weights,
-)
+from mode_gguf_kernels.matrix import TileFunctions, block_items, matrix_kernels
+from mode_gguf_kernels.search import INTERLEAVED, F, signed_extreme
+from mode_gguf_kernels.simd import Tile, absolute, load, round_away, select, splat, store, to_float, to_int
+from mode_gguf_kernels.tiles import staging_words
 
-BLOCK_SIZE = 32
 BLOCK_BYTES = 2 + 32
 
 
 @device
-def pack_tile(x: Tile, words: Tile) -> None:
-    """Pack one block per lane: `quantize_row_q8_0_ref`."""
+def pack_tile(x: Tile, _w: Tile, _mean_squares: Tile, _weighted: bool, _search: tuple[()], words: Tile) -> None:
+    """Pack a lane's blocks: `quantize_row_q8_0_ref`."""
+    for k in range(INTERLEAVED):
+        _pack_block(block_items(x, k, BLOCK_SIZE), block_items(words, k, staging_words(BLOCK_BYTES)))
+
+
+@device
+def _pack_block(x: Tile, words: Tile) -> None:
     magnitude, _ = signed_extreme(x, 0, 32)
     d = magnitude / F(127)
     inverse = select(d != F(0), F(1) / d, F(0))
@@ -48,35 +45,12 @@ def pack_tile(x: Tile, words: Tile) -> None:
 
 
 @device
-def unpack_tile(words: Tile, x: Tile) -> None:
-    """The inverse of `pack_tile`."""
+def unpack_tile(words: Tile, _level: Tile, x: Tile) -> None:
+    """The inverse of `pack_tile`, for one block per lane."""
     d = half_value(load(words, 0))
     for i in range(32):
         level = (byte_of(words, 0, i + 2) << 24) >> 24
         store(x, i, to_float(level) * d)
 
 
-@kernel
-def pack(source: np.ndarray, kind: int, _importance: np.ndarray, _blocks_per_row: int, packed: np.ndarray) -> int:
-    """Pack a whole matrix; see `registry.Kernels`."""
-    x = float_tile(BLOCK_SIZE)
-    words, staging = int_tile(staging_words(BLOCK_BYTES)), int_tile(staging_words(BLOCK_BYTES))
-    n_blocks = packed.size // BLOCK_BYTES
-    for first in range(0, n_blocks, LANES):
-        if not load_weights(source, kind, first, n_blocks, BLOCK_SIZE, x):
-            return first
-        pack_tile(x, words)
-        store_blocks(words, BLOCK_BYTES, first, n_blocks, staging, packed)
-    return n_blocks
-
-
-@kernel
-def unpack(packed: np.ndarray, weights: np.ndarray) -> None:
-    """Unpack a whole matrix; see `registry.Kernels`."""
-    x = float_tile(BLOCK_SIZE)
-    words, staging = int_tile(staging_words(BLOCK_BYTES)), int_tile(staging_words(BLOCK_BYTES))
-    n_blocks = packed.size // BLOCK_BYTES
-    for first in range(0, n_blocks, LANES):
-        load_blocks(packed, BLOCK_BYTES, first, n_blocks, staging, words)
-        unpack_tile(words, x)
-        store_weights(x, first, n_blocks, BLOCK_SIZE, weights)
+KERNELS = matrix_kernels("Q8_0", BLOCK_SIZE, BLOCK_BYTES, TileFunctions(pack_tile, unpack_tile), searches={})

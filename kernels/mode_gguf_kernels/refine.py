@@ -10,9 +10,9 @@ squares fit q of x has <q, x> = <q, q> < <x, x>, so that all outputs come out a 
 rounding errors mostly cancel in an output, a sum of hundreds of products; this one does not. So in the end d and dmin
 are scaled by <x, x> / <q, x>: of all that keep the size of outputs, that has the least error. See `lost_gain`.
 
-As these sums need not be ggml's, multiplications and
-additions are fused: faster, and closer to the exact sum. `refine_min` has the types with a min, `refine_signed` those
-without.
+As these sums need not be ggml's, multiplications and additions are fused: faster, and closer to the exact sum.
+`refine_min` has the K-quants with mins, `refine_signed` those without, `block_min` and `block_scale` the types of 32
+weights to a block.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from mode_gguf_kernels.simd import Floats, Tile, absolute, fused, load, select, 
 
 
 class Search(NamedTuple):
-    """How much of it: everything costs time in proportion.
+    """Extent of the search for less error; time is proportional to each number.
 
     Attributes:
         encoders: how many encoders (inverse scales) a sub-block's start is chosen from.

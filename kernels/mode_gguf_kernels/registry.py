@@ -1,16 +1,16 @@
 """The types that can be packed, and the two functions that do it for whole matrices."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from mode_gguf_kernels import iq4_nl, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
+from mode_gguf_kernels.matrix import Kernels
 from mode_gguf_kernels.refine import Search
 from mode_gguf_kernels.tiles import BFLOAT16, FLOAT16, FLOAT32
 
-_KINDS = {
+_SOURCE_DTYPES = {
     np.dtype(np.float32): FLOAT32,
     np.dtype(np.float16): FLOAT16,
     np.dtype(np.uint16): BFLOAT16,
@@ -32,7 +32,7 @@ class NonFiniteError(PackingError):
 
 
 Effort: TypeAlias = Literal["fast", "default", "max"]
-"""How long to search for less error."""
+"""Search effort of a refinement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,55 +52,9 @@ class Refinement:
     unbiased: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """One type's block and its compiled loops over all blocks of a matrix.
-
-    Attributes:
-        name: GGUF name.
-        block_size: weights in a block; rows hold whole blocks.
-        block_bytes: bytes a block is packed into.
-        pack: pack(source, kind, importance, blocks_per_row, packed): `source` holds the matrix's bytes, `kind` says of
-            what (`tiles.FLOAT32`, ...), `importance` is empty for none. Returns the number of blocks; or the first
-            block of a run of `simd.LANES` blocks among which one holds a value that is not finite.
-        unpack: unpack(packed, weights), both flat.
-        pack_refined: like `pack`, with a `refine.Search` before `packed`; None for a type that leaves nothing to
-            search for.
-        searches: the `refine.Search` of each effort.
-    """
-
-    name: str
-    block_size: int
-    block_bytes: int
-    pack: Callable[[np.ndarray, int, np.ndarray, int, np.ndarray], int]
-    unpack: Callable[[np.ndarray, np.ndarray], None]
-    pack_refined: Callable[[np.ndarray, int, np.ndarray, int, Search, np.ndarray], int] | None
-    searches: Mapping[str, Search]
-
-
 TYPES: dict[str, Kernels] = {
-    name: Kernels(
-        name,
-        module.BLOCK_SIZE,
-        module.BLOCK_BYTES,
-        module.pack,
-        module.unpack,
-        getattr(module, "pack_refined", None),
-        getattr(module, "SEARCHES", {}),
-    )
-    for name, module in (
-        ("Q2_K", q2_k),
-        ("Q3_K", q3_k),
-        ("Q4_K", q4_k),
-        ("Q5_K", q5_k),
-        ("Q6_K", q6_k),
-        ("Q8_0", q8_0),
-        ("Q4_0", q4_0),
-        ("Q4_1", q4_1),
-        ("Q5_0", q5_0),
-        ("Q5_1", q5_1),
-        ("IQ4_NL", iq4_nl),
-    )
+    module.KERNELS.name: module.KERNELS
+    for module in (q2_k, q3_k, q4_k, q5_k, q6_k, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl)
 }
 
 
@@ -132,8 +86,8 @@ def pack(
         PackingError: an argument does not fit this description.
     """
     kernels = _kernels(type_name)
-    kind = _KINDS.get(matrix.dtype)
-    if kind is None:
+    source_dtype = _SOURCE_DTYPES.get(matrix.dtype)
+    if source_dtype is None:
         raise PackingError(f"a matrix of {matrix.dtype} cannot be packed: float32, float16 or uint16 expected")
     if matrix.ndim != 2:
         raise PackingError(f"shape {matrix.shape} cannot be packed: a matrix (rows, n) expected")
@@ -154,10 +108,10 @@ def pack(
     source = _read_only(np.ascontiguousarray(matrix).reshape(-1).view(np.uint8))
     weights = _read_only(np.ascontiguousarray(importance))
     if refinement is None or kernels.pack_refined is None:
-        n_packed = kernels.pack(source, kind, weights, blocks_per_row, out.reshape(-1))
+        n_packed = kernels.pack(source, source_dtype, weights, blocks_per_row, (), out.reshape(-1))
     else:
         search = _search(kernels, refinement)
-        n_packed = kernels.pack_refined(source, kind, weights, blocks_per_row, search, out.reshape(-1))
+        n_packed = kernels.pack_refined(source, source_dtype, weights, blocks_per_row, search, out.reshape(-1))
     if n_packed < rows * blocks_per_row:
         raise _non_finite_error(matrix, n_packed // blocks_per_row)
     return out

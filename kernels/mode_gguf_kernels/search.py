@@ -38,7 +38,7 @@ F = np.float32
 GROUP_MAX_EPS = F(1e-15)
 """ggml's threshold below which a group counts as zero."""
 
-TOGETHER = 2
+INTERLEAVED = 2
 """Sub-blocks that `make_qkx_quants` searches side by side: divisions for one hide behind sums over the other."""
 
 _ROUNDER = F(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the lowest bits
@@ -133,18 +133,18 @@ def make_qkx_quants(
     Tries nstep + 1 encoders, fits scale and min to each one's levels by weighted least squares, and keeps the best.
     A better min also moves the origin of the encoders tried after it.
 
-    Searches `TOGETHER` sub-blocks of n weights from `first` on, and sets items j, j + 1, ... of the tiles in `found`:
-    scale, min (as stored: what is subtracted), and the winner's inverse scale and offset: its levels are those of
-    inverse * (x - offset).
+    Searches `INTERLEAVED` sub-blocks of n weights from `first` on, and sets items j, j + 1, ... of the tiles in
+    `found`: scale, min (as stored: what is subtracted), and the winner's inverse scale and offset: its levels are
+    those of inverse * (x - offset).
     """
     scales, lows, inverses, offsets = found
-    sums_w, sums_x, highs = float_tile(TOGETHER), float_tile(TOGETHER), float_tile(TOGETHER)
-    first_lows, bests = float_tile(TOGETHER), float_tile(TOGETHER)
-    tried, determinants = float_tile(TOGETHER), float_tile(TOGETHER)
-    fitted_scales, fitted_lows, level = float_tile(TOGETHER), float_tile(TOGETHER), float_tile(TOGETHER * n)
+    sums_w, sums_x, highs = float_tile(INTERLEAVED), float_tile(INTERLEAVED), float_tile(INTERLEAVED)
+    first_lows, bests = float_tile(INTERLEAVED), float_tile(INTERLEAVED)
+    tried, determinants = float_tile(INTERLEAVED), float_tile(INTERLEAVED)
+    fitted_scales, fitted_lows, level = float_tile(INTERLEAVED), float_tile(INTERLEAVED), float_tile(INTERLEAVED * n)
     nmax = F(highest)
     zero = splat(F(0))
-    for k in range(TOGETHER):
+    for k in range(INTERLEAVED):
         start = first + k * n
         value = load(x, start)
         weight = load(w, start)
@@ -180,7 +180,7 @@ def make_qkx_quants(
         store(offsets, j + k, low)
 
     for step in range(nstep + 1):
-        for k in range(TOGETHER):
+        for k in range(INTERLEAVED):
             start = first + k * n
             low = load(lows, j + k)
             inverse = (rmin + rdelta * F(step) + nmax) / (load(highs, k) - low)
@@ -209,7 +209,7 @@ def make_qkx_quants(
             store(fitted_scales, k, scale)
             store(fitted_lows, k, low)
             store(tried, k, inverse)
-        for k in range(TOGETHER):
+        for k in range(INTERLEAVED):
             start = first + k * n
             scale = load(fitted_scales, k)
             low = load(fitted_lows, k)
@@ -225,7 +225,7 @@ def make_qkx_quants(
             store(scales, j + k, select(better, scale, load(scales, j + k)))
             store(lows, j + k, select(better, low, load(lows, j + k)))
 
-    for k in range(TOGETHER):
+    for k in range(INTERLEAVED):
         constant = load(highs, k) <= load(first_lows, k)
         store(scales, j + k, select(constant, zero, load(scales, j + k)))
         store(lows, j + k, negative(select(constant, load(first_lows, k), load(lows, j + k))))

@@ -1,4 +1,4 @@
-"""Between memory and tiles: blocks of a matrix in, packed blocks out, and the same backwards.
+"""Transfers between memory and tiles: blocks of a matrix in, packed blocks out, and back.
 
 A *block* is the run of weights a type stores together (a super-block of 256 for K-quants). Lane k of a tile works on
 block `first + k` of the flat matrix; lanes past the end repeat the last block, so they write its bytes once more.
@@ -58,32 +58,34 @@ def lane_starts(first: int, n_blocks: int, stride: int) -> np.ndarray:
 
 
 @device
-def load_weights(source: np.ndarray, kind: int, first: int, n_blocks: int, block_size: int, tile: Tile) -> bool:
-    """Fill `tile` with the blocks [first, first + LANES) of `source`, whose bytes are of `kind`.
+def load_weights(source: np.ndarray, source_dtype: int, first: int, n_blocks: int, block_size: int, tile: Tile) -> bool:
+    """Fill `tile` with the blocks [first, first + LANES) of `source`, whose bytes are of `source_dtype`.
 
     Returns whether every value is finite.
     """
     starts = lane_starts(first, n_blocks, block_size)
     largest = splat(0)
     for start in range(0, block_size, 16):
-        load_run(source, kind, starts, start, tile, start)
+        load_run(source, source_dtype, starts, start, tile, start)
         for item in range(start, start + 16):
             largest = larger(largest, bits_of(load(tile, item)) & 0x7FFFFFFF)
     return not any_lane(largest >= _INFINITY_BITS)
 
 
 @device
-def load_run(source: np.ndarray, kind: int, starts: np.ndarray, column: int, tile: Tile, first_item: int) -> None:
-    """Fill 16 items of `tile` with what follows value starts[lane] + column of `source`, whose bytes are of `kind`."""
-    if kind == FLOAT32:
+def load_run(
+    source: np.ndarray, source_dtype: int, starts: np.ndarray, column: int, tile: Tile, first_item: int
+) -> None:
+    """Fill 16 items of `tile` with what follows value starts[lane] + column of `source`."""
+    if source_dtype == FLOAT32:
         gather(source.view(np.float32), starts, column, tile, first_item)
     else:
         gather(source.view(np.uint16), starts, column, tile, first_item)
     for item in range(first_item, first_item + 16):
         value = load(tile, item)
-        if kind == FLOAT16:
+        if source_dtype == FLOAT16:
             value = half_value(bits_of(value))
-        elif kind == BFLOAT16:
+        elif source_dtype == BFLOAT16:
             value = floats_from_bits(bits_of(value) << 16)
         store(tile, item, value)
 

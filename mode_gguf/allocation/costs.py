@@ -65,7 +65,7 @@ class ExpertUse:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredCosts:
-    """The sensitivity arrays (docs/DESIGN.md), the types their last axis stands for, and expert use by layer."""
+    """Sensitivity arrays (docs/design/artefacts.md), the types their last axis stands for, and expert use by layer."""
 
     arrays: Mapping[str, np.ndarray]
     expert_types: tuple[str, ...]

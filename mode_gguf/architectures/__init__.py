@@ -1,9 +1,12 @@
 """Model families: which checkpoints can be converted, and how their tensors become GGUF tensors.
 
-A family is one module of data; to add one, write it and list it in `FAMILIES`.
+A family is one module of data in `families/`, made of a text model (`text/`) and a vision tower (`vision/`); to add
+one, write it and list it in `FAMILIES`.
 """
 
-from mode_gguf.architectures import (
+from mode_gguf.architectures.base_gguf.family import base_family, checkpoint_with_base
+from mode_gguf.architectures.common_keys import Metadata, MetadataValue
+from mode_gguf.architectures.families import (
     gemma4_moe,
     glm4v_moe,
     internvl,
@@ -13,21 +16,17 @@ from mode_gguf.architectures import (
     qwen3_5_moe,
     qwen3_vl_moe,
 )
-from mode_gguf.architectures.base_family import base_family, checkpoint_with_base
-from mode_gguf.architectures.family import (
-    Metadata,
-    MetadataValue,
-    ModelFamily,
-    check_all_used,
-    left_out_beginnings,
-    source_tensors,
-)
+from mode_gguf.architectures.family import ModelFamily
+from mode_gguf.architectures.hparams import has_experts
+from mode_gguf.architectures.source_tensors import check_all_used, left_out_beginnings, source_tensors
 from mode_gguf.architectures.tensors import SourceTensor
+from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
 __all__ = [
     "FAMILIES",
+    "TOKENIZERS",
     "Metadata",
     "MetadataValue",
     "ModelFamily",
@@ -48,11 +47,12 @@ FAMILIES: tuple[ModelFamily, ...] = (
     internvl.FAMILY,
     kimi_vl.FAMILY,
     kimi_k25.FAMILY,
-    mistral4.PUBLIC,
     mistral4.FAMILY,
+    mistral4.PARAMETERS,
 )
 
-_EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+TOKENIZERS: tuple[Tokenizer, ...] = tuple(dict.fromkeys(family.tokenizer for family in FAMILIES))
+"""All that a checkpoint's tokenizer may be, whatever its family."""
 
 
 def find_family(checkpoint: Checkpoint) -> ModelFamily:
@@ -63,15 +63,13 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
     """
     if checkpoint.base is not None:
         return base_family(checkpoint, checkpoint.base)
-    config = checkpoint.config
-    classes = config.get("architectures")
-    for family in FAMILIES:
-        if isinstance(classes, list) and family.hf_class in classes and family.matches(checkpoint):
-            family.check(checkpoint)
-            return family
-    text = config.get("text_config")
-    settings = {**config, **text} if isinstance(text, dict) else config
-    if not any(settings.get(key) for key in _EXPERT_COUNT_KEYS):
+    classes = checkpoint.config.get("architectures")
+    of_class = [family for family in FAMILIES if isinstance(classes, list) and family.hf_class in classes]
+    if of_class:
+        family = next((family for family in of_class if family.matches(checkpoint)), of_class[-1])
+        family.check(checkpoint)
+        return family
+    if not has_experts(checkpoint.config):
         raise InputError(
             f"{checkpoint.path}: {classes} is not a Mixture-of-Experts model (no experts in config.json); "
             "use llama.cpp's own convert_hf_to_gguf.py and llama-quantize for dense models"
@@ -110,7 +108,7 @@ def mtp_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
         InputError: the checkpoint has no such block, or llama.cpp cannot draft with that of its family.
     """
     family = find_family(checkpoint)
-    if family.mtp_rules is None:
+    if family.text.mtp is None:
         raise InputError(f"{checkpoint.path}: multi-token prediction of {family.hf_class} is not supported")
     block = left_out(checkpoint)
     if not block:

@@ -1,4 +1,4 @@
-"""Fused routed experts as transformers holds them, and rules that take them apart.
+"""Routed experts: rules for their tensors, and how the fused ones of transformers are taken apart.
 
 H is the hidden size, I the width of an expert, E their number.
 """
@@ -6,11 +6,10 @@ H is the hidden size, I the width of an expert, E their number.
 from functools import partial
 from typing import Literal, Protocol
 
-from mode_gguf.architectures.config import section, setting
-from mode_gguf.architectures.family import TensorRule, View
+from mode_gguf.architectures.hparams import expert_sizes, text_hparams
+from mode_gguf.architectures.rules import LAYER, TensorRule, View, check_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, transposed_copy
 from mode_gguf.checkpoint.folder import Checkpoint, Index
-from mode_gguf.errors import InputError
 
 Projection = Literal["gate", "up", "gate_up", "down"]
 """Gate and up are two tensors in most families' files, and one in others'."""
@@ -22,24 +21,14 @@ class FusedTransform(Protocol):
     def __call__(self, checkpoint: Checkpoint, source: str, /, projection: Projection) -> View: ...
 
 
-def expert_sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
-    """E, H, I."""
-    text = section(checkpoint, "text_config")
-    return (
-        setting(checkpoint, text, int, "num_experts", "num_local_experts", "n_routed_experts"),
-        setting(checkpoint, text, int, "hidden_size"),
-        setting(checkpoint, text, int, "moe_intermediate_size"),
-    )
-
-
 def fused_shape(checkpoint: Checkpoint, projection: Projection) -> tuple[int, int, int]:
     """(E, 2I, H) of gate_up_proj, or (E, H, I) of down_proj: how transformers multiplies with them."""
-    experts, hidden, width = expert_sizes(checkpoint)
+    experts, hidden, width = expert_sizes(text_hparams(checkpoint))
     return (experts, hidden, width) if projection == "down" else (experts, 2 * width, hidden)
 
 
 def rows_of(projection: str, n_rows: int) -> slice:
-    """Where a projection that is not down lies among the `n_rows` = 2I rows of transformers' gate_up_proj."""
+    """The rows of gate, up or both among the `n_rows` = 2I rows of transformers' gate_up_proj."""
     half = n_rows // 2
     return {"gate": slice(0, half), "up": slice(half, n_rows), "gate_up": slice(0, n_rows)}[projection]
 
@@ -54,12 +43,7 @@ def fused_experts(checkpoint: Checkpoint, source: str, projection: Projection, *
         InputError: the shape is another.
     """
     experts, rows, n_in = fused_shape(checkpoint, projection)
-    expected = (experts, n_in, rows) if transposed else (experts, rows, n_in)
-    if checkpoint.shape(source) != expected:
-        raise InputError(
-            f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.shape(source))}, expected "
-            f"{list(expected)}; use the config.json published with these weights"
-        )
+    check_shape(checkpoint, source, (experts, n_in, rows) if transposed else (experts, rows, n_in))
     part = slice(0, rows) if projection == "down" else rows_of(projection, rows)
     n_rows = part.stop - part.start
 
@@ -74,30 +58,30 @@ def fused_experts(checkpoint: Checkpoint, source: str, projection: Projection, *
 
 
 def expert_rules(
-    layer: str,
     transform: FusedTransform = fused_experts,
     *,
     block: str = "mlp.experts",
     fused: bool = False,
     only: str | None = None,
 ) -> tuple[TensorRule, ...]:
-    """Gate, up and down of the experts of `layer`, a checkpoint's name for a decoder layer.
+    """Gate, up and down of a decoder layer's experts.
 
     Args:
         block: the checkpoint's name of the experts in a layer.
         fused: gate and up stay one tensor; experts are then never stored one by one.
         only: as in `TensorRule`, where some layers have no experts.
     """
+    experts = f"{LAYER.source}.{block}"
 
     def rule(source: str, projection: Projection, activation: str) -> TensorRule:
         return TensorRule(
-            source=f"{layer}.{block}.{source}",
-            name=f"blk.{{layer}}.ffn_{projection}_exps.weight",
+            source=f"{experts}.{source}",
+            name=f"{LAYER.name}.ffn_{projection}_exps.weight",
             role=Role.EXPERT,
             transform=partial(transform, projection=projection),
             projection=projection,
-            activation=f"blk.{{layer}}.ffn_exps.{activation}",
-            each=None if fused else f"{layer}.{block}.{{expert}}.{projection}_proj.weight",
+            activation=f"{LAYER.name}.ffn_exps.{activation}",
+            each=None if fused else f"{experts}.{{expert}}.{projection}_proj.weight",
             only=only,
         )
 

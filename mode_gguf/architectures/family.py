@@ -1,103 +1,19 @@
-"""What a model family is: tables that lead from checkpoint tensors to GGUF tensors, and what llama.cpp must be told."""
+"""Model families: a text model, a vision tower, a layout of names, and a tokenizer that go together."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from string import Formatter
-from typing import Any, TypeAlias
+from typing import Any
 
+from mode_gguf.architectures.common_keys import Metadata, text_ranges, vision_ranges
+from mode_gguf.architectures.hparams import Hparams
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage, image_token_id
-from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Reader, Role, SourceTensor
+from mode_gguf.architectures.rules import EMBEDDING, Ranges, TensorRule
+from mode_gguf.architectures.tensors import Array
+from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.errors import InputError
-
-MetadataValue: TypeAlias = str | bool | int | float | list[str] | list[bool] | list[int] | list[float]
-"""A GGUF value: int is stored as uint32, float as float32, and a list of int as an int32 array."""
-
-Metadata: TypeAlias = Mapping[str, MetadataValue]
-
-Values: TypeAlias = Mapping[str, int]
-"""What fills the placeholders of a rule once."""
-
-Ranges: TypeAlias = Mapping[str, Sequence[Values]]
-"""All that fills them, by placeholder."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A GGUF tensor's shape in NumPy order, and what reads it; `read` and `order` as in `SourceTensor`."""
-
-    shape: tuple[int, ...]
-    read: Reader
-    order: Order | None = None
-
-
-Transform: TypeAlias = Callable[[Checkpoint, str], View]
-"""From the checkpoint tensor of that name to a GGUF tensor; reads nothing but headers until its `read` is called."""
-
-
-def as_stored(checkpoint: Checkpoint, source: str) -> View:
-    """The tensor as it is."""
-    return View(checkpoint.shape(source), lambda _, rows=ALL_ROWS: checkpoint.read(source, rows))
-
-
-def stacked(checkpoint: Checkpoint, sources: Sequence[str]) -> View:
-    """Experts that are stored one by one, (rows, n_in) each, as (E, rows, n_in).
-
-    Raises:
-        InputError: they differ in shape.
-    """
-    shape = checkpoint.shape(sources[0])
-    for source in sources:
-        if len(shape) != 2 or checkpoint.shape(source) != shape:
-            raise InputError(
-                f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.shape(source))}, and {sources[0]} "
-                f"{list(shape)}; expected experts of one layer to be matrices of one shape"
-            )
-
-    def read(expert: int, rows: slice = ALL_ROWS) -> Array:
-        return checkpoint.read(sources[expert], rows)
-
-    return View((len(sources), *shape), read)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRule:
-    """One GGUF tensor for each value of the placeholder in its names, such as `{layer}`.
-
-    Attributes:
-        source: checkpoint name.
-        name: GGUF name.
-        role: what may happen to it.
-        transform: how the one becomes the other.
-        projection: of experts.
-        activation: statistics of its input; None when it has none.
-        each: checkpoint name of expert `{expert}`'s matrix, where experts may also be stored one by one.
-        only: key of the ranges that it is confined to, such as the layers of one kind.
-    """
-
-    source: str
-    name: str
-    role: Role
-    transform: Transform = as_stored
-    projection: str | None = None
-    activation: str | None = None
-    each: str | None = None
-    only: str | None = None
-
-    @property
-    def placeholder(self) -> str | None:
-        """The name between braces in `source`, if there is one."""
-        return placeholder_of(self.source)
-
-    def filled(self, values: Mapping[str, int]) -> "TensorRule":
-        """The rule of one layer: placeholders replaced."""
-        return replace(
-            self,
-            source=self.source.format_map(values),
-            name=self.name.format_map(values),
-            activation=self.activation and self.activation.format_map(values),
-        )
+from mode_gguf.gpu_memory.model_graphs import ModelGraphs
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
@@ -105,45 +21,59 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.config.get("tie_word_embeddings", False))
 
 
-def placeholder_of(name: str) -> str | None:
-    """What is between braces in `name`, if there are any."""
-    return next((part for _, part, _, _ in Formatter().parse(name) if part is not None), None)
-
-
-def any_checkpoint(checkpoint: Checkpoint) -> bool:
-    """Of families that have their class for themselves, and of the last that shares it."""
-    return True
-
-
-def same_name(parameter: str) -> str:
-    """Of checkpoints that name tensors as transformers names parameters."""
-    return parameter
-
-
 def no_parameter(checkpoint: Checkpoint, parameter: str) -> Array | None:
-    """Of checkpoints that store every parameter as one tensor."""
+    """The answer for checkpoints that store every parameter as one tensor."""
     return None
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFamily:
-    """Everything that differs between model families.
+class MtpBlock:
+    """A block for multi-token prediction that llama.cpp can draft with, in a file of its own.
 
     Attributes:
-        hf_class: transformers' class, as `architectures` in config.json names it.
-        gguf_arch: general.architecture of the text model.
-        projector_type: clip.projector_type.
-        text_rules: tensors of the text model, in file order.
-        projector_rules: tensors of the projector, in file order.
-        ignored: beginnings of names of checkpoint tensors that are left out on purpose; placeholders as in rules.
-        matches: whether a checkpoint of the class is one of this family's, where several families share it.
+        rules: tensors of that file, without placeholders.
+        keys: its keys beyond general.* and tokenizer.*, with `{arch}` for the architecture.
+    """
+
+    rules: Callable[[Hparams], tuple[TensorRule, ...]]
+    keys: Callable[[Hparams], Metadata]
+
+
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """A decoder that llama.cpp runs.
+
+    Attributes:
+        gguf_arch: general.architecture.
+        hparams: its hyperparameters (`hparams.text_hparams`), which the others are given.
+        rules: its tensors, in file order.
+        keys: its keys beyond general.* and tokenizer.*, with `{arch}` for the architecture.
         check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
-        ranges: for each placeholder, the values that fill it, one mapping per repetition; also the subsets that rules
-            are confined to, and `expert`.
-        text_metadata: keys of the text model beyond general.* and tokenizer.*.
-        projector_metadata: clip.* keys.
-        tied_output: checkpoint name of the output head that a checkpoint with tied embeddings lacks.
+        ranges: values of the rules' placeholders.
+        mtp: what it can draft with.
+    """
+
+    gguf_arch: str
+    hparams: Callable[[Checkpoint], Hparams]
+    rules: tuple[TensorRule, ...]
+    keys: Callable[[Hparams], Metadata]
+    check: Callable[[Hparams], None]
+    ranges: Callable[[Hparams], Ranges] = text_ranges
+    mtp: MtpBlock | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VisionTower:
+    """A vision tower with its projector that llama.cpp's mtmd runs, and how an image takes its place in a prompt.
+
+    Attributes:
+        projector_type: clip.projector_type; empty for text-only models.
+        hparams: its hyperparameters (`hparams.vision_hparams`), which the next ones are given.
+        rules: its tensors, in file order.
+        keys: clip.* keys.
+        check: refuses, with `InputError`, checkpoints that llama.cpp would run differently.
         place_image: an image as the model takes it.
+        ranges: values of the rules' placeholders.
         needs_processor: whether that takes transformers' image processor.
         image_tokens: how many tokens stand for an image of some size, or at most; None where each stands for as large a
             part of any image.
@@ -151,128 +81,133 @@ class ModelFamily:
         placeholder: what the chat template writes for an image, or, where it knows only text, what is written into the
             text; None for the image token.
         token_types: argument of the model's forward that is 1 at image tokens and 0 elsewhere; None if it takes none.
-        tied: whether the output head is the token embedding.
-        special_tokens: llama.cpp's roles of tokens, such as `eot`, that no tokenizer file names.
-        model_config: what transformers' configuration is made of.
-        stored_name: from the name of a transformers parameter to the checkpoint tensor's.
-        read_parameter: reads a parameter outside the decoder layers that is not one tensor as it is, by its name in
-            transformers; None for those that are.
-        mtp_rules: tensors of a file that drafts by multi-token prediction, without placeholders; None where there is
-            no such file.
-        mtp_metadata: its keys beyond general.* and tokenizer.*.
     """
 
-    hf_class: str
-    gguf_arch: str
     projector_type: str
-    text_rules: tuple[TensorRule, ...]
-    projector_rules: tuple[TensorRule, ...]
-    ignored: tuple[str, ...]
-    check: Callable[[Checkpoint], None]
-    ranges: Callable[[Checkpoint], Ranges]
-    text_metadata: Callable[[Checkpoint], Metadata]
-    projector_metadata: Callable[[Checkpoint], Metadata]
-    tied_output: str
+    hparams: Callable[[Checkpoint], Hparams]
+    rules: tuple[TensorRule, ...]
+    keys: Callable[[Hparams], Metadata]
+    check: Callable[[Hparams], None]
     place_image: Callable[[ImagePlace], PlacedImage]
+    ranges: Callable[[Hparams], Ranges] = vision_ranges
     needs_processor: bool = True
     image_tokens: Callable[[Checkpoint, ImageSize | None], int] | None = None
-    matches: Callable[[Checkpoint], bool] = any_checkpoint
     image_token: Callable[[Checkpoint], int] = image_token_id
     placeholder: str | None = None
     token_types: str | None = "mm_token_type_ids"
-    tied: Callable[[Checkpoint], bool] = is_tied
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
-    model_config: Callable[[Checkpoint], Mapping[str, Any]] = attrgetter("config")
-    stored_name: Callable[[str], str] = same_name
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The layout of a family's checkpoints, where it differs from the one that transformers holds.
+
+    Attributes:
+        renames: patterns in the names of transformers' parameters, and what they are replaced with in those of the
+            checkpoint's tensors, one after the other.
+        read_parameter: reads a parameter outside the decoder layers that is not one tensor as it is, by its name in
+            transformers; None for those that are.
+        model_config: what transformers' configuration is made of.
+        tied: whether the output head is the token embedding.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
     read_parameter: Callable[[Checkpoint, str], Array | None] = no_parameter
-    mtp_rules: Callable[[Checkpoint], tuple[TensorRule, ...]] | None = None
-    mtp_metadata: Callable[[Checkpoint], Metadata] | None = None
+    model_config: Callable[[Checkpoint], Mapping[str, Any]] = attrgetter("config")
+    tied: Callable[[Checkpoint], bool] = is_tied
+
+    def stored_name(self, parameter: str) -> str:
+        """The checkpoint's name of a parameter of transformers' model, or of a rule with placeholders."""
+        for pattern, replacement in self.renames:
+            parameter = re.sub(pattern, replacement, parameter)
+        return parameter
+
+    def renamed(self, rule: TensorRule) -> TensorRule:
+        """A rule under the checkpoint's names."""
+        each = rule.each and self.stored_name(rule.each)
+        return replace(rule, source=self.stored_name(rule.source), each=each)
 
 
-def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint: Checkpoint) -> list[SourceTensor]:
-    """Apply `rules` to a checkpoint: one `SourceTensor` per rule and repetition.
+SAVED: tuple[tuple[str, str], ...] = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.", ""),
+)
+"""Renames of checkpoints with the names that transformers 4 gave to vision-language models, and still saves."""
 
-    Layers are kept together: neighbouring rules with one placeholder are repeated as a block.
 
-    Raises:
-        InputError: a tensor is missing, or has a shape its transform cannot read.
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """A model family: everything that differs between the models that can be converted.
+
+    Attributes:
+        hf_class: transformers' class, as `architectures` in config.json names it.
+        text: the text model.
+        vision: the vision tower.
+        tokenizer: what the text model reads.
+        layout: of its checkpoints.
+        ignored: beginnings of transformers' names of tensors that are left out on purpose; placeholders as in rules.
+        memory_graphs: the graphs that llama.cpp computes; None where the memory they take is not known.
     """
-    tied = family.tied(checkpoint)
-    ranges = family.ranges(checkpoint)
-    tensors = []
-    for rule, values in _repeated(rules, ranges):
-        if tied and rule.source == family.tied_output:
-            continue
-        sources = _sources(rule, values, ranges, checkpoint)
-        one = sources == (rule.source,)
-        view = rule.transform(checkpoint, rule.source) if one else stacked(checkpoint, sources)
-        tensors.append(
-            SourceTensor(
-                name=rule.name,
-                shape=view.shape,
-                role=rule.role,
-                sources=sources,
-                read=view.read,
-                order=view.order,
-                activation=rule.activation,
-                layer=values.get("layer"),
-                projection=rule.projection,
-            )
-        )
-    return tensors
 
+    hf_class: str
+    text: TextModel
+    vision: VisionTower
+    tokenizer: Tokenizer
+    layout: Layout = Layout()
+    ignored: tuple[str, ...] = ()
+    memory_graphs: ModelGraphs | None = None
 
-def left_out_beginnings(family: ModelFamily, ranges: Ranges) -> tuple[str, ...]:
-    """`family.ignored` with placeholders filled."""
-    return tuple(name.format_map(values) for name in family.ignored for values in _repetitions(name, ranges))
+    @property
+    def gguf_arch(self) -> str:
+        """general.architecture of the text model."""
+        return self.text.gguf_arch
 
+    @property
+    def projector_type(self) -> str:
+        """clip.projector_type; empty for text-only models."""
+        return self.vision.projector_type
 
-def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint with tensors that no rule reads: a file without them would be another model.
+    @property
+    def text_rules(self) -> tuple[TensorRule, ...]:
+        """Tensors of the text model under the checkpoint's names."""
+        return tuple(map(self.layout.renamed, self.text.rules))
 
-    Raises:
-        InputError: naming the first such tensor.
-    """
-    ranges = family.ranges(checkpoint)
-    rules = (*family.text_rules, *family.projector_rules)
-    known = {
-        source for rule, values in _repeated(rules, ranges) for source in _sources(rule, values, ranges, checkpoint)
-    }
-    ignored = left_out_beginnings(family, ranges)
-    for name in checkpoint.tensors:
-        if name not in known and not name.startswith(ignored):
-            raise InputError(
-                f"{checkpoint.path}: tensor {name} {list(checkpoint.shape(name))} has no place in a "
-                f"{family.gguf_arch} GGUF file; expected the original {family.hf_class} weights"
-            )
+    def mtp_rules(self, checkpoint: Checkpoint) -> tuple[TensorRule, ...]:
+        """Tensors of the file that drafts by multi-token prediction; none where the text model cannot."""
+        mtp = self.text.mtp
+        return tuple(map(self.layout.renamed, mtp.rules(self.text.hparams(checkpoint)))) if mtp else ()
 
+    @property
+    def projector_rules(self) -> tuple[TensorRule, ...]:
+        """Tensors of the projector under the checkpoint's names."""
+        return tuple(map(self.layout.renamed, self.vision.rules))
 
-def _sources(rule: TensorRule, values: Values, ranges: Ranges, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Checkpoint tensors of a filled rule: one, or one per expert where that is how they are stored."""
-    if rule.each is not None and rule.source not in checkpoint.tensors:
-        each = tuple(rule.each.format_map({**values, **expert}) for expert in ranges["expert"])
-        if each and each[0] in checkpoint.tensors:
-            return each
-    return (rule.source,)
+    def matches(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint of the class is in this family's layout: its token embedding has the name."""
+        return self.layout.stored_name(EMBEDDING.source) in checkpoint.tensors
 
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that llama.cpp would run differently, with an `InputError`."""
+        self.text.check(self.text.hparams(checkpoint))
+        self.vision.check(self.vision.hparams(checkpoint))
 
-def _repetitions(name: str, ranges: Ranges) -> Sequence[Values]:
-    """What fills `name`, once for every time that it stands for something."""
-    placeholder = placeholder_of(name)
-    return ranges[placeholder] if placeholder else ({},)
+    def ranges(self, checkpoint: Checkpoint) -> Ranges:
+        """Values of the placeholders in all rules."""
+        text, vision = self.text.hparams(checkpoint), self.vision.hparams(checkpoint)
+        return {**self.text.ranges(text), **self.vision.ranges(vision)}
 
+    def text_metadata(self, checkpoint: Checkpoint) -> Metadata:
+        """Keys of the text model's file beyond general.* and tokenizer.*."""
+        return self._with_architecture(self.text.keys(self.text.hparams(checkpoint)))
 
-def _repeated(rules: Sequence[TensorRule], ranges: Ranges) -> list[tuple[TensorRule, Values]]:
-    filled: list[tuple[TensorRule, Values]] = []
-    start = 0
-    for end in range(1, len(rules) + 1):
-        if end < len(rules) and rules[end].placeholder == rules[start].placeholder:
-            continue
-        for values in _repetitions(rules[start].source, ranges):
-            filled += [
-                (rule.filled(values), values)
-                for rule in rules[start:end]
-                if rule.only is None or values in ranges[rule.only]
-            ]
-        start = end
-    return filled
+    def mtp_metadata(self, checkpoint: Checkpoint) -> Metadata:
+        """Keys of the file that drafts by multi-token prediction; none where the text model cannot."""
+        mtp = self.text.mtp
+        return self._with_architecture(mtp.keys(self.text.hparams(checkpoint))) if mtp else {}
+
+    def projector_metadata(self, checkpoint: Checkpoint) -> Metadata:
+        """clip.* keys of the projector's file."""
+        return self.vision.keys(self.vision.hparams(checkpoint))
+
+    def _with_architecture(self, keys: Metadata) -> Metadata:
+        return {key.replace("{arch}", self.gguf_arch): value for key, value in keys.items()}

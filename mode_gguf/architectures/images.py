@@ -1,11 +1,11 @@
-"""How an image takes its place in a prompt: what the model is fed with, and which tokens stand for it."""
+"""Images in prompts: the arrays that a model is fed with, and the tokens that stand for them."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mode_gguf.architectures.config import setting
+from mode_gguf.architectures.hparams import config
 from mode_gguf.architectures.tensors import Array
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -18,7 +18,7 @@ ImageSize: TypeAlias = tuple[int, int]
 
 
 def scaled_size(size: ImageSize, max_pixels: int) -> ImageSize:
-    """`size` where its area is no larger than `max_pixels`, else what is scaled down to it."""
+    """`size`, scaled down where its area is larger than `max_pixels`."""
     width, height = size
     scale = math.sqrt(max_pixels / (width * height))
     return size if scale >= 1 else (max(1, int(width * scale)), max(1, int(height * scale)))
@@ -62,4 +62,4 @@ def image_token_id(checkpoint: Checkpoint) -> int:
     """`image_token_id` of config.json."""
     if "image_token_id" not in checkpoint.config:
         raise InputError(f"{checkpoint.path}: config.json names no image_token_id; not a vision-language model")
-    return setting(checkpoint, checkpoint.config, int, "image_token_id")
+    return config(checkpoint).int("image_token_id")

@@ -1,4 +1,4 @@
-"""What a model family says about one GGUF tensor: where it comes from, how it is read, what may happen to it."""
+"""GGUF tensors that are still in a checkpoint: their roles, sources and readers."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,7 +24,7 @@ class Reader(Protocol):
 
 
 class Role(StrEnum):
-    """What may happen to a tensor."""
+    """Roles of tensors: whether one is measured, planned and quantized, or stays as it is."""
 
     EXPERT = "expert"
     """Routed experts of one layer and projection, (E, rows, n_in): the tensors the method is about."""
@@ -40,7 +40,7 @@ class Role(StrEnum):
     KEEP = "keep"
     """Routers, norms, biases: always stored as F32."""
     INDEX = "index"
-    """Where a layer's experts are stored: integers, and no weights of the model (`quantization.expert_groups`)."""
+    """A table of where a layer's experts are stored: integers, and no weights (`quantization.expert_groups`)."""
 
 
 _MEASURED = frozenset({Role.EXPERT, Role.DENSE, Role.EMBEDDING, Role.OUTPUT})
@@ -48,7 +48,7 @@ _MEASURED = frozenset({Role.EXPERT, Role.DENSE, Role.EMBEDDING, Role.OUTPUT})
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """How a GGUF matrix is ordered, seen from the torch module's: its row i is the module's row `rows[i]`.
+    """The order of a GGUF matrix, seen from the torch module's: its row i is the module's row `rows[i]`.
 
     None for rows or columns that are where the module has them.
     """

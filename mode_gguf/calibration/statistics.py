@@ -41,7 +41,7 @@ class SampleCounts:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationStatistics:
-    """Statistics of a model's activations; arrays are named and shaped as docs/DESIGN.md says.
+    """Statistics of a model's activations; arrays are named and shaped as docs/design/artefacts.md says.
 
     Attributes:
         model: name of the model.

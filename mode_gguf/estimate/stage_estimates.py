@@ -54,7 +54,7 @@ _FED_BACK_PER_SECOND = 1.7e6
 _CALIBRATE, _SENSITIVITY, _ROUND, _VALIDATE = 1.1, 20.0, 1.5, 4.0
 """Time of a stage's passes over the samples, in large products of as many operations as one forward takes: small
 products of single experts are slower, and sensitivity computes gradients and what every candidate changes. The first
-was measured (docs/EXPERIMENTS.md, "Scale"), the others are counted."""
+was measured (docs/experiments/scale.md), the others are counted."""
 _HELD_OUT_TOKENS = 4000
 """About as many as the built-in held-out set has, and two models."""
 
@@ -124,7 +124,7 @@ class ModelSizes:
             used=used,
             width=min(tensor.row_width for tensor in experts if tensor.projection == "down"),
             pixels_per_token=side * side,
-            image_tokens=partial(family.image_tokens or partial(_by_area, side * side), checkpoint),
+            image_tokens=partial(family.vision.image_tokens or partial(_by_area, side * side), checkpoint),
         )
 
 

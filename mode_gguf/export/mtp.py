@@ -48,14 +48,15 @@ def write_mtp(
         raise UsageError(f"unknown type {quant_type!r} for multi-token prediction: choose from {', '.join(MTP_TYPES)}")
     file_quant_type = QUANT_TYPES[quant_type.upper()]
     family, tensors = find_family(checkpoint), mtp_tensors(checkpoint)
-    metadata = family.mtp_metadata(checkpoint) if family.mtp_metadata else {}
+    metadata = family.mtp_metadata(checkpoint)
 
     def add_keys(writer: GGUFWriter) -> None:
         add_general_keys(writer, checkpoint, tensors, kind="model")
         writer.add_file_type(file_type(file_quant_type))
         add_metadata(writer, metadata)
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, family.special_tokens)
+        special = family.tokenizer.special_tokens
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, special)
 
     outgoing = [_outgoing(checkpoint, tensor, _stored_type(tensor, file_quant_type), threads) for tensor in tensors]
     write_gguf(path, family.gguf_arch, add_keys, outgoing, description="packing", progress=progress)

@@ -12,7 +12,7 @@ from mode_gguf.quantization.types import QUANT_TYPES
 GAIN = 0.45
 """Cost of a tensor rounded with feedback over its cost rounded to nearest.
 
-Much the same for all K-quants, and for experts, attention and output (docs/EXPERIMENTS.md, "Planning for feedback").
+Much the same for all K-quants, and for experts, attention and output (docs/experiments/rounding.md).
 What a plan changes for is what has no feedback: the embedding, and types without even steps.
 """
 
@@ -23,7 +23,7 @@ def with_feedback_factor(
     expert_types: Sequence[str],
     dense_types: Sequence[str],
 ) -> dict[str, np.ndarray]:
-    """Costs to nearest, as docs/DESIGN.md names them, turned into expected costs with feedback.
+    """Costs to nearest, as docs/design/artefacts.md names them, turned into expected costs with feedback.
 
     Args:
         expert_types, dense_types: what the last axis of experts' and of all other arrays stands for.

@@ -11,7 +11,7 @@ from torch import Tensor
 from mode_gguf_kernels import Feedback
 
 DAMPING = 0.3
-"""Of the mean of H's diagonal, added to the diagonal (docs/EXPERIMENTS.md, "Rounding with feedback").
+"""Of the mean of H's diagonal, added to the diagonal (docs/experiments/rounding.md, "Damping").
 
 Inputs of the calibration samples are not those of later use; damping is what directions that they leave out count.
 """

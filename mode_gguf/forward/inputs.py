@@ -96,13 +96,13 @@ class InputBuilder:
         image_processor, image_token = None, -1
         try:
             tokenizer = open_tokenizer(checkpoint, family)
-            if family.projector_type and family.needs_processor:
+            if family.projector_type and family.vision.needs_processor:
                 image_processor = _image_processor(checkpoint)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"{checkpoint.path}: tokenizer or image processor cannot be read ({reason})") from error
         if family.projector_type:
-            image_token = family.image_token(checkpoint)
+            image_token = family.vision.image_token(checkpoint)
         return cls(checkpoint, family, tokenizer, image_processor, image_token, max_tokens, max_image_pixels)
 
     def build(self, sample: Sample) -> ModelInputs:
@@ -138,7 +138,7 @@ class InputBuilder:
                 f"{sample.origin}: the chat template placed {len(placeholder)} images where one was expected"
             )
         place = int(placeholder[0])
-        placed = self.family.place_image(
+        placed = self.family.vision.place_image(
             ImagePlace(
                 self.checkpoint,
                 sample.open_image(),
@@ -166,7 +166,7 @@ class InputBuilder:
         if not is_query.any():
             raise InputError(f"{sample.origin}: no text follows the image within {self.max_tokens} tokens")
         image = {name: torch.from_numpy(values) for name, values in placed.arguments.items()}
-        return ModelInputs(sample.origin, ids, is_vision, is_query, scored, image, self.family.token_types)
+        return ModelInputs(sample.origin, ids, is_vision, is_query, scored, image, self.family.vision.token_types)
 
     def _render(self, sample: Sample) -> tuple[str, list[tuple[int, int, int]]]:
         """The chat as one string, and (start, end, owner) of every message's text in it."""
@@ -194,17 +194,17 @@ class InputBuilder:
     def _with_image(self, chat: list[dict[str, Any]], answered: bool) -> str:
         """The chat with an image ahead of the user's first text, where the image token stands for it."""
         token: str = self.tokenizer.convert_ids_to_tokens(self.image_token)
-        placeholder = self.family.placeholder or token
+        placeholder = self.family.vision.placeholder or token
         first = next(turn for turn in chat if turn["role"] == "user")
         text = first["content"]
         first["content"] = [{"type": "image"}, {"type": "text", "text": text}]
         try:
             rendered = self._templated(chat, answered)
         except (ValueError, TypeError, TemplateError):
-            if self.family.placeholder is None:
+            if self.family.vision.placeholder is None:
                 raise
             rendered = ""
-        if self.family.placeholder is not None and placeholder not in rendered and token not in rendered:
+        if self.family.vision.placeholder is not None and placeholder not in rendered and token not in rendered:
             # A template that knows no parts: images are written into the text.
             first["content"] = f"{placeholder}\n{text}"
             rendered = self._templated(chat, answered)

@@ -3,7 +3,7 @@
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from mode_gguf.architectures import ModelFamily
-from mode_gguf.architectures.config import setting
+from mode_gguf.architectures.hparams import Hparams
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
@@ -14,9 +14,9 @@ def model_config(checkpoint: Checkpoint, family: ModelFamily) -> PreTrainedConfi
     Raises:
         InputError: transformers does not know the model's type.
     """
-    settings = family.model_config(checkpoint)
-    model_type = setting(checkpoint, settings, str, "model_type")
+    file, settings = checkpoint.path / "config.json", family.layout.model_config(checkpoint)
+    model_type = Hparams(checkpoint, file, settings).read(str, "model_type")
     if model_type not in CONFIG_MAPPING:
-        raise InputError(f"{checkpoint.path / 'config.json'}: transformers has no model_type {model_type!r}")
+        raise InputError(f"{file}: transformers has no model_type {model_type!r}")
     config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(settings))
     return config

@@ -184,15 +184,15 @@ class StreamedModel:
                 if name in self.converted:
                     self._set_buffer(name, self.converted.read(name).to(self.device, buffer.dtype))
                 continue
-            stored = self.family.stored_name(name)
+            stored = self.family.layout.stored_name(name)
             if stored in self.checkpoint.tensors:
                 self._set_buffer(name, as_tensor(self.checkpoint.read(stored)).to(self.device, buffer.dtype))
 
     def _weights(self, name: str, layer: int | None, shape: torch.Size) -> torch.Tensor:
         if self.converted is not None:
             return self._converted(self.converted, name, shape)
-        stored = self.family.stored_name(name)
-        special = self.family.read_parameter(self.checkpoint, name) if layer is None else None
+        stored = self.family.layout.stored_name(name)
+        special = self.family.layout.read_parameter(self.checkpoint, name) if layer is None else None
         if layer is not None and ".experts." in name:
             weights = self._experts(name.rpartition(".")[2], layer)
         elif name in self.reordered:
@@ -354,7 +354,7 @@ _DECODER_LAYER = re.compile(r"(.+)\.layers\.(\d+)\.")
 
 def _linears(model: nn.Module, family: ModelFamily, tensors: Sequence[SourceTensor]) -> dict[str, str]:
     """Names of the modules that hold the weights of dense matrices and of the output head, by tensor name."""
-    parameters = {family.stored_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {family.layout.stored_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
         tensor.name: parameters[tensor.sources[0]].removesuffix(".weight")
         for tensor in tensors

@@ -1,7 +1,7 @@
 """What a model takes on a GPU beside its text model's tensors, line by line.
 
 All of it is computed from metadata: llama.cpp's KV cache has a size per cell, and its compute buffers are those of its
-graphs, which are walked as it walks them (`graph.py`). docs/DESIGN.md says what was checked, and against what.
+graphs, which are walked as it walks them (`graph.py`). What was checked, and against what: docs/design/gpu-memory.md.
 """
 
 from collections.abc import Mapping
@@ -14,17 +14,7 @@ from gguf import Keys
 from mode_gguf.artifacts import Record
 from mode_gguf.errors import UsageError
 from mode_gguf.gpu_memory.fit_settings import FitSettings
-from mode_gguf.gpu_memory.qwen3_vl_moe import (
-    ARCHITECTURE,
-    IMAGE_TOKENS,
-    Batch,
-    EncoderShape,
-    TextShape,
-    encoder_graph,
-    encoder_shape,
-    text_graph,
-    text_shape,
-)
+from mode_gguf.gpu_memory.model_graphs import Batch, EncoderShape, ModelGraphs, TextShape
 from mode_gguf.quantization.types import QUANT_TYPES
 
 _PADDING_PER_TENSOR = 128 + 512 * 34 // 32
@@ -63,6 +53,7 @@ class MemoryBreakdown(Record):
 class ModelShape:
     """All of a model that memory depends on, tensors' types aside."""
 
+    graphs: ModelGraphs
     text: TextShape
     encoder: EncoderShape
     text_tensors: int
@@ -72,6 +63,7 @@ class ModelShape:
     @classmethod
     def of(
         cls,
+        graphs: ModelGraphs | None,
         architecture: str,
         text: Mapping[str, Any],
         projector: Mapping[str, Any],
@@ -82,14 +74,19 @@ class ModelShape:
     ) -> "ModelShape":
         """From the metadata of the two GGUF files.
 
+        Args:
+            graphs: the family's; None where they are not known.
+            architecture: general.architecture of the text model.
+
         Raises:
-            UsageError: the graphs of this architecture are not known.
+            UsageError: the graphs are not known.
         """
-        if architecture != ARCHITECTURE:
+        if graphs is None:
             raise UsageError(f"--fit is not known for {architecture} yet; give --size or --bpw")
         return cls(
-            text=text_shape(text, vocabulary),
-            encoder=encoder_shape(projector),
+            graphs=graphs,
+            text=graphs.text_shape(text, vocabulary),
+            encoder=graphs.encoder_shape(projector),
             text_tensors=text_tensors,
             projector_bytes=projector_bytes,
             trained_context=int(text[Keys.LLM.CONTEXT_LENGTH.format(arch=architecture)]),
@@ -106,17 +103,17 @@ def needs(model: ModelShape, fit: FitSettings, groups: int = 1) -> list[MemoryLi
         UsageError: the KV cache cannot have this type.
     """
     text, batch = model.text, text_batch(model.text, fit, groups)
-    image_tokens = min(fit.image_tokens or IMAGE_TOKENS, fit.cells_per_stream)
+    image_tokens = min(fit.image_tokens or model.graphs.image_tokens, fit.cells_per_stream)
     side = picture_side(model.encoder, image_tokens)
     buffers = {
         "KV cache": (
             kv_bytes(text, fit),
             f"{fit.cells} cells x {text.layers} layers, {fit.kv_type}{_beyond(model, fit)}",
         ),
-        "text compute buffer": (text_graph(text, batch).buffer_bytes(), f"{batch.tokens} tokens at once"),
+        "text compute buffer": (model.graphs.text(text, batch).buffer_bytes(), f"{batch.tokens} tokens at once"),
         "image encoder": (model.projector_bytes, f"the projector file, {fit.projector_type}"),
         "image compute buffer": (
-            encoder_graph(model.encoder, side, side).buffer_bytes(),
+            model.graphs.encoder(model.encoder, side, side).buffer_bytes(),
             f"a picture of {image_tokens} tokens",
         ),
         "kernels' workspace": (

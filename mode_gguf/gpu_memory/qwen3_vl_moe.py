@@ -12,66 +12,13 @@ from typing import Any, Final
 from gguf import Keys
 
 from mode_gguf.gpu_memory.graph_allocator import Graph, Node
+from mode_gguf.gpu_memory.model_graphs import Batch, EncoderShape, ModelGraphs, TextShape
 
 ARCHITECTURE: Final = "qwen3vlmoe"
 IMAGE_TOKENS: Final = 4096
-"""Of a picture at most, unless llama.cpp is told otherwise."""
+"""The most tokens of a picture, unless llama.cpp is told otherwise."""
 F16: Final = 2
 I64: Final = 8
-
-
-@dataclass(frozen=True, slots=True)
-class TextShape:
-    """Of the text model; `deepstack` counts the image encoder's extra outputs."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    experts: int
-    experts_used: int
-    expert_width: int
-    vocabulary: int
-    deepstack: int
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderShape:
-    """Of the image encoder and the mergers behind it."""
-
-    hidden: int
-    width: int
-    blocks: int
-    heads: int
-    patch: int
-    merge: int
-    output: int
-    positions: int
-    taps: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What the text graph is reserved for.
-
-    Attributes:
-        tokens: that are computed at once (`n_ubatch`).
-        cells: of the KV cache, of all streams together.
-        streams: parallel sequences, unless they share one cache.
-        outputs: tokens whose logits are wanted.
-        rotated: whether K and V are rotated before they are stored, as llama.cpp does with a quantized cache.
-        copied: whether the GPU's flash attention unpacks K and V of a layer, beside its result.
-        groups: of experts with a type of their own.
-    """
-
-    tokens: int
-    cells: int
-    streams: int
-    outputs: int
-    rotated: bool
-    copied: bool
-    groups: int = 1
 
 
 def text_shape(metadata: Mapping[str, Any], vocabulary: int) -> TextShape:
@@ -369,3 +316,6 @@ def _linear(graph: Graph, output: int, current: Node) -> Node:
     """A matrix and its bias."""
     product = graph.add((output, *current.shape[1:]), current)
     return graph.add(product.shape, product, in_place=True)
+
+
+GRAPHS: Final = ModelGraphs(text_shape, encoder_shape, text_graph, encoder_graph, IMAGE_TOKENS)

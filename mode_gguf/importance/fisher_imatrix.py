@@ -24,7 +24,7 @@ from torch import Tensor
 from mode_gguf.forward.distributed import sum_over_ranks
 
 PRIOR_TOKENS = 32.0
-"""Effective tokens at which an expert's own columns and the layer's weigh alike; not tuned (docs/EXPERIMENTS.md)."""
+"""Effective tokens at which an expert's own columns and the layer's weigh alike; not tuned."""
 
 
 @dataclass(frozen=True, slots=True)

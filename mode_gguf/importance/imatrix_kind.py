@@ -15,8 +15,8 @@ def chosen_imatrix(kind: str | None, method: str) -> ImatrixKind:
             return "fisher" if method == "fisher" else "plain"
         case "fisher" if method != "fisher":
             raise UsageError(
-                f"--imatrix fisher needs gradients, and sensitivity by {method} computes none: "
-                "use --preset mode, or --imatrix plain"
+                f"sensitivity.imatrix fisher needs gradients, and sensitivity by {method} computes none: "
+                "use --preset mode, or sensitivity.imatrix plain"
             )
         case "plain" | "fisher":
             return kind

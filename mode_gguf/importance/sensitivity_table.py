@@ -19,7 +19,7 @@ METHODS: tuple[Method, ...] = ("fisher", "expert-mse", "block-mse")
 
 @dataclass(frozen=True, slots=True)
 class SensitivityTable:
-    """Arrays named and shaped as docs/DESIGN.md says; NaN where a tensor cannot be stored in a type.
+    """Arrays named and shaped as docs/design/artefacts.md says; NaN where a tensor cannot be stored in a type.
 
     Attributes:
         model: name of the model.

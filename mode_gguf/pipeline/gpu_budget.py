@@ -103,6 +103,7 @@ def model_shape(checkpoint: Checkpoint, fit: FitSettings) -> ModelShape:
     """What memory depends on, tensors' types aside."""
     family, tensors = find_family(checkpoint), text_tensors(checkpoint)
     return ModelShape.of(
+        family.memory_graphs,
         family.gguf_arch,
         family.text_metadata(checkpoint),
         family.projector_metadata(checkpoint),

@@ -18,8 +18,8 @@ from mode_gguf.allocation.plan import Plan, PlannedTensor
 from mode_gguf.allocation.planner import uniform_plan
 from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import AllocationUnit, Candidate, CandidateTypes
-from mode_gguf.architectures.mla import ABSORBED_PARTS
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor
+from mode_gguf.architectures.text.mla import ABSORBED_PARTS
 from mode_gguf.artifacts import read_metadata
 from mode_gguf.errors import InputError, ModeGgufError
 from mode_gguf.feedback.feedback_factor import with_feedback_factor

@@ -1,4 +1,4 @@
-"""Experts of a layer that have different types: stored in groups of one type each, as docs/PER_EXPERT_LAYOUT.md says.
+"""Experts of a layer that have different types: stored in groups of one type each (docs/design/per-expert-layout.md).
 
 A tensor of experts becomes one tensor per group, of which the first keeps the name, and every layer gets a map from its
 experts to their places. Everything that packs and writes works on the tensors as they are stored; a plan speaks of

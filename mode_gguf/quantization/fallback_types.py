@@ -12,7 +12,7 @@ from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 STAND_INS = tuple(QUANT_TYPES[name] for name in ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0"))
 """Types of 32 weights, smallest first, each the best of its size or better than a mixture of its neighbours
-(docs/EXPERIMENTS.md, "Rows that fit no K-quant"). There is none below 4.5 bits that llama.cpp runs everywhere."""
+(docs/experiments/candidate-types.md). There is none below 4.5 bits that llama.cpp runs everywhere."""
 
 
 def stored_as(tensor: SourceTensor, quant_type: QuantType) -> QuantType | None:

@@ -57,7 +57,7 @@ class PairTotal(Total):
 
 
 class Comparison(Record):
-    """What `mode-gguf compare` found; `only` names tensors that one file alone has, the first file's first."""
+    """What `mode-gguf inspect A B` found; `only` names tensors that one file alone has, the first file's first."""
 
     files: tuple[ComparedFile, ComparedFile]
     tensors: list[TensorDifference]

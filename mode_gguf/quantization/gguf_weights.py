@@ -1,6 +1,6 @@
 """The weights of a GGUF file as the model knows them: whole tensors, read row by row as float32.
 
-Where the experts of a layer are stored in groups (docs/PER_EXPERT_LAYOUT.md), they are put together again.
+Where the experts of a layer are stored in groups (docs/design/per-expert-layout.md), they are put together again.
 """
 
 import re

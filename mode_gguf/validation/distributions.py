@@ -13,7 +13,8 @@ FLOAT32_VOCABULARY: Final = 1 << 15
 """Up to this vocabulary distributions are kept as they are; beyond, in 16 bits."""
 NATS_KEPT: Final = 32.0
 """16-bit distributions reach this far below the most likely token, in steps of 0.0005 nats; less likely tokens are
-raised to that floor. What this adds to a KL divergence is below 1e-7 nats, less than float16 does (docs/DESIGN.md)."""
+raised to that floor. What this adds to a KL divergence is below 1e-7 nats, less than float16 does
+(docs/experiments/comparisons.md)."""
 
 
 def normalised(logits: Logits) -> Array:

@@ -1,33 +1,11 @@
-"""Budgets: bytes meant by each kind, sizes as people write them, and refusals that say what can be reached."""
+"""Budgets: bytes meant by each kind, and refusals that say what can be reached."""
 
 import pytest
 
-from mode_gguf.allocation.budget import Budget, budget_bytes, check_reachable, effective_types, parse_size
+from mode_gguf.allocation.budget import Budget, budget_bytes, check_reachable, effective_types
 from mode_gguf.allocation.units import DEFAULT_TYPES, tensor_bytes
-from mode_gguf.errors import InfeasibleBudgetError, UsageError
+from mode_gguf.errors import InfeasibleBudgetError
 from tests.allocation.test_planner import model
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("12GiB", 12 * 2**30),
-        ("12G", 12 * 2**30),
-        ("1.5MiB", 3 * 2**19),
-        ("800MB", 800 * 10**6),
-        (" 7 KiB", 7 * 1024),
-        ("4096", 4096),
-        ("4096B", 4096),
-    ],
-)
-def test_sizes_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-3GiB", "twelve", "12 GiBi", "12XB", "nan", "inf", "0"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--size"):
-        parse_size(text)
 
 
 def test_the_three_kinds_mean_their_bytes() -> None:

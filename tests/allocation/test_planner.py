@@ -169,12 +169,14 @@ def test_redundant_vision_counts_for_nothing_in_the_paper_preset() -> None:
 
 
 def test_a_type_per_expert_predicts_no_more_than_a_type_per_tensor() -> None:
-    tensors = model()
-    measured = measurements(tensors)
-    plan = plan_for(tensors, measured, bpw=3.3)
-    assert plan.expert_granularity is not None
-    assert {len(types) for types in plan.expert_granularity.types.values()} == {E}
-    assert set(plan.expert_granularity.types) == {str(layer) for layer in range(LAYERS)}
+    tensors, budget = model(), Budget(value=3.3)
+    problem = Problem.of(tensors, measurements(tensors), budget=budget, types=TYPES, preset=PRESETS["mode"])
+    by_expert, by_tensor = expert_plan(problem, MADE_FROM, budget), optimal_plan(problem, MADE_FROM, budget)
+    assert by_expert.solver is not None
+    assert by_tensor.solver is not None
+    assert by_expert.solver.objective <= by_tensor.solver.objective
+    assert {len(types) for types in by_expert.experts.values()} == {E}
+    assert {name.split(".")[1] for name in by_expert.experts} == {str(layer) for layer in range(LAYERS)}
 
 
 @pytest.mark.parametrize("expert_width", [256, 704])
@@ -220,8 +222,10 @@ def test_a_projection_that_fits_no_candidate_does_not_stop_the_others() -> None:
     measured = measurements(tensors)
     plan = plan_for(tensors, measured, bpw=4.2)
     assert {plan.types[f"blk.{layer}.ffn_down_exps.weight"].name for layer in range(LAYERS)} == {"IQ4_NL"}
-    assert plan.expert_granularity is not None
-    assert plan.expert_granularity.experts_bpw == pytest.approx(plan.experts_bpw, rel=0.05)
+    budget = Budget(value=4.2)
+    problem = Problem.of(tensors, measured, budget=budget, types=TYPES, preset=PRESETS["mode"])
+    by_expert = expert_plan(problem, MADE_FROM, budget)
+    assert by_expert.experts_bpw == pytest.approx(plan.experts_bpw, rel=0.05)
 
 
 def test_rows_no_candidate_fits_fall_back_or_fail() -> None:

@@ -17,15 +17,6 @@ def checkpoint_of(folder: Path, **config: Any) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-def test_finds_the_family(pico: Path) -> None:
-    family = find_family(Checkpoint.open(pico))
-    assert (family.hf_class, family.gguf_arch, family.projector_type) == (
-        "Qwen3VLMoeForConditionalGeneration",
-        "qwen3vlmoe",
-        "qwen3vl_merger",
-    )
-
-
 @pytest.mark.parametrize("config", [{}, {"architectures": ["LlamaForCausalLM"]}, {"text_config": {"num_experts": 0}}])
 def test_dense_models_are_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="not a Mixture-of-Experts"):

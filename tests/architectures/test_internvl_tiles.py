@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mode_gguf.architectures.internvl_tiles import grid, tiles
+from mode_gguf.architectures.vision.internvl_tiles import grid, tiles
 
 SIDE = 56
 

@@ -8,14 +8,16 @@ import pytest
 from gguf import Keys
 from safetensors.numpy import save_file
 
-from mode_gguf.architectures import mla
+from mode_gguf.architectures.hparams import text_hparams
 from mode_gguf.architectures.tensors import ALL_ROWS, Role
+from mode_gguf.architectures.text import mla
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
-HEADS, NOPE, VALUE, LATENT, ROTATED = 3, 4, 6, 5, 2
+HEADS, NOPE, VALUE, LATENT, ROTATED, LAYERS = 3, 4, 6, 5, 2, 7
 SOURCE = "layers.0.self_attn.kv_b_proj.weight"
 TEXT = {
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "qk_nope_head_dim": NOPE,
     "qk_rope_head_dim": ROTATED,
@@ -52,7 +54,7 @@ def test_some_heads(tmp_path: Path, rows: slice) -> None:
 
 
 def test_roles_and_names() -> None:
-    rules = {rule.name.removeprefix("blk.{layer}."): rule for rule in mla.attention_rules("layers.{layer}")}
+    rules = {rule.name.removeprefix("blk.{layer}."): rule for rule in mla.RULES}
     absorbed = {name for name, rule in rules.items() if rule.role is Role.ABSORBED}
     assert absorbed == {f"{part}.weight" for part in mla.ABSORBED_PARTS}
     assert all(rules[name].activation is None for name in absorbed)
@@ -63,13 +65,13 @@ def test_roles_and_names() -> None:
 @pytest.mark.parametrize("rank", [None, 16])
 def test_queries_of_one_matrix_or_two(tmp_path: Path, rank: int | None) -> None:
     checkpoint = written(tmp_path, q_lora_rank=rank)
-    layers = [{"layer": 0}]
-    found = mla.query_ranges(checkpoint, layers)
-    assert found == {mla.LOW_RANK_QUERY: layers if rank else [], mla.FULL_QUERY: [] if rank else layers}
-    metadata = mla.attention_metadata(checkpoint, "a")
-    assert metadata.get(Keys.Attention.Q_LORA_RANK.format(arch="a")) == rank
-    assert metadata["a.attention.key_length"] == LATENT + ROTATED
-    assert metadata["a.attention.key_length_mla"] == NOPE + ROTATED
+    text = text_hparams(checkpoint)
+    found = {name: len(list(layers)) for name, layers in mla.subsets(text).items()}
+    assert found == {mla.LOW_RANK_QUERY: LAYERS if rank else 0, mla.FULL_QUERY: 0 if rank else LAYERS}
+    keys = mla.keys(text)
+    assert keys.get(Keys.Attention.Q_LORA_RANK) == rank
+    assert keys[Keys.Attention.KEY_LENGTH] == LATENT + ROTATED
+    assert keys[Keys.Attention.KEY_LENGTH_MLA] == NOPE + ROTATED
 
 
 def test_another_shape_is_refused(tmp_path: Path) -> None:

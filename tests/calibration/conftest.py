@@ -13,8 +13,7 @@ def picture(seed: int, width: int = 128, height: int = 96) -> Image.Image:
     return Image.fromarray(blocks.repeat(16, axis=0).repeat(16, axis=1))
 
 
-@pytest.fixture(scope="session")
-def samples() -> list[Sample]:
+def calibration_samples() -> list[Sample]:
     """Two texts, two answered questions about an image, one that has no answer."""
     question, answer = Message("user", "What colour is the square?"), Message("assistant", "The square is red.")
     other = (Message("user", "How many shapes are there?"), Message("assistant", "There are 3 shapes: a square."))
@@ -25,3 +24,9 @@ def samples() -> list[Sample]:
         Sample("image 1", "tests", messages=other, image=picture(1, 96, 160)),
         Sample("image 2", "more tests", messages=(Message("user", "Describe the picture."),), image=picture(2)),
     ]
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    """See `calibration_samples`."""
+    return calibration_samples()

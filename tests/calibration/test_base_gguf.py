@@ -10,21 +10,24 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from mode_gguf.architectures import checkpoint_with_base, text_tensors
-from mode_gguf.calibration.calibrate import calibrate, run_recorded
+from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.calibration.observers import Observer
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.data.samples import load_samples
 from mode_gguf.errors import InputError
 from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.recorded import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import balanced_imatrix, importance_of
 from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.pipeline import CalibrationOptions, run_calibration
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
+from mode_gguf.options import CalibrationOptions, ComputeOptions
+from mode_gguf.pipeline import Calibrate, Run
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import WorkFolder
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
-from tests.pico_base import LAYERS, TOP_K, write_pico_olmoe
+from tests.families.pico.base import LAYERS, TOP_K, write_pico_olmoe
 
 TEXT = "The square is red. The circle is blue, and the triangle on the left is green. How many shapes are there?"
 TYPE = QUANT_TYPES["Q3_K"]
@@ -68,9 +71,7 @@ def watched(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Ten
     run_recorded(
         streamed,
         inputs,
-        key_tokens=None,
-        leave=observer.observe,
-        finish=lambda layer: observer.finish_layer(),
+        LayerConsumer(leave=observer.observe, finish=lambda layer: observer.finish_layer()),
         description="test",
     )
     hook.remove()
@@ -99,11 +100,9 @@ def costs(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
         checkpoint,
         [sample(TEXT)],
         importance_of(balanced_imatrix(statistics, text_tensors(checkpoint))),
-        statistics=statistics,
-        expert_types=(TYPE,),
-        dense_types=(TYPE,),
-        label_draws=1,
-        device="cpu",
+        statistics,
+        SensitivityRequest(expert_types=(TYPE,), dense_types=(TYPE,), label_draws=1),
+        ComputeOptions(device="cpu"),
     )
     return measured.table.arrays
 
@@ -118,7 +117,7 @@ def test_costs_do_not_depend_on_the_order_of_rows(olmoe: Path) -> None:
 def test_matrices_that_equal_none_are_calibrated_without(olmoe: Path) -> None:
     checkpoint = based(olmoe, swap_columns=True)
     statistics = calibrate(checkpoint, [sample(TEXT)], device="cpu")
-    assert not statistics.sees
+    assert not statistics.has_vision
     assert "blk.0.attn_q.weight.count" in statistics.arrays
     assert "blk.0.attn_output.weight.count" not in statistics.arrays
 
@@ -150,9 +149,9 @@ def test_a_form_that_was_never_seen_is_named(olmoe: Path, tmp_path: Path, monkey
     monkeypatch.setattr("mode_gguf.calibration.calibrate.calibrate", broken)
     options = CalibrationOptions(image_samples=0, text_samples=1)
     with pytest.raises(InputError, match=r"unexpected keyword argument 'use_cache'\); give llama-imatrix's file"):
-        run_calibration(based(olmoe), WorkFolder(tmp_path, "m"), options)
+        Run(based(olmoe), WorkFolder(tmp_path, "m")).ensure(Calibrate(options))
     with pytest.raises(TypeError):
-        run_calibration(Checkpoint.open(olmoe), WorkFolder(tmp_path, "m"), options)
+        Run(Checkpoint.open(olmoe), WorkFolder(tmp_path, "m")).ensure(Calibrate(options))
 
 
 def test_text_only_models_take_no_image(olmoe: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from mode_gguf.architectures.tensors import as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from tests.pico_kimi import HIDDEN, WIDTH, packed
+from tests.families.pico.kimi import HIDDEN, WIDTH, packed
 
 NAME = "language_model.model.layers.1.mlp.experts.2.down_proj.weight"
 

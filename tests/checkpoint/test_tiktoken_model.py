@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from mode_gguf.checkpoint import tiktoken_model
 from mode_gguf.errors import InputError
 from mode_gguf.export.tokenizer import add_tokenizer_keys, read_vocabulary
-from tests.pico_kimi import RANKS, VOCAB, special
+from tests.families.pico.kimi import RANKS, VOCAB, special
 
 
 def by_the_rule(ranks: dict[bytes, int], piece: bytes) -> list[int]:

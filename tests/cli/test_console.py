@@ -21,7 +21,6 @@ COMMANDS = (
     "validate",
     "report",
     "inspect",
-    "compare",
     "doctor",
 )
 

@@ -9,6 +9,11 @@ import pytest
 from mode_gguf_cli.main import main
 
 
+def settings(*pairs: str) -> tuple[str, ...]:
+    """Options of a recipe on a command line: `section.option=value` each."""
+    return tuple(word for pair in pairs for word in ("--set", pair))
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """run(*arguments, code=0): a command that must end with `code`; returns its stdout, or its one error line.

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.e2e.conftest import settings
+
 Run = Callable[..., str]
 
 
@@ -147,7 +149,7 @@ def test_broken_image_in_the_calibration_set(pico: Path, tmp_path: Path, run: Ru
 
 
 def test_unknown_type_is_a_usage_error(pico: Path, run: Run) -> None:
-    assert "Q9_K" in run("convert", pico, "--types", "Q9_K", code=2)
+    assert "Q9_K" in run("convert", pico, *settings("sensitivity.types=Q9_K"), code=2)
 
 
 def test_ctrl_c_leaves_no_final_file(pico: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.gguf.header import read_header
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
-from tests.pico_base import write_pico_olmoe
+from tests.e2e.conftest import settings
+from tests.families.pico.base import write_pico_olmoe
 
 Run = Callable[..., str]
 
@@ -74,7 +75,7 @@ def test_from_base_and_checkpoint(olmoe: Path, base: Path, tmp_path: Path, run: 
     other = write_olmoe_base(olmoe, tmp_path / "olmoe-BF16.gguf", permute=True)
     refused = run(*(other if part == base else part for part in asked), "--no-validate", code=2)
     assert "`calibrate` was run here with other settings (model fingerprint:" in refused
-    run("card", out)
+    run("publish", "me/model", out, "--card-only")
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "The model is text-only." in card
     assert "from what text needs of every expert" in card
@@ -99,7 +100,7 @@ def test_from_an_importance_matrix_without_torch(base: Path, imatrix: Path, tmp_
     assert statistics.imatrix == imatrix.name
     assert statistics.counts(0).tolist() == [[100, 100, 100, 0], [0] * 4, [0] * 4]
     assert "all tokens" in (out / "report.html").read_text(encoding="utf-8")
-    run("card", out)
+    run("publish", "me/model", out, "--card-only")
     assert "does not tell text from" in " ".join((out / "README.md").read_text(encoding="utf-8").split())
     assert read_header(Path(result["model"])).metadata["quantize.imatrix.dataset"] == "wiki.txt"
 
@@ -122,11 +123,11 @@ def test_a_familys_checkpoint_needs_no_base(pico: Path, tmp_path: Path, run: Run
     ("extra", "message"),
     [
         (["--rounding", "feedback"], "--rounding feedback needs the model run"),
-        (["--imatrix", "fisher"], "--imatrix fisher needs gradients"),
-        (["--preset", "paper"], "leave --preset and --sensitivity out"),
-        (["--refine", "1"], "leave them out"),
+        (settings("sensitivity.imatrix=fisher"), "sensitivity.imatrix fisher needs gradients"),
+        (["--preset", "paper"], "leave --preset and sensitivity.method out"),
+        (settings("plan.refine=1"), "leave them out"),
         (["--calibration", "somewhere"], "two sources of statistics"),
-        (["--pre-tokenizer", "qwen2"], "the base GGUF has its tokenizer"),
+        (settings("checkpoint.pre_tokenizer=qwen2"), "the base GGUF has its tokenizer"),
         (["--granularity", "expert"], "leave it out with --base-gguf"),
         (["--fit", "8GiB", "--ctx", "4096"], "give --size or --bpw with --base-gguf"),
     ],
@@ -151,5 +152,11 @@ def test_what_is_missing_is_named(olmoe: Path, base: Path, imatrix: Path, pico: 
     assert "no such file" in run(*asked, tmp_path / "none.gguf", code=4)
     write_imatrix(tmp_path / "other.gguf", {"blk.0.attn_q.weight": (np.ones((1, 128)), np.ones(1))}, ("d",), 1, 1)
     assert "it is of another model" in run(*asked, tmp_path / "other.gguf", code=4)
-    needy = (*asked, imatrix, "--types", "Q2_K,Q3_K", "--dense-types", "IQ2_XXS,Q4_K", "--bpw", "3.2")
+    needy = (
+        *asked,
+        imatrix,
+        *settings("sensitivity.types=Q2_K,Q3_K", "sensitivity.dense_types=IQ2_XXS,Q4_K"),
+        "--bpw",
+        "3.2",
+    )
     assert "has nothing of output.weight, and IQ2_XXS needs it" in run(*needy, code=4)

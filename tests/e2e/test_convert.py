@@ -17,10 +17,11 @@ from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.validation.structure import check_structure
 from mode_gguf.workfolder import WorkFolder
+from tests.e2e.conftest import settings
 from tests.report.pages import Page
 
-SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
-IQ = ("--types", "IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "--dense-types", "IQ2_XXS,Q3_K,Q4_K")
+SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"))
+IQ = settings("sensitivity.types=IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "sensitivity.dense_types=IQ2_XXS,Q3_K,Q4_K")
 
 Run = Callable[..., str]
 
@@ -103,10 +104,10 @@ def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run
 def test_other_settings_of_measurements_are_refused(pico: Path, out: Path, run: Run) -> None:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".log"}
     arguments = ("convert", pico, "--bpw", "4.0", "--out", out, "--no-validate")
-    line = run(*arguments, "--image-samples", "4", "--text-samples", "3", "--seed", "1", code=2)
+    line = run(*arguments, "--image-samples", "4", "--text-samples", "3", *settings("calibration.seed=1"), code=2)
     assert "`calibrate` was run here with other settings (text samples: 4 then, 3 now)" in line
     assert "--restart" in line
-    line = run(*arguments, *SMALL, "--effort", "max", "--types", "Q2_K,Q4_K", code=2)
+    line = run(*arguments, *SMALL, *settings("sensitivity.packing.effort=max", "sensitivity.types=Q2_K,Q4_K"), code=2)
     assert "`sensitivity`" in line
     assert "effort: default then, max now" in line
     assert "types: Q2_K Q3_K Q4_K Q5_K Q6_K then, Q2_K Q4_K now" in line
@@ -154,9 +155,8 @@ def test_what_is_removed_is_made_again(pico: Path, tmp_path: Path, out: Path, ru
 def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, run: Run) -> None:
     whole = json.loads(run("convert", pico, "--bpw", "4.0", "--out", out, "--json", "--no-validate", *SMALL))
     run("calibrate", pico, "--out", tmp_path, *SMALL)
-    run("sensitivity", pico, "--out", tmp_path, *SMALL)
+    run("sensitivity", pico, "--out", tmp_path)
     planned = json.loads(run("plan", pico, "--bpw", "4.0", "--out", tmp_path, "--rounding", "feedback", "--json"))
-    run("round", pico, "--out", tmp_path, *SMALL)
     exported = json.loads(run("export", pico, "--out", tmp_path, "--json"))
     assert planned["bpw"] == whole["bpw"]
     assert Plan.load(tmp_path / "plan.json").types == Plan.load(out / "plan.json").types
@@ -165,7 +165,10 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, 
 
 
 def test_unit_kl_beside_what_sensitivity_predicted(pico: Path, out: Path, run: Run) -> None:
-    small = (*SMALL, "--measured-samples", "2", "--types", "Q2_K", "--dense-types", "Q4_K")
+    small = (
+        *SMALL,
+        *settings("sensitivity.measured_samples=2", "sensitivity.types=Q2_K", "sensitivity.dense_types=Q4_K"),
+    )
     result = json.loads(run("unit-kl", pico, "--out", out, "--json", *small))
     assert Path(result["unit_kl"]) == out / "unit-kl.safetensors"
     assert not (out / "unit-kl.partial").exists()
@@ -188,27 +191,38 @@ def test_a_size_is_the_file_s(pico: Path, out: Path, run: Run) -> None:
 
 
 def test_a_budget_on_experts_alone_leaves_the_rest_large(pico: Path, out: Path, run: Run) -> None:
-    result = json.loads(run("plan", pico, "--expert-bpw", "3.2", "--out", out, "--json"))
+    result = json.loads(run("plan", pico, *settings("plan.budget.expert_bpw=3.2"), "--out", out, "--json"))
     assert 3.0 < result["experts_bpw"] <= 3.2
     plan = Plan.load(out / "plan.json")
     assert {plan.types["token_embd.weight"].name, plan.types["output.weight"].name} == {"Q8_0"}
 
 
 def test_signals_change_single_parts_of_a_preset(pico: Path, out: Path, run: Run) -> None:
-    signals = ("--combine", "frequency", "--modality-weights", "1,1,0", "--budget-per", "layer", "--use-all")
+    signals = settings(
+        "plan.costs.combination=frequency", "plan.costs.modality_weights=1,1,0", "plan.scope=layer", "plan.use_all=true"
+    )
     run("plan", pico, "--bpw", "4.0", "--out", out, *signals)
     plan = Plan.load(out / "plan.json")
     assert plan.signals is not None
     assert plan.signals.costs.combination == "frequency"
     assert plan.signals.costs.modality_weights == (1.0, 1.0, 0.0)
     assert (plan.signals.scope, plan.signals.dense, plan.signals.equality) == ("layer", "fixed", True)
-    assert "3 numbers" in run("plan", pico, "--modality-weights", "1,1", "--out", out, code=2)
+    assert "plan.costs.modality_weights" in run(
+        "plan", pico, *settings("plan.costs.modality_weights=1,1"), "--out", out, code=2
+    )
     assert "different budgets" in run("plan", pico, "--bpw", "4", "--size", "1MiB", "--out", out, code=2)
-    assert "fixed" in run("plan", pico, "--budget-per", "layer", "--dense", "measured", "--out", out, code=2)
+    assert "fixed" in run("plan", pico, *settings("plan.scope=layer", "plan.dense=measured"), "--out", out, code=2)
 
 
 def test_a_plan_is_refined_by_what_is_measured(pico: Path, out: Path, run: Run) -> None:
-    arguments = ("--bpw", "4.0", "--out", out, "--refine", "1", "--measured-samples", "2", *SMALL)
+    arguments = (
+        "--bpw",
+        "4.0",
+        "--out",
+        out,
+        *settings("plan.refine=1", "sensitivity.measured_samples=2"),
+        *SMALL,
+    )
     text = run("plan", pico, *arguments)
     trials = Plan.load(out / "plan.json").refinement
     assert trials is not None
@@ -217,16 +231,6 @@ def test_a_plan_is_refined_by_what_is_measured(pico: Path, out: Path, run: Run) 
     best = min(trials, key=lambda trial: sum(trial.kl))
     assert best.accepted
     assert Plan.load(out / "plan.json").bpw <= 4.0
-
-
-def test_what_a_type_per_expert_would_be_worth(pico: Path, out: Path, run: Run) -> None:
-    arguments = ("--bpw", "4.0", "--out", out, "--granularity", "compare", "--measured-samples", "2", *SMALL)
-    report = json.loads(run("plan", pico, *arguments, "--json"))
-    by_tensor, by_expert = report["rows"]
-    assert by_expert["predicted"] < by_tensor["predicted"]
-    assert abs(by_expert["size_bytes"] / by_tensor["size_bytes"] - 1) < 0.01
-    assert all(kl > 0 for row in report["rows"] for kl in row["kl"])
-    assert "type per expert" in run("plan", pico, *arguments)
 
 
 def test_a_type_per_expert_and_back(pico: Path, tmp_path: Path, run: Run) -> None:
@@ -243,25 +247,42 @@ def test_a_type_per_expert_and_back(pico: Path, tmp_path: Path, run: Run) -> Non
     assert facts["experts_bpw"] == pytest.approx(plan.experts_bpw)
     assert facts["bpw"] == pytest.approx(plan.bpw)
     assert set(json.loads(run(*arguments, "--granularity", "expert"))["seconds"].values()) == {0.0}
-    assert "--refine improves a type per tensor" in run(*arguments, "--granularity", "expert", "--refine", "1", code=2)
+    assert "plan.refine improves a type per tensor" in run(
+        *arguments, "--granularity", "expert", *settings("plan.refine=1"), code=2
+    )
 
-    merged = json.loads(run("merge", pico, "--out", tmp_path, "--json", *SMALL))
-    by_expert, by_tensor = merged["predicted_cost"]
-    assert plan.solver is not None
-    assert by_expert == plan.solver.objective
+    merged = json.loads(run(*arguments, "--granularity", "tensor"))
+    assert merged["seconds"]["calibrate"] == merged["seconds"]["sensitivity"] == 0.0
     merged_plan = Plan.load(tmp_path / "plan.json")
+    assert not merged_plan.has_expert_groups
+    assert plan.solver is not None
     assert merged_plan.solver is not None
-    assert by_tensor == merged_plan.solver.objective > 0
+    assert 0 < plan.solver.objective < merged_plan.solver.objective
     assert Path(merged["model"]).stat().st_size <= 2880 * 1024
     assert model.exists()
     with LlamaModel(Path(merged["model"])) as loaded:
         assert np.isfinite(loaded.text_logits(loaded.tokenize("The sea is"))).all()
-    assert "nothing to merge" in run("merge", pico, "--out", tmp_path, *SMALL, code=2)
 
 
 def test_convert_with_measured_units(pico: Path, tmp_path: Path, run: Run) -> None:
-    arguments = ("--bpw", "4.0", "--out", tmp_path, "--unit-kl", "--measured-samples", "2", "--json", "--no-validate")
-    result = json.loads(run("convert", pico, *arguments, *SMALL, "--types", "Q2_K,Q4_K", "--dense-types", "Q4_K"))
+    arguments = (
+        "--bpw",
+        "4.0",
+        "--out",
+        tmp_path,
+        *settings("plan.unit_kl=true", "sensitivity.measured_samples=2"),
+        "--json",
+        "--no-validate",
+    )
+    result = json.loads(
+        run(
+            "convert",
+            pico,
+            *arguments,
+            *SMALL,
+            *settings("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K"),
+        )
+    )
     assert "unit-kl" in result["seconds"]
     assert result["bpw"] <= 4.0
 
@@ -288,14 +309,16 @@ def test_another_imatrix_or_packing_reruns_what_depends_on_it(pico: Path, tmp_pa
     assert plan.made_from.imatrix == file_fingerprint(Path(default["imatrix"]))
     refined = Path(default["model"]).read_bytes()
 
-    exact = json.loads(run(*arguments, "--packing", "exact", "--restart"))
+    exact = json.loads(run(*arguments, *settings("sensitivity.packing.mode=exact"), "--restart"))
     assert exact["seconds"].pop("projector") == 0.0
     assert exact["seconds"].pop("calibrate") == 0.0
     assert min(exact["seconds"].values()) > 0
     assert Plan.load(Path(exact["plan"])).packing == EXACT
     assert Path(exact["model"]).read_bytes() != refined
 
-    plain = json.loads(run(*arguments, "--packing", "exact", "--imatrix", "plain", "--restart"))
+    plain = json.loads(
+        run(*arguments, *settings("sensitivity.packing.mode=exact", "sensitivity.imatrix=plain"), "--restart")
+    )
     assert plain["seconds"].pop("projector") == 0.0
     assert plain["seconds"].pop("calibrate") == 0.0
     assert min(plain["seconds"].values()) > 0
@@ -307,19 +330,21 @@ def test_another_imatrix_or_packing_reruns_what_depends_on_it(pico: Path, tmp_pa
 
 
 def test_packing_belongs_to_sensitivity_unless_the_plan_is_uniform(pico: Path, tmp_path: Path, run: Run) -> None:
-    message = run("plan", pico, "--packing", "exact", "--out", tmp_path, code=2)
+    message = run("plan", pico, *settings("sensitivity.packing.mode=exact"), "--out", tmp_path, code=2)
     assert "--packing goes with --uniform; otherwise give it to `mode-gguf sensitivity`" in message
-    run("plan", pico, "--uniform", "Q3_K", "--packing", "exact", "--out", tmp_path)
+    run("plan", pico, "--uniform", "Q3_K", *settings("sensitivity.packing.mode=exact"), "--out", tmp_path)
     assert Plan.load(tmp_path / "plan.json").packing == EXACT
 
 
 def test_unusable_size_power(pico: Path, tmp_path: Path, run: Run) -> None:
-    assert "size power 0.3: 0, 0.5, 1" in run("convert", pico, "--size-power", "0.3", "--out", tmp_path / "out", code=2)
+    assert "size power 0.3: 0, 0.5, 1" in run(
+        "convert", pico, *settings("sensitivity.packing.size_power=0.3"), "--out", tmp_path / "out", code=2
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_fisher_importance_needs_gradients(pico: Path, tmp_path: Path, run: Run) -> None:
-    arguments = ("--preset", "paper", "--imatrix", "fisher", "--out", tmp_path / "out")
+    arguments = ("--preset", "paper", *settings("sensitivity.imatrix=fisher"), "--out", tmp_path / "out")
     assert "--imatrix fisher needs gradients" in run("convert", pico, "--bpw", "4.0", *arguments, code=2)
     assert not (tmp_path / "out").exists()
     run("plan", pico, "--uniform", "Q2_K", "--out", tmp_path)
@@ -373,8 +398,8 @@ def test_uniform_plan_of_a_type_that_needs_an_importance_matrix(pico: Path, tmp_
     "arguments",
     [
         ("--uniform", "IQ3_S"),
-        ("--types", "IQ3_S", "--dense-types", "Q4_K"),
-        ("--types", "Q4_K", "--dense-types", "IQ3_S"),
+        settings("sensitivity.types=IQ3_S", "sensitivity.dense_types=Q4_K"),
+        settings("sensitivity.types=Q4_K", "sensitivity.dense_types=IQ3_S"),
     ],
 )
 def test_types_of_libggml_without_it(

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from mode_gguf.allocation.plan import Plan
+from tests.e2e.conftest import settings
 
 Run = Callable[..., str]
 
-SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
-FIT = ("--ctx", "2048", "--kv-type", "q8_0", "--reserve", "64MiB")
+SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"))
+FIT = ("--ctx", "2048", "--kv-type", "q8_0", *settings("plan.budget.gpu.reserve=64MiB"))
 CONVERT = ("--no-validate", "--rounding", "nearest", *SMALL)
 
 
@@ -54,11 +55,16 @@ def test_another_way_of_running_it_is_another_plan(pico: Path, out: Path, run: R
     memory = str(beside(run, pico) + 3 * 2**20)
     arguments = ("convert", pico, "--out", out, *CONVERT, "--json", "--fit", memory)
     run(*arguments, *FIT)
-    seconds = json.loads(run(*arguments, *FIT, "--image-tokens", "900"))["seconds"]
+    seconds = json.loads(run(*arguments, *FIT, *settings("plan.budget.gpu.image_tokens=900")))["seconds"]
     assert seconds["plan"] > 0
     assert seconds["calibrate"] == seconds["sensitivity"] == 0
     one_more = str(int(memory) + 1)
-    assert json.loads(run(*arguments[:-1], one_more, *FIT, "--image-tokens", "900"))["seconds"]["plan"] > 0
+    assert (
+        json.loads(run(*arguments[:-1], one_more, *FIT, *settings("plan.budget.gpu.image_tokens=900")))["seconds"][
+            "plan"
+        ]
+        > 0
+    )
 
 
 def test_plan_shows_the_ledger(pico: Path, out: Path, run: Run) -> None:
@@ -94,8 +100,11 @@ def test_what_does_not_fit_says_what_does(pico: Path, run: Run) -> None:
         (("--ctx", "4096"), "--ctx goes with --fit"),
         (("--kv-type", "q8_0"), "--kv-type goes with --fit"),
         (("--fit", "24GiB", "--ctx", "4096", "--bpw", "3"), "--bpw and --fit are different budgets"),
-        (("--fit", "24potatoes", "--ctx", "4096"), "--fit 24potatoes is not a size"),
-        (("--fit", "24GiB", "--ctx", "4096", "--reserve", "much"), "--reserve much is not a size"),
+        (("--fit", "24potatoes", "--ctx", "4096"), "--fit: a number with MiB"),
+        (
+            ("--fit", "24GiB", "--ctx", "4096", *settings("plan.budget.gpu.reserve=much")),
+            "plan.budget.gpu.reserve: a number with MiB",
+        ),
     ],
 )
 def test_options_that_mean_nothing(pico: Path, run: Run, options: tuple[str, ...], error: str) -> None:

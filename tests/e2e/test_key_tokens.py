@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from mode_gguf import pipeline
-from mode_gguf.allocation.units import CandidateTypes
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.forward.modality import KeyTokens
-from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.options import CalibrationOptions, ComputeOptions
+from tests.e2e.conftest import settings
 
 SMALL = ("--image-samples", "2", "--text-samples", "2", "--preset", "paper", "--bpw", "4.0", "--no-validate", "--json")
 
@@ -19,7 +20,9 @@ SMALL = ("--image-samples", "2", "--text-samples", "2", "--preset", "paper", "--
 def test_another_choice_of_key_tokens_is_measured_anew(pico: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     run("convert", pico, "--out", tmp_path, *SMALL)
     first = CalibrationStatistics.load(tmp_path / "calibration.safetensors")
-    again = json.loads(run("convert", pico, "--out", tmp_path, *SMALL, "--key-tokens", "all", "--restart"))
+    again = json.loads(
+        run("convert", pico, "--out", tmp_path, *SMALL, *settings("calibration.key_tokens=all"), "--restart")
+    )
     assert min(again["seconds"]["calibrate"], again["seconds"]["sensitivity"]) > 0
     second = CalibrationStatistics.load(tmp_path / "calibration.safetensors")
     assert (first.key_tokens, second.key_tokens) == (KeyTokens(), KeyTokens("all"))
@@ -27,26 +30,33 @@ def test_another_choice_of_key_tokens_is_measured_anew(pico: Path, tmp_path: Pat
     assert not second.counts(0)[2].any()
 
 
-def test_little_calibration_and_another_choice_later_are_warned_of(
-    pico: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoint, folder = pipeline.open_model(pico, tmp_path)
-    chosen = pipeline.CalibrationOptions(
-        image_samples=1, text_samples=0, key_tokens="random", key_ratio=0.1, device="cpu", seed=4
-    )
-    types = CandidateTypes((QUANT_TYPES["Q4_K"],), (QUANT_TYPES["Q4_K"],))
+def test_little_calibration_is_warned_of(pico: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = pipeline.open_model(pico, tmp_path)
+    chosen = CalibrationOptions(image_samples=1, text_samples=0, key_tokens="random", key_ratio=0.1, seed=4)
     with caplog.at_level(logging.WARNING, "mode_gguf"):
-        pipeline.run_calibration(checkpoint, folder, chosen)
-        said = caplog.messages.copy()
-        caplog.clear()
-        pipeline.run_sensitivity(checkpoint, folder, chosen, "block-mse", types)
-        assert caplog.messages == []
-        pipeline.run_sensitivity(
-            checkpoint, folder, pipeline.CalibrationOptions(image_samples=1, text_samples=0), "block-mse", types
-        )
-    assert said[0].startswith("calibration saw no sample without an image")
-    assert any("experts saw fewer than 32 text and key vision tokens" in line for line in said)
-    assert caplog.messages == [
-        "key tokens are chosen as in calibration (random, ratio 0.1, seed 4), not as asked for here "
-        "(text-attention, ratio 0.2); to change them, calibrate again"
-    ]
+        run.ensure(pipeline.Calibrate(chosen, ComputeOptions(device="cpu")))
+    assert caplog.messages[0].startswith("calibration saw no sample without an image")
+    assert any("experts saw fewer than 32 text and key vision tokens" in line for line in caplog.messages)
+
+
+def test_later_stages_take_key_tokens_and_samples_from_calibration(
+    pico: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    """Each command alone, told nothing: stages.json has what calibrate was told, and convert finds it right."""
+    few_samples = ("--image-samples", "2", "--text-samples", "2")
+    told = (*few_samples, *settings("calibration.key_tokens=all", "calibration.seed=7"))
+    few = settings("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K")
+    run("calibrate", pico, "--out", tmp_path, *told)
+    run("sensitivity", pico, "--out", tmp_path, *few)
+    run("unit-kl", pico, "--out", tmp_path, *settings("sensitivity.measured_samples=2"))
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    for name in ("calibrate", "sensitivity", "unit-kl"):
+        told_then = stages[name]["settings"]
+        assert (told_then["key tokens"], told_then["seed"], told_then["image samples"]) == ("all", 7, 2), name
+    table = SensitivityTable.load(tmp_path / "sensitivity.safetensors")
+    assert table.seed == 7
+    types = ("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K")
+    asked = settings(*types, "plan.unit_kl=true", "sensitivity.measured_samples=2")
+    converted = run("convert", pico, "--out", tmp_path, "--bpw", "3.8", "--no-validate", "--json", *told, *asked)
+    seconds = json.loads(converted)["seconds"]
+    assert (seconds["calibrate"], seconds["sensitivity"], seconds["unit-kl"]) == (0, 0, 0)

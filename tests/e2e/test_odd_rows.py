@@ -15,9 +15,10 @@ from mode_gguf.llama_cpp.ask import ask
 from mode_gguf.pipeline.report_data import conversion_record, work_folder
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.structure import check_structure
-from tests.pico import write_pico_qwen3vlmoe
+from tests.e2e.conftest import settings
+from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
-SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1", "--json")
+SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"), "--json")
 STAND_INS = {"IQ4_NL", "Q5_0", "Q5_1"}
 
 Run = Callable[..., str]
@@ -76,7 +77,7 @@ def test_convert_chooses_stand_ins_and_llama_cpp_answers(narrow: Path, out: Path
 
 def test_an_expert_takes_types_that_go_together(narrow: Path, out: Path, run: Run) -> None:
     arguments = ("convert", narrow, "--bpw", "4.6", "--out", out, "--no-validate", *SMALL)
-    types = ("--types", "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K", "--granularity", "expert")
+    types = (*settings("sensitivity.types=Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"), "--granularity", "expert")
     result = json.loads(run(*arguments, *types))
     assert result["seconds"]["sensitivity"] == 0.0
     plan = Plan.load(out / "plan.json")

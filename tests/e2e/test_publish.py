@@ -13,20 +13,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 from huggingface_hub import ModelCard, constants, snapshot_download
 from PIL import Image
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.hub.names import is_model_file, quant_tag
 from mode_gguf.workfolder import WorkFolder
+from tests.e2e.conftest import settings
 from tests.hub_server import READER, WRITER, Hub
 
 Run = Callable[..., str]
 
 SOURCE = "Maker/Pico-VL-MoE"
 TARGET = "someone/Pico-VL-MoE-MODE-GGUF"
-SMALL = ("--image-samples", "2", "--text-samples", "2", "--seed", "1", "--packing", "exact", "--preset", "paper")
+SMALL = (
+    "--image-samples",
+    "2",
+    "--text-samples",
+    "2",
+    *settings("calibration.seed=1", "sensitivity.packing.mode=exact"),
+    "--preset",
+    "paper",
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +129,7 @@ def test_what_is_not_on_the_hub(hub: Hub, tmp_path: Path, run: Run, monkeypatch:
 
 def test_card(copy: WorkFolder, run: Run) -> None:
     copy.readme.unlink(missing_ok=True)
-    shown = run("card", copy.path, "--repo", TARGET)
+    shown = run("publish", TARGET, copy.path, "--card-only")
     assert str(copy.readme) in shown
     text = copy.readme.read_text()
     card = ModelCard.load(copy.readme)
@@ -163,21 +172,21 @@ def assert_no_local_paths(text: str, folder: Path) -> None:
 
 
 def test_an_edited_card_is_kept(copy: WorkFolder, run: Run, logged_in: Hub) -> None:
-    run("card", copy.path)
+    run("publish", TARGET, copy.path, "--card-only")
     assert "OWNER/NAME" in copy.readme.read_text()
-    run("card", copy.path, "--repo", TARGET, "--base-model", "Else/Where")
+    run("publish", TARGET, copy.path, "--card-only", "--base-model", "Else/Where")
     assert front_matter(copy.readme.read_text())["base_model"] == "Else/Where"
     mine = copy.readme.read_text() + "\nMy words.\n"
     copy.readme.write_text(mine)
-    assert "was edited" in run("card", copy.path, code=2)
+    assert "was edited" in run("publish", TARGET, copy.path, "--card-only", code=2)
     run("publish", TARGET, copy.path, "--yes")
     assert logged_in.repositories[TARGET].files["README.md"] == mine.encode()
     copy.readme.write_text(re.sub(r"`[0-9a-f]{64}`", "`0`", mine))
     line = run("publish", TARGET, copy.path, "--yes", code=4)
     assert "its table of files does not have" in line
-    run("card", copy.path, "--replace")
+    run("publish", TARGET, copy.path, "--card-only", "--replace-card")
     assert "My words" not in copy.readme.read_text()
-    assert "no name of a repository" in run("card", copy.path, "--repo", "a/b/c", code=2)
+    assert "no name of a repository" in run("publish", "a/b/c", copy.path, "--card-only", code=2)
 
 
 def test_without_yes_nothing_is_sent(hub: Hub, copy: WorkFolder, run: Run) -> None:
@@ -343,7 +352,7 @@ def test_what_failed_validation_is_refused(logged_in: Hub, copy: WorkFolder, hel
         line = run("publish", TARGET, copy.path, "--yes", *option, code=5)
         assert "validation failed" in line
         assert "exit code 3" in line
-    assert "validation failed" in run("card", copy.path, code=5)
+    assert "validation failed" in run("publish", TARGET, copy.path, "--card-only", code=5)
     assert logged_in.repositories == {}
     run(*validate)
     assert json.loads(copy.report.read_text())["reference"] is None
@@ -369,7 +378,7 @@ def test_the_paths_of_the_smoke_test_stay_here(logged_in: Hub, copy: WorkFolder,
 
 def test_a_type_per_expert_says_what_it_needs(pico: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    run("plan", pico, "--uniform", "Q4_K", "--packing", "exact", "--out", out)
+    run("plan", pico, "--uniform", "Q4_K", *settings("sensitivity.packing.mode=exact"), "--out", out)
     plan = json.loads((out / "plan.json").read_text())
     for tensor in plan["tensors"]:
         if tensor["name"].startswith("blk.1.ffn_") and "exps" in tensor["name"]:
@@ -378,7 +387,7 @@ def test_a_type_per_expert_says_what_it_needs(pico: Path, tmp_path: Path, run: R
     (out / "plan.json").write_text(json.dumps(plan))
     model = Path(json.loads(run("export", pico, "--out", out, "--json"))["model"])
     assert model.name.endswith("Q4_K_MODE_GROUPS.gguf")
-    run("card", out, "--repo", TARGET)
+    run("publish", TARGET, out, "--card-only")
     text = (out / "README.md").read_text()
     assert "**Stock llama.cpp refuses this file**" in text
     assert "unknown model architecture: 'qwen3vlmoe+expert_groups'" in text
@@ -414,7 +423,7 @@ def test_llama_cpp_finds_model_and_projector_by_the_tag(
     """Stock llama.cpp itself reads the names on the hub: MODE_GGUF_STOCK_BUILD names the folder of its programs."""
     for quant_type in ("Q4_K", "Q3_K"):  # the second one comes first on the hub
         out = tmp_path / quant_type
-        run("plan", pico, "--uniform", quant_type, "--packing", "exact", "--out", out)
+        run("plan", pico, "--uniform", quant_type, *settings("sensitivity.packing.mode=exact"), "--out", out)
         plan = json.loads((out / "plan.json").read_text())
         (out / "plan.json").write_text(json.dumps({**plan, "budget": {"kind": "bpw", "value": 4.5}}))
         run("export", pico, "--out", out, "--shard-size", "1MB")

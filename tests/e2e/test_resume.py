@@ -20,12 +20,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mode_gguf import artifacts, pipeline
-from mode_gguf.allocation.budget import Budget
-from mode_gguf.allocation.presets import PRESETS
-from mode_gguf.allocation.units import CandidateTypes
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.progress import Advance
-from mode_gguf.quantization.types import parse_types
+from mode_gguf.recipe import Layer, Recipe
 
 KILLS = 24
 IGNORED = {"mode-gguf.log", ".mode-gguf.lock", "report.html"}  # the page shows times
@@ -47,17 +44,16 @@ processes.set_forkserver_preload(
 )
 
 
-def options(data: Path) -> pipeline.ConvertOptions:
+def options(data: Path) -> Recipe:
     """Every stage, as little of each as there can be."""
-    return pipeline.ConvertOptions(
-        Budget(kind="bpw", value=3.6),
-        calibration=pipeline.CalibrationOptions(str(data / "chats.jsonl")),
-        preset=replace(PRESETS["mode"], unit_kl=True),
-        measured_samples=1,
-        types=CandidateTypes(parse_types("Q2_K,Q4_K"), parse_types("Q4_K")),
-        threads=1,
-        held_out=data / "held-out",
-    )
+    values = {
+        "plan": {"budget": {"bpw": 3.6}, "unit_kl": True},
+        "calibration": {"source": str(data / "chats.jsonl")},
+        "sensitivity": {"measured_samples": 1, "types": "Q2_K,Q4_K", "dense_types": "Q4_K"},
+        "compute": {"threads": 1},
+        "validation": {"samples": str(data / "held-out")},
+    }
+    return Recipe.of(Layer(values))
 
 
 class Moments:
@@ -108,8 +104,7 @@ def convert(model: Path, out: Path, data: Path, fatal: str | None, record: Path 
     """In a process of its own: convert up to the fatal moment; record all moments."""
     moments = Moments(fatal)
     moments.watch_files()
-    checkpoint, folder = pipeline.open_model(model, out)
-    pipeline.convert(checkpoint, folder, options(data), moments)
+    pipeline.convert(pipeline.open_model(model, out, progress=moments), options(data))
     if record:
         record.write_text(json.dumps(moments.seen))
 
@@ -194,7 +189,7 @@ def test_killed_at_any_moment(pico: Path, tmp_path: Path, data: Path) -> None:
 
 
 def check_nothing_is_wrong(out: Path, expected: dict[str, Any], moment: str) -> None:
-    """Final files are those of the run that nobody killed; the ledger speaks of no others."""
+    """Final files are those of the run that nobody killed; stages.json speaks of no others."""
     passing = ("stages.json", "unit-kl.partial", "rounded/")
     for name, content in contents(out).items():
         if not name.startswith(passing):
@@ -219,10 +214,10 @@ def limited(tmp_path: Path, data: Path, pico: Path) -> Callable[[int], str]:
 
 
 def convert_limited(model: Path, out: Path, data: Path, size: int, said: Path) -> None:
-    checkpoint, folder = pipeline.open_model(model, out)
+    run = pipeline.open_model(model, out)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
-        pipeline.convert(checkpoint, folder, options(data))
+        pipeline.convert(run, options(data))
     except MissingResourceError as error:
         said.write_text(str(error))
 
@@ -242,7 +237,6 @@ def test_a_full_disk(tmp_path: Path, limited: Callable[[int], str], pico: Path, 
 def test_a_shard_that_vanishes(pico: Path, tmp_path: Path, data: Path) -> None:
     model = Path(shutil.copytree(pico, tmp_path / pico.name))
     shard = min(model.glob("*.safetensors"))
-    checkpoint, folder = pipeline.open_model(model, tmp_path / "work")
 
     class Vanishing:
         @contextmanager
@@ -251,13 +245,17 @@ def test_a_shard_that_vanishes(pico: Path, tmp_path: Path, data: Path) -> None:
                 shard.unlink(missing_ok=True)
             yield lambda n: None
 
+    run = pipeline.open_model(model, tmp_path / "work", progress=Vanishing())
+    folder = run.folder
     with pytest.raises(InputError, match=shard.name):
-        pipeline.convert(checkpoint, folder, options(data), Vanishing())
+        pipeline.convert(run, options(data))
     assert set(json.loads(folder.stages.read_text())) == {"calibrate", "sensitivity"}
     assert not folder.unit_kl.exists()
     log = folder.log.read_text()
     assert "calibrate: done in" in log
     assert f"ERROR   {shard}" in log
     shutil.copy(pico / shard.name, shard)
-    seconds = pipeline.convert(checkpoint, folder, replace(options(data), validate=False)).seconds
+    recipe = options(data)
+    recipe = replace(recipe, validation=replace(recipe.validation, validate=False))
+    seconds = pipeline.convert(pipeline.open_model(model, tmp_path / "work"), recipe).seconds
     assert seconds["sensitivity"] == 0 < seconds["unit-kl"]

@@ -1,6 +1,7 @@
 """Rounding with error feedback, from the command line to a file that llama.cpp runs."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 from gguf import GGUFReader
 
 from mode_gguf.workfolder import WorkFolder
+from tests.e2e.conftest import settings
 
-SMALL = ("--image-samples", "4", "--text-samples", "4", "--seed", "1")
+SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"))
 
 Run = Callable[..., str]
 
@@ -50,19 +52,15 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, run: Run) -> Non
     assert {name for name in different if "exps" in name}
     assert "token_embd.weight" not in different
 
-    told = run("round", pico, "--out", out, *SMALL)
-    assert "matrices with feedback" in told
     run("export", pico, "--out", out)
     assert tensors_of(nearest["model"]) == with_feedback
+    assert not (out / "rounded").exists()
 
 
-def test_export_wants_the_rounded_tensors(pico: Path, out: Path, run: Run) -> None:
-    run("plan", pico, "--bpw", "4.0", "--out", out)
-    message = run("export", pico, "--out", out, "--rounding", "feedback", code=4)
-    assert "run `mode-gguf round` in this work folder first" in message
-
-
-def test_other_samples_are_refused(pico: Path, out: Path, run: Run) -> None:
-    run("plan", pico, "--bpw", "4.0", "--out", out)
-    message = run("round", pico, "--out", out, "--image-samples", "2", "--text-samples", "4", "--seed", "1", code=4)
+def test_other_samples_are_refused(pico: Path, out: Path, tmp_path: Path, run: Run) -> None:
+    """A calibration that was repeated with other samples after `sensitivity`."""
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    run("calibrate", pico, "--out", copy, "--image-samples", "2", "--text-samples", "4")
+    run("plan", pico, "--bpw", "4.0", "--out", copy, "--rounding", "feedback")
+    message = run("export", pico, "--out", copy, code=4)
     assert "token-weights.safetensors: made from other samples than these" in message

@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import settings
+
 Run = Callable[..., str]
-SMALL = ("--image-samples", "2", "--text-samples", "2", "--seed", "1", "--packing", "exact", "--preset", "paper")
+SMALL = (
+    "--image-samples",
+    "2",
+    "--text-samples",
+    "2",
+    *settings("calibration.seed=1", "sensitivity.packing.mode=exact"),
+    "--preset",
+    "paper",
+)
 
 
 @pytest.mark.parametrize("size", ["0", "abc", "-1GB", "nan", "45 TB", ""])
@@ -21,7 +31,7 @@ def test_what_is_no_size_is_refused_before_anything_is_done(pico: Path, tmp_path
 
 def test_export_writes_shards_that_inspect_reads(pico: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    run("plan", pico, "--uniform", "Q4_K", "--packing", "exact", "--out", out)
+    run("plan", pico, "--uniform", "Q4_K", *settings("sensitivity.packing.mode=exact"), "--out", out)
     result = json.loads(run("export", pico, "--out", out, "--shard-size", "1MB", "--json"))
     first = Path(result["model"])
     files = sorted(out.glob(f"{pico.name}-Q4_K-*.gguf"))
@@ -69,11 +79,14 @@ def test_convert_validates_shards_and_reuses_them(pico: Path, tmp_path: Path, ru
 
 def test_merge_writes_shards(pico: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    arguments = (pico, "--out", out, "--image-samples", "2", "--text-samples", "2", "--seed", "1")
+    arguments = (pico, "--out", out, "--image-samples", "2", "--text-samples", "2", *settings("calibration.seed=1"))
     run("calibrate", *arguments)
-    run("sensitivity", *arguments, "--packing", "exact")
+    exact = settings("sensitivity.packing.mode=exact")
+    run("sensitivity", pico, "--out", out, *exact)
     run("plan", pico, "--out", out, "--bpw", "4.5", "--granularity", "expert")
-    result = json.loads(run("merge", *arguments, "--shard-size", "1MB", "--json"))
+    result = json.loads(
+        run("convert", *arguments, *exact, "--bpw", "4.5", "--shard-size", "1MB", "--no-validate", "--json")
+    )
     files = sorted(out.glob("*-of-*.gguf"))
     assert Path(result["model"]) == files[0]
     assert len(files) > 1

@@ -11,9 +11,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mode_gguf.allocation.plan import Plan
+from tests.e2e.conftest import settings
 from tests.together import SECONDS, ended, start_together
 
-SMALL = ("--image-samples", "4", "--text-samples", "3", "--seed", "1")
+SMALL = ("--image-samples", "4", "--text-samples", "3", *settings("calibration.seed=1"))
 NEAREST = ("--rounding", "nearest", "--no-validate", "--json")
 
 Run = Callable[..., str]
@@ -21,7 +22,7 @@ Run = Callable[..., str]
 
 def test_convert_gives_the_same_plan(pico: Path, tmp_path: Path, run: Run) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    command = ("convert", pico, "--bpw", "4.0", *SMALL, *NEAREST)
+    command: tuple[str | Path, ...] = ("convert", pico, "--bpw", "4.0", *SMALL, *NEAREST)
     first, second = ended(start_together(["-m", "mode_gguf_cli", *command, "--out", shared], 2))
     assert first[0] == 0, first[2]
     assert second == (0, "", "")

@@ -6,15 +6,22 @@ from pathlib import Path
 import pytest
 
 from mode_gguf import pipeline
-from mode_gguf.allocation.budget import Budget
 from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.samples import load_samples
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.estimate.free_resources import FreeResources, disk_use, free_resources, memory_warning, shortages
 from mode_gguf.estimate.machine import Machine, available_memory, measure_machine, total_memory
-from mode_gguf.estimate.stage_estimates import ModelSizes, StageEstimate, TokenCounts, stage_estimates
+from mode_gguf.estimate.stage_estimates import (
+    EstimatedWork,
+    ModelSizes,
+    StageEstimate,
+    TokenCounts,
+    stage_estimates,
+)
 from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.options import CalibrationOptions
+from mode_gguf.recipe import Recipe, settings_layer
 from mode_gguf.workfolder import WorkFolder
 
 GB = 10**9
@@ -54,53 +61,62 @@ def test_work_is_about_what_the_model_sees(folder: str, request: pytest.FixtureR
     seen = [builder.build(sample) for sample in samples]
     vision = sum(int(one.is_vision.sum()) for one in seen)
     assert said.vision_tokens == pytest.approx(vision, rel=0.1)
-    limit = TokenCounts.at_most(pipeline.CalibrationOptions(image_samples=6, text_samples=6), sizes)
+    limit = TokenCounts.at_most(CalibrationOptions(image_samples=6, text_samples=6), sizes)
     assert limit.vision_tokens >= vision
     assert limit.tokens >= said.tokens
     assert limit.longest >= max(len(one.input_ids) for one in seen)
 
 
-def test_needs_grow_with_samples_and_not_with_memory(sizes: ModelSizes) -> None:
-    options = pipeline.ConvertOptions(Budget(value=3.0))
-    few, many = (stage_estimates(sizes, TokenCounts(n, n, 512), options, GB, 2) for n in (1_000, 10_000_000))
+WORK = EstimatedWork(
+    counts=TokenCounts(10_000, 10_000, 512),
+    model_bytes=GB,
+    hidden_bytes=4 << 30,
+    expert_types=5,
+    dense_types=6,
+    without_model=False,
+    feedback=True,
+    validate=True,
+)
+
+
+def test_estimates_grow_with_samples_and_not_with_memory(sizes: ModelSizes) -> None:
+    few, many = (stage_estimates(sizes, replace(WORK, counts=TokenCounts(n, n, 512)), 2) for n in (1_000, 10_000_000))
     assert [stage.stage for stage in few] == ["calibrate", "sensitivity", "round", "export", "projector", "validate"]
     assert all(stage.seconds is None for stage in few)
     assert all(small.memory <= large.memory for small, large in zip(few, many, strict=True))
     assert few[0].temporary == few[1].temporary == 0
     assert 0 < many[0].temporary < many[1].temporary
-    small = replace(options, calibration=replace(options.calibration, hidden_bytes=1 << 20))
-    tight = stage_estimates(sizes, TokenCounts(10_000_000, 10_000_000, 512), small, GB, 2)
+    small = replace(WORK, counts=TokenCounts(10_000_000, 10_000_000, 512), hidden_bytes=1 << 20)
+    tight = stage_estimates(sizes, small, 2)
     assert tight[1].memory < many[1].memory
     assert tight[1].temporary > many[1].temporary
 
 
 def test_nearest_rounding_and_no_validation_are_left_out(sizes: ModelSizes) -> None:
-    options = pipeline.ConvertOptions(Budget(value=3.0), rounding="nearest", validate=False)
-    names = [stage.stage for stage in stage_estimates(sizes, TokenCounts(100, 0, 100), options, GB, 2)]
+    names = [stage.stage for stage in stage_estimates(sizes, replace(WORK, feedback=False, validate=False), 2)]
     assert names == ["calibrate", "sensitivity", "export", "projector"]
 
 
 def test_a_gpu_holds_the_weights(sizes: ModelSizes) -> None:
-    options, work = pipeline.ConvertOptions(Budget(value=3.0)), TokenCounts(10_000, 10_000, 512)
     machine = Machine(memory=GB, device_memory=24 * GB, flops=1e14, read_rate=1e9)
-    on_gpu = stage_estimates(sizes, work, options, GB, 2, machine)
+    on_gpu = stage_estimates(sizes, WORK, 2, machine)
     assert on_gpu[0].device_memory > 0
     assert all(stage.seconds is not None and stage.seconds >= 0 for stage in on_gpu)
-    slower = stage_estimates(sizes, work, options, GB, 2, replace(machine, flops=1e11))
+    slower = stage_estimates(sizes, WORK, 2, replace(machine, flops=1e11))
     assert sum(stage.seconds or 0 for stage in slower) > sum(stage.seconds or 0 for stage in on_gpu)
 
 
 def test_disks() -> None:
     assert disk_use(STAGES) == (73 * GB, 40 * GB)
     assert disk_use(STAGES[:-1]) == (25 * GB, 40 * GB)
-    room = FreeResources(Path("/w"), 100 * GB, Path("/t"), 50 * GB, 16 * GB)
-    assert shortages(STAGES, room) == []
-    assert memory_warning(STAGES, room) is None
-    (one,) = shortages(STAGES, replace(room, temporary=30 * GB))
+    free = FreeResources(Path("/w"), 100 * GB, Path("/t"), 50 * GB, 16 * GB)
+    assert shortages(STAGES, free) == []
+    assert memory_warning(STAGES, free) is None
+    (one,) = shortages(STAGES, replace(free, temporary=30 * GB))
     assert one.startswith("/t: about 40.0 GB are needed for hidden states, 30.0 GB are free")
-    (one,) = shortages(STAGES, replace(room, temporary=None))
+    (one,) = shortages(STAGES, replace(free, temporary=None))
     assert one.startswith("/w: about 113.0 GB are needed, 100.0 GB are free")
-    assert "`sensitivity` may take 8.4 GiB" in str(memory_warning(STAGES, replace(room, memory=8 * GB)))
+    assert "`sensitivity` may take 8.4 GiB" in str(memory_warning(STAGES, replace(free, memory=8 * GB)))
 
 
 def test_what_a_folder_has_counts_as_free(tmp_path: Path) -> None:
@@ -121,9 +137,9 @@ def test_a_machine(pico_module: Path) -> None:
 
 
 def test_convert_stops_before_a_full_disk(pico_module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint, folder = pipeline.open_model(pico_module, tmp_path / "out")
+    run = pipeline.open_model(pico_module, tmp_path / "out")
     full = FreeResources(tmp_path, 1000, tmp_path, None, GB)
-    monkeypatch.setattr("mode_gguf.pipeline.conversion.free_resources", lambda folder: full)
+    monkeypatch.setattr("mode_gguf.pipeline.estimating.free_resources", lambda folder: full)
     with pytest.raises(MissingResourceError, match=r"are needed, 0\.0 GB are free; choose another disk with --out"):
-        pipeline.convert(checkpoint, folder, pipeline.ConvertOptions(Budget(value=4.0)))
-    assert not folder.path.exists()
+        pipeline.convert(run, Recipe.of(settings_layer(["plan.budget.bpw=4.0"])))
+    assert not run.folder.path.exists()

@@ -12,8 +12,8 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.export.mtp import write_mtp
 from mode_gguf.llama_cpp import c_api
-from tests.architectures.test_qwen3_vl_moe import changed
-from tests.pico_qwen3_5_moe import LAYERS, MTP_NORMS, write_pico_qwen3_5_moe
+from tests.families.changed import changed
+from tests.families.pico.qwen3_5_moe import LAYERS, MTP_NORMS, write_pico_qwen3_5_moe
 
 BLOCK = f"blk.{LAYERS}"
 

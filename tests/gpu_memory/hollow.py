@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from mode_gguf.gpu_memory.qwen3_vl_moe import ARCHITECTURE, EncoderShape, TextShape
+from mode_gguf.gpu_memory.model_graphs import EncoderShape, TextShape
+from mode_gguf.gpu_memory.qwen3_vl_moe import ARCHITECTURE
 
 
 def write_hollow_text_model(path: Path, shape: TextShape) -> Path:

@@ -12,13 +12,15 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.gpu_memory.breakdown import ModelShape, kv_bytes, picture_side, text_batch
-from mode_gguf.gpu_memory.fit_settings import FitSettings, KvType
-from mode_gguf.gpu_memory.qwen3_vl_moe import EncoderShape, TextShape, encoder_graph, text_graph
+from mode_gguf.gpu_memory.fit_settings import FitSettings
+from mode_gguf.gpu_memory.model_graphs import EncoderShape, TextShape
+from mode_gguf.gpu_memory.qwen3_vl_moe import encoder_graph, text_graph
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.pipeline.gpu_budget import model_shape
 from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.vocabulary import KvType
 from tests.gpu_memory.hollow import write_hollow_projector, write_hollow_text_model
 from tests.gpu_memory.reported import MIB, context_sizes, encoder_sizes, lines_of_llama_cpp, loaded, sizes
 
@@ -67,7 +69,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelShape, int, Pat
     tensors = text_tensors(checkpoint)
     types = {t.name: QUANT_TYPES["F32" if t.role is Role.KEEP else "BF16"] for t in tensors}
     text, mmproj = folder / "demo.gguf", folder / "mmproj-demo.gguf"
-    write_text_model(text, checkpoint, types)
+    write_text_model(text, checkpoint, TensorPacking(types))
     write_projector(mmproj, checkpoint)
     size = sum(t.n_weights * types[t.name].type_size for t in tensors)
     return model_shape(checkpoint, FitSettings(context=4096)), size, text, mmproj

@@ -7,9 +7,11 @@ import pytest
 from mode_gguf.errors import UsageError
 from mode_gguf.gpu_memory.breakdown import ModelShape, needs, text_batch
 from mode_gguf.gpu_memory.fit_settings import FitSettings
-from mode_gguf.gpu_memory.qwen3_vl_moe import EncoderShape, TextShape, text_graph
+from mode_gguf.gpu_memory.model_graphs import EncoderShape, TextShape
+from mode_gguf.gpu_memory.qwen3_vl_moe import GRAPHS, text_graph
 
 MODEL = ModelShape(
+    graphs=GRAPHS,
     text=TextShape(2048, 48, 32, 4, 128, 128, 8, 768, 151_936, 3),
     encoder=EncoderShape(1152, 4304, 27, 16, 16, 2, 2048, 2304, (8, 16, 24)),
     text_tensors=579,
@@ -83,4 +85,4 @@ def test_heads_that_no_block_fits() -> None:
 
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(UsageError, match="--fit is not known for llama4"):
-        ModelShape.of("llama4", {}, {}, vocabulary=1, text_tensors=1, projector_bytes=1)
+        ModelShape.of(None, "llama4", {}, {}, vocabulary=1, text_tensors=1, projector_bytes=1)

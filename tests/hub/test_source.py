@@ -10,12 +10,13 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from mode_gguf.allocation.budget import Budget
+from mode_gguf.allocation.presets import PRESETS
+from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.hub import source
 from mode_gguf.hub.source import checkpoint_folder, checkpoint_outline
-from mode_gguf.pipeline import ConvertOptions, estimate
-from mode_gguf.workfolder import WorkFolder
+from mode_gguf.pipeline import PlanSettings
 from tests.hub_server import READER, WRITER, Hub
 
 NAME = "Maker/Pico-VL-MoE"
@@ -155,8 +156,7 @@ def test_too_little_room(published: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_dry_run_fetches_headers(published: Hub, pico: Path, tmp_path: Path) -> None:
-    options = ConvertOptions(Budget(kind="bpw", value=4.0))
-    work = WorkFolder(tmp_path / "work", "Pico-VL-MoE")
+    settings = PlanSettings(Budget(value=4.0), PRESETS["mode"], DEFAULT_TYPES)
     local = Checkpoint.open(pico)
     with checkpoint_outline(NAME) as (folder, download):
         outline = Checkpoint.open(folder)
@@ -170,7 +170,7 @@ def test_a_dry_run_fetches_headers(published: Hub, pico: Path, tmp_path: Path) -
         assert {name: (found.shape, found.dtype) for name, found in outline.tensors.items()} == {
             name: (found.shape, found.dtype) for name, found in local.tensors.items()
         }
-        assert estimate(outline, work, options).reach == estimate(local, work, options).reach
+        assert settings.target(outline) == settings.target(local)
     assert not folder.exists()
     fetched = sum(published.sent[name] for name in names(pico) if name.endswith(".safetensors"))
     assert fetched <= 2 * 100_001

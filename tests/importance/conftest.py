@@ -18,8 +18,7 @@ def checkpoint(pico: Path) -> Checkpoint:
     return Checkpoint.open(pico)
 
 
-@pytest.fixture(scope="session")
-def samples() -> list[Sample]:
+def answered_samples() -> list[Sample]:
     """Four texts and four answered questions: enough tokens for every expert, few enough for brute force."""
     texts = (
         "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
@@ -38,6 +37,12 @@ def samples() -> list[Sample]:
         )
         for i, (question, answer) in enumerate(zip(questions, answers, strict=True))
     ]
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    """See `answered_samples`."""
+    return answered_samples()
 
 
 @pytest.fixture(scope="session")

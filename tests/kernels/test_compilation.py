@@ -1,9 +1,13 @@
 """When kernels are compiled, where they are kept, and what makes them stale."""
 
+import json
 import shutil
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from gguf.quants import dequantize
 
 import mode_gguf_kernels
 from mode_gguf_kernels.compilation import cache_folder, sources_digest
@@ -84,5 +88,30 @@ def test_threads_may_share_the_first_call_and_later_processes_what_it_compiled(t
     digest, compiled = run(THREADS_COMPILE, tmp_path).split()
     assert compiled == "1"
     cached = {path.name.split("-")[0] for path in (tmp_path / f"mode_gguf_kernels-{digest}").rglob("*.nbc")}
-    assert cached == {"q8_0.pack"}
+    assert cached == {"matrix.Q8_0.pack"}
     assert run(THREADS_COMPILE, tmp_path).split() == [digest, "0"]
+
+
+UNPACK = """
+import json
+import numpy as np
+from mode_gguf_kernels import TYPES, unpack
+
+packed = np.arange(4 * 32, dtype=np.uint8).reshape(4, 32)
+found = {{}}
+for name in {types}:
+    row = np.tile(packed, 9)[:, : 9 * TYPES[name].block_bytes]
+    weights = unpack(row, name, 9 * 32)
+    found[name] = sum(TYPES[name].unpack.stats.cache_misses.values()), row.tolist(), weights.view(np.uint32).tolist()
+print(json.dumps(found))
+"""
+
+
+def test_kernels_of_one_template_are_told_apart_in_the_cache(tmp_path: Path) -> None:
+    """Each compiled by a process of its own, where Numba's counters, which are in its symbols, begin anew."""
+    for name in ("Q4_0", "Q5_0"):
+        assert json.loads(run(UNPACK.format(types=(name,)), tmp_path))[name][0] == 1
+    for name, (compiled, row, bits) in json.loads(run(UNPACK.format(types=("Q5_0", "Q4_0")), tmp_path)).items():
+        assert compiled == 0
+        expected = dequantize(np.array(row, np.uint8), gguf.GGMLQuantizationType[name])
+        np.testing.assert_array_equal(np.array(bits, np.uint32), expected.view(np.uint32))

@@ -6,10 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mode_gguf_kernels import FEEDBACK_TYPES, TYPES, Feedback, PackingError, Refinement, pack, round_again, unpack
-from mode_gguf_kernels.feedback import polish, round_with_feedback
-from mode_gguf_kernels.levels import LAYOUTS, Grid, grid_of, read_levels, write_levels
+from mode_gguf_kernels.gptq import polish, round_with_feedback
+from mode_gguf_kernels.levels import Grid, Layout, grid_of, read_levels, write_levels
 
 ROWS, COLUMNS = 24, 512
+
+
+def layout_of(type_name: str) -> Layout:
+    layout = TYPES[type_name].layout
+    assert layout is not None
+    return layout
 
 
 def blocks_of(packed: np.ndarray, type_name: str) -> np.ndarray:
@@ -51,7 +57,7 @@ def output_error(matrix: np.ndarray, packed: np.ndarray, type_name: str, moments
 @given(seed=st.integers(0, 2**32 - 1))
 def test_levels_lie_where_the_table_says(type_name: str, seed: int) -> None:
     """Any bytes at all: levels and grid together are the unpacked weights, and levels written are levels read."""
-    layout = LAYOUTS[type_name]
+    layout = layout_of(type_name)
     generator = np.random.default_rng(seed)
     matrix = generator.standard_normal((3, COLUMNS)).astype(np.float32)
     blocks = blocks_of(pack(matrix, type_name), type_name)
@@ -73,7 +79,7 @@ def test_levels_lie_where_the_table_says(type_name: str, seed: int) -> None:
 
 
 def grid_of_packed(packed: np.ndarray, type_name: str) -> Grid:
-    grid = grid_of(blocks_of(packed, type_name), LAYOUTS[type_name], lambda filled: weights_of(filled, type_name))
+    grid = grid_of(blocks_of(packed, type_name), layout_of(type_name), lambda filled: weights_of(filled, type_name))
     return grid._replace(lowest=np.ascontiguousarray(grid.lowest), step=np.ascontiguousarray(grid.step))
 
 
@@ -113,7 +119,7 @@ def test_polish_ends_where_no_single_level_is_better(type_name: str, sweeps: int
     matrix = drawn(5)
     packed = pack(matrix, type_name, refinement=Refinement())
     grid = grid_of_packed(packed, type_name)
-    levels = read_levels(blocks_of(packed, type_name), LAYOUTS[type_name])
+    levels = read_levels(blocks_of(packed, type_name), layout_of(type_name))
     lowest, step = (part.repeat(grid.width, 1).astype(np.float64) for part in (grid.lowest, grid.step))
 
     def errors() -> np.ndarray:
@@ -156,7 +162,7 @@ def test_scales_stay(type_name: str, moments: np.ndarray) -> None:
     nearest = pack(matrix, type_name)
     packed = nearest.copy()
     round_again(packed, type_name, matrix, feedback_of(moments))
-    layout, stays = LAYOUTS[type_name], np.ones(TYPES[type_name].block_bytes, bool)
+    layout, stays = layout_of(type_name), np.ones(TYPES[type_name].block_bytes, bool)
     for field in layout.fields:
         stays[field.place] = False
     np.testing.assert_array_equal(blocks_of(packed, type_name)[..., stays], blocks_of(nearest, type_name)[..., stays])
@@ -170,7 +176,7 @@ def test_without_correlation_every_weight_is_rounded_to_nearest(type_name: str) 
     packed = pack(matrix, type_name)
     identity = np.eye(COLUMNS, dtype=np.float32)
     round_again(packed, type_name, matrix, Feedback(identity, identity))
-    layout, blocks = LAYOUTS[type_name], blocks_of(packed, type_name)
+    layout, blocks = layout_of(type_name), blocks_of(packed, type_name)
     errors = np.abs(weights_of(blocks, type_name) - matrix)
     levels = read_levels(blocks, layout)
     for step in (-1, 1):

@@ -24,7 +24,7 @@ from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE
 from mode_gguf.validation import reference
 from mode_gguf.validation.questions import HeldOut, Question, load_held_out
 from mode_gguf.validation.reference import ScoredSample, Settings, measure_reference
-from mode_gguf.validation.validate import validate
+from mode_gguf.validation.validate import Compared, validate
 from tests.llama_cpp.runtime.grouped_files import Groups, random_groups, write_dequantized, write_grouped
 from tests.validation.conftest import Files
 
@@ -207,12 +207,12 @@ def test_validate_in_our_build(
     ordinary = write_dequantized(tmp_path / "ordinary.gguf", sources, group_of)
     held_out = load_held_out(held_out_folder)
     report = validate(
-        grouped, full.text, full.mmproj, held_out, settings=settings, reference_folder=tmp_path / "reference"
+        Compared(grouped, full.text, full.mmproj), held_out, settings=settings, reference_folder=tmp_path / "reference"
     )
     assert report.runtime == patched.version
     assert report.smoke is not None
     assert str(patched.bin) in report.smoke.runtime
-    expected = validate(ordinary, full.text, full.mmproj, held_out, settings=settings)
+    expected = validate(Compared(ordinary, full.text, full.mmproj), held_out, settings=settings)
     for ours, embedded in ((report.text, expected.text), (report.image, expected.image)):
         assert ours is not None
         assert embedded is not None
@@ -296,4 +296,4 @@ def test_stock_build_is_read_as_it_is_laid_out(full: Files) -> None:
 def test_a_type_per_expert_runs_in_no_other_build(grouped_file: Path, runtime: Runtime, tmp_path: Path) -> None:
     settings = Settings(engine=named_engine(embedded_folder(tmp_path / "bin")))
     with pytest.raises(UsageError, match=r"grouped\.gguf: has one type per expert .*leave --library out"):
-        validate(grouped_file, None, None, HeldOut("one", ("The quick brown fox",), ()), settings=settings)
+        validate(Compared(grouped_file), HeldOut("one", ("The quick brown fox",), ()), settings=settings)

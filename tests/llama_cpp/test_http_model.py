@@ -20,7 +20,7 @@ from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation.divergence import compare
 from mode_gguf.validation.questions import HeldOut, load_held_out
 from mode_gguf.validation.reference import Settings, measure_reference
-from mode_gguf.validation.validate import validate
+from mode_gguf.validation.validate import Compared, validate
 from tests.validation.conftest import Files
 
 SERVE = Path(__file__).with_name("serve.py")
@@ -120,10 +120,10 @@ def test_candidate_behind_http(
     held_out = HeldOut("right", held_out.texts, held_out.questions[:2])  # this model's own answers are mostly bytes
     settings = replace(settings, answers="given")
     embedded = validate(
-        small.text, full.text, full.mmproj, held_out, settings=settings, reference_folder=tmp_path / "kept"
+        Compared(small.text, full.text, full.mmproj), held_out, settings=settings, reference_folder=tmp_path / "kept"
     )
-    whole = validate(server, tmp_path / "kept", None, held_out, settings=settings)
-    part = validate(server, tmp_path / "kept", None, held_out, settings=replace(settings, top_logprobs=40))
+    whole = validate(Compared(server, tmp_path / "kept", None), held_out, settings=settings)
+    part = validate(Compared(server, tmp_path / "kept", None), held_out, settings=replace(settings, top_logprobs=40))
     assert whole.candidate.bpw == pytest.approx(embedded.candidate.bpw, rel=0.05)
     assert "llama-server" in whole.runtime
     assert whole.reference_runtime == embedded.runtime
@@ -147,7 +147,9 @@ def test_reference_behind_http(
     settings = replace(settings, top_logprobs=100, answers="given")
     first = measure_reference(server, None, held_out, tmp_path, settings)
     times = [path.stat().st_mtime_ns for path in first.paths]
-    report = validate(small.text, server, small.mmproj, held_out, settings=settings, reference_folder=tmp_path)
+    report = validate(
+        Compared(small.text, server, small.mmproj), held_out, settings=settings, reference_folder=tmp_path
+    )
     assert [path.stat().st_mtime_ns for path in first.paths] == times
     assert (~np.isnan(first.read(0).log_probs)).sum(axis=1).min() == 100
     for divergence in (report.text, report.image):
@@ -165,8 +167,8 @@ def test_what_a_server_cannot_say_is_told(
     """Bytes that are no characters are left out behind a picture, and the report says how many."""
     asked = HeldOut("bytes", held_out.texts[:1], held_out.questions[2:])
     assert model.mmproj is not None
-    full = validate(model.text_gguf, None, model.mmproj, asked, settings=settings)
-    report = validate(server, None, None, asked, settings=settings)
+    full = validate(Compared(model.text_gguf, None, model.mmproj), asked, settings=settings)
+    report = validate(Compared(server), asked, settings=settings)
     assert full.image is not None
     assert full.warnings == ()
     assert report.warnings

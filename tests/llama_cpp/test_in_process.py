@@ -1,66 +1,20 @@
-"""The embedded llama.cpp against transformers, in F32, on the pico checkpoint."""
+"""The embedded llama.cpp on the pico checkpoint in F32; against transformers it is compared in `families`."""
 
 import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp import in_process
 from mode_gguf.llama_cpp.in_process import BATCH, LlamaModel
 from mode_gguf.validation.divergence import compare
+from tests.families.prompts import ANSWER, QUESTION, TEXT
 from tests.validation.conftest import Files
-
-TEXT = "The quick brown fox jumps over the lazy dog. What is the colour of the square? It's 12:30, héllo — 你好. "
-QUESTION = "What is the colour of the circle?"
-ANSWER = "The square is red. There are 3 shapes"
-
-
-class Transformers:
-    """The pico checkpoint in transformers, F32, on the CPU."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-
-    def tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer(text)["input_ids"]
-        return tokens
-
-    def seen(self, picture: Image.Image) -> dict[str, Any]:
-        return dict(self.processor(images=[picture], return_tensors="pt"))
-
-    def prompt(self, seen: dict[str, Any]) -> list[int]:
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-        text: str = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        count = int(seen["image_grid_thw"].prod()) // 4
-        image_token: str = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
-        return self.tokens(text.replace(image_token, image_token * count))
-
-    @torch.no_grad()
-    def logits(self, tokens: list[int], seen: dict[str, Any] | None = None) -> np.ndarray:
-        ids = torch.tensor([tokens])
-        arguments = dict(seen or {})
-        if seen:
-            arguments["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
-        rows: np.ndarray = self.model(input_ids=ids, **arguments).logits[0].numpy()
-        return rows
-
-
-@pytest.fixture(scope="module")
-def transformers(pico: Path) -> Iterator[Transformers]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Transformers(pico)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -71,59 +25,6 @@ def exact(full: Files) -> Iterator[LlamaModel]:
 
 def image_prompt(model: LlamaModel) -> str:
     return model.chat_template.question(QUESTION, model.image_marker)
-
-
-def test_text_equals_transformers(exact: LlamaModel, transformers: Transformers) -> None:
-    tokens = transformers.tokens(TEXT * 3)
-    assert exact.tokenize(TEXT * 3) == tokens
-    scores = compare(transformers.logits(tokens[:-1]), exact.text_logits(tokens[:-1]), tokens[1:])
-    assert scores.kl.max() < 1e-9
-    assert scores.same_top1.all()
-
-
-def test_image_answer_equals_transformers(exact: LlamaModel, transformers: Transformers, picture: Image.Image) -> None:
-    seen = transformers.seen(picture)
-    prompt, answer = transformers.prompt(seen), transformers.tokens(ANSWER)
-    expected = transformers.logits(prompt + answer[:-1], seen)[len(prompt) - 1 :]
-    scores = compare(expected, exact.logits(image_prompt(exact), answer, picture), answer)
-    assert scores.kl.mean() < 1e-6
-    assert scores.same_top1.all()
-
-
-def test_image_difference_is_rounding_inside_llama_cpp(
-    exact: LlamaModel, pico: Path, transformers: Transformers, picture: Image.Image
-) -> None:
-    """ggml takes pixels in F16 (im2col) and reads GELU from an F16 table; with both, transformers says the same."""
-    rounded = Transformers(pico)
-
-    class TableGelu(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
-
-    for module in rounded.model.model.visual.modules():
-        if hasattr(module, "act_fn"):
-            module.act_fn = TableGelu()
-    seen = rounded.seen(picture)
-    plain = transformers.seen(picture)
-    seen["pixel_values"] = seen["pixel_values"].half().float()
-    prompt, answer = rounded.prompt(seen), rounded.tokens(ANSWER)
-    ours = exact.logits(image_prompt(exact), answer, picture)
-
-    def distance(reference: Transformers, arguments: dict[str, Any]) -> float:
-        rows = reference.logits(prompt + answer[:-1], arguments)[len(prompt) - 1 :]
-        return float(compare(rows, ours, answer).kl.mean())
-
-    assert distance(rounded, seen) < 1e-7
-    assert distance(rounded, seen) < 0.5 * distance(transformers, plain)
-
-
-def test_greedy_tokens_equal_transformers(exact: LlamaModel, transformers: Transformers, picture: Image.Image) -> None:
-    seen = transformers.seen(picture)
-    tokens = transformers.prompt(seen)
-    start = len(tokens)
-    for _ in range(12):
-        tokens.append(int(transformers.logits(tokens, seen)[-1].argmax()))
-    assert exact.generate(image_prompt(exact), picture, max_tokens=12) == tokens[start:]
 
 
 def test_generated_tokens_are_the_argmax_of_their_own_logits(exact: LlamaModel, picture: Image.Image) -> None:

@@ -51,7 +51,7 @@ def test_the_model_of_the_plan_is_taken(tmp_path: Path) -> None:
     plan = save_plan(tmp_path)
     pair = find_model_files(tmp_path)
     assert (pair.model, pair.mmproj, pair.plan, pair.fit) == (planned, mmproj, plan, None)
-    (remark,) = pair.remarks
+    (remark,) = pair.notes
     assert "of 2 models" in remark
     assert "the one of plan.json is taken: M-MODE-3.00bpw" in remark
 
@@ -62,8 +62,8 @@ def test_without_a_plan_the_newest_that_is_not_full_precision(tmp_path: Path) ->
     newest = gguf(tmp_path / "M-new.gguf", age=5)
     pair = find_model_files(tmp_path)
     assert (pair.model, pair.mmproj, pair.plan) == (newest, None, None)
-    assert "the newest is taken: M-new.gguf" in pair.remarks[0]
-    assert "no projector" in pair.remarks[1]
+    assert "the newest is taken: M-new.gguf" in pair.notes[0]
+    assert "no projector" in pair.notes[1]
 
 
 def test_a_plan_whose_file_is_not_there_yet_says_nothing(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_plan_whose_file_is_not_there_yet_says_nothing(tmp_path: Path) -> None
     gguf(tmp_path / "mmproj-M-F16.gguf")
     save_plan(tmp_path, bpw=2.5, fit=FitSettings(context=4096))
     pair = find_model_files(tmp_path)
-    assert (pair.model, pair.fit, pair.remarks) == (only, None, ())
+    assert (pair.model, pair.fit, pair.notes) == (only, None, ())
 
 
 def test_shards_and_projectors_of_the_plan(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_shards_and_projectors_of_the_plan(tmp_path: Path) -> None:
     save_plan(tmp_path, fit=fit)
     pair = find_model_files(tmp_path)
     assert (pair.model, pair.mmproj, pair.fit) == (first, planned, fit)
-    assert pair.remarks == ("of 2 projectors mmproj-M-Q8_0.gguf is taken",)
+    assert pair.notes == ("of 2 projectors mmproj-M-Q8_0.gguf is taken",)
 
 
 def test_nothing_to_serve(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mode_gguf.errors import UsageError
-from mode_gguf.pipeline.stage_cache import Stage, StageCache
+from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.workfolder import WorkFolder
 
 
@@ -23,8 +23,10 @@ def folder(tmp_path: Path) -> WorkFolder:
     return folder
 
 
-def stage(folder: WorkFolder, name: str = "plan", **settings: Any) -> Stage:
-    return Stage(name, {"text samples": 128, "types": ("Q2_K", "Q3_K"), **settings}, (folder.plan, folder.tensor_types))
+def stage(folder: WorkFolder, name: str = "plan", **settings: Any) -> StageState:
+    return StageState(
+        name, {"text samples": 128, "types": ("Q2_K", "Q3_K"), **settings}, (folder.plan, folder.tensor_types)
+    )
 
 
 def test_finished_stage_is_remembered_with_its_settings(folder: WorkFolder) -> None:

@@ -15,7 +15,7 @@ from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
 from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.sensitivity_table import SensitivityTable
-from mode_gguf.pipeline.stage_cache import Stage, StageCache
+from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, ValidationReport
 from mode_gguf.workfolder import WorkFolder
 
@@ -65,10 +65,10 @@ def write_folder(
         ("sensitivity", folder.sensitivity),
         ("plan", folder.plan),
     ):
-        ledger.record(Stage(stage, {}, (output,)), 61.5)
+        ledger.record(StageState(stage, {}, (output,)), 61.5)
     report(plan).save(folder.report)
     settings = {"held-out data": str(_held_out(path / "held-out"))}
-    ledger.record(Stage("validate", settings, (folder.report,)), 20.0)
+    ledger.record(StageState("validate", settings, (folder.report,)), 20.0)
     return folder
 
 

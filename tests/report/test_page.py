@@ -11,7 +11,7 @@ from mode_gguf.allocation.plan import Plan
 from mode_gguf.errors import InputError
 from mode_gguf.pipeline import run_report
 from mode_gguf.pipeline.report_data import conversion_record, work_folder
-from mode_gguf.pipeline.stage_cache import Stage, StageCache
+from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.report.embedded_images import heatmap
 from mode_gguf.report.examples import examples
 from mode_gguf.report.page import draw
@@ -96,13 +96,15 @@ def test_drawing_again_changes_nothing(drawn: WorkFolder, copied: Copied) -> Non
     run_report(folder.path)
     assert (folder.page.read_bytes(), folder.report.read_bytes(), folder.stages.read_bytes()) == first
     settings = json.loads(folder.stages.read_text())["validate"]["settings"]
-    assert StageCache(folder).is_current(Stage("validate", settings, (folder.report,))), "it would be validated again"
+    assert StageCache(folder).is_current(StageState("validate", settings, (folder.report,))), (
+        "it would be validated again"
+    )
 
 
 def test_pictures_are_found_from_anywhere(drawn: WorkFolder, copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copied(drawn)
     monkeypatch.chdir(folder.path)
-    StageCache(folder).record(Stage("validate", {"held-out data": "held-out"}, (folder.report,)), 1.0)
+    StageCache(folder).record(StageState("validate", {"held-out data": "held-out"}, (folder.report,)), 1.0)
     monkeypatch.chdir("/")
     assert folder.path.is_absolute()
     assert run_report(folder.path).read_text().count("data:image/webp") == 4
@@ -117,7 +119,7 @@ def test_a_report_that_somebody_edited_stays_edited(drawn: WorkFolder, copied: C
     settings = json.loads(folder.stages.read_text())["validate"]["settings"]
     folder.report.write_text(folder.report.read_text().replace("llama.cpp b1", "llama.cpp b2"))
     run_report(folder.path)
-    assert not StageCache(folder).is_current(Stage("validate", settings, (folder.report,)))
+    assert not StageCache(folder).is_current(StageState("validate", settings, (folder.report,)))
 
 
 def test_types_per_expert_are_shown_as_shares(grouped: WorkFolder, copied: Copied) -> None:

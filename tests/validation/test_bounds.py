@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from mode_gguf.errors import InputError, UsageError, ValidationError
-from mode_gguf.validation.bounds import Bounds, check_measurable, require_kept
+from mode_gguf.options import Limits
+from mode_gguf.validation.bounds import check_measurable, require_kept
 from mode_gguf.validation.questions import HeldOut, Question, load_held_out
 from mode_gguf.validation.reference import Settings
-from mode_gguf.validation.validate import validate
+from mode_gguf.validation.validate import Compared, validate
 from tests.validation.conftest import Files
 
 
@@ -20,29 +21,29 @@ SET = HeldOut("set", ("text",), (question("yes"),))
 
 
 @pytest.mark.parametrize(
-    ("bounds", "held_out", "with_reference", "with_images", "error", "message"),
+    ("limits", "held_out", "with_reference", "with_images", "error", "message"),
     [
-        (Bounds(max_kl=1), SET, False, True, UsageError, "--max-kl: needs a --reference"),
-        (Bounds(max_image_kl_p99_9=1), SET, True, False, UsageError, "--max-image-kl-p99-9: needs the projector"),
-        (Bounds(min_accuracy=1), SET, False, False, UsageError, "--min-accuracy: needs the projector"),
-        (Bounds(min_image_top1=1), HeldOut("s", ("a",), ()), True, True, InputError, "s has no questions"),
-        (Bounds(min_top1=1), HeldOut("s", (), SET.questions), True, True, InputError, "s has no texts"),
-        (Bounds(min_accuracy=1), HeldOut("s", (), (question(None),)), True, True, InputError, "no question .* right"),
+        (Limits(max_kl=1), SET, False, True, UsageError, "--max-kl: needs a --reference"),
+        (Limits(max_image_kl_p99_9=1), SET, True, False, UsageError, "--max-image-kl-p99-9: needs the projector"),
+        (Limits(min_accuracy=1), SET, False, False, UsageError, "--min-accuracy: needs the projector"),
+        (Limits(min_image_top1=1), HeldOut("s", ("a",), ()), True, True, InputError, "s has no questions"),
+        (Limits(min_top1=1), HeldOut("s", (), SET.questions), True, True, InputError, "s has no texts"),
+        (Limits(min_accuracy=1), HeldOut("s", (), (question(None),)), True, True, InputError, "no question .* right"),
     ],
 )
 def test_what_is_not_measured(
-    bounds: Bounds, held_out: HeldOut, with_reference: bool, with_images: bool, error: type[Exception], message: str
+    limits: Limits, held_out: HeldOut, with_reference: bool, with_images: bool, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        check_measurable(bounds, held_out, with_reference=with_reference, with_images=with_images)
+        check_measurable(limits, held_out, with_reference=with_reference, with_images=with_images)
 
 
 def test_accuracy_needs_no_reference() -> None:
-    check_measurable(Bounds(min_accuracy=0.5), SET, with_reference=False, with_images=True)
+    check_measurable(Limits(min_accuracy=0.5), SET, with_reference=False, with_images=True)
 
 
 def test_verdicts(full: Files, small: Files, held_out_folder: Path, settings: Settings) -> None:
-    bounds = Bounds(
+    limits = Limits(
         max_kl=1e-9,
         max_kl_p99=1e3,
         max_kl_p99_9=1e3,
@@ -54,7 +55,7 @@ def test_verdicts(full: Files, small: Files, held_out_folder: Path, settings: Se
         min_accuracy=0.0,
     )
     held_out = load_held_out(held_out_folder)
-    report = validate(small.text, full.text, full.mmproj, held_out, settings=settings, bounds=bounds)
+    report = validate(Compared(small.text, full.text, full.mmproj), held_out, settings=settings, limits=limits)
     verdicts = {check.option: check.kept for check in report.checks}
     assert verdicts.pop("--min-top1") in (True, False)
     assert verdicts == {

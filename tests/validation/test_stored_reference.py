@@ -10,7 +10,7 @@ from mode_gguf.errors import InputError
 from mode_gguf.llama_cpp.gpu_offload import Offload
 from mode_gguf.validation.questions import HeldOut, load_held_out
 from mode_gguf.validation.reference import RECORD, Settings, measure_reference, stored_reference
-from mode_gguf.validation.validate import validate
+from mode_gguf.validation.validate import Compared, validate
 from tests.validation.conftest import Files
 
 
@@ -24,10 +24,10 @@ def test_without_the_model(
 ) -> None:
     """The folder alone, with the same samples elsewhere on the disk, gives the same report."""
     kept = tmp_path / "kept"
-    first = validate(small.text, full.text, full.mmproj, held_out, settings=settings, reference_folder=kept)
+    first = validate(Compared(small.text, full.text, full.mmproj), held_out, settings=settings, reference_folder=kept)
     moved = load_held_out(Path(shutil.copytree(held_out_folder, tmp_path / "pictures")))
     placed = replace(settings, threads=2, offload=Offload(main_gpu=1))
-    again = validate(small.text, kept, full.mmproj, moved, settings=replace(placed, threads=1))
+    again = validate(Compared(small.text, kept, full.mmproj), moved, settings=replace(placed, threads=1))
     assert again.text == first.text
     assert again.image == first.image
     assert again.reference == first.reference
@@ -41,7 +41,7 @@ def test_texts_do_not_depend_on_the_projector(
     full: Files, held_out: HeldOut, settings: Settings, tmp_path: Path
 ) -> None:
     measure_reference(full.text, full.mmproj, held_out, tmp_path, settings)
-    report = validate(full.text, tmp_path, None, held_out, settings=settings)
+    report = validate(Compared(full.text, tmp_path, None), held_out, settings=settings)
     assert report.image is None
     assert report.text is not None
     assert report.text.kl_mean == pytest.approx(0, abs=1e-12)
@@ -63,7 +63,7 @@ def test_other_samples_and_folders_are_refused(
     full: Files, held_out: HeldOut, settings: Settings, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=rf"{RECORD}: cannot be read as a stored reference"):
-        validate(full.text, tmp_path, full.mmproj, held_out, settings=settings)
+        validate(Compared(full.text, tmp_path, full.mmproj), held_out, settings=settings)
     measure_reference(full.text, full.mmproj, held_out, tmp_path, settings)
     questions = (replace(held_out.questions[0], question="Another?"), *held_out.questions[1:])
     with pytest.raises(InputError, match=r"was not measured on .*questions\.jsonl:1 with"):

@@ -13,7 +13,7 @@ from mode_gguf.validation.divergence import compare
 from mode_gguf.validation.questions import HeldOut, Question, load_held_out
 from mode_gguf.validation.reference import ScoredSample, Settings, measure_reference
 from mode_gguf.validation.report import ValidationReport
-from mode_gguf.validation.validate import validate
+from mode_gguf.validation.validate import Compared, validate
 from tests.validation.conftest import Files
 
 
@@ -23,7 +23,7 @@ def held_out(held_out_folder: Path) -> HeldOut:
 
 
 def test_file_against_itself(full: Files, held_out: HeldOut, settings: Settings) -> None:
-    report = validate(full.text, full.text, full.mmproj, held_out, settings=settings)
+    report = validate(Compared(full.text, full.text, full.mmproj), held_out, settings=settings)
     for divergence in (report.text, report.image):
         assert divergence is not None
         assert divergence.kl_mean is not None
@@ -35,7 +35,7 @@ def test_file_against_itself(full: Files, held_out: HeldOut, settings: Settings)
 
 
 def test_quantized_file(full: Files, small: Files, held_out: HeldOut, settings: Settings, tmp_path: Path) -> None:
-    report = validate(small.text, full.text, small.mmproj, held_out, planned=small.types, settings=settings)
+    report = validate(Compared(small.text, full.text, small.mmproj, small.types), held_out, settings=settings)
     assert report.text is not None
     assert report.text.kl_mean is not None
     assert report.text.kl_p99 is not None
@@ -62,7 +62,7 @@ def _token_counts(full: Files, held_out: HeldOut) -> list[int]:
 
 
 def test_without_reference_or_projector(small: Files, held_out: HeldOut, settings: Settings) -> None:
-    report = validate(small.text, None, None, held_out, settings=settings)
+    report = validate(Compared(small.text), held_out, settings=settings)
     assert report.text is not None
     assert report.text.kl_mean is None
     assert report.text.perplexity > 1
@@ -70,7 +70,7 @@ def test_without_reference_or_projector(small: Files, held_out: HeldOut, setting
     assert report.smoke is None
     assert report.accuracy == {}
     assert report.example is None
-    with_projector = validate(small.text, None, small.mmproj, held_out, settings=settings)
+    with_projector = validate(Compared(small.text, None, small.mmproj), held_out, settings=settings)
     assert with_projector.image is not None
     assert with_projector.answers[0].reference_answer is None
 
@@ -110,7 +110,7 @@ def test_large_vocabularies_are_kept_in_16_bits(
     full: Files, held_out: HeldOut, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributions, "FLOAT32_VOCABULARY", 0)
-    report = validate(full.text, full.text, full.mmproj, held_out, settings=settings)
+    report = validate(Compared(full.text, full.text, full.mmproj), held_out, settings=settings)
     for divergence in (report.text, report.image):
         assert divergence is not None
         assert divergence.kl_mean is not None
@@ -119,12 +119,12 @@ def test_large_vocabularies_are_kept_in_16_bits(
 
 def test_files_of_another_model(full: Files, small: Files, held_out: HeldOut, settings: Settings) -> None:
     with pytest.raises(ValidationError, match="the plan says F32"):
-        validate(small.text, None, None, held_out, planned=full.types, settings=settings)
+        validate(Compared(small.text, None, None, full.types), held_out, settings=settings)
 
 
 def test_too_short_text(full: Files, settings: Settings) -> None:
     with pytest.raises(InputError, match="shorter than two tokens"):
-        validate(full.text, None, None, HeldOut("short", ("a",), ()), settings=settings)
+        validate(Compared(full.text), HeldOut("short", ("a",), ()), settings=settings)
 
 
 def test_reports_that_cannot_be_read(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mode_gguf.validation.report import ValidationReport
 
 
-@with_recipe("validation", "compute")
+@with_recipe("validation", "compute.threads")
 def command(
     recipe: Recipe,
     candidate: Annotated[

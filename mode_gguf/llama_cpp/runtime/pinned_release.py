@@ -10,7 +10,7 @@ from typing import Final, Literal, TypeAlias
 Backend: TypeAlias = Literal["cpu", "cuda"]
 
 PATCH: Final = Path(__file__).with_name("expert_groups.patch")
-"""Lets llama.cpp load files with one type per expert; docs/PER_EXPERT_LAYOUT.md describes them."""
+"""Lets llama.cpp load files with one type per expert; docs/design/per-expert-layout.md describes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What a type per expert costs in speed on this machine, measured by llama-bench on a model of drawn weights.
 
-Two ways of computing are built in (docs/PER_EXPERT_LAYOUT.md): "skip", where a product passes over experts of other
-groups, which only the CPU does, and "mask", which works anywhere and computes such rows for nothing.
+Two ways of computing are built in (docs/design/per-expert-layout.md): "skip", where a product passes over experts of
+other groups, which only the CPU does, and "mask", which works anywhere and computes such rows for nothing.
 """
 
 import json

@@ -8,10 +8,11 @@ import pytest
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.gpu_memory.breakdown import kv_bytes, text_batch
 from mode_gguf.gpu_memory.fit_settings import FitSettings
-from mode_gguf.gpu_memory.qwen3_vl_moe import TextShape, text_graph
+from mode_gguf.gpu_memory.model_graphs import TextShape
+from mode_gguf.gpu_memory.qwen3_vl_moe import text_graph
 from mode_gguf.llama_cpp import c_api
 from mode_gguf.llama_cpp.runtime.random_model import Shape, random_groups, write_random_model
 from mode_gguf.pipeline.gpu_budget import model_shape
@@ -58,7 +59,7 @@ def test_stock_build_takes_no_more(tmp_path: Path) -> None:
     types = {
         tensor.name: QUANT_TYPES["F32" if tensor.role is Role.KEEP else "BF16"] for tensor in text_tensors(checkpoint)
     }
-    write_text_model(tmp_path / "demo.gguf", checkpoint, types)
+    write_text_model(tmp_path / "demo.gguf", checkpoint, TensorPacking(types))
     fit = FitSettings(context=4096)
     text = model_shape(checkpoint, fit).text
     lib = c_api.runtime_library(Path(os.environ["MODE_GGUF_STOCK_BUILD"]))

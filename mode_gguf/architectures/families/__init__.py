@@ -1,0 +1,1 @@
+"""Model families: text models and vision towers that go together."""

@@ -1,0 +1,1 @@
+"""Text models: decoders that llama.cpp runs."""

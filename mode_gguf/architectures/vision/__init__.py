@@ -1,0 +1,1 @@
+"""Vision towers and their projectors, which llama.cpp's mtmd runs."""

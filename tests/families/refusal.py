@@ -1,0 +1,46 @@
+"""Checkpoints that a family must refuse, as other settings in config.json, and what the refusal says."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mode_gguf.architectures import find_family
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Settings of a section of config.json, None for the outermost; a value None removes one.
+
+    Attributes:
+        says: pattern of the message.
+        by: what refuses them.
+        layout: fixture of the checkpoint, the case's first by default.
+    """
+
+    section: str | None
+    settings: Mapping[str, Any]
+    says: str
+    by: Callable[..., Any] = find_family
+    layout: str | None = None
+
+    @property
+    def name(self) -> str:
+        (key, value), *_ = self.settings.items()
+        return f"{key}={value}".replace(" ", "")[:60]
+
+
+def unlike(section: str | None, *, names: str = "", layout: str | None = None, **settings: Any) -> list[Refusal]:
+    """Settings each of which alone is refused by its name, with `names` before it, and what was expected."""
+    return [
+        Refusal(section, {key: value}, rf"config\.json: (vision )?{names}{key}\b.* is .*expected", layout=layout)
+        for key, value in settings.items()
+    ]
+
+
+def of_rope(setting: str, section: str, name: str, *values: Mapping[str, Any]) -> list[Refusal]:
+    """Values of a setting of rotary embeddings, refused by names within them."""
+    return [Refusal(section, {setting: value}, rf"config\.json: {name} is .*expected") for value in values]
+
+
+TEXT, VISION = "text_config", "vision_config"
+"""Sections of config.json."""

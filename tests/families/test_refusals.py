@@ -1,0 +1,38 @@
+"""What llama.cpp would run differently, or cannot hold, is refused by name."""
+
+from pathlib import Path
+
+import pytest
+
+from mode_gguf.architectures import text_tensors
+from mode_gguf.errors import InputError
+from tests.families.cases import CASES, every_layout
+from tests.families.changed import changed
+from tests.families.conftest import Families
+from tests.families.family_case import FamilyCase
+from tests.families.refusal import Refusal
+
+N_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@pytest.mark.parametrize(
+    ("case", "refusal"),
+    [pytest.param(case, refusal, id=f"{case.name}-{refusal.name}") for case in CASES for refusal in case.refusals],
+)
+def test_refused(case: FamilyCase, refusal: Refusal, families: Families, tmp_path: Path) -> None:
+    folder = families.checkpoint(refusal.layout or case.layouts[0]).path
+    with pytest.raises(InputError, match=refusal.says):
+        refusal.by(changed(folder, tmp_path / "other", refusal.section, **refusal.settings))
+
+
+@every_layout
+@pytest.mark.parametrize("more", [-1, 1])
+def test_another_number_of_experts(
+    case: FamilyCase, layout: str, more: int, families: Families, tmp_path: Path
+) -> None:
+    checkpoint = families.checkpoint(layout)
+    section = next(name for name in ("text_config", "llm_config") if name in checkpoint.config)
+    (setting,) = set(N_EXPERTS) & set(checkpoint.config[section])
+    other = changed(checkpoint.path, tmp_path / "other", section, **{setting: case.pico.EXPERTS + more})
+    with pytest.raises(InputError, match=r"(expert|mlp\.gate|router)\S* .*(has no place|is missing|expected)"):
+        text_tensors(other)
