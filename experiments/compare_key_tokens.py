@@ -24,12 +24,9 @@ from mode_gguf.forward.inputs import ANSWERS
 from mode_gguf.forward.limits import LABEL_DRAWS
 from mode_gguf.forward.modality import KEY_VISION, MODALITIES, REDUNDANT_VISION, KeyTokens
 from mode_gguf.importance.sensitivity import measure_sensitivity
-<<<<<<< HEAD
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.options import CalibrationOptions
 from mode_gguf.pipeline.stages.calibrate import stored_statistics
-=======
-from mode_gguf.importance.sensitivity_settings import SensitivityRequest
->>>>>>> main
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType, quant_type
 from mode_gguf.vocabulary import KEY_TOKEN_RULES, KeyTokenRule
@@ -41,24 +38,13 @@ def layer_costs(run: pipeline.Run, expert_type: QuantType, key: KeyTokens, draws
     """Cost of all experts of a layer in one type, summed: (layers, A, M)."""
     statistics = stored_statistics(run)
     table = measure_sensitivity(
-<<<<<<< HEAD
         run.checkpoint,
         pipeline.calibration_samples(statistics.options),
         read_imatrix(run.folder.imatrix),
-        expert_types=(expert_type,),
-        dense_types=(QUANT_TYPES["Q8_0"],),
-        statistics=replace(statistics, key_tokens=key),
-        packing=DEFAULT_PACKING,
-        label_draws=draws,
-=======
-        checkpoint,
-        load_samples(source),
-        read_imatrix(folder.imatrix),
         replace(statistics, key_tokens=key),
         SensitivityRequest(
             expert_types=(expert_type,), dense_types=(QUANT_TYPES["Q8_0"],), packing=DEFAULT_PACKING, label_draws=draws
         ),
->>>>>>> main
     ).table
     return np.stack(
         [table.arrays[f"blk.{layer}.ffn_exps.expert"][..., 0].sum(axis=-1) for layer in statistics.moe_layers]

@@ -11,7 +11,7 @@ nats per token from the BF16 file. With `--every N` only every Nth calibration s
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,7 @@ from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.data.sample import Sample
 from mode_gguf.export.imatrix_file import read_imatrix
-<<<<<<< HEAD
-from mode_gguf.export.text_model import write_text_model
-=======
-from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, write_text_model
->>>>>>> main
 from mode_gguf.feedback.round_layers import RoundingSettings, round_tensors
 from mode_gguf.feedback.rounded_tensors import RoundedTensors, is_rounded, part_of
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
@@ -90,7 +85,7 @@ class Comparison:
         streamed = open_streamed(checkpoint, "cpu")
         importance = read_imatrix(self.run.folder.imatrix_of("fisher"))
         rounded = RoundedTensors(path.with_suffix(".rounded"), "comparison")
-        packed = None
+        packed: dict[str, Callable[[], Iterator[np.ndarray]]] = {}
         if plan.rounding == "feedback":
             shutil.rmtree(rounded.path, ignore_errors=True)
             settings = RoundingSettings(plan.types, importance, plan.packing, self.weights, threads=2)
@@ -100,13 +95,9 @@ class Comparison:
                 for tensor in streamed.tensors
                 if is_rounded(tensor, plan.types)
             }
-<<<<<<< HEAD
-        write_text_model(path, checkpoint, plan.types, importance, packing=plan.packing, packed=packed, threads=2)
-=======
         write_text_model(
-            path, self.checkpoint, TensorPacking(plan.types, importance, packing=plan.packing, packed=packed), threads=2
+            path, checkpoint, TensorPacking(plan.types, importance, packing=plan.packing, packed=packed), threads=2
         )
->>>>>>> main
         shutil.rmtree(rounded.path, ignore_errors=True)
 
     def measure(self, targets: Sequence[str], held_out: Sequence[Path]) -> Iterator[Result]:

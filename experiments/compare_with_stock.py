@@ -168,11 +168,7 @@ def main() -> int:
     types = {t.name: QUANT_TYPES["F32"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-<<<<<<< HEAD
-        write_text_model(folder / "text.gguf", checkpoint, types)
-=======
-        write_text_model(folder / "text.gguf", checkpoint, TensorPacking(types), pre_tokenizer=options.pre_tokenizer)
->>>>>>> main
+        write_text_model(folder / "text.gguf", checkpoint, TensorPacking(types))
         write_projector(folder / "projector.gguf", checkpoint, "F32")
         stock = (options.llama_cpp.resolve(), options.checkpoint.resolve())
         mtp = any("mtp" in name for name in find_family(checkpoint).ignored)

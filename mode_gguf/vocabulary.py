@@ -45,6 +45,7 @@ Granularity: TypeAlias = Literal["tensor", "expert"]
 """What shares a type: all experts of a layer's projection, as stock llama.cpp loads it, or an expert's projections."""
 
 PackingMode: TypeAlias = Literal["exact", "refined"]
+PACKING_MODES: Final[tuple[PackingMode, ...]] = get_args(PackingMode)
 """`exact`: the bytes that libggml would write; `refined`: scales, mins and levels of less error."""
 
 Effort: TypeAlias = Literal["fast", "default", "max"]
