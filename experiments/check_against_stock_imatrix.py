@@ -10,7 +10,6 @@ experts with equal counts.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,17 +20,19 @@ from gguf import GGUFReader
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import command_parser
+from external_program import run_program
 from mode_gguf.architectures import checkpoint_with_base, text_tensors
 from mode_gguf.architectures.base_gguf import open_base
 from mode_gguf.architectures.tensors import Role
-from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.calibration.observers import Observer
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.samples import load_samples
 from mode_gguf.errors import InputError
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.modality import TEXT_ATTENTION
+from mode_gguf.forward.recorded import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -39,7 +40,7 @@ TOLERANCE = 1e-3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder that holds llama-imatrix")
     parser.add_argument("--context", type=int, default=512, help="tokens per chunk")
@@ -64,14 +65,12 @@ def stock_imatrix(
     """Arrays of llama-imatrix's file: in_sum2 (E, n) and counts (E, 1) per tensor."""
     model, corpus, output = folder / "model-f32.gguf", folder / "text.txt", folder / "imatrix.gguf"
     types = {tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP}
-    write_text_model(model, checkpoint, types)
+    write_text_model(model, checkpoint, TensorPacking(types))
     corpus.write_text(text, encoding="utf-8")
     command = [str(arguments.llama_cpp / "llama-imatrix"), "-m", str(model), "-f", str(corpus), "-o", str(output)]
     command += ["-c", str(arguments.context), "-b", str(arguments.context), "--chunks", str(arguments.chunks)]
     command += ["--process-output", "-ngl", "0", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise InputError(f"llama-imatrix failed: {run.stderr.strip()[-1000:]}")
+    run_program(*command)
     return {tensor.name: np.array(tensor.data) for tensor in GGUFReader(output).tensors}
 
 
@@ -94,9 +93,7 @@ def our_sums(checkpoint: Checkpoint, text: str, context: int, chunks: int) -> di
     run_recorded(
         streamed,
         inputs,
-        key_tokens=TEXT_ATTENTION,
-        leave=observer.observe,
-        finish=lambda layer: observer.finish_layer(),
+        LayerConsumer(key_tokens=TEXT_ATTENTION, leave=observer.observe, finish=lambda layer: observer.finish_layer()),
         description="calibrating",
     )
     return observer.arrays

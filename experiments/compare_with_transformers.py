@@ -7,7 +7,6 @@ asked for full-vocabulary logits on texts and on answers about pictures. Exit co
 either is not below 1e-6 nats.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -17,11 +16,12 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForImageTextToText
 
+from experiment_command import add_held_out, command_parser
 from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -34,9 +34,9 @@ LIMIT = 1e-6
 
 def main() -> int:
     """Export, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--samples", type=Path, required=True, help="held-out folder")
+    add_held_out(parser)
     parser.add_argument("--count", type=int, default=24, help="texts, and questions with an answer, to compare on")
     arguments = parser.parse_args()
     log_to_stderr()
@@ -44,7 +44,9 @@ def main() -> int:
     held_out = load_held_out(arguments.samples)
     with tempfile.TemporaryDirectory() as folder:
         text, mmproj = Path(folder) / "text.gguf", Path(folder) / "mmproj.gguf"
-        write_text_model(text, checkpoint, {tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint)})
+        write_text_model(
+            text, checkpoint, TensorPacking({tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint)})
+        )
         write_projector(mmproj, checkpoint, "F32")
         divergences = measure(checkpoint, text, mmproj, held_out, arguments.count)
     table = Table("", "positions", "mean KL", "largest KL")

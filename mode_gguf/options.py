@@ -46,12 +46,13 @@ PLACEMENT: Final = "Placement: when validating on GPUs; names are llama.cpp's"
 MEASURING: Final = "Measuring: for experiments"
 CANDIDATES: Final = "Candidate types: when the defaults are too many or too few"
 SERVING: Final = "Serving: where llama-server listens"
+PUBLISHING: Final = "Publishing: what is sent, and to whom it is shown"
 BASE: Final = "Other models: start from llama.cpp's own conversion"
 RECIPE: Final = "Recipe: everything else; `mode-gguf recipe` prints all options"
 RUN: Final = "Run: how the command behaves"
 PANELS: Final = (
-    *(BUDGET, OUTPUT, CALIBRATION, COMPUTE, VALIDATION, LIMITS, PLACEMENT, MEASURING, CANDIDATES, SERVING, BASE),
-    *(RECIPE, RUN),
+    *(BUDGET, OUTPUT, CALIBRATION, COMPUTE, VALIDATION, LIMITS, PLACEMENT, MEASURING, CANDIDATES),
+    *(SERVING, PUBLISHING, BASE, RECIPE, RUN),
 )
 """Groups of options in the order in which help shows them."""
 
@@ -408,6 +409,24 @@ class ValidationOptions:
     """Limits that the file must keep."""
     placement: PlacementOptions = PlacementOptions()
     """Where llama.cpp computes."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PublishingOptions:
+    """What goes to the hub."""
+
+    yes: Annotated[bool, Flag(PUBLISHING)] = False
+    """Upload. Without it, what would be uploaded is shown and nothing is sent."""
+    card_only: Annotated[bool, Flag(PUBLISHING)] = False
+    """Write README.md, the model card, into FOLDER; send nothing."""
+    replace_card: Annotated[bool, Flag(PUBLISHING)] = False
+    """With --card-only: replace a README.md that was edited, or comes from elsewhere."""
+    private: Annotated[bool | None, Flag(PUBLISHING, "--private/--public")] = None
+    """Who sees it; default: a new repository is private, another one stays as it is."""
+    unvalidated: Annotated[bool, Flag(PUBLISHING)] = False
+    """Publish files that were not validated as they are now."""
+    base_model: Annotated[str | None, Flag(PUBLISHING, metavar="ORG/NAME")] = None
+    """The original model on the hub, where it was converted from a folder that does not say."""
 
 
 @dataclass(frozen=True, config=STRICT)

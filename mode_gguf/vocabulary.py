@@ -45,12 +45,11 @@ Granularity: TypeAlias = Literal["tensor", "expert"]
 """What shares a type: all experts of a layer's projection, as stock llama.cpp loads it, or an expert's projections."""
 
 PackingMode: TypeAlias = Literal["exact", "refined"]
-"""`exact`: the bytes that libggml would write; `refined`: scales, mins and levels of less error."""
 PACKING_MODES: Final[tuple[PackingMode, ...]] = get_args(PackingMode)
+"""`exact`: the bytes that libggml would write; `refined`: scales, mins and levels of less error."""
 
 Effort: TypeAlias = Literal["fast", "default", "max"]
 """How long refined packing searches."""
-EFFORTS: Final[tuple[Effort, ...]] = get_args(Effort)
 
 Rounding: TypeAlias = Literal["nearest", "feedback"]
 """`nearest`: every weight by itself, as llama.cpp does; `feedback`: a row's errors make up for each other (GPTQ)."""

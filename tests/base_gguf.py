@@ -12,7 +12,7 @@ from mode_gguf.architectures.base_gguf import open_base
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.families.pico.base import EXPERTS, LAYERS, TOP_K, WIDTH
@@ -28,7 +28,7 @@ def write_family_base(checkpoint: Checkpoint, folder: Path, quant_type: str = "B
     """Text model and projector of a family's checkpoint."""
     text, projector = folder / f"{checkpoint.name}-{quant_type}.gguf", folder / f"mmproj-{checkpoint.name}-F16.gguf"
     types = {t.name: QUANT_TYPES[quant_type] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
-    write_text_model(text, checkpoint, types)
+    write_text_model(text, checkpoint, TensorPacking(types))
     write_projector(projector, checkpoint)
     return text, projector
 

@@ -119,8 +119,8 @@ def at_import(body: Sequence[ast.stmt]) -> Iterator[str]:
     """Modules that running a module's body imports: not what functions import, nor what only type checkers see."""
     for node in body:
         if isinstance(node, ast.ImportFrom):
-            yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES)
-            yield str(node.module)
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else str(node.module) for name in inside)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.Try | ast.With):

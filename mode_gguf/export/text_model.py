@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -34,15 +35,31 @@ ImportanceOf: TypeAlias = Callable[[str], np.ndarray | None]
 """Importance float32 (E, n) of a stored tensor, looked up when its turn comes: all of it would grow with the model."""
 
 
+@dataclass(frozen=True, slots=True)
+class TensorPacking:
+    """How the tensors of a text model are stored.
+
+    Attributes:
+        types: of every matrix by GGUF name; norms and routers may be left out, they stay F32.
+        importance: float32 (E, n) by GGUF name, as `read_imatrix` gives it; a tensor without is packed plainly.
+        experts: types of single experts, where they differ within a tensor; stock llama.cpp cannot load such a file.
+        packing: how matrices are packed.
+        packed: by name of the stored tensor, where matrices come from that are packed already, as `packed_chunks`
+            would yield them.
+    """
+
+    types: Mapping[str, QuantType]
+    importance: Mapping[str, np.ndarray] | None = None
+    experts: ExpertTypes = field(default_factory=dict)
+    packing: Packing = EXACT
+    packed: Mapping[str, Callable[[], Iterator[np.ndarray]]] = field(default_factory=dict)
+
+
 def write_text_model(
     path: Path,
     checkpoint: Checkpoint,
-    types: Mapping[str, QuantType],
-    importance: Mapping[str, np.ndarray] | None = None,
+    stored_as: TensorPacking,
     *,
-    experts: ExpertTypes | None = None,
-    packing: Packing = EXACT,
-    packed: Mapping[str, Callable[[], Iterator[np.ndarray]]] | None = None,
     metadata: Metadata | None = None,
     shard_bytes: int | None = None,
     threads: int = 1,
@@ -51,12 +68,7 @@ def write_text_model(
     """Write the text model of `checkpoint` to `path`, atomically and in the memory of one expert.
 
     Args:
-        types: of every matrix by GGUF name; norms and routers may be left out, they stay F32.
-        importance: float32 (E, n) by GGUF name, as `read_imatrix` gives it; a tensor without is packed plainly.
-        experts: types of single experts, where they differ within a tensor; stock llama.cpp cannot load such a file.
-        packing: how matrices are packed.
-        packed: by name of the stored tensor, where matrices come from that are packed already, as `packed_chunks`
-            would yield them.
+        stored_as: types, and how matrices are packed.
         metadata: further keys, such as `imatrix_keys`.
         shard_bytes: most bytes of tensors in one file; with more than that, `text_model_files` are written.
         threads: that pack one expert.
@@ -70,9 +82,9 @@ def write_text_model(
     if without := left_out(checkpoint):
         more = f"{without[0]} and {len(without) - 1} more tensors are left out"
         log.info("%s%s", more, MTP_WAY_OUT if find_family(checkpoint).text.mtp else "")
-    layout, stored = _stored(model_tensors, types, experts or {})
-    tensors = layout.tensors
-    importance_of = partial(layout.rows_of, arrays=importance or {})
+    layout, stored = _stored(model_tensors, stored_as.types, stored_as.experts)
+    tensors, packed = layout.tensors, stored_as.packed
+    importance_of = partial(layout.rows_of, arrays=stored_as.importance or {})
     _check_fit(tensors, stored)
     check_available(stored.values())
     _check_importance(tensors, stored, importance_of)
@@ -81,9 +93,9 @@ def write_text_model(
             tensor.name,
             tensor.shape,
             stored[tensor.name],
-            (packed or {}).get(tensor.name)
-            or partial(_packed, checkpoint, tensor, stored[tensor.name], importance_of, packing, threads),
-            tensor.n_experts if tensor.name in (packed or {}) else n_chunks(tensor),
+            packed.get(tensor.name)
+            or partial(_packed, checkpoint, tensor, stored[tensor.name], importance_of, stored_as.packing, threads),
+            tensor.n_experts if tensor.name in packed else n_chunks(tensor),
         )
         for tensor in tensors
     ]

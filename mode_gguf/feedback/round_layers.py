@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.feedback.rounded_tensors import OUTSIDE, RoundedTensors, is_rounded, layer_part, part_of
 from mode_gguf.feedback.second_moments import DAMPING, DOWN_DAMPING, MIN_TOKENS, Moments, feedback_of, with_shared
 from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
 from mode_gguf.forward.inputs import ModelInputs
-from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.forward.recorded import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.token_weights import experts_entry
-from mode_gguf.options import Packing
+from mode_gguf.options import ComputeOptions, Packing
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.expert_groups import ExpertTypes, stored_tensors, stored_types
 from mode_gguf.quantization.packer import matrix_name, pack_by_rows, read_matrix
@@ -52,7 +51,7 @@ class RoundingSettings:
     token_weights: Mapping[str, np.ndarray]
     experts: ExpertTypes = field(default_factory=dict)
     threads: int = 1
-    hidden_bytes: int = HIDDEN_BYTES
+    hidden_bytes: int = ComputeOptions.hidden_memory
 
 
 def round_tensors(
@@ -73,10 +72,7 @@ def round_tensors(
     run_recorded(
         streamed,
         inputs,
-        key_tokens=None,
-        leave=work.collect,
-        finish=work.finish,
-        keep_hidden=False,
+        LayerConsumer(leave=work.collect, finish=work.finish, keep_hidden=False),
         hidden_bytes=settings.hidden_bytes,
         description="rounding",
         progress=progress,

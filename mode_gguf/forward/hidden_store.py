@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.forward.limits import HIDDEN_BYTES
 from mode_gguf.locks import try_lock
+from mode_gguf.options import ComputeOptions
 
 _PREFIX = "mode-gguf-hidden-"
 _YOUNG_SECONDS = 60
@@ -28,7 +28,7 @@ class HiddenStore:
     next store that needs one removes.
     """
 
-    def __init__(self, limit_bytes: int = HIDDEN_BYTES) -> None:
+    def __init__(self, limit_bytes: int = ComputeOptions.hidden_memory) -> None:
         self._limit = limit_bytes
         self._held: dict[Hashable, Tensor] = {}
         self._held_bytes = 0

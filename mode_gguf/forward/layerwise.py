@@ -11,6 +11,7 @@ workers: with hundreds of samples that is more than what the samples themselves 
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -56,15 +57,33 @@ class _SampleForward:
             torch.set_grad_enabled(drivers)
 
 
+def _nothing(*numbers: int) -> None:
+    """A callback for who does not care."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCallbacks:
+    """What happens around the layers.
+
+    Attributes:
+        load: load(i) makes layer i's weights resident, before any sample enters it.
+        free: free(i) after all samples have left it.
+        enter: enter(n) before sample n runs on.
+        leave: leave(n, i) after sample n has left layer i; for the last layer, after its forward has returned.
+    """
+
+    load: Callable[[int], None]
+    free: Callable[[int], None]
+    enter: Callable[[int], None] = _nothing
+    leave: Callable[[int, int], None] = _nothing
+
+
 def run_layerwise(
     layers: Sequence[nn.Module],
     forwards: Sequence[Callable[[], None]],
+    callbacks: LayerCallbacks,
     *,
-    load: Callable[[int], None],
-    free: Callable[[int], None],
-    enter: Callable[[int], None],
-    leave: Callable[[int, int], None],
-    parking: TensorOffload | None = None,
+    offload: TensorOffload | None = None,
     tokens: Sequence[int] | None = None,
     description: str,
     progress: Progress = silent,
@@ -74,11 +93,8 @@ def run_layerwise(
     Args:
         layers: the decoder layers, in the order in which each forward passes all of them.
         forwards: one callable per sample; each begins with gradients on.
-        load: load(i) makes layer i's weights resident, before any sample enters it.
-        free: free(i) after all samples have left it.
-        enter: enter(n) before sample n runs on.
-        leave: leave(n, i) after sample n has left layer i; for the last layer, after its forward has returned.
-        parking: where the tensors of those that sleep go; None leaves them where they are.
+        callbacks: what happens around the layers.
+        offload: where the tensors of those that sleep go; None leaves them where they are.
         tokens: of each forward, for `progress`, which counts them layer by layer; None for one each.
         description: of the work, for `progress`.
 
@@ -86,7 +102,7 @@ def run_layerwise(
         BaseException: what a forward, a callback or Ctrl-C raised, here or in another process that takes part; every
             forward has ended by then.
     """
-    forwards_ = [_SampleForward(forward) for forward in forwards]
+    samples = [_SampleForward(forward) for forward in forwards]
     running: list[int] = []
 
     def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -94,37 +110,37 @@ def run_layerwise(
 
         def sleep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             number = running[0]
-            with parking.parked(number, index, arguments[0], last=last) if parking else nullcontext():
-                forwards_[number].sleep_before(index)
+            with offload.parked(number, index, arguments[0], last=last) if offload else nullcontext():
+                samples[number].sleep_before(index)
 
         return sleep
 
     def advance(number: int, reached: int) -> None:
-        lane = forwards_[number]
+        lane = samples[number]
         running[:] = [number]
-        enter(number)
+        callbacks.enter(number)
         lane.advance()
         if lane.waiting_for != min(reached, len(layers) - 1) or lane.finished != (reached == len(layers)):
             raise RuntimeError(f"sample {number} did not pass the decoder layers in order (layer {reached} expected)")
 
     hooks = [layer.register_forward_pre_hook(hook(index)) for index, layer in enumerate(layers)]
     try:
-        with parking.noticing() if parking else nullcontext():
-            for number in range(len(forwards_)):
+        with offload.noticing() if offload else nullcontext():
+            for number in range(len(samples)):
                 advance(number, reached=0)
-        amounts = tokens or [1] * len(forwards_)
+        amounts = tokens or [1] * len(samples)
         unit = "tokens" if tokens else "samples"
         with progress.step(description, sum(amounts) * len(layers), unit, len(layers)) as done:
             for index in range(len(layers)):
-                load(index)
-                for number in range(len(forwards_)):
+                callbacks.load(index)
+                for number in range(len(samples)):
                     advance(number, reached=index + 1)
-                    leave(number, index)
+                    callbacks.leave(number, index)
                     done(amounts[number])
-                free(index)
+                callbacks.free(index)
                 raise_on_all_ranks()  # an error in another process should not show hours later
     finally:
         for handle in hooks:
             handle.remove()
-        for lane in forwards_:
+        for lane in samples:
             lane.cancel()

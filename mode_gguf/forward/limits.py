@@ -8,6 +8,3 @@ MAX_IMAGE_PIXELS = 512 * 512
 
 LABEL_DRAWS = 3
 """Labels drawn per scored position by Fisher sensitivity."""
-
-HIDDEN_BYTES = 4 << 30
-"""Hidden states kept in memory; further ones go to temporary files."""

@@ -38,7 +38,7 @@ from mode_gguf.forward.distributed import gathered_in_order, number_among_all, s
 from mode_gguf.forward.hidden_store import HiddenStore
 from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import ModelInputs
-from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
 from mode_gguf.forward.modality import TEXT
 from mode_gguf.forward.offload import TensorOffload
 from mode_gguf.forward.streaming import StreamedModel
@@ -162,11 +162,8 @@ def _forward_all(
             run_layerwise(
                 streamed.layers,
                 [partial(_gradients, streamed, trace, settings, number) for number, trace in enumerate(traces)],
-                load=streamed.load_layer,
-                free=streamed.free_layer,
-                enter=enter,
-                leave=leave,
-                parking=TensorOffload(store, streamed.model, streamed.text_model, keep=True),
+                LayerCallbacks(load=streamed.load_layer, free=streamed.free_layer, enter=enter, leave=leave),
+                offload=TensorOffload(store, streamed.model, streamed.text_model, keep=True),
                 description="sensitivity, forward",
                 progress=progress,
             )

@@ -16,13 +16,13 @@ import numpy as np
 
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.forward.modality import MODALITIES, TEXT
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import is_storable
 from mode_gguf.quantization.ordered_parallel import ordered_parallel
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
-from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QuantType
 
 
@@ -32,10 +32,7 @@ def imatrix_error(
     tensors: Sequence[SourceTensor],
     importance: Mapping[str, np.ndarray],
     counts: Mapping[int, np.ndarray],
-    *,
-    expert_types: Sequence[QuantType],
-    dense_types: Sequence[QuantType],
-    packing: Packing = EXACT,
+    request: SensitivityRequest,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> SensitivityTable:
@@ -44,7 +41,7 @@ def imatrix_error(
     Args:
         importance: float32 (E, n) by tensor name, what candidates are packed with.
         counts: tokens of every expert (E,), by layer; an expert without any counts as one token.
-        packing: how the file will be packed.
+        request: candidates and how the file will be packed; its method is not looked at.
         threads: that pack; None for all cores.
     """
     arrays: dict[str, np.ndarray] = {}
@@ -54,10 +51,10 @@ def imatrix_error(
     with progress.step("sensitivity", sum(tensor.n_experts for tensor in weighed), "matrices") as done:
         for tensor in weighed:
             is_expert = tensor.role is Role.EXPERT
-            types = expert_types if is_expert else dense_types
+            types = request.expert_types if is_expert else request.dense_types
             columns = importance.get(tensor.name)
             rows = []
-            for row in _errors(tensor, types, columns, packing, threads or os.cpu_count() or 1):
+            for row in _errors(tensor, types, columns, request.packing, threads or os.cpu_count() or 1):
                 rows.append(row)
                 done(1)
             found = np.array(rows)  # (E, 2 T + 2): errors and energy with importance, then without
@@ -80,15 +77,15 @@ def imatrix_error(
         model=model,
         fingerprint=fingerprint,
         method="imatrix-error",
-        expert_types=tuple(quant_type.name for quant_type in expert_types),
-        dense_types=tuple(quant_type.name for quant_type in dense_types),
+        expert_types=tuple(quant_type.name for quant_type in request.expert_types),
+        dense_types=tuple(quant_type.name for quant_type in request.dense_types),
         arrays=arrays,
         positions=(0,),
         draws=0,
         seed=0,
         estimated={},
         imatrix="plain",
-        packing=packing,
+        packing=request.packing,
     )
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.forward.distributed import gathered, sum_over_ranks
 from mode_gguf.forward.hooks import SampleTrace
 from mode_gguf.forward.inputs import ModelInputs
 from mode_gguf.forward.modality import TEXT
+from mode_gguf.forward.recorded import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.group_sums import N_MODALITIES, group_sums
 from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
@@ -107,9 +107,7 @@ def _output_error(
     run_recorded(
         streamed,
         inputs,
-        key_tokens=settings.key_tokens,
-        leave=leave,
-        finish=finish,
+        LayerConsumer(key_tokens=settings.key_tokens, leave=leave, finish=finish),
         hidden_bytes=settings.hidden_bytes,
         description="sensitivity",
         progress=progress,

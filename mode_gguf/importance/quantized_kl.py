@@ -25,15 +25,14 @@ from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.forward.hidden_store import HiddenStore
 from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import ModelInputs
-from mode_gguf.forward.layerwise import run_layerwise
-from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
 from mode_gguf.forward.modality import TEXT, KeyTokens
 from mode_gguf.forward.streaming import FINAL_NORM, StreamedModel
 from mode_gguf.importance.group_sums import N_ANSWERS
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_layer import QuantizedLayer, Row
 from mode_gguf.importance.variants import TypeChanges, TypesByTensor, Variant, check_types, type_changes
-from mode_gguf.options import Packing
+from mode_gguf.options import ComputeOptions, Packing
 from mode_gguf.progress import Progress, silent
 
 TOKENS_PER_CALL = 1 << 13
@@ -74,7 +73,7 @@ class KlSettings:
     importance: Importance
     packing: Packing
     key_tokens: KeyTokens
-    hidden_bytes: int = HIDDEN_BYTES
+    hidden_bytes: int = ComputeOptions.hidden_memory
 
 
 @dataclass(slots=True)
@@ -167,10 +166,7 @@ class _Measurement:
                 run_layerwise(
                     streamed.layers,
                     [partial(_forward, streamed, sample.inputs) for sample in samples],
-                    load=streamed.load_layer,
-                    free=free,
-                    enter=enter,
-                    leave=leave,
+                    LayerCallbacks(load=streamed.load_layer, free=free, enter=enter, leave=leave),
                     tokens=[len(sample.inputs.input_ids) for sample in samples],
                     description=description,
                     progress=progress,

@@ -1,22 +1,43 @@
-"""What both ways of measuring sensitivity are told and give back."""
+"""Requests, settings and results of measuring sensitivity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mode_gguf.forward.limits import HIDDEN_BYTES
+from mode_gguf.forward.limits import LABEL_DRAWS
 from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.imatrix import Imatrix, Importance
-from mode_gguf.options import Packing
+from mode_gguf.options import ComputeOptions, Packing
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QuantType
-from mode_gguf.vocabulary import ImatrixKind
+from mode_gguf.vocabulary import ImatrixKind, Method
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityRequest:
+    """What is asked of the sensitivity stage.
+
+    Attributes:
+        expert_types: candidates of expert tensors; dense_types: of all other matrices.
+        method: `fisher` (KL, see `fisher`), `expert-mse` (the paper's recipe) or `block-mse`, see `output_error`.
+        imatrix: which importance the file will be packed with; for `fisher` see `SensitivitySettings`.
+        packing: how the file will be packed.
+        label_draws: per scored position, and the seed of the draws; Fisher only.
+    """
+
+    expert_types: Sequence[QuantType]
+    dense_types: Sequence[QuantType]
+    method: Method = "fisher"
+    imatrix: ImatrixKind = "plain"
+    packing: Packing = EXACT
+    label_draws: int = LABEL_DRAWS
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SensitivitySettings:
-    """What is measured.
+    """What both ways of measuring are told.
 
     Attributes:
         expert_types: candidates of expert tensors; dense_types: of all other matrices.
@@ -37,7 +58,7 @@ class SensitivitySettings:
     seed: int
     imatrix: ImatrixKind = "plain"
     packing: Packing = EXACT
-    hidden_bytes: int = HIDDEN_BYTES
+    hidden_bytes: int = ComputeOptions.hidden_memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
 from mode_gguf.forward.denormals import denormals_flushed
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
-from mode_gguf.forward.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.forward.streaming import StreamedModel, open_streamed
 from mode_gguf.importance.group_sums import N_ANSWERS, N_MODALITIES
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
@@ -51,8 +50,6 @@ def open_kl_model(
     samples: Sequence[Sample],
     *,
     device: str = "auto",
-    max_tokens: int = MAX_TOKENS,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> KlModel:
     """Open `checkpoint` in float32 on any device: KLs of 1e-5 are far below what bfloat16 can tell.
 
@@ -62,7 +59,7 @@ def open_kl_model(
     """
     if not samples:
         raise UsageError("measuring KL needs at least one sample")
-    builder = InputBuilder.open(checkpoint, max_tokens=max_tokens, max_image_pixels=max_image_pixels)
+    builder = InputBuilder.open(checkpoint)
     inputs = [builder.build(sample) for sample in samples]
     digest = fingerprint([(one.origin, one.input_ids.tolist(), one.scored.tolist()) for one in inputs])
     return KlModel(checkpoint, open_streamed(checkpoint, device, torch.float32), inputs, digest)

@@ -16,6 +16,7 @@ from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix_file import read_imatrix, read_imatrix_header, read_sums, write_imatrix
 from mode_gguf.forward.modality import MODALITIES, TEXT, KeyTokens
 from mode_gguf.importance.imatrix_error import imatrix_error
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.options import CalibrationOptions, Packing
 from mode_gguf.pipeline.run import Run
 from mode_gguf.quantization.libggml import needs_importance
@@ -79,11 +80,9 @@ def measure_imatrix_error(run: Run, types: CandidateTypes, packing: Packing, thr
         tensors,
         importance,
         counts,
-        expert_types=types.expert,
-        dense_types=types.dense,
-        packing=packing,
-        threads=threads,
-        progress=run.progress,
+        SensitivityRequest(types.expert, types.dense, "imatrix-error", packing=packing),
+        threads,
+        run.progress,
     )
     table.save(folder.sensitivity)
 

@@ -15,6 +15,7 @@ from mode_gguf.hub.local_paths import without_local_paths
 from mode_gguf.hub.names import repository_name
 from mode_gguf.hub.released_files import Release, ReleasedFile, Role, commands_of, sha256_of
 from mode_gguf.hub.upload import Published, Upload, send
+from mode_gguf.options import PublishingOptions
 from mode_gguf.pipeline.folder_lock import folder_lock
 from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.progress import Progress, silent
@@ -35,18 +36,12 @@ class Publication:
 
 
 def write_card(
-    path: Path,
-    repository: str,
-    *,
-    base_model: str | None = None,
-    replace: bool = False,
-    progress: Progress = silent,
+    path: Path, repository: str, options: PublishingOptions = PublishingOptions(), progress: Progress = silent
 ) -> tuple[Path, str]:
     """Write README.md into the work folder `path`; returns its path and text.
 
     Args:
-        repository, base_model: see `hub.card.model_card`.
-        replace: whether a README.md that was edited, or that this did not write, is replaced.
+        options: the original model, and whether a README.md that was edited or comes from elsewhere is replaced.
 
     Raises:
         UsageError: a README.md is there that would have to be replaced.
@@ -54,10 +49,10 @@ def write_card(
     """
     folder, plan = _opened(path)
     named = repository_name(repository)
-    base_model = repository_name(base_model) if base_model else None
+    base_model = repository_name(options.base_model) if options.base_model else None
     readme = folder.readme
     with folder_lock(folder):
-        if not replace and not _is_ours(folder):
+        if not options.replace_card and not _is_ours(folder):
             raise UsageError(f"{readme}: was edited, or comes from elsewhere; give --replace-card, or move it away")
         release, doubt = _release(folder, plan, progress)
         if doubt:
@@ -68,23 +63,14 @@ def write_card(
 
 
 def publish(
-    path: Path,
-    repository: str,
-    *,
-    upload: bool,
-    private: bool | None = None,
-    unvalidated: bool = False,
-    base_model: str | None = None,
-    progress: Progress = silent,
+    path: Path, repository: str, options: PublishingOptions = PublishingOptions(), progress: Progress = silent
 ) -> Publication:
     """Upload what belongs on the hub of the work folder `path`: GGUF files, card, plan and report.
 
     README.md is made for this repository, unless it was edited.
 
     Args:
-        upload: send it; without it nothing is written or sent.
-        private: see `hub.upload.send`.
-        unvalidated: publish files that no report speaks of.
+        options: without its `yes` nothing is written or sent.
 
     Raises:
         UsageError: no name of a repository, or see `hub.upload.send`.
@@ -92,19 +78,19 @@ def publish(
         ValidationError: the files were not validated, or failed, which `unvalidated` does not help.
     """
     named = repository_name(repository)
-    base_model = repository_name(base_model) if base_model else None
+    base_model = repository_name(options.base_model) if options.base_model else None
     folder, plan = _opened(path)
     with folder_lock(folder):
         release, doubt = _release(folder, plan, progress)
-        if doubt and not unvalidated:
+        if doubt and not options.unvalidated:
             raise ValidationError(f"{doubt}; validate the file, or give --unvalidated to publish it all the same")
         card = model_card(release, named, base_model) if _is_ours(folder) else _edited_card(folder, release)
         uploads = _uploads(folder, release, card)
-        if not upload:
+        if not options.yes:
             return Publication(uploads, card, None)
         if _is_ours(folder):
             _save_card(folder, card, named, base_model)
-        return Publication(uploads, card, send(named, uploads, private, progress))
+        return Publication(uploads, card, send(named, uploads, options.private, progress))
 
 
 def _opened(path: Path) -> tuple[WorkFolder, Plan]:

@@ -16,7 +16,7 @@ from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.base_gguf import open_base, permuted_rows, write_family_base, write_olmoe_base
@@ -73,7 +73,7 @@ def test_a_file_made_from_a_base_is_the_base_again(family: tuple[Checkpoint, Pat
     checkpoint, text, projector = family
     based = checkpoint_with_base(checkpoint, open_base(text, projector))
     types = {t.name: QUANT_TYPES["BF16"] for t in text_tensors(based) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "text.gguf", based, types)
+    write_text_model(tmp_path / "text.gguf", based, TensorPacking(types))
     write_projector(tmp_path / "projector.gguf", based)
     for made, original in ((tmp_path / "text.gguf", text), (tmp_path / "projector.gguf", projector)):
         ours, theirs = GGUFReader(made), GGUFReader(original)
@@ -89,7 +89,7 @@ def test_a_file_made_from_a_base_is_the_base_again(family: tuple[Checkpoint, Pat
 def test_shards_are_one_base(family: tuple[Checkpoint, Path, Path], tmp_path: Path) -> None:
     checkpoint, text, projector = family
     types = {t.name: QUANT_TYPES["BF16"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "pico-BF16.gguf", checkpoint, types, shard_bytes=3_000_000)
+    write_text_model(tmp_path / "pico-BF16.gguf", checkpoint, TensorPacking(types), shard_bytes=3_000_000)
     first, *others = sorted(tmp_path.glob("*.gguf"))
     assert len(others) > 2
     split, whole = open_base(first, projector), open_base(text, projector)
@@ -98,7 +98,7 @@ def test_shards_are_one_base(family: tuple[Checkpoint, Path, Path], tmp_path: Pa
     based = checkpoint_with_base(checkpoint, split)
     np.testing.assert_array_equal(text_tensors(based)[-1].read(0), whole.tensors[-1].read(0))
     types = {t.name: QUANT_TYPES["Q8_0"] for t in text_tensors(based) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "out.gguf", based, types)
+    write_text_model(tmp_path / "out.gguf", based, TensorPacking(types))
     assert not any(key.startswith("split.") for key in read_header(tmp_path / "out.gguf").metadata)
 
 
@@ -107,7 +107,7 @@ def test_keys_keep_their_types(olmoe: Checkpoint, folder: Path, tmp_path: Path) 
     assert base.name == "typed"
     based = checkpoint_with_base(None, base)
     types = {t.name: QUANT_TYPES["Q8_0"] for t in text_tensors(based) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "text.gguf", based, types)
+    write_text_model(tmp_path / "text.gguf", based, TensorPacking(types))
     before, after = base.text, read_header(tmp_path / "text.gguf")
     for key in ("olmoe.of_bytes", "olmoe.a_byte", "tokenizer.ggml.tokens", "olmoe.rope.freq_base"):
         assert (after.metadata[key], after.kinds[key]) == (before.metadata[key], before.kinds[key])
@@ -190,7 +190,7 @@ def test_the_base_of_another_model_is_refused(
 def test_what_is_no_base_is_refused(family: tuple[Checkpoint, Path, Path], tmp_path: Path) -> None:
     checkpoint, text, projector = family
     types = {t.name: QUANT_TYPES["Q8_0"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "packed.gguf", checkpoint, types)
+    write_text_model(tmp_path / "packed.gguf", checkpoint, TensorPacking(types))
     with pytest.raises(InputError, match=r"packed.gguf: tensor \S+ has type Q8_0; expected a base in full precision"):
         open_base(tmp_path / "packed.gguf")
     with pytest.raises(InputError, match="a projector found, expected the text model's file"):

@@ -10,17 +10,19 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from mode_gguf.architectures import checkpoint_with_base, text_tensors
-from mode_gguf.calibration.calibrate import calibrate, run_recorded
+from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.calibration.observers import Observer
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.data.samples import load_samples
 from mode_gguf.errors import InputError
 from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.recorded import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import balanced_imatrix, importance_of
 from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.options import CalibrationOptions
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
+from mode_gguf.options import CalibrationOptions, ComputeOptions
 from mode_gguf.pipeline import Calibrate, Run
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import WorkFolder
@@ -69,9 +71,7 @@ def watched(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Ten
     run_recorded(
         streamed,
         inputs,
-        key_tokens=None,
-        leave=observer.observe,
-        finish=lambda layer: observer.finish_layer(),
+        LayerConsumer(leave=observer.observe, finish=lambda layer: observer.finish_layer()),
         description="test",
     )
     hook.remove()
@@ -100,11 +100,9 @@ def costs(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
         checkpoint,
         [sample(TEXT)],
         importance_of(balanced_imatrix(statistics, text_tensors(checkpoint))),
-        statistics=statistics,
-        expert_types=(TYPE,),
-        dense_types=(TYPE,),
-        label_draws=1,
-        device="cpu",
+        statistics,
+        SensitivityRequest(expert_types=(TYPE,), dense_types=(TYPE,), label_draws=1),
+        ComputeOptions(device="cpu"),
     )
     return measured.table.arrays
 

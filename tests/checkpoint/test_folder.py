@@ -21,7 +21,7 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint, read_json
 from mode_gguf.errors import InputError
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
@@ -406,7 +406,7 @@ def test_tensors_anywhere_in_shards_of_any_order_give_the_same_file(pico: Path, 
         types = {
             tensor.name: QUANT_TYPES["Q8_0"] for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP
         }
-        write_text_model(tmp_path / "text.gguf", checkpoint, types)
+        write_text_model(tmp_path / "text.gguf", checkpoint, TensorPacking(types))
         write_projector(tmp_path / "mmproj.gguf", checkpoint, "F16")
         written.append([(tmp_path / file).read_bytes() for file in ("text.gguf", "mmproj.gguf")])
     assert written[0] == written[1]

@@ -20,7 +20,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 
 Run = Callable[..., str]
@@ -39,7 +39,7 @@ def pair(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text model, its projector, an importance matrix, and nothing else."""
     folder, checkpoint = tmp_path_factory.mktemp("pair"), Checkpoint.open(pico)
     types = {t.name: QUANT_TYPES["F32" if t.role is Role.KEEP else "Q8_0"] for t in text_tensors(checkpoint)}
-    write_text_model(folder / "pico-Q8_0.gguf", checkpoint, types)
+    write_text_model(folder / "pico-Q8_0.gguf", checkpoint, TensorPacking(types))
     write_projector(folder / "mmproj-pico-F16.gguf", checkpoint)
     (folder / "imatrix-pico.gguf").write_bytes(b"GGUF")
     return folder

@@ -15,7 +15,7 @@ from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.imatrix_file import read_imatrix, write_imatrix
 from mode_gguf.export.tensor_types import tensor_types_text
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from tests.kernels.ggml_oracle import quantize
 
@@ -46,7 +46,7 @@ def files(pico: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.
     imatrix = folder / "imatrix-pico.gguf"
     write_imatrix(imatrix, entries, ["random"], chunk_count=1, chunk_size=512)
     ours = folder / "ours.gguf"
-    write_text_model(ours, checkpoint, types, read_imatrix(imatrix), threads=2)
+    write_text_model(ours, checkpoint, TensorPacking(types, read_imatrix(imatrix)), threads=2)
     return ours, imatrix, types
 
 
@@ -77,7 +77,7 @@ def test_stock_llama_quantize_replays_the_plan(pico: Path, files: Files, tmp_pat
     ours, imatrix, types = files
     checkpoint = Checkpoint.open(pico)
     full, stock, tensor_types = tmp_path / "bf16.gguf", tmp_path / "stock.gguf", tmp_path / "tensor-types.txt"
-    write_text_model(full, checkpoint, dict.fromkeys(types, QUANT_TYPES["BF16"]))
+    write_text_model(full, checkpoint, TensorPacking(dict.fromkeys(types, QUANT_TYPES["BF16"])))
     tensor_types.write_text(tensor_types_text(types))
     command: list[str | Path] = [program, "--pure", "--imatrix", imatrix, "--tensor-type-file", tensor_types]
     command += [full, stock, "Q2_K", "2"]

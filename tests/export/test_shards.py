@@ -11,7 +11,7 @@ from gguf import GGUFReader, GGUFValueType
 
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.text_model import text_model_files, write_text_model
+from mode_gguf.export.text_model import TensorPacking, text_model_files, write_text_model
 from mode_gguf.gguf.header import read_header
 from mode_gguf.llama_cpp.engines import has_expert_groups
 from mode_gguf.llama_cpp.in_process import LlamaModel
@@ -39,14 +39,14 @@ def types(checkpoint: Checkpoint) -> dict[str, QuantType]:
 def whole(checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model in one file."""
     path = tmp_path_factory.mktemp("whole") / "model.gguf"
-    write_text_model(path, checkpoint, types)
+    write_text_model(path, checkpoint, TensorPacking(types))
     return path
 
 
 def write(folder: Path, checkpoint: Checkpoint, types: dict[str, QuantType], shard_bytes: int) -> list[Path]:
     """The files of the model in `folder`, first one first."""
     path = folder / "model.gguf"
-    write_text_model(path, checkpoint, types, shard_bytes=shard_bytes)
+    write_text_model(path, checkpoint, TensorPacking(types), shard_bytes=shard_bytes)
     return text_model_files(path, checkpoint, types, shard_bytes=shard_bytes)
 
 
@@ -132,8 +132,8 @@ def test_groups_of_experts_in_shards(checkpoint: Checkpoint, types: dict[str, Qu
         f"blk.0.ffn_{part}_exps.weight": [QUANT_TYPES[name] for name in names] for part in ("gate", "up", "down")
     }
     whole, split = tmp_path / "whole.gguf", tmp_path / "split.gguf"
-    write_text_model(whole, checkpoint, types, experts=experts)
-    write_text_model(split, checkpoint, types, experts=experts, shard_bytes=300_000)
+    write_text_model(whole, checkpoint, TensorPacking(types, experts=experts))
+    write_text_model(split, checkpoint, TensorPacking(types, experts=experts), shard_bytes=300_000)
     files = text_model_files(split, checkpoint, types, experts, 300_000)
     assert sorted(tmp_path.glob("split*")) == files
     assert {name: t for file in files for name, t in tensors_of(file).items()} == tensors_of(whole)
@@ -172,7 +172,9 @@ class TestStopped:
 
         last = list(read_header(next(iter(older))).tensors)[-1]
         with pytest.raises(KeyboardInterrupt):
-            write_text_model(tmp_path / "model.gguf", checkpoint, types, packed={last: stopped}, shard_bytes=4_000_000)
+            write_text_model(
+                tmp_path / "model.gguf", checkpoint, TensorPacking(types, packed={last: stopped}), shard_bytes=4_000_000
+            )
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == older
 
     @pytest.mark.parametrize("renamed", [0, 1, 2])

@@ -9,7 +9,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, ValidationError
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.gguf.header import read_header
 from mode_gguf.llama_cpp.engines import Engine
 from mode_gguf.llama_cpp.in_process import LlamaModel
@@ -28,7 +28,7 @@ def all_in(checkpoint: Checkpoint, name: str) -> dict[str, QuantType]:
 def test_full_precision_is_the_checkpoint(pico: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pico)
     path = tmp_path / "model.gguf"
-    write_text_model(path, checkpoint, all_in(checkpoint, "F32"), metadata={"mode.plan": "test"})
+    write_text_model(path, checkpoint, TensorPacking(all_in(checkpoint, "F32")), metadata={"mode.plan": "test"})
     reader = GGUFReader(path)
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     assert list(found) == [tensor.name for tensor in text_tensors(checkpoint)]
@@ -47,7 +47,7 @@ def test_both_layouts_give_the_same_tensors(pico: Path, pico_module: Path, tmp_p
     for folder in (pico, pico_module):
         checkpoint = Checkpoint.open(folder)
         path = tmp_path / folder.name
-        write_text_model(path, checkpoint, all_in(checkpoint, "BF16"), threads=2)
+        write_text_model(path, checkpoint, TensorPacking(all_in(checkpoint, "BF16")), threads=2)
         files.append({tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors})
     assert files[0] == files[1]
 
@@ -59,7 +59,7 @@ def test_types_and_importance_reach_the_packer(pico: Path, tmp_path: Path) -> No
     importance[EXPERTS][2, :256] = 1000
     data = []
     for name, used in (("plain", None), ("weighted", importance)):
-        write_text_model(tmp_path / name, checkpoint, types, used)
+        write_text_model(tmp_path / name, checkpoint, TensorPacking(types, used))
         tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / name).tensors}
         assert tensors[EXPERTS].tensor_type.name == "Q3_K"
         assert tensors["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
@@ -75,7 +75,9 @@ def test_experts_with_types_of_their_own(pico: Path, tmp_path: Path) -> None:
     experts = {tensor.name: [QUANT_TYPES[name] for name in names] for tensor in whole}
     importance = {EXPERTS: np.random.default_rng(0).random((4, 512), np.float32)}
     path = tmp_path / "groups.gguf"
-    write_text_model(path, checkpoint, all_in(checkpoint, "Q8_0"), importance, experts=experts, threads=2)
+    write_text_model(
+        path, checkpoint, TensorPacking(all_in(checkpoint, "Q8_0"), importance, experts=experts), threads=2
+    )
     header = read_header(path)
     assert header.metadata["general.architecture"] == "qwen3vlmoe+expert_groups"
     assert header.metadata["expert_groups.version"] == 1
@@ -87,7 +89,7 @@ def test_experts_with_types_of_their_own(pico: Path, tmp_path: Path) -> None:
     assert "blk.1.ffn_exps_map.weight" not in grouped
     for name in set(names):
         types = all_in(checkpoint, "Q8_0") | {tensor.name: QUANT_TYPES[name] for tensor in whole}
-        write_text_model(tmp_path / name, checkpoint, types, importance)
+        write_text_model(tmp_path / name, checkpoint, TensorPacking(types, importance))
         uniform = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / name).tensors}
         for tensor in whole:
             group = ("Q3_K", "Q2_K", "Q4_K").index(name)
@@ -110,7 +112,7 @@ class TestRefusals:
             if quant_type is not None:
                 types[name] = quant_type
         with pytest.raises(InputError, match=words):
-            write_text_model(tmp_path / "m.gguf", checkpoint, types)
+            write_text_model(tmp_path / "m.gguf", checkpoint, TensorPacking(types))
         assert list(tmp_path.iterdir()) == []
 
     def test_tensor_without_a_type(self, pico: Path, tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ class TestRefusals:
         checkpoint = Checkpoint.open(folder)
         types = all_in(checkpoint, "Q8_0") | {EXPERTS: QUANT_TYPES["Q3_K"]}
         with pytest.raises(InputError, match=r"ffn_down_exps.*blocks of 256 do not fit rows of 96"):
-            write_text_model(tmp_path / "m.gguf", checkpoint, types)
+            write_text_model(tmp_path / "m.gguf", checkpoint, TensorPacking(types))
 
     def test_type_that_needs_importance(self, pico: Path, tmp_path: Path) -> None:
         words = r"output\.weight type IQ2_XXS, which needs an importance matrix.* run `mode-gguf calibrate`"
@@ -137,7 +139,9 @@ class TestRefusals:
         checkpoint = Checkpoint.open(pico)
         with pytest.raises(InputError, match=r"shape \(8, 512\) for blk\.0\.ffn_down_exps"):
             write_text_model(
-                tmp_path / "m.gguf", checkpoint, all_in(checkpoint, "F32"), {EXPERTS: np.ones((8, 512), np.float32)}
+                tmp_path / "m.gguf",
+                checkpoint,
+                TensorPacking(all_in(checkpoint, "F32"), {EXPERTS: np.ones((8, 512), np.float32)}),
             )
 
     @pytest.mark.parametrize("tensor", ["model.language_model.norm.weight", "lm_head.weight"])
@@ -149,5 +153,5 @@ class TestRefusals:
             file.write(b"\xc0\x7f")
         gguf_name = next(t.name for t in text_tensors(checkpoint) if tensor in t.sources)
         with pytest.raises(InputError, match=f"{tensor}|{gguf_name}".replace(".", r"\.")):
-            write_text_model(tmp_path / "out" / "m.gguf", checkpoint, all_in(checkpoint, "F32"))
+            write_text_model(tmp_path / "out" / "m.gguf", checkpoint, TensorPacking(all_in(checkpoint, "F32")))
         assert list((tmp_path / "out").iterdir()) == []

@@ -14,7 +14,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -88,7 +88,9 @@ class Families:
 def exported(checkpoint: Checkpoint, folder: Path) -> tuple[Path, Path]:
     """A checkpoint's two files in F32."""
     text, mmproj = folder / "pico-F32.gguf", folder / "mmproj-pico-F32.gguf"
-    write_text_model(text, checkpoint, {tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint)})
+    write_text_model(
+        text, checkpoint, TensorPacking({tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint)})
+    )
     write_projector(mmproj, checkpoint, "F32")
     return text, mmproj
 

@@ -32,7 +32,7 @@ class Refusal:
 def unlike(section: str | None, *, names: str = "", layout: str | None = None, **settings: Any) -> list[Refusal]:
     """Settings each of which alone is refused by its name, with `names` before it, and what was expected."""
     return [
-        Refusal(section, {key: value}, rf"config\.json: {names}{key}\b.* is .*expected", layout=layout)
+        Refusal(section, {key: value}, rf"config\.json: (vision )?{names}{key}\b.* is .*expected", layout=layout)
         for key, value in settings.items()
     ]
 

@@ -13,7 +13,7 @@ from mode_gguf.architectures import find_family, left_out, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.export.tokenizer import read_vocabulary
 from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -32,7 +32,7 @@ SAMPLES = ("--image-samples", "2", "--text-samples", "1")
 def write_q8_0(checkpoint: Checkpoint, path: Path) -> Path:
     """Its text model."""
     types = {tensor.name: QUANT_TYPES["Q8_0"] for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP}
-    write_text_model(path, checkpoint, types)
+    write_text_model(path, checkpoint, TensorPacking(types))
     return path
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
 
 N_LAYERS, N_SAMPLES = 3, 4
 
@@ -40,14 +40,15 @@ class Harness:
         run_layerwise(
             list(self.layers),
             forwards or [self.forward(number) for number in range(N_SAMPLES)],
-            **{
-                "load": lambda i: say(f"load {i}"),
-                "free": lambda i: say(f"free {i}"),
-                "enter": lambda n: None,
-                "leave": lambda n, i: say(f"leave {n}:{i}"),
-                "description": "test",
-                **callbacks,
-            },
+            LayerCallbacks(
+                **{
+                    "load": lambda i: say(f"load {i}"),
+                    "free": lambda i: say(f"free {i}"),
+                    "leave": lambda n, i: say(f"leave {n}:{i}"),
+                    **callbacks,
+                }
+            ),
+            description="test",
         )
 
 

@@ -15,7 +15,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.forward import offload
 from mode_gguf.forward.hidden_store import HiddenStore
-from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
 from mode_gguf.forward.offload import TensorOffload
 
 N_LAYERS, N_SAMPLES, WIDTH = 3, 4, 64
@@ -104,11 +104,8 @@ def test_nothing_changes(model: Model, pictures: list[Tensor], limit: int, in_fi
         run_layerwise(
             list(model.text.layers),
             list(forwards(model, pictures, results)),  # type: ignore[arg-type]
-            load=look,
-            free=lambda layer: None,
-            enter=lambda number: None,
-            leave=lambda number, layer: None,
-            parking=TensorOffload(store, model, "text", keep=keep),
+            LayerCallbacks(load=look, free=lambda layer: None),
+            offload=TensorOffload(store, model, "text", keep=keep),
             description="test",
         )
         kept = {key: store.take(key).clone() for key in store.given if isinstance(key, tuple) and key in store}

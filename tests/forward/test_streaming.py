@@ -12,7 +12,7 @@ from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
 from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
-from mode_gguf.forward.layerwise import run_layerwise
+from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
 from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, KeyTokens
 from mode_gguf.forward.streaming import StreamedModel, choose_device, open_streamed
 
@@ -45,10 +45,7 @@ def streamed_logits(streamed: StreamedModel, inputs: list[ModelInputs]) -> dict[
     run_layerwise(
         streamed.layers,
         [forward(number) for number in range(len(inputs))],
-        load=streamed.load_layer,
-        free=streamed.free_layer,
-        enter=lambda number: None,
-        leave=lambda number, layer: None,
+        LayerCallbacks(load=streamed.load_layer, free=streamed.free_layer),
         description="test",
     )
     return logits
@@ -105,10 +102,7 @@ def test_key_tokens_are_those_of_eager_attention(pico: Path, pico_module: Path, 
             run_layerwise(
                 streamed.layers,
                 [forward],
-                load=streamed.load_layer,
-                free=streamed.free_layer,
-                enter=lambda number: None,
-                leave=leave,
+                LayerCallbacks(load=streamed.load_layer, free=streamed.free_layer, leave=leave),
                 description="test",
             )
             attentions = eager(**one.model_arguments(CPU, torch.float32), output_attentions=True).attentions

@@ -12,7 +12,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.gpu_memory.breakdown import ModelShape, kv_bytes, picture_side, text_batch
 from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.gpu_memory.model_graphs import EncoderShape, TextShape
@@ -69,7 +69,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelShape, int, Pat
     tensors = text_tensors(checkpoint)
     types = {t.name: QUANT_TYPES["F32" if t.role is Role.KEEP else "BF16"] for t in tensors}
     text, mmproj = folder / "demo.gguf", folder / "mmproj-demo.gguf"
-    write_text_model(text, checkpoint, types)
+    write_text_model(text, checkpoint, TensorPacking(types))
     write_projector(mmproj, checkpoint)
     size = sum(t.n_weights * types[t.name].type_size for t in tensors)
     return model_shape(checkpoint, FitSettings(context=4096)), size, text, mmproj

@@ -25,9 +25,10 @@ from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.importance.sensitivity_settings import SensitivitySettings
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest, SensitivitySettings
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.importance.weight_errors import change_of_weights
+from mode_gguf.options import ComputeOptions
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -45,11 +46,9 @@ def table(
         checkpoint,
         samples,
         importance,
-        expert_types=TYPES,
-        dense_types=TYPES,
-        statistics=statistics,
-        label_draws=DRAWS,
-        device="cpu",
+        statistics,
+        SensitivityRequest(expert_types=TYPES, dense_types=TYPES, label_draws=DRAWS),
+        ComputeOptions(device="cpu"),
     ).table
     return table
 

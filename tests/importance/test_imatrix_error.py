@@ -5,6 +5,7 @@ import pytest
 
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor
 from mode_gguf.importance.imatrix_error import imatrix_error
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -39,8 +40,7 @@ def test_costs_are_shares_of_the_outputs_energy() -> None:
         ],
         importance,
         {0: counts},
-        expert_types=EXPERT_TYPES,
-        dense_types=DENSE_TYPES,
+        SensitivityRequest(EXPERT_TYPES, DENSE_TYPES),
         threads=2,
     )
     tokens = np.array([5.0, 1.0, 20.0])  # an expert without tokens counts as one

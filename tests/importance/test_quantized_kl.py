@@ -15,13 +15,13 @@ from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
 from mode_gguf.forward.hooks import SampleTrace
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, TEXT_ATTENTION
+from mode_gguf.forward.recorded import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import StreamedModel, open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_kl import KlSettings, _kl, quantized_kl
@@ -99,9 +99,7 @@ class BruteForce:
         def leave(passed: SampleTrace, layer: int) -> None:
             seen[passed.inputs.origin, layer] = passed.modality.clone()
 
-        run_recorded(
-            streamed, self.inputs, key_tokens=TEXT_ATTENTION, leave=leave, finish=lambda layer: None, description="test"
-        )
+        run_recorded(streamed, self.inputs, LayerConsumer(key_tokens=TEXT_ATTENTION, leave=leave), description="test")
         return seen
 
     def _predictions(self) -> list[Tensor]:

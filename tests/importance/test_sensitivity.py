@@ -10,7 +10,6 @@ import torch
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import as_float32
-from mode_gguf.calibration.calibrate import run_recorded
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
@@ -18,12 +17,15 @@ from mode_gguf.errors import InputError, UsageError
 from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
 from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
+from mode_gguf.forward.recorded import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.importance.sensitivity_table import METHODS, SensitivityTable
 from mode_gguf.importance.unrouted_experts import fill_unrouted, unrouted_experts
 from mode_gguf.importance.weight_errors import change_of_weights
+from mode_gguf.options import ComputeOptions
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
@@ -42,11 +44,9 @@ def paper_table(
         checkpoint,
         samples,
         importance,
-        expert_types=TYPES,
-        dense_types=TYPES[1:],
-        statistics=statistics,
-        method="expert-mse",
-        device="cpu",
+        statistics,
+        SensitivityRequest(expert_types=TYPES, dense_types=TYPES[1:], method="expert-mse"),
+        ComputeOptions(device="cpu"),
     )
     table, imatrix = result.table, result.imatrix
     assert imatrix == {}
@@ -71,9 +71,7 @@ def test_expert_mse_by_hand(
     run_recorded(
         open_streamed(checkpoint, "cpu"),
         [builder.build(sample) for sample in samples],
-        key_tokens=TEXT_ATTENTION,
-        leave=leave,
-        finish=lambda layer: None,
+        LayerConsumer(key_tokens=TEXT_ATTENTION, leave=leave),
         description="test",
     )
     tensor = next(t for t in text_tensors(checkpoint) if t.name == "blk.0.ffn_down_exps.weight")
@@ -113,9 +111,7 @@ class Block:
         run_recorded(
             streamed,
             [builder.build(sample) for sample in samples],
-            key_tokens=TEXT_ATTENTION,
-            leave=leave,
-            finish=lambda layer: None,
+            LayerConsumer(key_tokens=TEXT_ATTENTION, leave=leave),
             description="test",
         )
         self.modality = torch.cat(modality)
@@ -150,11 +146,9 @@ def test_block_mse_is_the_mean_square_of_the_blocks_change(
         checkpoint,
         samples,
         importance,
-        expert_types=TYPES,
-        dense_types=TYPES,
-        statistics=statistics,
-        method="block-mse",
-        device="cpu",
+        statistics,
+        SensitivityRequest(expert_types=TYPES, dense_types=TYPES, method="block-mse"),
+        ComputeOptions(device="cpu"),
     )
     table, imatrix = result.table, result.imatrix
     assert imatrix == {}
@@ -186,12 +180,9 @@ def test_every_method_writes_the_errors_of_weights(
         checkpoint,
         samples[-1:],
         {},
-        expert_types=TYPES,
-        dense_types=TYPES,
-        statistics=statistics,
-        method=method,
-        label_draws=1,
-        device="cpu",
+        statistics,
+        SensitivityRequest(expert_types=TYPES, dense_types=TYPES, method=method, label_draws=1),
+        ComputeOptions(device="cpu"),
     ).table
     tensors = {t.name: t for t in text_tensors(checkpoint)}
 
@@ -219,11 +210,9 @@ def test_key_tokens_are_those_of_the_statistics(
             checkpoint,
             samples[-2:],
             importance,
-            expert_types=TYPES[:1],
-            dense_types=TYPES[:1],
-            statistics=replace(statistics, key_tokens=key_tokens),
-            label_draws=1,
-            device="cpu",
+            replace(statistics, key_tokens=key_tokens),
+            SensitivityRequest(expert_types=TYPES[:1], dense_types=TYPES[:1], label_draws=1),
+            ComputeOptions(device="cpu"),
         )
         .table.arrays["blk.1.ffn_exps.expert"][1]
         .sum(axis=1)[:, 0]
@@ -261,7 +250,7 @@ def test_a_calibration_file_is_not_a_table(statistics: CalibrationStatistics, tm
         ({"method": "guess"}, "unknown sensitivity method 'guess'"),
         ({"label_draws": 0}, "label draws is 0"),
         ({"imatrix": "guess"}, "unknown importance matrix 'guess'"),
-        ({"method": "expert-mse", "imatrix": "fisher"}, "--imatrix fisher needs gradients"),
+        ({"method": "expert-mse", "imatrix": "fisher"}, "sensitivity.imatrix fisher needs gradients"),
         ({"samples": []}, "at least one sample"),
     ],
 )
@@ -273,11 +262,11 @@ def test_bad_options(
     options: dict[str, Any],
     message: str,
 ) -> None:
-    arguments: dict[str, Any] = {"samples": samples, "statistics": statistics, **options}
+    asked = {"samples": samples, **options}
+    chosen = asked.pop("samples")
+    request = SensitivityRequest(TYPES, TYPES, **asked)
     with pytest.raises(UsageError, match=message):
-        measure_sensitivity(
-            checkpoint, importance=importance, expert_types=TYPES, dense_types=TYPES, device="cpu", **arguments
-        )
+        measure_sensitivity(checkpoint, chosen, importance, statistics, request, ComputeOptions(device="cpu"))
 
 
 def test_statistics_of_another_checkpoint(
@@ -288,9 +277,8 @@ def test_statistics_of_another_checkpoint(
             checkpoint,
             samples,
             importance,
-            expert_types=TYPES,
-            dense_types=TYPES,
-            statistics=replace(statistics, fingerprint="other"),
+            replace(statistics, fingerprint="other"),
+            SensitivityRequest(expert_types=TYPES, dense_types=TYPES),
         )
 
 
@@ -305,12 +293,9 @@ def test_stand_ins_are_measured_where_rows_do_not_fit(
         checkpoint,
         samples[-2:],
         {},
-        expert_types=types,
-        dense_types=types,
-        statistics=replace(statistics, fingerprint=checkpoint.fingerprint),
-        method=method,
-        label_draws=1,
-        device="cpu",
+        replace(statistics, fingerprint=checkpoint.fingerprint),
+        SensitivityRequest(expert_types=types, dense_types=types, method=method, label_draws=1),
+        ComputeOptions(device="cpu"),
     ).table
     assert table.stand_ins == {f"blk.{layer}.ffn_down_exps.weight": ("IQ4_NL", "Q8_0") for layer in range(3)}
     down = next(one for one in text_tensors(checkpoint) if one.name == "blk.0.ffn_down_exps.weight")

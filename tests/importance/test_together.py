@@ -13,8 +13,11 @@ from mode_gguf.data.sample import Sample
 from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.importance.sensitivity_table import METHODS
+from mode_gguf.options import ComputeOptions
 from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.vocabulary import ImatrixKind, Method
 from tests.together import called_together
 
 ROUNDING = 1e-5
@@ -33,22 +36,18 @@ def calls(
 ) -> dict[str, Any]:
     """Calibration and every method of sensitivity on seven samples: one process gets four of them, the other three."""
     key_tokens = KeyTokens("random", 0.3, seed=5)
-    sensitivity = partial(
-        measure_sensitivity,
-        checkpoint,
-        samples[:7],
-        importance,
-        expert_types=[QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"]],
-        dense_types=[QUANT_TYPES["Q3_K"], QUANT_TYPES["Q8_0"]],
-        statistics=statistics,
-        seed=3,
-        device="cpu",
-    )
+    types = [QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"]], [QUANT_TYPES["Q3_K"], QUANT_TYPES["Q8_0"]]
+
+    def sensitivity(method: Method, imatrix: ImatrixKind = "plain") -> Any:
+        request = SensitivityRequest(*types, method, imatrix, seed=3)
+        of = (checkpoint, samples[:7], importance, statistics, request, ComputeOptions(device="cpu"))
+        return partial(measure_sensitivity, *of)
+
     return {
         "calibrate": partial(calibrate, checkpoint, samples[:7], device="cpu", key_tokens=key_tokens),
         "too few": partial(calibrate, checkpoint, samples[:1], device="cpu"),
-        **{method: partial(sensitivity, method=method) for method in METHODS},
-        "packed by fisher": partial(sensitivity, method="fisher", imatrix="fisher"),
+        **{method: sensitivity(method) for method in METHODS},
+        "packed by fisher": sensitivity("fisher", "fisher"),
     }
 
 

@@ -12,7 +12,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.validation.reference import Settings
 
@@ -33,7 +33,7 @@ def _export(checkpoint: Path, folder: Path, expert_type: str) -> Files:
         for tensor in text_tensors(opened)
     }
     files = Files(folder / f"pico-{expert_type}.gguf", types, folder / "mmproj-pico-F32.gguf")
-    write_text_model(files.text, opened, types)
+    write_text_model(files.text, opened, TensorPacking(types))
     if not files.mmproj.exists():
         write_projector(files.mmproj, opened, "F32")
     return files

@@ -15,7 +15,7 @@ from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.mtp import write_mtp
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import text_model_files, write_text_model
+from mode_gguf.export.text_model import TensorPacking, text_model_files, write_text_model
 from mode_gguf.options import ComputeOptions, ExportOptions
 from mode_gguf.pipeline.planning import make_uniform_plan
 from mode_gguf.pipeline.run import Run, Stage, basis
@@ -104,11 +104,13 @@ class ExportText(Stage):
         write_text_model(
             model_path(folder, plan),
             run.checkpoint,
-            plan.types,
-            read_imatrix(packed_with) if with_imatrix else None,
-            experts=plan.experts,
-            packing=plan.packing,
-            packed=packed_sources(run, plan, self.imatrix) if feedback else None,
+            TensorPacking(
+                plan.types,
+                read_imatrix(packed_with) if with_imatrix else None,
+                plan.experts,
+                plan.packing,
+                packed_sources(run, plan, self.imatrix) if feedback else {},
+            ),
             metadata=imatrix_keys(packed_with) if with_imatrix else None,
             shard_bytes=self.options.shard_size,
             threads=self.compute.threads or os.cpu_count() or 1,

@@ -100,8 +100,11 @@ class Sensitivity(Stage):
     def _measure(self, run: Run, statistics: "CalibrationStatistics") -> None:
         from mode_gguf.forward.distributed import on_all_ranks
         from mode_gguf.importance.sensitivity import measure_sensitivity
+        from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 
-        folder = run.folder
+        folder, types = run.folder, self.types
+        seed = self.calibrate.options.seed
+        request = SensitivityRequest(types.expert, types.dense, self.method, self.imatrix, self.packing, seed=seed)
         way_out = "plan by errors weighed with calibration's importance: --set sensitivity.method=imatrix-error"
         with any_form_of_model(run.checkpoint, way_out):
             measured = on_all_ranks(
@@ -109,16 +112,10 @@ class Sensitivity(Stage):
                 run.checkpoint,
                 calibration_samples(self.calibrate.options),
                 dict(read_imatrix(folder.imatrix)),
-                statistics=statistics,
-                method=self.method,
-                imatrix=self.imatrix,
-                packing=self.packing,
-                expert_types=self.types.expert,
-                dense_types=self.types.dense,
-                device=self.compute.device,
-                seed=self.calibrate.options.seed,
-                hidden_bytes=self.compute.hidden_memory,
-                progress=run.progress,
+                statistics,
+                request,
+                self.compute,
+                run.progress,
             )
         measured.table.save(folder.sensitivity)
         if measured.token_weights is not None:

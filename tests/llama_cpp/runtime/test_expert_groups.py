@@ -20,7 +20,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 from tests.families.pico.tokenizer import VOCAB
@@ -156,7 +156,7 @@ def uniform(scratch: Path, checkpoint: Checkpoint) -> dict[str, Path]:
             ]
             for tensor in text_tensors(checkpoint)
         }
-        write_text_model(path, checkpoint, types)
+        write_text_model(path, checkpoint, TensorPacking(types))
     return files
 
 

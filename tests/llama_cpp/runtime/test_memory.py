@@ -8,7 +8,7 @@ import pytest
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.export.text_model import write_text_model
+from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.gpu_memory.breakdown import kv_bytes, text_batch
 from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.gpu_memory.model_graphs import TextShape
@@ -59,7 +59,7 @@ def test_stock_build_takes_no_more(tmp_path: Path) -> None:
     types = {
         tensor.name: QUANT_TYPES["F32" if tensor.role is Role.KEEP else "BF16"] for tensor in text_tensors(checkpoint)
     }
-    write_text_model(tmp_path / "demo.gguf", checkpoint, types)
+    write_text_model(tmp_path / "demo.gguf", checkpoint, TensorPacking(types))
     fit = FitSettings(context=4096)
     text = model_shape(checkpoint, fit).text
     lib = c_api.runtime_library(Path(os.environ["MODE_GGUF_STOCK_BUILD"]))

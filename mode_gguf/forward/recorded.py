@@ -1,0 +1,85 @@
+"""A pass of all samples through a model, layer by layer, with what passes through each layer recorded."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from mode_gguf.forward.hidden_store import HiddenStore
+from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
+from mode_gguf.forward.inputs import ModelInputs
+from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
+from mode_gguf.forward.modality import KeyTokens
+from mode_gguf.forward.offload import TensorOffload
+from mode_gguf.forward.streaming import StreamedModel
+from mode_gguf.options import ComputeOptions
+from mode_gguf.progress import Progress, silent
+
+
+def _nothing(layer: int) -> None:
+    """A callback for who takes everything as samples leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConsumer:
+    """Who takes the records, and what is recorded.
+
+    Attributes:
+        leave: leave(trace, i) after a sample has left layer i (the last one includes the output head); it must take
+            what it needs, the records are dropped afterwards.
+        finish: finish(i) after all samples have left layer i, while its weights are still loaded.
+        key_tokens: how key vision tokens are chosen; None where nobody asks which they are.
+        keep_hidden: whether the experts' gated activations are recorded.
+    """
+
+    leave: Callable[[SampleTrace, int], None]
+    finish: Callable[[int], None] = _nothing
+    key_tokens: KeyTokens | None = None
+    keep_hidden: bool = True
+
+
+def run_recorded(
+    streamed: StreamedModel,
+    inputs: Sequence[ModelInputs],
+    consumer: LayerConsumer,
+    *,
+    hidden_bytes: int = ComputeOptions.hidden_memory,
+    description: str,
+    progress: Progress = silent,
+) -> None:
+    """All samples forward, layer by layer, with experts, linear layers and key tokens recorded; without logits.
+
+    Args:
+        hidden_bytes: memory for hidden states of samples that wait; further ones go to temporary files.
+    """
+    traces = [SampleTrace.of(one, streamed.device) for one in inputs]
+    recorder = LayerRecorder(consumer.key_tokens, consumer.keep_hidden)
+
+    def enter(number: int) -> None:
+        recorder.current = traces[number]
+
+    def leave(number: int, layer: int) -> None:
+        consumer.leave(traces[number], layer)
+        traces[number].forget()
+
+    def free(layer: int) -> None:
+        consumer.finish(layer)
+        streamed.free_layer(layer)
+
+    recorded = recording(streamed.model, streamed.watched_linears(), recorder)
+    with HiddenStore(hidden_bytes) as store, recorded, streamed.without_logits():
+        run_layerwise(
+            streamed.layers,
+            [partial(_forward, streamed, one) for one in inputs],
+            LayerCallbacks(load=streamed.load_layer, free=free, enter=enter, leave=leave),
+            offload=TensorOffload(store, streamed.model, streamed.text_model),
+            tokens=[len(one.input_ids) for one in inputs],
+            description=description,
+            progress=progress,
+        )
+
+
+def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:
+    with torch.no_grad():
+        streamed.model(**inputs.model_arguments(streamed.device, streamed.dtype))
