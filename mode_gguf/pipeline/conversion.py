@@ -19,6 +19,7 @@ from mode_gguf.pipeline.settings import (
     base_warnings,
     candidates_of,
     resolved,
+    with_types,
 )
 from mode_gguf.pipeline.stages.calibrate import Calibrate
 from mode_gguf.pipeline.stages.export import ExportMtp, ExportProjector, ExportText, projector_path
@@ -130,7 +131,7 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
             log.warning("%s", warning)
         if not restart:
             run.cache.check_unchanged([stage.state(run) for stage in conversion.measuring_stages()])
-        recipe.save(run.folder.recipe)
+        with_types(recipe, conversion.settings.types).save(run.folder.recipe)
         run.ensure(*conversion.stages(run))
         return _result(run, conversion)
 

@@ -60,6 +60,11 @@ class PlanSettings:
         options = recipe.plan
         if options.refine and options.granularity == "expert":
             raise UsageError("plan.refine improves a type per tensor; leave it out with --granularity expert")
+        if options.uniform is not None:
+            raise UsageError(
+                f"plan.uniform {options.uniform} leaves nothing to choose: make such a plan with `mode-gguf plan "
+                f"--uniform {options.uniform}` and pack it with `mode-gguf export`"
+            )
         return cls(
             budget=budget_of(options.budget, recipe.export.mmproj_type),
             preset=preset_of(recipe),
@@ -136,6 +141,12 @@ def candidates_of(recipe: Recipe, folder: WorkFolder) -> CandidateTypes:
         expert = measured[0] if set(measured[0]) >= set(expert) else expert
         dense = measured[1] if set(measured[1]) >= set(dense) else dense
     return candidate_types(options.types or expert, options.dense_types or dense, recipe.plan.floors)
+
+
+def with_types(recipe: Recipe, types: CandidateTypes) -> Recipe:
+    """The recipe with candidates by name, so that it asks for the same ones in any folder."""
+    expert, dense = (tuple(one.name for one in group) for group in (types.expert, types.dense))
+    return replace(recipe, sensitivity=replace(recipe.sensitivity, types=expert, dense_types=dense))
 
 
 def measured_candidates(recipe: Recipe, folder: WorkFolder) -> CandidateTypes:

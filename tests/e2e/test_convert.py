@@ -2,21 +2,25 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from gguf import LlamaFileType
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import file_fingerprint
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.llama_cpp.in_process import LlamaModel
+from mode_gguf.options import GROUP_EXPERT_TYPES
 from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.validation.structure import check_structure
 from mode_gguf.workfolder import WorkFolder
+from mode_gguf_cli.main import main
 from tests.e2e.conftest import settings
 from tests.report.pages import Page
 
@@ -91,6 +95,21 @@ def test_the_page_says_how_the_file_was_made_and_how_it_behaves(
     assert page.faults == []
     assert "does not lie in the work folder" in page.text("types")
     assert "--report" in run("validate", model, "--report", tmp_path / "report.html", code=2)
+
+
+def test_a_broken_limit_of_a_recipe_is_an_exit_code(
+    pico: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(out, tmp_path / "work")
+    limited = settings("validation.limits.max_kl=1e-9")
+    asked = ("convert", pico, "--bpw", "4.0", "--out", copy, "--json", *SMALL, *limited)
+    monkeypatch.setattr(sys, "argv", ["mode-gguf", *map(str, asked)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capsys.readouterr()
+    assert ended.value.code == 5
+    assert Path(json.loads(captured.out)["model"]).exists()
+    assert "breaks --max-kl 1e-09: " in captured.err
 
 
 def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run) -> None:
@@ -255,6 +274,10 @@ def test_a_type_per_expert_and_back(pico: Path, tmp_path: Path, run: Run) -> Non
     assert merged["seconds"]["calibrate"] == merged["seconds"]["sensitivity"] == 0.0
     merged_plan = Plan.load(tmp_path / "plan.json")
     assert not merged_plan.has_expert_groups
+    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8"))
+    assert saved["sensitivity"]["types"] == list(GROUP_EXPERT_TYPES), (
+        "as measured before, so that any folder repeats it"
+    )
     assert plan.solver is not None
     assert merged_plan.solver is not None
     assert 0 < plan.solver.objective < merged_plan.solver.objective
@@ -327,6 +350,11 @@ def test_another_imatrix_or_packing_reruns_what_depends_on_it(pico: Path, tmp_pa
 
     other = json.loads(run("export", pico, "--out", tmp_path, "--imatrix", "fisher", "--json"))
     assert packed_with(other["model"], run) == f"imatrix-fisher-{pico.name}.gguf"
+
+
+def test_a_uniform_plan_is_no_conversion(pico: Path, tmp_path: Path, run: Run) -> None:
+    said = run("convert", pico, "--out", tmp_path, *settings("plan.uniform=Q4_K"), code=2)
+    assert "`mode-gguf plan --uniform Q4_K`" in said
 
 
 def test_packing_belongs_to_sensitivity_unless_the_plan_is_uniform(pico: Path, tmp_path: Path, run: Run) -> None:

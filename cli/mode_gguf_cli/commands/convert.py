@@ -1,6 +1,7 @@
 """mode-gguf convert: all stages."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +15,7 @@ from mode_gguf_cli.memory import memory_json, show_memory
 
 if TYPE_CHECKING:
     from mode_gguf.hub.source import Download
-    from mode_gguf.pipeline import ConversionEstimate
+    from mode_gguf.pipeline import ConversionEstimate, ConvertResult
 
 SECTIONS = ("plan", "export", "calibration", "compute", "validation", "checkpoint")
 
@@ -51,6 +52,8 @@ def command(
     back with --recipe, it reproduces the run.
     """
     from mode_gguf import pipeline
+    from mode_gguf.validation.bounds import require_kept
+    from mode_gguf.validation.report import ValidationReport
 
     if dry_run:
         with pipeline.outlined_model(model, out, recipe) as (run, download):
@@ -60,24 +63,34 @@ def command(
     result = pipeline.convert(run, recipe, restart=restart)
     folder = run.folder
     if json:
-        emit_json(
-            {
-                "model": str(result.model),
-                "mmproj": str(result.mmproj) if result.mmproj else None,
-                "mtp": str(result.mtp) if result.mtp else None,
-                "imatrix": str(result.imatrix),
-                "plan": str(result.plan),
-                "bpw": result.bpw,
-                "size_bytes": result.size_bytes,
-                "seconds": dict(result.seconds),
-            }
-        )
-        return
+        _emit(result)
+    else:
+        _show(result, folder.path)
+    if result.report:
+        require_kept(ValidationReport.load(result.report))
+
+
+def _emit(result: "ConvertResult") -> None:
+    emit_json(
+        {
+            "model": str(result.model),
+            "mmproj": str(result.mmproj) if result.mmproj else None,
+            "mtp": str(result.mtp) if result.mtp else None,
+            "imatrix": str(result.imatrix),
+            "plan": str(result.plan),
+            "bpw": result.bpw,
+            "size_bytes": result.size_bytes,
+            "seconds": dict(result.seconds),
+        }
+    )
+
+
+def _show(result: "ConvertResult", folder: Path) -> None:
     show(f"model    {result.model}  ({result.bpw:.3f} bpw, {result.size_bytes / 1e6:,.1f} MB)")
     if result.mmproj:
         show(f"mmproj   {result.mmproj}")
     show(f"report   {result.page}")
-    say(f"talk to it with: mode-gguf run {folder.path}".replace("[", r"\["))
+    say(f"talk to it with: mode-gguf run {folder}".replace("[", r"\["))
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
     if reused:
         say(f"reused from the last run in this folder: {', '.join(reused)}")
