@@ -32,7 +32,7 @@ from mode_gguf.errors import InputError
 from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.modality import TEXT_ATTENTION
-from mode_gguf.forward.recorded import LayerConsumer, run_recorded
+from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.quantization.types import QUANT_TYPES
 

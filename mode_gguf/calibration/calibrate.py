@@ -1,4 +1,4 @@
-"""The calibration stage: samples through the model, layer by layer; statistics per expert and modality out."""
+"""The calibration stage: layer-by-layer forward of the samples; statistics per expert and modality."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -13,7 +13,7 @@ from mode_gguf.forward.denormals import denormals_flushed
 from mode_gguf.forward.distributed import gathered, share_of, sum_over_ranks
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
-from mode_gguf.forward.recorded import LayerConsumer, run_recorded
+from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.options import ComputeOptions
 from mode_gguf.progress import Progress, silent
@@ -29,14 +29,14 @@ def calibrate(
     hidden_bytes: int = ComputeOptions.hidden_memory,
     progress: Progress = silent,
 ) -> CalibrationStatistics:
-    """Statistics of `samples`; one decoder layer's weights are in memory at a time.
+    """Calibration statistics of `samples`; one decoder layer's weights are in memory at a time.
 
     Called by several processes together, each runs its share of the samples; all return the statistics of all.
 
     Args:
         device: `auto`, `cpu` (float32) or `cuda` (bfloat16).
         key_tokens: how key vision tokens are chosen.
-        hidden_bytes: memory for hidden states of samples that wait; further ones go to temporary files.
+        hidden_bytes: memory for hidden states of suspended samples; further ones go to temporary files.
 
     Raises:
         UsageError: no samples, fewer of them than processes, or an unknown device.
@@ -72,7 +72,7 @@ def calibrate(
 
 
 def count_samples(inputs: Sequence[ModelInputs]) -> SampleCounts:
-    """Samples and tokens of each kind."""
+    """Counts of text and image samples and of text and vision tokens."""
     n_image = sum(one.has_image for one in inputs)
     n_vision = sum(int(one.is_vision.sum()) for one in inputs)
     return SampleCounts(

@@ -1,4 +1,4 @@
-"""What calibration did not see: experts without tokens, modalities without samples, and what to do about it."""
+"""Coverage of a calibration: experts without tokens, modalities without samples, and warnings with the way out."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ if TYPE_CHECKING:  # the statistics write these warnings into their file
     from mode_gguf.calibration.statistics import CalibrationStatistics
 
 MIN_TOKENS_PER_EXPERT = 32
-"""Routed text and key vision tokens below which an expert counts as hardly seen. A mean of squares over 32 tokens is
+"""Routed text and key vision tokens below which an expert counts as rarely routed. A mean of squares over 32 tokens is
 off by a quarter, sqrt(2 / 32), even where they are normally distributed, and it is where the Fisher importance trusts
 the layer's mean as much as the expert's own (`fisher_imatrix.PRIOR_TOKENS`)."""
 
-MAX_HARDLY_SEEN = 0.05
-"""Share of the experts that may be hardly seen without a warning."""
+MAX_RARELY_ROUTED = 0.05
+"""Share of the experts that may be rarely routed without a warning."""
 
-_FEW = 6
-"""Most lines about single layers; where there would be more, each modality gets one line in all."""
+_MAX_LAYER_WARNINGS = 6
+"""Maximum number of warnings about single layers; beyond it, each modality gets one in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class LayerCoverage:
 
 
 def calibration_warnings(statistics: "CalibrationStatistics") -> list[str]:
-    """What whoever relies on these statistics should know, one sentence each; empty where nothing is missing."""
+    """Warnings about gaps in the statistics, one sentence each; empty where nothing is missing."""
     return [
-        *_blind(statistics),
+        *_unknown_modalities(statistics),
         *_missing_modalities(statistics),
         *_rarely_routed(statistics),
         *_never_routed(statistics),
@@ -43,12 +43,12 @@ def calibration_warnings(statistics: "CalibrationStatistics") -> list[str]:
 
 
 def rarely_routed_experts(statistics: "CalibrationStatistics") -> np.ndarray:
-    """bool, all experts of all layers in order: whether fewer than `MIN_TOKENS_PER_EXPERT` tokens reached each."""
+    """Whether fewer than `MIN_TOKENS_PER_EXPERT` tokens reached each expert: bool, all layers' experts in order."""
     tokens = [statistics.counts(layer)[[TEXT, KEY_VISION]].sum(axis=0) for layer in statistics.moe_layers]
     return np.concatenate(tokens) < MIN_TOKENS_PER_EXPERT if tokens else np.zeros(0, bool)
 
 
-def _blind(statistics: "CalibrationStatistics") -> Iterator[str]:
+def _unknown_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
     if statistics.imatrix:
         yield (
             f"statistics are those of the importance matrix {statistics.imatrix}, which does not tell text from image "
@@ -58,20 +58,20 @@ def _blind(statistics: "CalibrationStatistics") -> Iterator[str]:
 
 
 def _missing_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
-    shown = statistics.samples
+    samples = statistics.samples
     if statistics.imatrix or not statistics.has_vision:
         return
-    if not shown.image_samples:
+    if not samples.image_samples:
         yield (
             "calibration saw no image: bits go where text needs them, and answers about images may suffer; "
             "add samples with an image"
         )
-    elif not shown.vision_tokens:
+    elif not samples.vision_tokens:
         yield (
-            f"calibration saw no vision token in its {shown.image_samples} samples with an image; "
+            f"calibration saw no vision token in its {samples.image_samples} samples with an image; "
             "check the pictures and the checkpoint's image processor"
         )
-    if not shown.text_samples:
+    if not samples.text_samples:
         yield (
             "calibration saw no sample without an image: bits go where answers about images need them, and plain text "
             "may suffer; add text samples"
@@ -79,45 +79,45 @@ def _missing_modalities(statistics: "CalibrationStatistics") -> Iterator[str]:
 
 
 def _rarely_routed(statistics: "CalibrationStatistics") -> Iterator[str]:
-    hardly = rarely_routed_experts(statistics)
-    if len(hardly) and (share := float(hardly.mean())) > MAX_HARDLY_SEEN:
-        shown = statistics.samples
+    is_rare = rarely_routed_experts(statistics)
+    if len(is_rare) and (share := float(is_rare.mean())) > MAX_RARELY_ROUTED:
+        samples = statistics.samples
         if statistics.imatrix:
             yield (
-                f"{100 * share:.1f} % of the {len(hardly):,} experts saw fewer than {MIN_TOKENS_PER_EXPERT} tokens; "
+                f"{100 * share:.1f} % of the {len(is_rare):,} experts saw fewer than {MIN_TOKENS_PER_EXPERT} tokens; "
                 "measure the importance matrix on more or more varied samples"
             )
             return
         yield (
-            f"{100 * share:.1f} % of the {len(hardly):,} experts saw fewer than {MIN_TOKENS_PER_EXPERT} text and key "
-            f"vision tokens in {shown.text_samples} text and {shown.image_samples} image samples; "
+            f"{100 * share:.1f} % of the {len(is_rare):,} experts saw fewer than {MIN_TOKENS_PER_EXPERT} text and key "
+            f"vision tokens in {samples.text_samples} text and {samples.image_samples} image samples; "
             "calibrate on more or more varied samples"
         )
 
 
 def _never_routed(statistics: "CalibrationStatistics") -> Iterator[str]:
-    """A line per layer and modality where that makes few, else a line per modality."""
+    """Warnings per layer and modality where those are few, else one per modality."""
     coverage = statistics.coverage()
 
-    def spelled(modality: str) -> str:
+    def modality_prefix(modality: str) -> str:
         return "" if statistics.imatrix else modality.replace("_", " ") + " "
 
-    gaps = [
+    unreached = [
         (layer, modality, experts) for layer in coverage for modality, experts in layer.never_routed.items() if experts
     ]
-    if len(gaps) <= _FEW:
-        for layer, modality, experts in gaps:
+    if len(unreached) <= _MAX_LAYER_WARNINGS:
+        for layer, modality, experts in unreached:
             yield (
-                f"layer {layer.layer}: no {spelled(modality)}token reached "
+                f"layer {layer.layer}: no {modality_prefix(modality)}token reached "
                 f"{'expert' if len(experts) == 1 else 'experts'} {', '.join(map(str, experts))} of {layer.n_experts}; "
                 "the layer's mean stands in"
             )
         return
     n_experts = sum(layer.n_experts for layer in coverage)
     for modality in MODALITIES:
-        unreached = [len(experts) for _, name, experts in gaps if name == modality]
-        if unreached:
+        n_unreached = [len(experts) for _, name, experts in unreached if name == modality]
+        if n_unreached:
             yield (
-                f"no {spelled(modality)}token reached {sum(unreached):,} of {n_experts:,} experts, in "
-                f"{len(unreached)} of {len(coverage)} layers; the layer's mean stands in"
+                f"no {modality_prefix(modality)}token reached {sum(n_unreached):,} of {n_experts:,} experts, in "
+                f"{len(n_unreached)} of {len(coverage)} layers; the layer's mean stands in"
             )

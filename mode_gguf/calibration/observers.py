@@ -1,4 +1,4 @@
-"""From what passed through a layer to the sums calibration keeps."""
+"""The observer that adds up calibration's sums from the records of each decoder layer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ N_MODALITIES = len(MODALITIES)
 class Observer:
     """Adds up counts, routing weights and sums of squares (float64) over samples, per modality and expert.
 
-    Sums of the layer in work lie on the model's device; `finish_layer` moves them to `arrays`.
+    Sums of the current layer lie on the model's device; `finish_layer` moves them to `arrays`.
     """
 
     def __init__(self, tensors: Sequence[SourceTensor], device: torch.device) -> None:
@@ -26,12 +26,12 @@ class Observer:
         self._sums: dict[str, Tensor] = {}
         self._experts = {tensor.layer: tensor.n_experts for tensor in tensors if tensor.role is Role.EXPERT}
 
-    def observe(self, passed: SampleTrace, layer: int) -> None:
-        """Add one sample's pass through one decoder layer (the last one's includes the output head)."""
-        for activation, call in passed.linears.items():
-            self._add_squares(activation, passed.modality, call.input.double().square(), groups=1)
-        if passed.experts is not None:
-            self._add_experts(passed.experts, passed.modality, layer)
+    def observe(self, trace: SampleTrace, layer: int) -> None:
+        """Add one sample's records of one decoder layer (the last one's includes the output head)."""
+        for activation, call in trace.linears.items():
+            self._add_squares(activation, trace.modality, call.input.double().square(), groups=1)
+        if trace.experts is not None:
+            self._add_experts(trace.experts, trace.modality, layer)
 
     def finish_layer(self) -> None:
         """Move the sums to `arrays`."""
@@ -66,7 +66,7 @@ class Observer:
 
 
 def unobserved_activations(arrays: Mapping[str, np.ndarray], tensors: Sequence[SourceTensor]) -> list[str]:
-    """Activations of `tensors` that no token reached; an empty list means that every capture worked."""
+    """Activations of `tensors` that no token reached; an empty list means that every one was recorded."""
     expected = {tensor.activation for tensor in tensors if tensor.activation is not None}
     return sorted(
         activation

@@ -1,4 +1,4 @@
-"""What calibration measured: sums and counts per layer, expert and modality."""
+"""Calibration statistics: sums and counts per layer, expert and modality."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,14 +16,14 @@ from mode_gguf.options import CalibrationOptions, ComputeOptions
 from mode_gguf.vocabulary import Device
 
 EXPERTS_INPUT = "blk.{layer}.ffn_exps.input"
-"""Activation that gate and up read."""
+"""Name of the activation that gate and up projections read."""
 EXPERTS_HIDDEN = "blk.{layer}.ffn_exps.hidden"
-"""Activation that down reads: the gated one."""
+"""Name of the activation that down projections read: the gated one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleCounts:
-    """What the model was shown: samples without and with an image, and their text and vision tokens."""
+    """Counts of calibration samples without and with an image, and of their text and vision tokens."""
 
     text_samples: int
     image_samples: int
@@ -47,13 +47,13 @@ class CalibrationStatistics:
         model: name of the model.
         fingerprint: of its checkpoint.
         arrays: `{activation}.sum2`, `{activation}.count`, `blk.L.ffn_exps.weight`, `blk.L.ffn_exps.weight2`.
-        samples: what it was shown.
+        samples: counts of samples and tokens.
         key_tokens: how key vision tokens were chosen.
         datasets: names of the data sets.
         imatrix: name of the importance matrix that they were taken from, which does not tell modalities apart: all
             tokens then count as text; None where the model was run.
         has_vision: whether the model takes images at all.
-        options, device: what calibration was told, which later stages take from here.
+        options, device: calibration's options, which later stages take from here.
     """
 
     model: str
@@ -69,7 +69,7 @@ class CalibrationStatistics:
 
     @property
     def activations(self) -> list[str]:
-        """Names of everything a sum of squares was taken of."""
+        """Names of the activations with a sum of squares."""
         return [name.removesuffix(".count") for name in self.arrays if name.endswith(".count")]
 
     @property
@@ -88,7 +88,7 @@ class CalibrationStatistics:
         return self.arrays[f"blk.{layer}.ffn_exps.weight"]
 
     def coverage(self) -> list[LayerCoverage]:
-        """Per layer, the experts that calibration says nothing about."""
+        """Experts that no token was routed to, per layer and modality."""
         report = []
         for layer in self.moe_layers:
             counts = self.counts(layer)
@@ -121,7 +121,7 @@ class CalibrationStatistics:
 
     @classmethod
     def load(cls, path: Path, *, sums: bool = True) -> "CalibrationStatistics":
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Args:
             sums: whether sums of squares are read, which take 99 % of the file.

@@ -1,7 +1,7 @@
-"""The built-in calibration set: made on the spot from what is installed, without a download, always the same.
+"""The built-in calibration set: made of installed files without a download, always the same.
 
-Mixed on purpose. Experts specialise, so a set of one kind leaves many of them unseen: there are photographs, crops of
-them, charts, tables and documents with varied questions, and prose, code, instructions and fifteen languages.
+Mixed on purpose. Experts specialise, so a set of one kind leaves many of them without tokens: there are photographs,
+crops of them, charts, tables and documents with varied questions, and prose, code, instructions and fifteen languages.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from mode_gguf.data.sample import Message, Sample
 BUILT_IN = "mode-gguf built-in"
 """Name under which the set is recorded."""
 
-_PIECE = 1600
+_MAX_CHARACTERS = 1600
 _CODE_MODULES = (
     "bisect", "calendar", "cmd", "colorsys", "csv", "difflib", "fractions", "graphlib", "heapq", "html.parser",
     "json.decoder", "shlex", "statistics", "string", "textwrap", "zipfile",
@@ -37,21 +37,21 @@ def default_samples() -> list[Sample]:
 
 
 def _texts() -> Iterator[Sample]:
-    own = json.loads(resources.files(__package__).joinpath("default_texts.json").read_text(encoding="utf-8"))
-    for language, text in own["languages"].items():
+    texts = json.loads(resources.files(__package__).joinpath("default_texts.json").read_text(encoding="utf-8"))
+    for language, text in texts["languages"].items():
         yield Sample(f"{BUILT_IN}: {language}", BUILT_IN, text=text)
-    for number, turn in enumerate(own["instructions"]):
+    for number, turn in enumerate(texts["instructions"]):
         messages = (Message("user", turn["question"]), Message("assistant", turn["answer"]))
         yield Sample(f"{BUILT_IN}: instruction {number}", BUILT_IN, messages=messages)
     for name in _TOPICS:
-        yield Sample(f"{BUILT_IN}: topic {name}", BUILT_IN, text=topics[name].strip()[:_PIECE])
+        yield Sample(f"{BUILT_IN}: topic {name}", BUILT_IN, text=topics[name].strip()[:_MAX_CHARACTERS])
     for name in _CODE_MODULES:
         source = inspect.getsource(importlib.import_module(name))
         middle = source.index("\n", len(source) // 3) + 1
-        yield Sample(f"{BUILT_IN}: source {name}", BUILT_IN, text=source[middle : middle + _PIECE])
+        yield Sample(f"{BUILT_IN}: source {name}", BUILT_IN, text=source[middle : middle + _MAX_CHARACTERS])
     import sklearn  # a second to import: only when the set is made
 
     pages = Path(sklearn.__file__).parent / "datasets" / "descr"
     for name in _DATASET_PAGES:
         text = (pages / f"{name}.rst").read_text(encoding="utf-8")
-        yield Sample(f"{BUILT_IN}: page {name}", BUILT_IN, text=text[:_PIECE])
+        yield Sample(f"{BUILT_IN}: page {name}", BUILT_IN, text=text[:_MAX_CHARACTERS])

@@ -1,4 +1,4 @@
-"""Charts, tables and documents drawn on the spot, with questions whose answers are known."""
+"""Charts, tables and documents as drawn images, with questions whose answers are known."""
 
 import json
 import math
@@ -13,22 +13,22 @@ _COLOURS = {"red": "#c0392b", "blue": "#2471a3", "green": "#1e8449", "orange": "
 _MONTHS = ("January", "February", "March", "April", "May", "June")
 _GOODS = ("Apples", "Bread", "Cheese", "Coffee", "Honey", "Milk", "Olives", "Pepper", "Rice", "Tea")
 _CITIES = ("Bergen", "Cusco", "Dakar", "Hanoi", "Lyon", "Osaka", "Quito", "Riga")
-_PER_KIND = 6
+_PER_GENERATOR = 6
 
 
 def generated_samples(dataset: str) -> Iterator[Sample]:
-    """Samples of six kinds: bar, line and pie charts, tables, receipts and notices."""
-    kinds = (_bar_chart, _line_chart, _pie_chart, _table, _receipt, _notice)
-    for kind in kinds:
-        for number in range(_PER_KIND):
-            chosen = random.Random(f"{kind.__name__} {number}")
-            image, question, answer = kind(chosen)
+    """Image samples of six generators: bar, line and pie charts, tables, receipts and notices."""
+    generators = (_bar_chart, _line_chart, _pie_chart, _table, _receipt, _notice)
+    for generate in generators:
+        for number in range(_PER_GENERATOR):
+            rng = random.Random(f"{generate.__name__} {number}")
+            image, question, answer = generate(rng)
             messages = (Message("user", question), Message("assistant", answer))
-            origin = f"{dataset}: {kind.__name__.strip('_').replace('_', ' ')} {number}"
+            origin = f"{dataset}: {generate.__name__.strip('_').replace('_', ' ')} {number}"
             yield Sample(origin, dataset, messages=messages, image=image)
 
 
-_Drawn = tuple[Image.Image, str, str]
+_ImageChat = tuple[Image.Image, str, str]
 
 
 def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -40,14 +40,14 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _bar_chart(chosen: random.Random) -> _Drawn:
+def _bar_chart(rng: random.Random) -> _ImageChat:
     image, draw = _canvas(480, 320)
-    goods = chosen.sample(_GOODS, 5)
-    values = chosen.sample(range(10, 100), 5)
+    goods = rng.sample(_GOODS, 5)
+    values = rng.sample(range(10, 100), 5)
     draw.text((20, 10), "Boxes sold this week", fill="black", font=_font(20))
     draw.line((50, 280, 460, 280), fill="black", width=2)
-    for place, (name, value, colour) in enumerate(zip(goods, values, _COLOURS.values(), strict=True)):
-        left = 65 + 80 * place
+    for position, (name, value, colour) in enumerate(zip(goods, values, _COLOURS.values(), strict=True)):
+        left = 65 + 80 * position
         draw.rectangle((left, 280 - 2 * value, left + 50, 280), fill=colour)
         draw.text((left + 14, 258 - 2 * value), str(value), fill="black", font=_font(16))
         draw.text((left, 286), name, fill="black", font=_font(15))
@@ -61,16 +61,16 @@ def _bar_chart(chosen: random.Random) -> _Drawn:
     )
 
 
-def _line_chart(chosen: random.Random) -> _Drawn:
+def _line_chart(rng: random.Random) -> _ImageChat:
     image, draw = _canvas(520, 320)
-    city = chosen.choice(_CITIES)
-    values = [chosen.randint(2, 30) for _ in _MONTHS]
+    city = rng.choice(_CITIES)
+    values = [rng.randint(2, 30) for _ in _MONTHS]
     draw.text((20, 10), f"Mean temperature in {city} (°C)", fill="black", font=_font(20))
     for degrees in range(0, 31, 10):
         draw.line((60, 270 - 7 * degrees, 500, 270 - 7 * degrees), fill="#cccccc")
         draw.text((25, 260 - 7 * degrees), str(degrees), fill="black", font=_font(15))
-    points = [(80 + 78 * place, 270 - 7 * value) for place, value in enumerate(values)]
-    draw.line(points, fill=chosen.choice(list(_COLOURS.values())), width=3)
+    points = [(80 + 78 * position, 270 - 7 * value) for position, value in enumerate(values)]
+    draw.line(points, fill=rng.choice(list(_COLOURS.values())), width=3)
     for (x, y), month in zip(points, _MONTHS, strict=True):
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill="black")
         draw.text((x - 22, 282), month[:3], fill="black", font=_font(16))
@@ -84,9 +84,9 @@ def _line_chart(chosen: random.Random) -> _Drawn:
     )
 
 
-def _pie_chart(chosen: random.Random) -> _Drawn:
+def _pie_chart(rng: random.Random) -> _ImageChat:
     image, draw = _canvas(420, 320)
-    shares = [chosen.randint(1, 8) for _ in _COLOURS]
+    shares = [rng.randint(1, 8) for _ in _COLOURS]
     total = sum(shares)
     start = 0.0
     draw.text((20, 10), "Votes", fill="black", font=_font(22))
@@ -106,11 +106,11 @@ def _pie_chart(chosen: random.Random) -> _Drawn:
     )
 
 
-def _table(chosen: random.Random) -> _Drawn:
+def _table(rng: random.Random) -> _ImageChat:
     image, draw = _canvas(500, 300)
-    cities = chosen.sample(_CITIES, 4)
+    cities = rng.sample(_CITIES, 4)
     header = ("City", "Trains", "Buses", "Delay (min)")
-    rows = [(city, *(str(chosen.randint(1, 99)) for _ in header[1:])) for city in cities]
+    rows = [(city, *(str(rng.randint(1, 99)) for _ in header[1:])) for city in cities]
     for line, cells in enumerate((header, *rows)):
         y = 30 + 50 * line
         draw.line((20, y - 10, 480, y - 10), fill="black")
@@ -121,11 +121,11 @@ def _table(chosen: random.Random) -> _Drawn:
     return image, "Transcribe the table as Markdown.", "\n".join([markdown[0], "--- | --- | --- | ---", *markdown[1:]])
 
 
-def _receipt(chosen: random.Random) -> _Drawn:
+def _receipt(rng: random.Random) -> _ImageChat:
     image, draw = _canvas(320, 440)
-    goods = chosen.sample(_GOODS, 6)
-    cents = [chosen.randint(45, 1999) for _ in goods]
-    day = chosen.randint(1, 28)
+    goods = rng.sample(_GOODS, 6)
+    cents = [rng.randint(45, 1999) for _ in goods]
+    day = rng.randint(1, 28)
     draw.text((70, 20), "CORNER SHOP", fill="black", font=_font(24))
     draw.text((105, 55), f"{day:02d}.03.2024", fill="#444444", font=_font(17))
     for line, (name, price) in enumerate(zip(goods, cents, strict=True)):
@@ -139,15 +139,15 @@ def _receipt(chosen: random.Random) -> _Drawn:
     return image, "What was bought, when, and what did it cost in total? Reply in JSON.", json.dumps(answer)
 
 
-def _notice(chosen: random.Random) -> _Drawn:
-    background, ink = chosen.choice([("#fdf6e3", "#222222"), ("#1b2631", "#f4f6f7"), ("#e8f8f5", "#0b5345")])
+def _notice(rng: random.Random) -> _ImageChat:
+    background, ink = rng.choice([("#fdf6e3", "#222222"), ("#1b2631", "#f4f6f7"), ("#e8f8f5", "#0b5345")])
     image = Image.new("RGB", (560, 260), background)
     draw = ImageDraw.Draw(image)
     lines = (
-        f"NOTICE No. {chosen.randint(100, 999)}",
-        f"The library in {chosen.choice(_CITIES)} is closed",
-        f"from {chosen.randint(1, 14)} to {chosen.randint(15, 28)} {chosen.choice(_MONTHS)}.",
-        f"Please return books in room {chosen.randint(2, 40)}.",
+        f"NOTICE No. {rng.randint(100, 999)}",
+        f"The library in {rng.choice(_CITIES)} is closed",
+        f"from {rng.randint(1, 14)} to {rng.randint(15, 28)} {rng.choice(_MONTHS)}.",
+        f"Please return books in room {rng.randint(2, 40)}.",
     )
     for row, line in enumerate(lines):
         draw.text((30, 30 + 52 * row), line, fill=ink, font=_font(30 if row == 0 else 24))

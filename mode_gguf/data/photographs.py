@@ -1,4 +1,4 @@
-"""Pictures that scikit-image and scikit-learn carry in their wheels: photographs, scans and micrographs.
+"""Image samples from scikit-image's and scikit-learn's wheels: photographs, scans and micrographs.
 
 Some are left out on purpose: validation asks about them when no held-out set is given.
 """
@@ -57,10 +57,10 @@ _DETAIL_QUESTIONS = (
 
 
 def photograph_samples(dataset: str) -> Iterator[Sample]:
-    """Every picture whole with a caption, and a detail of it with a question and no answer.
+    """Samples of every image, whole with a caption, and of a detail of it with a question and no answer.
 
     Raises:
-        MissingResourceError: an installed package lacks one of its pictures.
+        MissingResourceError: an installed package lacks one of its images.
     """
     for number, (name, caption) in enumerate(_CAPTIONS.items()):
         whole = _open(name)
@@ -98,7 +98,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 
 def _detail(image: Image.Image, number: int) -> Image.Image:
-    """A quadrant, another one for every picture."""
+    """A quadrant of the image, chosen by its number."""
     width, height = image.width // 2, image.height // 2
     left, top = width * (number % 2), height * (number // 2 % 2)
     return image.crop((left, top, left + width, top + height))

@@ -22,9 +22,9 @@ class Sample:
     """A text (`text` set) or a chat (`messages` set), the latter with or without an image in its first user turn.
 
     Attributes:
-        origin: file and line, or whatever else tells a user which sample is meant.
+        origin: file and line, or another name of the sample for messages.
         dataset: name of the data set, recorded in everything made from it.
-        image: a file that is opened when needed, or a picture already in memory.
+        image: a file that is opened when needed, or an image in memory.
     """
 
     origin: str
@@ -38,7 +38,7 @@ class Sample:
         return self.image is not None
 
     def open_image(self) -> Image.Image:
-        """The picture, decoded, in RGB.
+        """The image, decoded, in RGB.
 
         Raises:
             InputError: the sample has no image, or its file cannot be read as one or is too large.

@@ -1,4 +1,4 @@
-"""What the model is calibrated on: texts, and chats about one image, from wherever the user has them."""
+"""Calibration samples: texts, and chats about one image, from files, folders, the Hub or the built-in set."""
 
 import random
 import re
@@ -15,7 +15,7 @@ from mode_gguf.errors import InputError, MissingResourceError, UsageError
 __all__ = ["Message", "Sample", "load_samples"]
 
 CHARACTERS_PER_TOKEN = 4
-"""Text files are cut before there is a tokenizer; the exact length is enforced when the inputs are built."""
+"""Assumed characters per token for cutting text files; the exact length is enforced when the inputs are built."""
 
 
 def load_samples(
@@ -33,7 +33,7 @@ def load_samples(
             depth; one such file; or the name of a Hugging Face data set (needs the `datasets` extra).
         max_image_samples: samples with an image that are kept; which ones is drawn with `seed`.
         max_text_samples: samples without one that are kept.
-        text_tokens: about how long the pieces are that text files are cut into.
+        text_tokens: approximate length in tokens of the excerpts that text files are cut into.
         seed: of the draw.
 
     Raises:
@@ -46,13 +46,13 @@ def load_samples(
             f"sample limits are {max_image_samples} (image) and {max_text_samples} (text): none may be negative, "
             "one must be positive"
         )
-    found = _all_samples(source, max_image_samples + max_text_samples, text_tokens, seed)
-    images = _draw([sample for sample in found if sample.has_image], max_image_samples, seed)
-    texts = _draw([sample for sample in found if not sample.has_image], max_text_samples, seed)
+    samples = _all_samples(source, max_image_samples + max_text_samples, text_tokens, seed)
+    images = _draw([sample for sample in samples if sample.has_image], max_image_samples, seed)
+    texts = _draw([sample for sample in samples if not sample.has_image], max_text_samples, seed)
     if not images and not texts:
         raise InputError(f"{source}: no calibration sample of the kinds asked for was found")
     for sample in images:
-        sample.open_image()  # a broken picture should stop the run now, not an hour into it
+        sample.open_image()  # a broken image should stop the run now, not an hour into it
     return images + texts
 
 
@@ -84,7 +84,7 @@ def _all_samples(source: str | None, limit: int, text_tokens: int, seed: int) ->
 
 
 def read_text(path: Path, dataset: str, text_tokens: int) -> Iterator[Sample]:
-    """Pieces of about `text_tokens` tokens of a UTF-8 text file.
+    """Excerpts of about `text_tokens` tokens of a UTF-8 text file.
 
     Raises:
         InputError: the file is not UTF-8.
@@ -93,26 +93,26 @@ def read_text(path: Path, dataset: str, text_tokens: int) -> Iterator[Sample]:
         text = read_sample_text(path)
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    for number, piece in enumerate(cut(text, text_tokens * CHARACTERS_PER_TOKEN)):
-        yield Sample(f"{path}#{number}", dataset, text=piece)
+    for number, excerpt in enumerate(split_text(text, text_tokens * CHARACTERS_PER_TOKEN)):
+        yield Sample(f"{path}#{number}", dataset, text=excerpt)
 
 
-def cut(text: str, size: int) -> Iterator[str]:
-    """Pieces of at most `size` characters, ending at a line break or a space where there is one; blank ones dropped."""
+def split_text(text: str, size: int) -> Iterator[str]:
+    """Excerpts of at most `size` characters, ending at a line break or space where there is one; blank ones dropped."""
     start = 0
     while start < len(text):
         end = min(start + size, len(text))
         if end < len(text):
-            breaks = (text.rfind(mark, start + size // 2, end) for mark in ("\n\n", "\n", " "))
+            breaks = (text.rfind(separator, start + size // 2, end) for separator in ("\n\n", "\n", " "))
             end = next((found + 1 for found in breaks if found > start), end)
-        piece = text[start:end]
-        if piece.strip():
-            yield piece
+        excerpt = text[start:end]
+        if excerpt.strip():
+            yield excerpt
         start = end
 
 
 def _draw(samples: Sequence[Sample], limit: int, seed: int) -> list[Sample]:
-    """`limit` of the samples in their own order, the same ones for the same seed."""
+    """A seeded random draw of `limit` samples, in their own order."""
     if len(samples) <= limit:
         return list(samples)
     return [samples[index] for index in sorted(random.Random(seed).sample(range(len(samples)), limit))]

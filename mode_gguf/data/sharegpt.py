@@ -1,4 +1,4 @@
-"""Chats about images as ShareGPT4V and its many relatives store them: JSON, one sample a line."""
+"""ShareGPT4V's format of chats about images: JSON, one sample a line."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,15 +10,15 @@ from mode_gguf.artifacts import read_json_lines
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import InputError
 
-IMAGE_MARK = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def read_sharegpt(path: Path, dataset: str) -> Iterator[Sample]:
-    """Samples of a file of lines {"image": path, "conversations": [{"from": "human", "value": ...}, ...]}.
+    """Samples of a JSON lines file of {"image": path, "conversations": [{"from": "human", "value": ...}, ...]}.
 
-    `image` is relative to the file and may be left out for a chat without one; {"text": ...} is a plain text. The mark
-    `<image>` is taken out of the turns: the image always comes first.
+    `image` is relative to the file and may be left out for a chat without one; {"text": ...} is a plain text. The
+    placeholder `<image>` is taken out of the turns: the image always comes first.
 
     Raises:
         InputError: a line is not such an object, or its image does not exist; names file and line.
@@ -28,7 +28,7 @@ def read_sharegpt(path: Path, dataset: str) -> Iterator[Sample]:
 
 
 def sample_of_row(row: Any, origin: str, dataset: str, folder: Path) -> Sample:
-    """One row as a sample; `image` may be a path relative to `folder` or a PIL image.
+    """The sample of one row; `image` may be a path relative to `folder` or a PIL image.
 
     Raises:
         InputError: the row has none of the known forms; names `origin`.
@@ -72,4 +72,4 @@ def _message(turn: Any, origin: str) -> Message:
             f"{origin}: a turn needs `from` ({', '.join(_ROLES)}) and a string `value`, found {speaker!r} and "
             f"{type(text).__name__}"
         )
-    return Message(_ROLES[speaker], text.replace(IMAGE_MARK, "").strip())
+    return Message(_ROLES[speaker], text.replace(IMAGE_PLACEHOLDER, "").strip())

@@ -1,1 +1,1 @@
-"""Rounding with error feedback: what a matrix reads decides how the errors of its weights make up for each other."""
+"""Rounding with error feedback: errors of a matrix's weights compensate each other by its inputs' second moments."""

@@ -1,4 +1,4 @@
-"""What rounding with feedback is worth before anything was rounded: what a plan for it must know."""
+"""Expected cost factor of rounding with feedback, for plans made before anything is rounded."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,8 +9,8 @@ from mode_gguf.feedback.rounded_tensors import is_rounded
 from mode_gguf.quantization.fallback_types import stored_as
 from mode_gguf.quantization.types import QUANT_TYPES
 
-GAIN = 0.45
-"""Cost of a tensor rounded with feedback over its cost rounded to nearest.
+COST_FACTOR = 0.45
+"""Ratio of a tensor's cost rounded with feedback to its cost rounded to nearest.
 
 Much the same for all K-quants, and for experts, attention and output (docs/experiments/rounding.md).
 What a plan changes for is what has no feedback: the embedding, and types without even steps.
@@ -23,21 +23,21 @@ def with_feedback_factor(
     expert_types: Sequence[str],
     dense_types: Sequence[str],
 ) -> dict[str, np.ndarray]:
-    """Costs to nearest, as docs/design/artefacts.md names them, turned into expected costs with feedback.
+    """Expected costs with feedback, from costs rounded to nearest as docs/design/artefacts.md names them.
 
     Args:
-        expert_types, dense_types: what the last axis of experts' and of all other arrays stands for.
+        expert_types, dense_types: names along the last axis of experts' and of all other arrays.
     """
     factors: dict[str, np.ndarray] = {}
-    together: dict[str, list[np.ndarray]] = {}
+    by_layer: dict[str, list[np.ndarray]] = {}
     for tensor in tensors:
         types = expert_types if tensor.role is Role.EXPERT else dense_types
         stored = [stored_as(tensor, QUANT_TYPES[name]) for name in types]
-        factor = np.array([GAIN if one and is_rounded(tensor, {tensor.name: one}) else 1.0 for one in stored])
+        factor = np.array([COST_FACTOR if one and is_rounded(tensor, {tensor.name: one}) else 1.0 for one in stored])
         factors[tensor.name] = factor
         if tensor.role is Role.EXPERT:
-            together.setdefault(f"blk.{tensor.layer}.ffn_exps", []).append(factor)
-    factors |= {name: np.mean(of_projections, axis=0) for name, of_projections in together.items()}
+            by_layer.setdefault(f"blk.{tensor.layer}.ffn_exps", []).append(factor)
+    factors |= {name: np.mean(of_projections, axis=0) for name, of_projections in by_layer.items()}
     return {
         name: values * factors[tensor] if kind in ("unit", "expert") else values
         for name, values in arrays.items()

@@ -1,6 +1,6 @@
-"""The stage that rounds with error feedback: samples through the model, every layer packed as they leave it.
+"""The rounding stage with error feedback: a layer-by-layer forward, every layer packed as the samples leave it.
 
-What a layer's matrices read is only known when all samples have passed the layer, and second moments of all experts
+A layer's inputs are only known when all samples have passed the layer, and second moments of all experts
 would fill the memory (2.4 GB a layer at 30B). So the inputs of the experts are kept, which take a fraction of that, and
 the moments are formed expert by expert. Dense matrices add theirs up sample by sample.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.feedback.rounded_tensors import OUTSIDE, RoundedTensors, is_rounded, layer_part, part_of
+from mode_gguf.feedback.rounded_tensors import OUTSIDE_LAYERS, RoundedTensors, is_rounded, layer_part, part_of
 from mode_gguf.feedback.second_moments import DAMPING, DOWN_DAMPING, MIN_TOKENS, Moments, feedback_of, with_shared
 from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
 from mode_gguf.forward.inputs import ModelInputs
-from mode_gguf.forward.recorded import LayerConsumer, run_recorded
+from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.token_weights import experts_entry
@@ -33,14 +33,14 @@ from mode_gguf_kernels import Feedback
 
 @dataclass(frozen=True, slots=True)
 class RoundingSettings:
-    """How tensors are rounded.
+    """Settings of rounding with feedback.
 
     Attributes:
         types: of all tensors, by GGUF name; those without feedback are left to the export.
         experts: types of single experts, where they differ within a tensor.
-        importance: what the grids are searched with, as for packing to nearest.
+        importance: of the search for scales, as for packing to nearest.
         packing: how.
-        token_weights: what tokens count, float32 (N,), see `TokenWeights`; empty for all alike.
+        token_weights: weights of tokens, float32 (N,), see `TokenWeights`; empty for all alike.
         threads: that pack.
         hidden_bytes: memory for hidden states; see `calibrate`.
     """
@@ -66,21 +66,21 @@ def round_tensors(
     Raises:
         InputError: model, sample or weight cannot be used.
     """
-    work = _Work(streamed, inputs, settings, rounded)
-    if not work.is_needed:
+    rounder = _LayerRounder(streamed, inputs, settings, rounded)
+    if not rounder.is_needed:
         return
     run_recorded(
         streamed,
         inputs,
-        LayerConsumer(leave=work.collect, finish=work.finish, keep_hidden=False),
+        LayerConsumer(leave=rounder.collect, finish=rounder.finish, keep_hidden=False),
         hidden_bytes=settings.hidden_bytes,
         description="rounding",
         progress=progress,
     )
 
 
-class _Work:
-    """What is collected of the layer that samples pass, and what is done with it afterwards."""
+class _LayerRounder:
+    """The layer's collected inputs and moments, and the rounding of its matrices."""
 
     def __init__(
         self,
@@ -107,20 +107,20 @@ class _Work:
     def is_needed(self) -> bool:
         return bool(self._tensors)
 
-    def collect(self, passed: SampleTrace, layer: int) -> None:
-        """Take what the matrices of a layer read of one sample; of the head, too, after the last layer."""
+    def collect(self, trace: SampleTrace, layer: int) -> None:
+        """Collect one sample's inputs of a layer's matrices; of the head's, too, after the last layer."""
         for part in self._parts_after(layer):
             for tensor in self._tensors[part]:
                 if tensor.role is not Role.EXPERT:
-                    call = passed.linears[str(tensor.activation)]
+                    call = trace.linears[str(tensor.activation)]
                     if tensor.name not in self._moments:
                         self._moments[tensor.name] = Moments(tensor.row_width, self._streamed.device)
-                    self._moments[tensor.name].add(call.input, self._weights(tensor.name, passed))
-        if layer_part(layer) in self._tensors and passed.experts is not None:
-            self._routed.append((passed.experts, self._weights(experts_entry(layer), passed)))
+                    self._moments[tensor.name].add(call.input, self._weights(tensor.name, trace))
+        if layer_part(layer) in self._tensors and trace.experts is not None:
+            self._routed.append((trace.experts, self._weights(experts_entry(layer), trace)))
 
     def finish(self, layer: int) -> None:
-        """Round what all samples have passed, while the layer's weights are there."""
+        """Round the layer that all samples have left, while its weights are loaded."""
         for part in self._parts_after(layer):
             packed: dict[str, np.ndarray] = {}
             nearest: dict[str, int] = {}
@@ -138,12 +138,12 @@ class _Work:
     def _parts_after(self, layer: int) -> list[str]:
         parts = [layer_part(layer)]
         if layer == len(self._streamed.layers) - 1:
-            parts.append(OUTSIDE)
+            parts.append(OUTSIDE_LAYERS)
         return [part for part in parts if part in self._tensors]
 
-    def _weights(self, name: str, passed: SampleTrace) -> Tensor:
-        """What the tokens of a sample count at a matrix's output."""
-        tokens = self._tokens[id(passed.inputs)]
+    def _weights(self, name: str, trace: SampleTrace) -> Tensor:
+        """Weights of a sample's tokens at a matrix's output."""
+        tokens = self._tokens[id(trace.inputs)]
         weights = self._settings.token_weights.get(name)
         if weights is None:
             return torch.ones(tokens.stop - tokens.start)
@@ -158,17 +158,17 @@ class _Work:
     ) -> None:
         """Round the experts of one layer, one after the other."""
         device = self._streamed.device
-        places: dict[int, list[tuple[SourceTensor, int]]] = {}
+        matrices_of: dict[int, list[tuple[SourceTensor, int]]] = {}
         for tensor in experts:
-            for place, expert in enumerate(self._stored.experts_of(tensor)):
-                places.setdefault(expert, []).append((tensor, place))
+            for position, expert in enumerate(self._stored.experts_of(tensor)):
+                matrices_of.setdefault(expert, []).append((tensor, position))
         inputs = torch.cat([call.input for call, _ in self._routed])
         index = torch.cat([call.index for call, _ in self._routed])
         routing = torch.cat([call.weight for call, _ in self._routed]).float()
         at_block = torch.cat([weights for _, weights in self._routed]).to(device)
         shared = Moments(inputs.shape[1], device)
         shared.add(inputs, at_block)
-        for expert, matrices in sorted(places.items()):
+        for expert, matrices in sorted(matrices_of.items()):
             token, slot = torch.where(index == expert)
             # With weights at the block's output, an error at an expert's counts by its squared share in it.
             weight = at_block[token]
@@ -181,13 +181,13 @@ class _Work:
             after = Moments(hidden.shape[1], device)
             after.add(hidden, weight)
             at_hidden, at_input = _feedback(after, damping=DOWN_DAMPING), _feedback(before, shared)
-            for tensor, place in matrices:
+            for tensor, position in matrices:
                 chosen = at_hidden if tensor.projection == "down" else at_input
                 nearest[tensor.name] = nearest.get(tensor.name, 0) + int(chosen is None)
-                matrix = self._pack(tensor, place, chosen)
+                matrix = self._pack(tensor, position, chosen)
                 if tensor.name not in packed:
                     packed[tensor.name] = np.empty((tensor.n_experts, *matrix.shape), np.uint8)
-                packed[tensor.name][place] = matrix
+                packed[tensor.name][position] = matrix
 
     def _pack(self, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
         importance = self._stored.rows_of(tensor.name, self._settings.importance)
@@ -203,7 +203,7 @@ class _Work:
 
 
 def _feedback(moments: Moments, shared: Moments | None = None, damping: float = DAMPING) -> Feedback | None:
-    """What to round with; None where there were too few tokens."""
+    """Feedback of a matrix's moments; None where there were too few tokens."""
     if moments.effective_tokens < MIN_TOKENS:
         return None
     sums = moments.sums if shared is None else with_shared(moments.sums, shared.sums)

@@ -1,4 +1,4 @@
-"""Tensors that were rounded with feedback, layer by layer on disk until the file is written."""
+"""Store of tensors rounded with feedback: one file per layer until the GGUF is written."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.quantization.packer import has_feedback
 from mode_gguf.quantization.types import QuantType
 
-OUTSIDE = "outside"
-"""The part that holds what is in no decoder layer."""
+OUTSIDE_LAYERS = "outside"
+"""Name of the part of tensors outside the decoder layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class RoundedTensors:
     key: str
 
     def write(self, part: str, packed: Mapping[str, np.ndarray], nearest: Mapping[str, int]) -> None:
-        """Keep a part's tensors, uint8 (E, rows, row_bytes), atomically.
+        """Write a part's tensors, uint8 (E, rows, row_bytes), atomically.
 
         Args:
             part: see `part_of`.
@@ -41,7 +41,7 @@ class RoundedTensors:
         write_arrays(self._file(part), packed, metadata)
 
     def has(self, part: str) -> bool:
-        """Whether a part is there and of this key."""
+        """Whether a part exists and has this key."""
         file = self._file(part)
         if not file.exists():
             return False
@@ -51,7 +51,7 @@ class RoundedTensors:
             return False
 
     def check(self, part: str) -> None:
-        """Make sure that a part is there and of this key.
+        """Check that a part exists and has this key.
 
         Raises:
             MissingResourceError: it is not.
@@ -62,7 +62,7 @@ class RoundedTensors:
             )
 
     def nearest(self, part: str) -> dict[str, int]:
-        """How many matrices of each tensor of a part were rounded to nearest for want of tokens."""
+        """Number of matrices of each tensor of a part that were rounded to nearest for want of tokens."""
         found: dict[str, int] = read_metadata(self._file(part))["nearest"]
         return found
 
@@ -83,16 +83,16 @@ class RoundedTensors:
 
 
 def layer_part(layer: int) -> str:
-    """What the part of a decoder layer is called."""
+    """Name of a decoder layer's part."""
     return f"blk.{layer}"
 
 
 def part_of(tensor: SourceTensor) -> str:
-    """The part that holds a tensor."""
-    return OUTSIDE if tensor.layer is None else layer_part(tensor.layer)
+    """Name of the part that holds a tensor."""
+    return OUTSIDE_LAYERS if tensor.layer is None else layer_part(tensor.layer)
 
 
 def is_rounded(tensor: SourceTensor, types: Mapping[str, QuantType]) -> bool:
-    """Whether a tensor is rounded with feedback: a linear layer's matrix whose inputs are watched, in a K-quant."""
+    """Whether a tensor is rounded with feedback: a linear layer's matrix whose inputs are recorded, in a K-quant."""
     linear_layer = tensor.role in (Role.EXPERT, Role.DENSE, Role.OUTPUT) and tensor.activation is not None
     return linear_layer and tensor.name in types and has_feedback(types[tensor.name])

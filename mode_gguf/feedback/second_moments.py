@@ -1,4 +1,4 @@
-"""Second moments of what matrices read, as rounding needs them.
+"""Second moments of matrices' inputs, for rounding with feedback.
 
 Rounding a row w to q changes its output for an input x by (w - q) x; summed over weighed inputs the square of that is
 (w - q) H (w - q)' with H = sum of weight * x x'.
@@ -11,23 +11,23 @@ from torch import Tensor
 from mode_gguf_kernels import Feedback
 
 DAMPING = 0.3
-"""Of the mean of H's diagonal, added to the diagonal (docs/experiments/rounding.md, "Damping").
+"""Damping: the share of the mean of H's diagonal that is added to it (docs/experiments/rounding.md, "Damping").
 
-Inputs of the calibration samples are not those of later use; damping is what directions that they leave out count.
+Inputs of the calibration samples are not those of later use; damping weighs the directions that they leave out.
 """
 
 DOWN_DAMPING = 1.0
-"""The same for experts' down projections: what they read is known from the expert's own tokens alone."""
+"""Damping of experts' down projections, whose inputs are known from the expert's own tokens alone."""
 
-SHARED = 1.0
-"""Of what all tokens of a layer read, added to what an expert's own tokens do (see `with_shared`)."""
+SHARED_WEIGHT = 1.0
+"""Weight of the moments of all tokens of a layer, added to those of an expert's own (see `with_shared`)."""
 
 MIN_TOKENS = 8
-"""An expert that fewer tokens of equal weight reached is rounded to nearest: its moments say next to nothing."""
+"""Effective tokens below which an expert is rounded to nearest: its moments say next to nothing."""
 
 
-_TOGETHER = 16384
-"""Tokens that are weighed at a time: in float32 they take twice as much room as the inputs do."""
+_TOKENS_PER_BLOCK = 16384
+"""Tokens that are weighed at a time: in float32 they take twice as much memory as the inputs do."""
 
 
 class Moments:
@@ -41,31 +41,31 @@ class Moments:
     def add(self, inputs: Tensor, weight: Tensor) -> None:
         """Add tokens' inputs (S, n), weighed by `weight` (S,), not negative."""
         weight = weight.to(inputs.device, torch.float32)
-        for first in range(0, len(inputs), _TOGETHER):
-            some = slice(first, first + _TOGETHER)
-            scaled = inputs[some].float() * weight[some].sqrt()[:, None]
+        for first in range(0, len(inputs), _TOKENS_PER_BLOCK):
+            block = slice(first, first + _TOKENS_PER_BLOCK)
+            scaled = inputs[block].float() * weight[block].sqrt()[:, None]
             self.sums.addmm_(scaled.T, scaled)
         self._weight += float(weight.double().sum())
         self._weight2 += float(weight.double().square().sum())
 
     @property
     def effective_tokens(self) -> float:
-        """Tokens of equal weight that would say as much, (sum w)^2 / sum w^2 (Kish)."""
+        """Kish's effective sample size, (sum w)^2 / sum w^2."""
         return self._weight**2 / self._weight2 if self._weight2 > 0 else 0.0
 
 
 def with_shared(own: Tensor, shared: Tensor) -> Tensor:
-    """An expert's moments, steadied by those of its layer: what few tokens leave open, the layer's tokens decide.
+    """An expert's moments, regularised by those of its layer where its tokens are few.
 
     Args:
         own: H of the tokens that reached the expert, float32 (n, n), not all zero.
         shared: H of all tokens of the layer, likewise.
     """
-    return own / own.diagonal().mean() + SHARED / shared.diagonal().mean() * shared
+    return own / own.diagonal().mean() + SHARED_WEIGHT / shared.diagonal().mean() * shared
 
 
 def feedback_of(moments: Tensor, damping: float = DAMPING) -> Feedback:
-    """What rounding needs: H scaled to a mean diagonal of 1 and damped, and the U of H = U D U'.
+    """Feedback of a matrix: H scaled to a mean diagonal of 1 and damped, and the U of H = U D U'.
 
     Args:
         moments: H, float32 (n, n), symmetric, not negative definite, not all zero.

@@ -18,7 +18,7 @@ from mode_gguf.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class ConvertedWeights:
-    """Where each parameter and buffer of a model comes from; make one with `ConvertedWeights.of`.
+    """Sources of each parameter and buffer of a model in its checkpoint; make one with `ConvertedWeights.of`.
 
     Attributes:
         sources: per name of a parameter, checkpoint tensors in the order that its conversion takes them, each with the
@@ -35,7 +35,7 @@ class ConvertedWeights:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: nn.Module) -> "ConvertedWeights":
-        """Ask transformers what it would load from where; no weight is read."""
+        """Resolve sources by transformers' conversion mapping; no weight is read."""
         mapping = get_model_conversion_mapping(model)
         renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         converters = [one for one in mapping if isinstance(one, WeightConverter)]
@@ -60,7 +60,7 @@ class ConvertedWeights:
         return name in self.sources or name in self.shared
 
     def stored_alone(self) -> dict[str, str]:
-        """Parameters by the name of the one checkpoint tensor that each is, unchanged."""
+        """Parameters that are one unchanged checkpoint tensor, by its name."""
         return {parts[0][0]: name for name, parts in self.sources.items() if len(parts) == 1 and parts[0][1] is None}
 
     def read(self, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Floating-point numbers too small for their format's full precision, and what they cost."""
+"""Flushing of denormal floating-point numbers to zero, for speed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
-    """Compute with denormal numbers taken for zero, in this thread and those it starts; a decorator, too.
+    """Context manager and decorator: denormals are flushed to zero, in this thread and those it starts.
 
     Gates that are shut leave activations and gradients below 1e-38, on which CPUs compute a hundred times slower: a
     measurement of the demo checkpoint took three times as long. Nothing that goes into a file may be packed in here:

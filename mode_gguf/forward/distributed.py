@@ -1,16 +1,16 @@
-"""One measurement shared out over several processes, as torchrun starts them: one per GPU, on one machine or several.
+"""Data-parallel measurements over the processes of torchrun: one per GPU, on one machine or several.
 
-The first process runs the program, and alone reads and writes the work folder and speaks to people. What is worth
-sharing out it calls through `on_all_ranks`; the others wait for that, compute it together with the first one, each on
-its `share_of` the samples, and wait again. So nothing outside a measurement needs to know that there are others, and
-outside of one, or without a launcher, every function here does what it does for a single process.
+The first process runs the program, and alone reads and writes the work folder and prints. It calls a measurement
+through `on_all_ranks`; the others wait for that, compute it together with the first one, each on its `share_of` the
+samples, and wait again. So nothing outside a measurement needs to know that there are others, and outside of one, or
+without a launcher, every function here does what it does for a single process.
 
 Processes meet in collectives, and one that failed would leave the others waiting in theirs. Therefore every collective
 is preceded by an exchange of errors (`raise_on_all_ranks`), which a failed process joins once, wherever it failed: all
 then raise what one of them did. One that is gone without a word breaks the connections to it, which ends the others.
 
-What is exchanged lies in main memory, in float64, and is small beside what is computed: gloo does for it whatever
-device computes, and tells of errors where NCCL would wait.
+Exchanged arrays lie in main memory, in float64, and are small: gloo does for them whatever device computes, and reports
+errors where NCCL would wait.
 """
 
 import logging
@@ -33,12 +33,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=30)
-"""The others wait while the first process packs and validates; who is gone shows in its connections, not in time."""
+"""Timeout of collectives: others wait while the first process packs and validates; a lost one breaks connections."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A process among those that one launcher started.
+class ProcessRank:
+    """Rank of a process among those that one launcher started.
 
     Attributes:
         rank: its number among all; size: how many there are.
@@ -51,8 +51,8 @@ class Place:
     local_size: int = 1
 
     @classmethod
-    def from_environment(cls) -> "Place":
-        """As a launcher of torch.distributed tells it; the only process where none does.
+    def from_environment(cls) -> "ProcessRank":
+        """Rank from the environment variables of torch.distributed's launchers; the only process where none is set.
 
         Raises:
             UsageError: the launcher's variables are incomplete or no numbers.
@@ -74,19 +74,19 @@ class Place:
 
 @dataclass(slots=True)
 class _ProcessGroup:
-    """The connection to the other processes.
+    """The process group: the connection to the other processes.
 
     Attributes:
         busy: whether a measurement is under way that all take part in.
         broken: whether the others can no longer be counted on to listen.
     """
 
-    place: Place
+    process: ProcessRank
     busy: bool = False
     broken: bool = False
 
 
-_together: _ProcessGroup | None = None
+_group: _ProcessGroup | None = None
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -94,54 +94,54 @@ _together: _ProcessGroup | None = None
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """The first process's program; the others end with it. Nothing happens where there are no others.
+    """Context of the first process's program; the others end with it. Does nothing for a single process.
 
     Raises:
-        UsageError: see `Place.from_environment`.
+        UsageError: see `ProcessRank.from_environment`.
         MissingResourceError: the others cannot be reached.
     """
-    global _together
-    place = Place.from_environment()
-    if place.size == 1:
+    global _group
+    process = ProcessRank.from_environment()
+    if process.size == 1:
         yield
         return
-    _together = _joined(place)
+    _group = _joined(process)
     try:
         yield
     finally:
         # Left by Ctrl-C in the middle of a measurement, the others do not listen; the launcher ends them.
-        if not _together.busy and not _together.broken:
+        if not _group.busy and not _group.broken:
             _broadcast(None)
             _leave()
-        _together = None
+        _group = None
 
 
 def is_follower() -> bool:
     """Whether this process is to `follow` another one.
 
     Raises:
-        UsageError: see `Place.from_environment`.
+        UsageError: see `ProcessRank.from_environment`.
     """
-    return Place.from_environment().rank > 0
+    return ProcessRank.from_environment().rank > 0
 
 
 def follow() -> None:
-    """Take part, silently, in whatever the first process calls `on_all_ranks`, until its program ends.
+    """Run every function that the first process calls `on_all_ranks`, silently, until its program ends.
 
-    Errors are the first process's to tell.
+    Errors are reported by the first process.
 
     Raises:
         MissingResourceError: the first process is gone.
     """
-    global _together
+    global _group
     logging.disable()
     warnings.simplefilter("ignore")
-    _together = _joined(Place.from_environment())
+    _group = _joined(ProcessRank.from_environment())
     while (shared := _broadcast(None)) is not None:
         try:
-            _taking_part(_together, shared)
+            _run_on_all_ranks(_group, shared)
         except Exception:
-            if _together.broken:
+            if _group.broken:
                 raise
     _leave()
 
@@ -151,7 +151,7 @@ def end_process(code: str | int | None) -> None:
 
     gloo's threads outlive a connection that broke, and abort a process whose interpreter they find taken down.
     """
-    if "torch.distributed" not in sys.modules or Place.from_environment().size == 1:
+    if "torch.distributed" not in sys.modules or ProcessRank.from_environment().size == 1:
         return
     sys.stdout.flush()
     sys.stderr.flush()
@@ -159,76 +159,76 @@ def end_process(code: str | int | None) -> None:
 
 
 def on_all_ranks(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`function` of these arguments, which all processes call together; only the first one is given `progress`.
+    """Call `function` with these arguments in all processes together; only the first one gets `progress`.
 
     Returns:
-        What it returned here, which must be the same everywhere: what all processes found.
+        The function's result, which must be the same in all processes.
 
     Raises:
-        Exception: what it raised in any process.
+        Exception: the error that it raised in any process.
     """
-    if _together is None:
+    if _group is None:
         return function(*args, **kwargs)
     shared: Callable[..., T] = function
     silently = {name: value for name, value in kwargs.items() if name != "progress"}
     _broadcast(partial(shared, *args, **silently))
-    return _taking_part(_together, partial(function, *args, **kwargs))
+    return _run_on_all_ranks(_group, partial(function, *args, **kwargs))
 
 
-def _taking_part(together: _ProcessGroup, work: Callable[[], T]) -> T:
-    """`work`, with what it raises in one process raised in all."""
-    together.busy = True
+def _run_on_all_ranks(group: _ProcessGroup, function: Callable[[], T]) -> T:
+    """Call `function`; an error in one process is raised in all."""
+    group.busy = True
     try:
-        result = work()
+        result = function()
         raise_on_all_ranks()
     except Exception as error:
-        if together.busy and not together.broken:
+        if group.busy and not group.broken:
             raise_on_all_ranks(error)
         raise
-    together.busy = False
+    group.busy = False
     return result
 
 
-# --- within what is called everywhere ---------------------------------------------------------------------------------
+# --- inside a measurement ---------------------------------------------------------------------------------------------
 
 
 def share_of(samples: Sequence[T]) -> Sequence[T]:
-    """The samples that are this process's: every size-th one, so that kinds that come in a row are spread evenly.
+    """This process's share of the samples: every size-th one, so that neighbours of one modality are spread evenly.
 
     Raises:
         UsageError: there are fewer samples than processes.
     """
-    place = _place()
-    if len(samples) < place.size:
+    process = _this_process()
+    if len(samples) < process.size:
         raise UsageError(
-            f"{len(samples)} samples cannot be shared out over {place.size} processes: start fewer processes, or "
+            f"{len(samples)} samples cannot be shared out over {process.size} processes: start fewer processes, or "
             "give more samples"
         )
-    return samples[place.rank :: place.size]
+    return samples[process.rank :: process.size]
 
 
-def number_among_all(number: int) -> int:
-    """The number among all samples of the one that has `number` in this process's share."""
-    place = _place()
-    return place.rank + number * place.size
+def global_index(number: int) -> int:
+    """Index among all samples of sample `number` of this process's share."""
+    process = _this_process()
+    return process.rank + number * process.size
 
 
 def gathered(value: T) -> list[T]:
     """Every process's value, by rank."""
-    if _together is None or not _together.busy:
+    if _group is None or not _group.busy:
         return [value]
-    return _exchanged(_together, None, value)
+    return _all_gather(_group, None, value)
 
 
 def gathered_in_order(parts: Sequence[T]) -> list[T]:
-    """What every process has, one part for each sample of its share, in the order of all samples."""
+    """Values of all processes in the order of all samples; `parts` are this process's, one per sample of its share."""
     shares = gathered(list(parts))
     return [shares[n % len(shares)][n // len(shares)] for n in range(sum(map(len, shares)))]
 
 
 def sum_over_ranks(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Sums of every process's arrays, by name; the same bits everywhere. One that a process lacks counts as zeros."""
-    if _together is None or not _together.busy:
+    if _group is None or not _group.busy:
         return dict(arrays)
     import torch
     from torch import distributed
@@ -237,47 +237,47 @@ def sum_over_ranks(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     forms = gathered({name: (array.shape, array.dtype.str) for name, array in arrays.items()})
     for name, (shape, dtype) in {name: form for forms_there in forms for name, form in forms_there.items()}.items():
         total = np.array(arrays[name]) if name in arrays else np.zeros(shape, dtype)
-        _connected(_together, partial(distributed.all_reduce, torch.from_numpy(total)))
+        _collective(_group, partial(distributed.all_reduce, torch.from_numpy(total)))
         sums[name] = total
     return sums
 
 
 def raise_on_all_ranks(error: Exception | None = None) -> None:
-    """Wait for all processes, and tell them of `error`.
+    """Barrier that raises any process's `error` in all of them.
 
     Raises:
-        Exception: `error`, or else the error of the first process that told of one.
+        Exception: `error`, or else that of the first process that has one.
     """
-    if _together is not None and _together.busy:
-        _exchanged(_together, error, None)
+    if _group is not None and _group.busy:
+        _all_gather(_group, error, None)
 
 
 def local_rank() -> int | None:
-    """Which of its machine's devices is this process's; None if it is alone."""
-    return _place().local_rank if _place().size > 1 else None
+    """Index of this process's device on its machine; None for a single process."""
+    return _this_process().local_rank if _this_process().size > 1 else None
 
 
 def n_threads() -> int:
-    """How many threads this process should compute with, at least 1: its part of the machine's cores."""
-    return max(1, (os.cpu_count() or 1) // _place().local_size)
+    """Compute threads of this process, at least 1: its part of the machine's cores."""
+    return max(1, (os.cpu_count() or 1) // _this_process().local_size)
 
 
-def _place() -> Place:
-    """This process's place in the measurement that is under way; outside of one it is alone."""
-    return _together.place if _together is not None and _together.busy else Place()
+def _this_process() -> ProcessRank:
+    """This process's rank in the current measurement; outside of one it is a single process."""
+    return _group.process if _group is not None and _group.busy else ProcessRank()
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
 
 
-def _joined(place: Place) -> _ProcessGroup:
+def _joined(process: ProcessRank) -> _ProcessGroup:
     from torch import distributed
 
-    together = _ProcessGroup(place)
+    group = _ProcessGroup(process)
     with _stdout_to_stderr():  # gloo reports its connections there, where a command's result goes
-        connect = partial(distributed.init_process_group, "gloo", rank=place.rank, world_size=place.size)
-        _connected(together, partial(connect, timeout=_LONGEST_WAIT))
-    return together
+        connect = partial(distributed.init_process_group, "gloo", rank=process.rank, world_size=process.size)
+        _collective(group, partial(connect, timeout=_LONGEST_WAIT))
+    return group
 
 
 def _leave() -> None:
@@ -290,49 +290,49 @@ def _broadcast(value: Any) -> Any:
     """The first process's `value`."""
     from torch import distributed
 
-    if _together is None:
+    if _group is None:
         raise RuntimeError("not connected to other processes")
-    box = [value]
-    _connected(_together, partial(distributed.broadcast_object_list, box, src=0))
-    return box[0]
+    values = [value]
+    _collective(_group, partial(distributed.broadcast_object_list, values, src=0))
+    return values[0]
 
 
-def _exchanged(together: _ProcessGroup, error: Exception | None, value: T) -> list[T]:
-    """Every process's value, by rank; or the end of what is being done, if any of them has an error."""
+def _all_gather(group: _ProcessGroup, error: Exception | None, value: T) -> list[T]:
+    """All processes' values, by rank; ends the measurement and raises if any of them has an error."""
     from torch import distributed
 
-    boxes: list[Any] = [None] * together.place.size
-    mine = (error and _told(error, together.place.rank), value)
-    _connected(together, partial(distributed.all_gather_object, boxes, mine))
-    first = next((found for found, _ in boxes if found is not None), None)
+    gathered_values: list[Any] = [None] * group.process.size
+    own_value = (error and _picklable_error(error, group.process.rank), value)
+    _collective(group, partial(distributed.all_gather_object, gathered_values, own_value))
+    first = next((found for found, _ in gathered_values if found is not None), None)
     if first is not None:
-        together.busy = False
+        group.busy = False
         raise error or first
-    return [value for _, value in boxes]
+    return [value for _, value in gathered_values]
 
 
-def _told(error: Exception, rank: int) -> Exception:
-    """`error` as another process can raise it: with what people need to see, if nobody expected it."""
+def _picklable_error(error: Exception, rank: int) -> Exception:
+    """`error` as another process can raise it; an unexpected one as a RuntimeError with its traceback."""
     if isinstance(error, ModeGgufError | OSError):
         return error
     return RuntimeError(f"in process {rank}:\n{''.join(traceback.format_exception(error))}")
 
 
-def _connected(together: _ProcessGroup, exchange: Callable[[], T]) -> T:
-    """What torch.distributed returns, or a message for people when another process is gone."""
+def _collective(group: _ProcessGroup, exchange: Callable[[], T]) -> T:
+    """Run a collective; a lost process is raised as a MissingResourceError."""
     try:
         return exchange()
     except RuntimeError as error:
-        together.broken = True
+        group.broken = True
         raise MissingResourceError(
-            f"process {together.place.rank} of {together.place.size} lost its connection to another one, which ended "
+            f"process {group.process.rank} of {group.process.size} lost its connection to another one, which ended "
             f"without a word, perhaps for lack of memory ({str(error).partition('. ')[0]})"
         ) from error
 
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Whatever writes to file descriptor 1 writes to 2 instead."""
+    """Redirection of file descriptor 1 to 2, for the C library too."""
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)

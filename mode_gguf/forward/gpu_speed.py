@@ -1,10 +1,10 @@
-"""What torch's GPU has to give, and how fast it is."""
+"""Free memory and matrix-product speed of torch's GPU."""
 
 import time
 
 import torch
 
-_SIDE = 4096
+_MATRIX_SIZE = 4096
 
 
 def free_and_flops() -> tuple[int, float] | None:
@@ -12,7 +12,7 @@ def free_and_flops() -> tuple[int, float] | None:
     if not torch.cuda.is_available():
         return None
     free = torch.cuda.mem_get_info()[0]
-    a = torch.rand(_SIDE, _SIDE, device="cuda", dtype=torch.bfloat16)
+    a = torch.rand(_MATRIX_SIZE, _MATRIX_SIZE, device="cuda", dtype=torch.bfloat16)
     seconds = []
     for _ in range(4):  # the first one loads the library
         torch.cuda.synchronize()
@@ -20,4 +20,4 @@ def free_and_flops() -> tuple[int, float] | None:
         a @ a
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return free, 2 * _SIDE**3 / min(seconds)
+    return free, 2 * _MATRIX_SIZE**3 / min(seconds)

@@ -1,4 +1,4 @@
-"""A place for hidden states: in memory up to a limit, beyond it in files that are mapped when they are read."""
+"""A store of hidden states: in memory up to a limit, beyond it in files that are mapped when they are read."""
 
 import os
 import shutil
@@ -16,12 +16,12 @@ from mode_gguf.locks import try_lock
 from mode_gguf.options import ComputeOptions
 
 _PREFIX = "mode-gguf-hidden-"
-_YOUNG_SECONDS = 60
-"""A folder may be this old and not locked yet."""
+_LOCK_GRACE_SECONDS = 60
+"""Age in seconds up to which a folder may not be locked yet."""
 
 
 class HiddenStore:
-    """Tensors by key, on the CPU. Once those held take `limit_bytes`, further ones go to a temporary folder.
+    """A store of CPU tensors by key. Once those held take `limit_bytes`, further ones go to a temporary folder.
 
     The folder is removed when the store is closed or, as it is a context manager, left. Tensors that `get` or `take`
     gave stay valid: a mapped file lives on until nobody maps it. A process that is killed leaves its folder, which the
@@ -70,7 +70,7 @@ class HiddenStore:
         self._filed[key] = (path, tensor.shape, tensor.dtype)
 
     def get(self, key: Hashable) -> Tensor:
-        """What was put under `key`; KeyError if nothing was. Not to be written to."""
+        """The tensor under `key`, not to be written to; KeyError if there is none."""
         if key in self._held:
             return self._held[key]
         path, shape, dtype = self._filed[key]
@@ -79,13 +79,13 @@ class HiddenStore:
         return torch.from_file(str(path), shared=False, size=shape.numel(), dtype=dtype).view(shape)
 
     def take(self, key: Hashable) -> Tensor:
-        """`get` for the last time: the store forgets it."""
+        """The tensor under `key`, removed from the store."""
         tensor = self.get(key)
         self.drop(key)
         return tensor
 
     def drop(self, key: Hashable) -> None:
-        """Forget what was put under `key`, if anything was."""
+        """Remove the tensor under `key`, if there is one."""
         held = self._held.pop(key, None)
         if held is not None:
             self._held_bytes -= held.nbytes
@@ -94,7 +94,7 @@ class HiddenStore:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Remove all tensors and the folder."""
         self._held.clear()
         self._held_bytes = 0
         self._filed.clear()
@@ -115,10 +115,10 @@ class HiddenStore:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make room for a file: writing to a mapped one on a full disk would kill the process instead of raising.
+    """Allocate a file's disk space: writing to a mapped one on a full disk would kill the process instead of raising.
 
     Raises:
-        MissingResourceError: there is none.
+        MissingResourceError: the disk is full.
     """
     if not hasattr(os, "posix_fallocate"):
         return
@@ -136,7 +136,7 @@ def _remove_abandoned() -> None:
     """Remove the folders of killed processes: those that nobody has locked."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
-            if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+            if time.time() - folder.stat().st_mtime < _LOCK_GRACE_SECONDS:
                 continue
         except OSError:
             continue

@@ -1,4 +1,4 @@
-"""Seeing what passes through a decoder layer: its routed experts, its linear layers, and which vision tokens matter.
+"""Recording hooks of a decoder layer: its routed experts, its linear layers, and its key vision tokens.
 
 Fused experts have no module per expert and attention weights are not returned by fast attention, so two functions are
 registered with transformers, which a model selects by name. They compute what the originals do and leave a record with
@@ -29,7 +29,7 @@ ATTENTION = "mode_gguf"
 
 @dataclass(frozen=True, slots=True)
 class LinearCall:
-    """A linear layer's input (S, n_in), and its output (..., rows), the very tensor the model goes on with."""
+    """A linear layer's input (S, n_in), and its output (..., rows), the tensor that the model goes on with."""
 
     input: Tensor
     output: Tensor
@@ -56,7 +56,7 @@ class ExpertsCall:
 
 @dataclass(slots=True)
 class SampleTrace:
-    """One sample on its way through the model; `linears` and `experts` are of the layer it last went through."""
+    """The trace of one sample's forward; `linears` and `experts` are records of the layer it last went through."""
 
     inputs: ModelInputs
     modality: Tensor
@@ -77,10 +77,10 @@ class SampleTrace:
 
 @dataclass(slots=True)
 class LayerRecorder:
-    """What a model shows of the sample that runs through it at the moment.
+    """The recorder of a model: settings, and the trace of the sample that runs through it at the moment.
 
     Attributes:
-        key: how key tokens are chosen; None leaves the modalities of the pass as they are.
+        key: how key tokens are chosen; None leaves the modalities of the trace as they are.
         keep_hidden: whether the experts' gated activations are recorded.
     """
 
@@ -93,21 +93,21 @@ _RECORDERS: WeakKeyDictionary[nn.Module, LayerRecorder] = WeakKeyDictionary()
 
 
 @contextmanager
-def recording(model: nn.Module, linears: dict[str, nn.Module], watch: LayerRecorder) -> Iterator[LayerRecorder]:
-    """Record into `watch.current` the experts of `model` and the named linear layers, while the context lasts."""
+def recording(model: nn.Module, linears: dict[str, nn.Module], recorder: LayerRecorder) -> Iterator[LayerRecorder]:
+    """Record into `recorder.current` the experts of `model` and the named linear layers, while the context lasts."""
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if watch.current is not None:
-                watch.current.linears[name] = LinearCall(arguments[0].flatten(0, -2), output)
+            if recorder.current is not None:
+                recorder.current.linears[name] = LinearCall(arguments[0].flatten(0, -2), output)
 
         return hook
 
     hooks = [module.register_forward_hook(record(name)) for name, module in linears.items()]
     for module in model.modules():
-        _RECORDERS[module] = watch
+        _RECORDERS[module] = recorder
     try:
-        yield watch
+        yield recorder
     finally:
         for module in model.modules():
             _RECORDERS.pop(module, None)
@@ -117,8 +117,8 @@ def recording(model: nn.Module, linears: dict[str, nn.Module], watch: LayerRecor
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """transformers' experts interface: self has gate_up_proj (E, 2I, H), down_proj (E, H, I) and `_apply_gate`."""
-    watch = _RECORDERS.get(self)
-    keep = watch is not None and watch.keep_hidden
+    recorder = _RECORDERS.get(self)
+    keep = recorder is not None and recorder.keep_hidden
     output = torch.zeros_like(hidden_states)
     kept = []
     for expert in torch.unique(top_k_index).tolist():
@@ -128,8 +128,8 @@ def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
         output.index_add_(0, token, routed.to(output.dtype))
         if keep:
             kept.append((expert, token, hidden))
-    if watch is not None and watch.current is not None:
-        watch.current.experts = ExpertsCall(hidden_states, top_k_index, top_k_weights, output, kept)
+    if recorder is not None and recorder.current is not None:
+        recorder.current.experts = ExpertsCall(hidden_states, top_k_index, top_k_weights, output, kept)
     return output
 
 
@@ -137,16 +137,16 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: scaled dot-product attention, plus the choice of this layer's key tokens."""
-    watch = _RECORDERS.get(module)
-    if watch is not None and watch.current is not None and watch.key is not None:
-        inputs = watch.current.inputs
+    recorder = _RECORDERS.get(module)
+    if recorder is not None and recorder.current is not None and recorder.key is not None:
+        inputs = recorder.current.inputs
         if inputs.is_vision.any():
             with torch.no_grad():
                 layer = LayerAttention(query[0], key[0], value[0], attention_mask, options["scaling"])
-                key_tokens = key_vision_tokens(watch.key, inputs, module.layer_idx, layer)
+                key_tokens = key_vision_tokens(recorder.key, inputs, module.layer_idx, layer)
             modality = torch.where(inputs.is_vision.to(query.device), REDUNDANT_VISION, TEXT)
             modality[key_tokens] = KEY_VISION
-            watch.current.modality = modality
+            recorder.current.modality = modality
     attended: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **options
     )

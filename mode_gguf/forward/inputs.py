@@ -1,4 +1,4 @@
-"""From a sample to what the model is fed: token ids, pixels, and what every token is."""
+"""Model inputs of a sample: token ids, pixels, and the role of every token."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ __all__ = ["ANSWERS", "InputBuilder", "ModelInputs"]
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """One sample as tensors on the CPU; S tokens.
+    """Input tensors of one sample, on the CPU; S tokens.
 
     Attributes:
         origin: of the sample.
@@ -32,7 +32,7 @@ class ModelInputs:
         is_query: (S,) bool, text tokens after the image that belong to a message, not to the template.
         scored: (n,) int64, positions whose next-token distribution counts: every one that has a next token in a
             sample without image, those that predict the answer's tokens in one with an image.
-        image: what the model's forward takes of the image, by argument; `pixel_values` in float32. Empty without one.
+        image: the image's arguments of the model's forward, by name; `pixel_values` in float32. Empty without one.
         token_types: argument that takes `is_vision`, None for models that do not ask.
     """
 
@@ -128,8 +128,8 @@ class InputBuilder:
     def _text_inputs(self, sample: Sample, ids: Tensor) -> ModelInputs:
         if len(ids) < 2:
             raise InputError(f"{sample.origin}: text is shorter than two tokens")
-        nothing = torch.zeros(len(ids), dtype=torch.bool)
-        return ModelInputs(sample.origin, ids, nothing, nothing, torch.arange(len(ids) - 1))
+        no_tokens = torch.zeros(len(ids), dtype=torch.bool)
+        return ModelInputs(sample.origin, ids, no_tokens, no_tokens, torch.arange(len(ids) - 1))
 
     def _image_inputs(self, sample: Sample, ids: Tensor, owner: Tensor) -> ModelInputs:
         placeholder = torch.nonzero(ids == self.image_token)[:, 0]
@@ -137,7 +137,7 @@ class InputBuilder:
             raise InputError(
                 f"{sample.origin}: the chat template placed {len(placeholder)} images where one was expected"
             )
-        place = int(placeholder[0])
+        position = int(placeholder[0])
         placed = self.family.vision.place_image(
             ImagePlace(
                 self.checkpoint,
@@ -149,11 +149,11 @@ class InputBuilder:
             )
         )
         tokens = torch.tensor(placed.tokens, dtype=torch.int64)
-        rest = slice(place + 1, place + 1 + self.max_tokens)
-        ids = torch.cat([ids[:place], tokens, ids[rest]])
-        owner = torch.cat([owner[:place], torch.full_like(tokens, _TEMPLATE), owner[rest]])
+        rest = slice(position + 1, position + 1 + self.max_tokens)
+        ids = torch.cat([ids[:position], tokens, ids[rest]])
+        owner = torch.cat([owner[:position], torch.full_like(tokens, _TEMPLATE), owner[rest]])
         is_vision = ids == self.image_token
-        after_image = torch.arange(len(ids)) >= place + len(tokens)
+        after_image = torch.arange(len(ids)) >= position + len(tokens)
         is_query = after_image & (owner != _TEMPLATE)
         answered = after_image & (owner == _ANSWER)
         if answered.any():
@@ -170,10 +170,10 @@ class InputBuilder:
 
     def _render(self, sample: Sample) -> tuple[str, list[tuple[int, int, int]]]:
         """The chat as one string, and (start, end, owner) of every message's text in it."""
-        # Rendered with marks in place of the messages: their texts could occur in the template, too.
-        marks = [f"\ue000{number}\ue001" for number in range(len(sample.messages))]
+        # Rendered with markers in place of the messages: their texts could occur in the template, too.
+        markers = [f"\ue000{number}\ue001" for number in range(len(sample.messages))]
         chat: list[dict[str, Any]] = [
-            {"role": message.role, "content": mark} for message, mark in zip(sample.messages, marks, strict=True)
+            {"role": message.role, "content": marker} for message, marker in zip(sample.messages, markers, strict=True)
         ]
         answered = sample.messages[-1].role == "assistant"
         try:
@@ -182,8 +182,8 @@ class InputBuilder:
             raise InputError(f"{sample.origin}: the chat template failed ({error})") from error
         rendered = ""
         spans = []
-        for message, mark in zip(sample.messages, marks, strict=True):
-            before, found, rest = rest.partition(mark)
+        for message, marker in zip(sample.messages, markers, strict=True):
+            before, found, rest = rest.partition(marker)
             if not found:
                 raise InputError(f"{sample.origin}: the chat template drops the {message.role}'s message")
             start = len(rendered) + len(before)
@@ -216,7 +216,7 @@ class InputBuilder:
 
 
 def _image_processor(checkpoint: Checkpoint) -> Any:
-    """What prepares images; of a model without a family its whole processor, which knows the marks around them."""
+    """The image processor; for a model without a family its whole processor, which knows the tokens around images."""
     if checkpoint.base is not None:
         try:
             return AutoProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
@@ -229,5 +229,5 @@ _TEMPLATE, _PROMPT, _ANSWER = range(3)
 
 
 def _owner(start: int, end: int, spans: list[tuple[int, int, int]]) -> int:
-    """Whose the token of characters start to end is: the message's it overlaps with, else the template's."""
+    """Owner of the token of characters start to end: the message it overlaps with, else the template."""
     return next((owner for first, last, owner in spans if start < last and end > first), _TEMPLATE)

@@ -1,4 +1,4 @@
-"""Which vision tokens count as key: MODE's choice, and what it has to be compared with.
+"""Selection of key vision tokens: MODE's criterion, and those it is compared with.
 
 Every decoder layer chooses anew, from what its own attention computes with; nothing is left out of the forward. The
 paper follows SparseVLM: a vision token j is scored by the mean over heads and text queries i of A[i, j], with A the
@@ -19,12 +19,12 @@ from mode_gguf.forward.inputs import ModelInputs
 from mode_gguf.forward.modality import KeyTokens
 
 _BLOCK_ELEMENTS = 1 << 24
-"""Most attention weights or distances computed at once: 64 MiB of float32."""
+"""Maximum number of attention weights or distances computed at once: 64 MiB of float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What one layer attends with on one sample of S tokens.
+    """Attention inputs of one layer on one sample of S tokens.
 
     Attributes:
         query: (heads, S, d) after rotary embedding.
@@ -117,11 +117,11 @@ def most_diverse(features: Tensor, count: int) -> Tensor:
 
 def _distance_to_nearest(features: Tensor) -> Tensor:
     """Cosine distance of every unit vector (n, width) from the nearest other one, (n,)."""
-    everyone = torch.arange(len(features), device=features.device)
+    positions = torch.arange(len(features), device=features.device)
     distances = []
-    for rows in torch.split(everyone, max(1, _BLOCK_ELEMENTS // len(features))):
+    for rows in torch.split(positions, max(1, _BLOCK_ELEMENTS // len(features))):
         distance = 1 - features[rows] @ features.T
-        distance[everyone[: len(rows)], rows] = torch.inf
+        distance[positions[: len(rows)], rows] = torch.inf
         distances.append(distance.amin(-1))
     return torch.cat(distances)
 
@@ -144,7 +144,7 @@ def _attention_rows(attention: LayerAttention, rows: Tensor) -> Iterator[tuple[T
 
 
 def _draw_seed(seed: int, layer: int, inputs: ModelInputs) -> int:
-    """The same for the same sample, layer and seed, wherever the sample lies and in whichever order it comes."""
+    """Seed of the random criterion's draw, by sample content, layer and seed, whatever the samples' order."""
     digest = zlib.crc32(f"{seed} {layer}".encode())
     for content in (inputs.input_ids, inputs.image.get("pixel_values")):
         if content is not None:

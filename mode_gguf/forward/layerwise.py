@@ -1,7 +1,7 @@
-"""Many forwards side by side, one decoder layer at a time.
+"""Layerwise execution of many forwards: one decoder layer at a time.
 
-Every sample runs the model's own forward in a greenlet of its own. A hook before each decoder layer puts it to sleep;
-the driver loads the layer, wakes one after the other until it reaches the next layer, and frees the layer again. Masks,
+Every sample runs the model's own forward in a greenlet of its own. A hook before each decoder layer suspends it; the
+driver loads the layer, resumes one after the other until it reaches the next layer, and frees the layer again. Masks,
 rotary positions, DeepStack and whatever else a model does between its layers stay the model's own code, and a layer's
 weights are read once for all samples.
 
@@ -25,9 +25,9 @@ from mode_gguf.progress import Progress, silent
 class _SampleForward:
     """One sample's forward; it runs only while the driver waits inside `advance`."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, forward: Callable[[], None]) -> None:
         self.waiting_for = -1
-        self._driver, self._greenlet = getcurrent(), greenlet(work)
+        self._driver, self._greenlet = getcurrent(), greenlet(forward)
         self._records_gradients = True
 
     @property
@@ -35,35 +35,35 @@ class _SampleForward:
         return bool(self._greenlet.dead)
 
     def advance(self) -> None:
-        """Run up to the next layer or the end; raises what the forward raised. Each lane has its own gradient mode."""
-        drivers = torch.is_grad_enabled()
+        """Run up to the next layer or the end; raises what the forward raised. Each has its own gradient mode."""
+        driver_mode = torch.is_grad_enabled()
         torch.set_grad_enabled(self._records_gradients)
         try:
             self._greenlet.switch()
         finally:
             self._records_gradients = torch.is_grad_enabled()
-            torch.set_grad_enabled(drivers)
+            torch.set_grad_enabled(driver_mode)
 
-    def sleep_before(self, layer: int) -> None:
-        """Called in the lane: return once the driver has loaded `layer`."""
+    def suspend_before(self, layer: int) -> None:
+        """Called inside the forward: return once the driver has loaded `layer`."""
         self.waiting_for = layer
         self._driver.switch()
 
     def cancel(self) -> None:
         """Unwind the forward; does nothing when it has ended."""
         if not self.finished:
-            drivers = torch.is_grad_enabled()
+            driver_mode = torch.is_grad_enabled()
             self._greenlet.throw(GreenletExit)
-            torch.set_grad_enabled(drivers)
+            torch.set_grad_enabled(driver_mode)
 
 
-def _nothing(*numbers: int) -> None:
-    """A callback for who does not care."""
+def _no_callback(*numbers: int) -> None:
+    """The default callback, which does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCallbacks:
-    """What happens around the layers.
+    """Callbacks around the decoder layers.
 
     Attributes:
         load: load(i) makes layer i's weights resident, before any sample enters it.
@@ -74,8 +74,8 @@ class LayerCallbacks:
 
     load: Callable[[int], None]
     free: Callable[[int], None]
-    enter: Callable[[int], None] = _nothing
-    leave: Callable[[int, int], None] = _nothing
+    enter: Callable[[int], None] = _no_callback
+    leave: Callable[[int, int], None] = _no_callback
 
 
 def run_layerwise(
@@ -93,8 +93,8 @@ def run_layerwise(
     Args:
         layers: the decoder layers, in the order in which each forward passes all of them.
         forwards: one callable per sample; each begins with gradients on.
-        callbacks: what happens around the layers.
-        offload: where the tensors of those that sleep go; None leaves them where they are.
+        callbacks: called around the layers.
+        offload: of suspended forwards' tensors; None leaves them where they are.
         tokens: of each forward, for `progress`, which counts them layer by layer; None for one each.
         description: of the work, for `progress`.
 
@@ -108,24 +108,24 @@ def run_layerwise(
     def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         last = index == len(layers) - 1
 
-        def sleep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        def suspend(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             number = running[0]
-            with offload.parked(number, index, arguments[0], last=last) if offload else nullcontext():
-                samples[number].sleep_before(index)
+            with offload.offloaded(number, index, arguments[0], last=last) if offload else nullcontext():
+                samples[number].suspend_before(index)
 
-        return sleep
+        return suspend
 
     def advance(number: int, reached: int) -> None:
-        lane = samples[number]
+        sample = samples[number]
         running[:] = [number]
         callbacks.enter(number)
-        lane.advance()
-        if lane.waiting_for != min(reached, len(layers) - 1) or lane.finished != (reached == len(layers)):
+        sample.advance()
+        if sample.waiting_for != min(reached, len(layers) - 1) or sample.finished != (reached == len(layers)):
             raise RuntimeError(f"sample {number} did not pass the decoder layers in order (layer {reached} expected)")
 
     hooks = [layer.register_forward_pre_hook(hook(index)) for index, layer in enumerate(layers)]
     try:
-        with offload.noticing() if offload else nullcontext():
+        with offload.tracking() if offload else nullcontext():
             for number in range(len(samples)):
                 advance(number, reached=0)
         amounts = tokens or [1] * len(samples)
@@ -142,5 +142,5 @@ def run_layerwise(
     finally:
         for handle in hooks:
             handle.remove()
-        for lane in samples:
-            lane.cancel()
+        for sample in samples:
+            sample.cancel()

@@ -1,4 +1,4 @@
-"""Kinds of tokens and of answers, and the choice of key tokens by name: what files hold, free of torch."""
+"""Modalities, answer types and key-token criteria as files hold them, free of torch."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ TEXT, KEY_VISION, REDUNDANT_VISION = range(3)
 MODALITIES = ("text", "key_vision", "redundant_vision")
 
 ANSWERS = ("text", "image")
-"""Kinds of scored positions, in the order of every array: of samples without, and with, an image."""
+"""Types of scored positions, in the order of every array: of samples without, and with, an image."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyTokens:
-    """How key vision tokens are chosen; what does not matter to the criterion is dropped, so that equal means alike.
+    """Criterion of key vision tokens; settings that do not matter to it are dropped, so that equal means alike.
 
     Attributes:
-        criterion: the rule.
+        criterion: name of the rule.
         ratio: share of an image's tokens that are key, 0 < ratio <= 1; `all` makes it 1.
         seed: of `random`; any other criterion makes it 0.
 
@@ -46,7 +46,7 @@ class KeyTokens:
 
     @classmethod
     def of(cls, options: CalibrationOptions) -> "KeyTokens":
-        """The rule that calibration's options stand for."""
+        """The criterion that calibration's options name."""
         return cls(options.key_tokens, options.key_ratio, options.seed)
 
     def __str__(self) -> str:
@@ -54,9 +54,9 @@ class KeyTokens:
         return f"{self.criterion}, ratio {self.ratio:g}{seed}"
 
     def count(self, n_vision: int) -> int:
-        """How many of an image's tokens are key."""
+        """Number of key tokens among an image's `n_vision`."""
         return max(1, int(self.ratio * n_vision))
 
 
 TEXT_ATTENTION = KeyTokens()
-"""The paper's choice."""
+"""The paper's criterion."""

@@ -9,7 +9,7 @@ from mode_gguf.errors import InputError
 
 
 def model_config(checkpoint: Checkpoint, family: ModelFamily) -> PreTrainedConfig:
-    """What transformers builds the model from; the checkpoint's own code is never run.
+    """The configuration that transformers builds the model from; the checkpoint's own code is never run.
 
     Raises:
         InputError: transformers does not know the model's type.

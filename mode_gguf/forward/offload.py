@@ -1,9 +1,9 @@
-"""Where the tensors of sleeping forwards lie: as they are, or out of the way in a `HiddenStore`.
+"""Offloading of suspended forwards' tensors to a `HiddenStore`.
 
 A forward that waits for its next layer holds that layer's input, what the text model was called with (embeddings,
 DeepStack features), and what the modules beside the text model computed for it (image embeddings). With many samples
-that takes more room than a layer's weights. Their storages are emptied while the forward sleeps and filled again before
-anybody looks: the frames of a Python call hold its tensors, so that they cannot be freed in any other way.
+that takes more memory than a layer's weights. Their storages are emptied while the forward is suspended and filled
+again before it reads them: the frames of a Python call hold its tensors, so that they cannot be freed in any other way.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from mode_gguf.forward.hidden_store import HiddenStore
 
-_SMALL = 1 << 12
-"""Tensors of fewer bytes stay where they are."""
+_MIN_BYTES = 1 << 12
+"""Size in bytes below which tensors stay where they are."""
 
-_SHARE_OF_DEVICE = 0.25
-"""Of a GPU's memory that is free when the first tensor comes, for tensors that may sleep there."""
+_DEVICE_SHARE = 0.25
+"""Share of a GPU's memory, free when the first tensor comes, for tensors of suspended forwards that may stay there."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Offloaded:
-    """A tensor of a sleeping forward; `emptied` unless it sleeps on its GPU or the store's own is the same memory."""
+    """A tensor of a suspended forward; `emptied` unless it stays on its GPU or shares its memory with the store's."""
 
     key: Hashable
     tensor: Tensor
@@ -35,26 +35,26 @@ class _Offloaded:
 
 @dataclass(slots=True)
 class _SampleTensors:
-    """What one forward holds besides its layer's input: called with outside the text model, and inside it."""
+    """Tensors that one forward holds besides its layer's input: those of outside the text model, and inside it."""
 
     outside: list[Tensor] = field(default_factory=list)
     inside: list[Tensor] = field(default_factory=list)
-    parked_outside: list[_Offloaded] = field(default_factory=list)
+    offloaded_outside: list[_Offloaded] = field(default_factory=list)
 
 
-_SAMPLE: ContextVar[_SampleTensors] = ContextVar("lane")
-"""Every greenlet has variables of its own."""
+_SAMPLE: ContextVar[_SampleTensors] = ContextVar("sample_tensors")
+"""Tensors of the running forward: every greenlet has a context of its own."""
 
 
 class TensorOffload:
-    """Takes the tensors of one sleeping forward after the other.
+    """Offload of the tensors of one suspended forward after the other.
 
     On the CPU, what the store holds in memory is the forward's own tensor, so nothing moves before the store's limit is
-    reached. On a GPU a quarter of what is free there is used before the store is.
+    reached. On a GPU a quarter of its free memory is used before the store is.
 
     Args:
-        store: for tensors that give way.
-        model: whose forwards they are.
+        store: for offloaded tensors.
+        model: the module that the forwards run.
         text_model: name of the submodule with the decoder layers.
         keep: whether the store keeps the inputs of all layers, under (sample, layer), when forwards go on.
     """
@@ -63,61 +63,61 @@ class TensorOffload:
         self._store = store
         self._model, self._text_model = model, text_model
         self._keep = keep
-        self._device_room: int | None = None
+        self._device_budget: int | None = None
 
     @contextmanager
-    def noticing(self) -> Iterator[None]:
-        """Notice what forwards hold that begin while the context lasts."""
+    def tracking(self) -> Iterator[None]:
+        """Track the tensors of forwards that begin while the context lasts."""
         parent, _, name = self._text_model.rpartition(".")
-        beside = [module for child, module in self._model.get_submodule(parent).named_children() if child != name]
+        siblings = [module for child, module in self._model.get_submodule(parent).named_children() if child != name]
         text_model = self._model.get_submodule(self._text_model)
 
         def begin(module: nn.Module, arguments: object) -> None:
             _SAMPLE.set(_SampleTensors())
 
-        def computed(module: nn.Module, arguments: object, output: object) -> None:
-            self._lane.outside.extend(_tensors(output))
+        def keep_output(module: nn.Module, arguments: object, output: object) -> None:
+            self._current.outside.extend(_tensors(output))
 
-        def enter(module: nn.Module, arguments: object, options: Mapping[str, object]) -> None:
-            self._lane.inside.extend(_tensors(options))
+        def keep_arguments(module: nn.Module, arguments: object, options: Mapping[str, object]) -> None:
+            self._current.inside.extend(_tensors(options))
 
         with ExitStack() as hooks:
             hooks.callback(self._model.register_forward_pre_hook(begin).remove)
-            hooks.callback(text_model.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            for module in beside:
-                hooks.callback(module.register_forward_hook(computed).remove)
+            hooks.callback(text_model.register_forward_pre_hook(keep_arguments, with_kwargs=True).remove)
+            for module in siblings:
+                hooks.callback(module.register_forward_hook(keep_output).remove)
             yield
 
     @contextmanager
-    def parked(self, number: int, layer: int, hidden: Tensor, *, last: bool) -> Iterator[None]:
-        """For as long as forward `number` sleeps before `layer`; called by it.
+    def offloaded(self, number: int, layer: int, hidden: Tensor, *, last: bool) -> Iterator[None]:
+        """Context in which forward `number` is suspended before `layer`, entered by the forward itself.
 
         Args:
             hidden: the layer's input; nobody may write to it.
-            last: whether this is the last layer, after which the forward may look at whatever it holds.
+            last: whether this is the last layer, after which the forward may read any tensor it holds.
         """
-        lane = self._lane
+        held = self._current
         if layer == 0:
-            outside = _distinct(lane.outside, but=[hidden, *lane.inside])
-            lane.parked_outside = [self._park((number, "outside", index), tensor) for index, tensor in outside]
-        inside = _distinct(lane.inside, but=[hidden])
-        parked = [self._park((number, "inside", index), tensor) for index, tensor in inside]
-        of_layer = self._park((number, layer), hidden, must_keep=self._keep)
+            outside = _distinct(held.outside, but=[hidden, *held.inside])
+            held.offloaded_outside = [self._offload((number, "outside", index), tensor) for index, tensor in outside]
+        inside = _distinct(held.inside, but=[hidden])
+        offloaded = [self._offload((number, "inside", index), tensor) for index, tensor in inside]
+        layer_input = self._offload((number, layer), hidden, must_keep=self._keep)
         yield  # a forward that is cancelled needs none of them again
-        self._wake(of_layer, forget=not self._keep)
-        for one in parked:
-            self._wake(one, forget=last)
+        self._restore(layer_input, forget=not self._keep)
+        for one in offloaded:
+            self._restore(one, forget=last)
         if last:
-            for one in lane.parked_outside:
-                self._wake(one, forget=True)
+            for one in held.offloaded_outside:
+                self._restore(one, forget=True)
 
     @property
-    def _lane(self) -> _SampleTensors:
-        """Of the forward that is running."""
+    def _current(self) -> _SampleTensors:
+        """Tensors of the running forward."""
         return _SAMPLE.get(None) or _SampleTensors()
 
-    def _park(self, key: Hashable, tensor: Tensor, *, must_keep: bool = False) -> _Offloaded:
-        if tensor.is_cuda and not must_keep and key not in self._store and self._takes_room(tensor):
+    def _offload(self, key: Hashable, tensor: Tensor, *, must_keep: bool = False) -> _Offloaded:
+        if tensor.is_cuda and not must_keep and key not in self._store and self._reserve_on_device(tensor):
             return _Offloaded(key, tensor, emptied=False, on_device=tensor.nbytes)
         if key not in self._store:
             self._store.put(key, tensor)
@@ -128,29 +128,29 @@ class TensorOffload:
             storage.resize_(0)
         return _Offloaded(key, tensor, emptied)
 
-    def _wake(self, parked: _Offloaded, *, forget: bool) -> None:
-        if parked.on_device and self._device_room is not None:
-            self._device_room += parked.on_device
-        if parked.emptied:
-            parked.tensor.untyped_storage().resize_(parked.tensor.nbytes)
-            parked.tensor.copy_(self._store.get(parked.key))
+    def _restore(self, offloaded: _Offloaded, *, forget: bool) -> None:
+        if offloaded.on_device and self._device_budget is not None:
+            self._device_budget += offloaded.on_device
+        if offloaded.emptied:
+            offloaded.tensor.untyped_storage().resize_(offloaded.tensor.nbytes)
+            offloaded.tensor.copy_(self._store.get(offloaded.key))
         if forget:
-            self._store.drop(parked.key)
+            self._store.drop(offloaded.key)
 
-    def _takes_room(self, tensor: Tensor) -> bool:
-        """Take room for a tensor on its GPU, if there is any."""
-        if self._device_room is None:
-            self._device_room = int(_SHARE_OF_DEVICE * torch.cuda.mem_get_info(tensor.device)[0])
-        if tensor.nbytes > self._device_room:
+    def _reserve_on_device(self, tensor: Tensor) -> bool:
+        """Reserve GPU memory for a tensor; False where the budget is used up."""
+        if self._device_budget is None:
+            self._device_budget = int(_DEVICE_SHARE * torch.cuda.mem_get_info(tensor.device)[0])
+        if tensor.nbytes > self._device_budget:
             return False
-        self._device_room -= tensor.nbytes
+        self._device_budget -= tensor.nbytes
         return True
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """All tensors in nested arguments or outputs that are worth moving."""
+    """Tensors of at least `_MIN_BYTES` in nested arguments or outputs."""
     if isinstance(value, Tensor):
-        if value.nbytes >= _SMALL:
+        if value.nbytes >= _MIN_BYTES:
             yield value
     elif isinstance(value, Mapping):
         for part in value.values():
@@ -161,12 +161,12 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _distinct(tensors: Iterable[Tensor], *, but: Iterable[Tensor]) -> list[tuple[int, Tensor]]:
-    """Those of `tensors` with a memory of their own, with their places in the list; none that shares it with `but`."""
+    """Tensors with a memory of their own, with their index in the list; none that shares it with `but`."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in but}
     found = []
     for index, tensor in enumerate(tensors):
-        place = tensor.untyped_storage().data_ptr()
-        if place not in seen:
-            seen.add(place)
+        address = tensor.untyped_storage().data_ptr()
+        if address not in seen:
+            seen.add(address)
             found.append((index, tensor))
     return found

@@ -21,16 +21,16 @@ from mode_gguf.forward.hooks import ATTENTION, EXPERTS
 from mode_gguf.forward.model_config import model_config
 
 TEXT_MODEL = "model.language_model"
-"""Where transformers keeps the text model of every supported family."""
+"""Name of the text model's module in transformers, for every supported family."""
 
 FINAL_NORM = f"{TEXT_MODEL}.norm"
-"""What a supported family's last layer and its output head have between them."""
+"""Name of the norm between a supported family's last layer and its output head."""
 
 
 class Reordered(nn.Module):
     """A linear layer whose weight is in the order of its GGUF tensor, in the place of one in the checkpoint's.
 
-    Whatever looks at `linear` (statistics, gradients, packed weights) then sees columns and rows as they are stored.
+    Statistics, gradients and packed weights of `linear` then have columns and rows as they are stored.
     """
 
     def __init__(self, linear: nn.Module, order: Order, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Reordered(nn.Module):
         self._rows = None if order.rows is None else torch.from_numpy(np.argsort(order.rows)).to(device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the linear layer in the checkpoint's order computes."""
+        """Output of the linear layer in the checkpoint's order."""
         if self._columns is not None:
             x = x[..., self._columns]
         output: torch.Tensor = self.linear(x)
@@ -76,7 +76,7 @@ class StreamedModel:
     """The model on one device: everything but the decoder layers resident, those on the meta device until loaded.
 
     Attributes:
-        model: Hugging Face's module, in eval mode, with the watched experts and attention functions selected.
+        model: Hugging Face's module, in eval mode, with the recorded experts and attention functions selected.
         layers: its decoder layers.
         tensors: the text tensors of the checkpoint.
         device: where weights and activations lie.
@@ -84,7 +84,7 @@ class StreamedModel:
         linears: names of the modules of dense matrices and of the output head, by their tensors' names.
         reordered: tensors of the matrices in `Reordered`, by the names of those parameters.
         text_model: name of the module with the decoder layers.
-        converted: where parameters come from where no family says so.
+        converted: sources of parameters where no family names them.
     """
 
     checkpoint: Checkpoint
@@ -121,9 +121,9 @@ class StreamedModel:
 
     @contextmanager
     def without_logits(self) -> Iterator[None]:
-        """The output head records what it reads and computes nothing, for as long as the context lasts.
+        """Context in which the output head records its input and computes nothing.
 
-        For forwards whose predictions nobody looks at: over a vocabulary of 150,000 the head takes as long as several
+        For forwards whose logits are not needed: over a vocabulary of 150,000 the head takes as long as several
         decoder layers, and its output more memory than anything else of a sample.
         """
         head = self.model.get_output_embeddings()  # type: ignore[operator]
@@ -135,17 +135,17 @@ class StreamedModel:
 
     @property
     def embedding_scale(self) -> float:
-        """What the text model multiplies rows of its token embedding by."""
+        """Factor of the token embedding's rows in the text model."""
         return float(getattr(self.model.get_input_embeddings(), "scalar_embed_scale", 1.0))  # type: ignore[operator]
 
     @property
     def logit_cap(self) -> float | None:
-        """What the head's outputs z are bent below, cap * tanh(z / cap); None for logits as the head gives them."""
+        """Logit soft cap: logits become cap * tanh(z / cap) of the head's outputs z; None for none."""
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[union-attr, operator]
         return None if cap is None else float(cap)
 
     def logits_of(self, head_output: torch.Tensor) -> torch.Tensor:
-        """Logits from what the output head gives."""
+        """Logits of the output head's outputs, soft-capped where the model does."""
         cap = self.logit_cap
         return head_output if cap is None else cap * torch.tanh(head_output / cap)
 
@@ -157,8 +157,8 @@ class StreamedModel:
         """The module that holds the fused experts of layer `index`; it must have some."""
         return next(module for module in self.layers[index].modules() if is_experts(module))
 
-    def watched_linears(self) -> dict[str, nn.Module]:
-        """Modules of all dense matrices and the output head, by the activation their input is recorded under.
+    def recorded_linears(self) -> dict[str, nn.Module]:
+        """Linear modules of all dense matrices and the output head, by the activation their input is recorded under.
 
         Inputs, weights and outputs of each are in the order of its GGUF tensor.
         """
@@ -192,13 +192,13 @@ class StreamedModel:
         if self.converted is not None:
             return self._converted(self.converted, name, shape)
         stored = self.family.layout.stored_name(name)
-        special = self.family.layout.read_parameter(self.checkpoint, name) if layer is None else None
+        from_layout = self.family.layout.read_parameter(self.checkpoint, name) if layer is None else None
         if layer is not None and ".experts." in name:
             weights = self._experts(name.rpartition(".")[2], layer)
         elif name in self.reordered:
             weights = self.to_device(self.reordered[name].read(0))
-        elif special is not None:
-            weights = self.to_device(special)
+        elif from_layout is not None:
+            weights = self.to_device(from_layout)
         elif stored not in self.checkpoint.tensors and name == "lm_head.weight":
             weights = self.model.get_input_embeddings().weight  # type: ignore[operator]
         else:
@@ -227,8 +227,8 @@ class StreamedModel:
     def _experts(self, parameter: str, layer: int) -> torch.Tensor:
         """Fused experts in the module's layout, (E, 2I, H) or (E, H, I), however the checkpoint stores them."""
         by_projection = {tensor.projection: tensor for tensor in self.layer_tensors(layer, Role.EXPERT)}
-        reading = ("gate_up",) if "gate_up" in by_projection else ("gate", "up")
-        projections = {"gate_up_proj": reading, "down_proj": ("down",)}.get(parameter)
+        input_projections = ("gate_up",) if "gate_up" in by_projection else ("gate", "up")
+        projections = {"gate_up_proj": input_projections, "down_proj": ("down",)}.get(parameter)
         if projections is None or not all(projection in by_projection for projection in projections):
             raise InputError(f"{self.checkpoint.path}: expert parameter {parameter} of layer {layer} is not known")
         parts = [by_projection[projection] for projection in projections]
@@ -274,7 +274,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     model.initialize_weights()
     experts: list[Any] = [module for module in model.modules() if is_experts(module)]
     if any(m.is_transposed or m.has_bias or not m.has_gate or m.has_post_expert_norm for m in experts):
-        raise InputError(f"{checkpoint.path}: experts of this form are not supported by calibration; {_OTHER_WAY}")
+        raise InputError(f"{checkpoint.path}: experts of this form are not supported by calibration; {_HINT}")
     model.set_experts_implementation(EXPERTS)
     text_model, converted = TEXT_MODEL, None
     if checkpoint.base is None:
@@ -305,7 +305,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     return streamed
 
 
-_OTHER_WAY = "give llama-imatrix's file of this model with --calibration-from"
+_HINT = "give llama-imatrix's file of this model with --calibration-from"
 
 
 def _empty_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
@@ -324,7 +324,7 @@ def _empty_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any
         if checkpoint.base is None:
             raise
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{checkpoint.path}: transformers cannot make the model ({reason}); {_OTHER_WAY}") from error
+        raise InputError(f"{checkpoint.path}: transformers cannot make the model ({reason}); {_HINT}") from error
 
 
 def _find_text_model(checkpoint: Checkpoint, model: nn.Module, tensors: Sequence[SourceTensor]) -> str:
@@ -335,9 +335,9 @@ def _find_text_model(checkpoint: Checkpoint, model: nn.Module, tensors: Sequence
     """
     found: dict[str, set[int]] = {}
     for name, module in model.named_modules():
-        place = _DECODER_LAYER.match(name) if is_experts(module) else None
-        if place:
-            found.setdefault(place[1], set()).add(int(place[2]))
+        match = _DECODER_LAYER.match(name) if is_experts(module) else None
+        if match:
+            found.setdefault(match[1], set()).add(int(match[2]))
     wanted = {tensor.layer for tensor in tensors if tensor.role is Role.EXPERT}
     for text_model, layers in found.items():
         if layers == wanted:
@@ -345,7 +345,7 @@ def _find_text_model(checkpoint: Checkpoint, model: nn.Module, tensors: Sequence
     seen = ", ".join(f"{len(layers)} in {name}.layers" for name, layers in found.items()) or "none"
     raise InputError(
         f"{checkpoint.path}: the base has experts in {len(wanted)} layers, transformers' {type(model).__name__} has "
-        f"fused experts in {seen}; {_OTHER_WAY}"
+        f"fused experts in {seen}; {_HINT}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Fisher sensitivity: what every expert and matrix, stored in every candidate type, does to the model's predictions.
+"""Fisher sensitivity: the KL divergence that every expert and matrix causes in every candidate type.
 
 MODE's equation 1 is a KL divergence between the model and the model with one expert quantized, which taken literally
 needs a forward per layer, expert, type, modality and sample. For small changes KL is quadratic, KL ~ 1/2 d' F d with
@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from mode_gguf.architectures.experts import rows_of
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.forward.distributed import gathered_in_order, number_among_all, sum_over_ranks
+from mode_gguf.forward.distributed import gathered_in_order, global_index, sum_over_ranks
 from mode_gguf.forward.hidden_store import HiddenStore
 from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import ModelInputs
@@ -57,23 +57,23 @@ _HEAD = "head"
 
 @dataclass(slots=True)
 class _LayerCall:
-    """What one layer was called with for one sample; its hidden states are in the store."""
+    """Arguments of one layer's call for one sample; its hidden states are in the store."""
 
     options: Mapping[str, Any]
     modality: Tensor
 
 
 @dataclass(slots=True)
-class _Trace:
-    """One sample: its way forward, and the gradients on their way back."""
+class _Sample:
+    """One sample: the trace of its forward, and the gradients of its backward."""
 
     inputs: ModelInputs
-    passed: SampleTrace
+    trace: SampleTrace
     layers: list[_LayerCall] = field(default_factory=list)
     last: Tensor | None = None
     head_input: Tensor | None = None
     gradients: list[Tensor] = field(default_factory=list)
-    """Per draw (1, S, H), at the output of the layer the backward has reached."""
+    """Gradients per draw (1, S, H), at the output of the layer the backward has reached."""
 
 
 def fisher_sensitivity(
@@ -85,10 +85,10 @@ def fisher_sensitivity(
     `settings.hidden_bytes` in temporary files.
     """
     with HiddenStore(settings.hidden_bytes) as store:
-        return _measured(streamed, inputs, settings, store, progress)
+        return _measure(streamed, inputs, settings, store, progress)
 
 
-def _measured(
+def _measure(
     streamed: StreamedModel,
     inputs: Sequence[ModelInputs],
     settings: SensitivitySettings,
@@ -101,14 +101,14 @@ def _measured(
     positions = _over_ranks(positions)
     result = SensitivityResult({}, tuple(int(n) for n in positions), {})
     per_position = 1 / np.maximum(positions, 1)[:, None]
-    traces = [_Trace(one, SampleTrace.of(one, streamed.device)) for one in inputs]
-    _forward_all(streamed, traces, settings, store, progress)
+    samples = [_Sample(one, SampleTrace.of(one, streamed.device)) for one in inputs]
+    _forward_all(streamed, samples, settings, store, progress)
     by_role = {role: [tensor for tensor in streamed.tensors if tensor.role is role] for role in Role}
     head = (by_role[Role.OUTPUT] or by_role[Role.EMBEDDING])[0]
-    head_cost = _head_cost(streamed, head, traces, settings, per_position, result) * per_position[..., None]
-    _backward_all(streamed, traces, settings, store, per_position, result, progress)
+    head_cost = _head_cost(streamed, head, samples, settings, per_position, result) * per_position[..., None]
+    _backward_all(streamed, samples, settings, store, per_position, result, progress)
     embedding = by_role[Role.EMBEDDING][0]
-    embedding_cost = _embedding_cost(streamed, embedding, traces, settings, result) * per_position[..., None]
+    embedding_cost = _embedding_cost(streamed, embedding, samples, settings, result) * per_position[..., None]
     result.arrays[f"{embedding.name}.unit"] = embedding_cost
     # A tied embedding is the head as well: one tensor, both costs.
     result.arrays[f"{head.name}.unit"] = head_cost + (embedding_cost if head is embedding else 0.0)
@@ -120,30 +120,30 @@ def _measured(
 
 def _forward_all(
     streamed: StreamedModel,
-    traces: Sequence[_Trace],
+    samples: Sequence[_Sample],
     settings: SensitivitySettings,
     store: HiddenStore,
     progress: Progress,
 ) -> None:
-    """Fill the traces: every layer's call, the head's input, and the gradients at the last layer's output."""
-    watch = LayerRecorder(settings.key_tokens, keep_hidden=False)
-    running: list[_Trace] = []
+    """Fill the samples: every layer's call, the head's input, and the gradients at the last layer's output."""
+    recorder = LayerRecorder(settings.key_tokens, keep_hidden=False)
+    running: list[_Sample] = []
 
     def enter(number: int) -> None:
-        running[:] = [traces[number]]
-        watch.current = traces[number].passed
+        running[:] = [samples[number]]
+        recorder.current = samples[number].trace
 
     def leave(number: int, layer: int) -> None:
-        trace = traces[number]
-        trace.layers[layer].modality = trace.passed.modality
+        sample = samples[number]
+        sample.layers[layer].modality = sample.trace.modality
         if layer == len(streamed.layers) - 1:
-            head_input = trace.passed.linears[_HEAD].input.detach()
-            trace.head_input = head_input[trace.inputs.scored.to(head_input.device)]
-        trace.passed.forget()
+            head_input = sample.trace.linears[_HEAD].input.detach()
+            sample.head_input = head_input[sample.inputs.scored.to(head_input.device)]
+        sample.trace.forget()
 
     def keep_call(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        trace = running[0]
-        trace.layers.append(_LayerCall(options, trace.passed.modality))
+        sample = running[0]
+        sample.layers.append(_LayerCall(options, sample.trace.modality))
 
     def start_of_gradient(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
         # Only what follows the last layer is recorded for autograd; `_gradients` ends its gradient mode.
@@ -154,14 +154,14 @@ def _forward_all(
 
     last_layer = streamed.layers[len(streamed.layers) - 1]
     head: nn.Module = streamed.model.get_output_embeddings()  # type: ignore[operator]
-    with recording(streamed.model, {_HEAD: head}, watch):
+    with recording(streamed.model, {_HEAD: head}, recorder):
         hooks = [last_layer.register_forward_hook(start_of_gradient)]
         # Within `run_layerwise`, a layer's hooks run in the order of their registration: keep the call first.
         hooks += [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in streamed.layers]
         try:
             run_layerwise(
                 streamed.layers,
-                [partial(_gradients, streamed, trace, settings, number) for number, trace in enumerate(traces)],
+                [partial(_gradients, streamed, sample, settings, number) for number, sample in enumerate(samples)],
                 LayerCallbacks(load=streamed.load_layer, free=streamed.free_layer, enter=enter, leave=leave),
                 offload=TensorOffload(store, streamed.model, streamed.text_model, keep=True),
                 description="sensitivity, forward",
@@ -172,22 +172,22 @@ def _forward_all(
                 handle.remove()
 
 
-def _gradients(streamed: StreamedModel, trace: _Trace, settings: SensitivitySettings, number: int) -> None:
+def _gradients(streamed: StreamedModel, sample: _Sample, settings: SensitivitySettings, number: int) -> None:
     """One sample's forward, and the gradients of its drawn labels' negative log-likelihood at the last layer."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number_among_all(number))
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + global_index(number))
     with torch.no_grad():
-        logits = streamed.model(**trace.inputs.model_arguments(streamed.device, streamed.dtype)).logits
-    if trace.last is None:
+        logits = streamed.model(**sample.inputs.model_arguments(streamed.device, streamed.dtype)).logits
+    if sample.last is None:
         raise RuntimeError("the model's forward did not pass its last decoder layer")
-    scored = logits[0, trace.inputs.scored.to(logits.device)].float()
+    scored = logits[0, sample.inputs.scored.to(logits.device)].float()
     probabilities = scored.detach().softmax(-1).cpu()
     for draw in range(settings.draws):
         labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(scored.device)
         with torch.enable_grad():
             loss = cross_entropy(scored, labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, trace.last, retain_graph=draw + 1 < settings.draws)
-        trace.gradients.append(gradient.cpu())
-    trace.last = None
+        (gradient,) = torch.autograd.grad(loss, sample.last, retain_graph=draw + 1 < settings.draws)
+        sample.gradients.append(gradient.cpu())
+    sample.last = None
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -195,17 +195,17 @@ def _gradients(streamed: StreamedModel, trace: _Trace, settings: SensitivitySett
 
 def _backward_all(
     streamed: StreamedModel,
-    traces: Sequence[_Trace],
+    samples: Sequence[_Sample],
     settings: SensitivitySettings,
     store: HiddenStore,
     per_position: np.ndarray,
     result: SensitivityResult,
     progress: Progress,
 ) -> None:
-    """Carry the traces' gradients to the embedding, measuring every layer on the way."""
+    """Carry the samples' gradients to the embedding, measuring every layer on the way."""
     n_layers = len(streamed.layers)
-    linears = streamed.watched_linears()
-    with progress.step("sensitivity, backward", n_layers * len(traces), "samples", n_layers) as done:
+    linears = streamed.recorded_linears()
+    with progress.step("sensitivity, backward", n_layers * len(samples), "samples", n_layers) as done:
         for index in reversed(range(n_layers)):
             with streamed.loaded_layer(index) as layer:
                 measured = [tensor for tensor in streamed.layer_tensors(index, Role.DENSE) if tensor.activation]
@@ -218,9 +218,9 @@ def _backward_all(
                 columns = {tensor.name: ColumnSums.of(1, tensor.row_width) for tensor in measured}
                 routed: list[_Routed] = []
                 weights: dict[str, list[np.ndarray]] = {}
-                for number, trace in enumerate(traces):
+                for number, sample in enumerate(samples):
                     hidden = store.take((number, index))
-                    calls = _backward_layer(streamed, index, layer, modules, trace, hidden)
+                    calls = _backward_layer(streamed, index, layer, modules, sample, hidden)
                     token_scale = _token_scale(calls.group, per_position)
                     if calls.routed is not None:
                         routed.append(calls.routed)
@@ -266,38 +266,38 @@ def _backward_layer(
     index: int,
     layer: nn.Module,
     modules: dict[str, nn.Module],
-    trace: _Trace,
+    sample: _Sample,
     hidden: Tensor,
 ) -> _BackwardCalls:
-    """Recompute one layer for one sample and move the trace's gradients from its output to its input."""
-    call = trace.layers[index]
-    trace.layers[index] = _LayerCall({}, call.modality)  # its memory is not needed again
-    passed = SampleTrace(trace.inputs, call.modality)
-    watch = LayerRecorder(key=None, keep_hidden=False, current=passed)
+    """Recompute one layer for one sample and move the sample's gradients from its output to its input."""
+    call = sample.layers[index]
+    sample.layers[index] = _LayerCall({}, call.modality)  # its memory is not needed again
+    trace = SampleTrace(sample.inputs, call.modality)
+    recorder = LayerRecorder(key=None, keep_hidden=False, current=trace)
     hidden = hidden.to(streamed.device).requires_grad_()
-    with recording(layer, modules, watch), torch.enable_grad():
+    with recording(layer, modules, recorder), torch.enable_grad():
         output = layer(hidden, **call.options)
-    outputs = {name: linear.output for name, linear in passed.linears.items()}
-    if passed.experts is not None:
-        outputs[_EXPERTS] = passed.experts.output
+    outputs = {name: linear.output for name, linear in trace.linears.items()}
+    if trace.experts is not None:
+        outputs[_EXPERTS] = trace.experts.output
     collected: dict[str, list[Tensor]] = {name: [] for name in outputs}
-    for draw, gradient in enumerate(trace.gradients):
+    for draw, gradient in enumerate(sample.gradients):
         to_input, *found = torch.autograd.grad(
             output,
             [hidden, *outputs.values()],
             gradient.to(streamed.device),
-            retain_graph=draw + 1 < len(trace.gradients),
+            retain_graph=draw + 1 < len(sample.gradients),
         )
-        trace.gradients[draw] = to_input.cpu()
+        sample.gradients[draw] = to_input.cpu()
         for name, value in zip(outputs, found, strict=True):
             collected[name].append(value.flatten(0, -2))
-    group = group_of(trace.inputs.answer, call.modality)
-    experts = passed.experts
+    group = group_of(sample.inputs.answer, call.modality)
+    experts = trace.experts
     routed = None
     if experts is not None:
         gradients = torch.stack(collected.pop(_EXPERTS))
         routed = _Routed(experts.input.detach(), experts.index, experts.weight.detach(), group, gradients)
-    linears = {name: (linear.input.detach(), torch.stack(collected[name])) for name, linear in passed.linears.items()}
+    linears = {name: (linear.input.detach(), torch.stack(collected[name])) for name, linear in trace.linears.items()}
     return _BackwardCalls(linears, routed, group)
 
 
@@ -318,7 +318,7 @@ def _concatenated(parts: Sequence[_Routed]) -> _Routed:
 
 
 def _half_mean_square(products: Tensor) -> Tensor:
-    """(g . d)^2 / 2, averaged over draws: (D, n) to (n,)."""
+    """Half mean square (g . d)^2 / 2, averaged over draws: (D, n) to (n,)."""
     return products.square().mean(0) / 2
 
 
@@ -327,12 +327,12 @@ def _over_ranks(array: np.ndarray) -> np.ndarray:
 
 
 def _of_all_samples(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One array for all samples, in their order, from one for each of this process's."""
+    """Concatenation over all samples, in their order, of arrays for each of this process's."""
     return np.concatenate(gathered_in_order(parts))
 
 
 def _no_cost(fitting: Sequence[int], settings: SensitivitySettings) -> np.ndarray:
-    """Where costs (A, M, T) of a matrix are added up: zero at the types that fit its rows, NaN at the others."""
+    """Initial costs (A, M, T) of a matrix: zero at the types that fit its rows, NaN at the others."""
     cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
     cost[..., list(fitting)] = 0.0
     return cost
@@ -429,19 +429,19 @@ def _expert_columns(
 
 
 def _token_scale(group: Tensor, per_position: np.ndarray) -> Tensor:
-    """One over the scored positions of the kind of answer that each token serves: float64, shaped like `group`."""
+    """One over the scored positions of each token's answer type: float64, shaped like `group`."""
     return torch.from_numpy(per_position[:, 0]).to(group.device)[group // N_MODALITIES]
 
 
 def _chosen_importance(settings: SensitivitySettings, fisher: Imatrix) -> Importance:
-    """What candidates are packed with: the plain importance, or `fisher` for the tensors it has."""
+    """Importance that candidates are packed with: the plain one, or `fisher` for the tensors it has."""
     return settings.importance if settings.imatrix == "plain" else {**settings.importance, **importance_of(fisher)}
 
 
 def _head_cost(
     streamed: StreamedModel,
     head: SourceTensor,
-    traces: Sequence[_Trace],
+    samples: Sequence[_Sample],
     settings: SensitivitySettings,
     per_position: np.ndarray,
     result: SensitivityResult,
@@ -449,42 +449,42 @@ def _head_cost(
     """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model.
 
     Its importance goes to `result`. At its output, the squared gradient is on average the sum of p (1 - p) s^2, with s
-    the slope of what bends the logits; without such, s = 1.
+    the slope of the logit soft cap; without one, s = 1.
     """
     cost = _no_cost([], settings)
     weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
     if head.activation is not None:  # a tied embedding has no importance
         columns = ColumnSums.of(1, head.row_width)
         weights = []
-        for trace in traces:
-            if trace.head_input is None:
-                raise RuntimeError("the output head was not watched")
-            probabilities, slope = _predictions(streamed, linear(trace.head_input, weight).float())
+        for sample in samples:
+            if sample.head_input is None:
+                raise RuntimeError("the output head was not recorded")
+            probabilities, slope = _predictions(streamed, linear(sample.head_input, weight).float())
             squares = (probabilities * (1 - probabilities) * slope**2).sum(-1)
-            token_weight = squares.double() * per_position[trace.inputs.answer, 0]
-            columns.add(trace.head_input, token_weight)
-            weights.append(np.zeros(len(trace.inputs.input_ids), np.float32))
-            weights[-1][trace.inputs.scored.numpy()] = token_weight.cpu().numpy()
+            token_weight = squares.double() * per_position[sample.inputs.answer, 0]
+            columns.add(sample.head_input, token_weight)
+            weights.append(np.zeros(len(sample.inputs.input_ids), np.float32))
+            weights[-1][sample.inputs.scored.numpy()] = token_weight.cpu().numpy()
         result.imatrix[head.name] = columns.over_ranks().entry()
         result.token_weights[head.name] = _of_all_samples(weights)
     importance = _chosen_importance(settings, result.imatrix)
     for t, change in matrix_changes(head, settings, importance, result, streamed.device):
         cost[..., t] = 0.0
-        for trace in traces:
-            if trace.head_input is None:
-                raise RuntimeError("the output head was not watched")
-            probabilities, slope = _predictions(streamed, linear(trace.head_input, weight).float())
-            moved = linear(trace.head_input.float(), change) * slope
+        for sample in samples:
+            if sample.head_input is None:
+                raise RuntimeError("the output head was not recorded")
+            probabilities, slope = _predictions(streamed, linear(sample.head_input, weight).float())
+            moved = linear(sample.head_input.float(), change) * slope
             mean = (probabilities * moved).sum(-1, keepdim=True)
             variance = (probabilities * (moved - mean).square()).sum(-1)
-            scored = trace.inputs.scored.to(streamed.device)
-            group = group_of(trace.inputs.answer, trace.layers[-1].modality[scored])
+            scored = sample.inputs.scored.to(streamed.device)
+            group = group_of(sample.inputs.answer, sample.layers[-1].modality[scored])
             cost[..., t] += group_sums(variance / 2, group)
     return _over_ranks(cost)
 
 
 def _predictions(streamed: StreamedModel, head_output: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Probabilities, and the slope of the logits in what the head gives."""
+    """Probabilities, and the derivative of the logits by the head's outputs."""
     logits, cap = streamed.logits_of(head_output), streamed.logit_cap
     return logits.softmax(-1), 1.0 if cap is None else 1 - (logits / cap).square()
 
@@ -492,7 +492,7 @@ def _predictions(streamed: StreamedModel, head_output: Tensor) -> tuple[Tensor, 
 def _embedding_cost(
     streamed: StreamedModel,
     embedding: SourceTensor,
-    traces: Sequence[_Trace],
+    samples: Sequence[_Sample],
     settings: SensitivitySettings,
     result: SensitivityResult,
 ) -> np.ndarray:
@@ -500,11 +500,11 @@ def _embedding_cost(
     cost = _no_cost([], settings)
     for t, change in matrix_changes(embedding, settings, settings.importance, result, streamed.device):
         cost[..., t] = 0.0
-        for trace in traces:
-            is_text = ~trace.inputs.is_vision  # placeholders' embeddings are replaced by the image's
-            gradients = torch.stack(trace.gradients)[:, 0, is_text].to(streamed.device).float()
-            moved = change[trace.inputs.input_ids[is_text].to(streamed.device)]
+        for sample in samples:
+            is_text = ~sample.inputs.is_vision  # placeholders' embeddings are replaced by the image's
+            gradients = torch.stack(sample.gradients)[:, 0, is_text].to(streamed.device).float()
+            moved = change[sample.inputs.input_ids[is_text].to(streamed.device)]
             products = (gradients * moved).sum(-1) * streamed.embedding_scale
-            group = group_of(trace.inputs.answer, torch.full((products.shape[1],), TEXT, device=streamed.device))
+            group = group_of(sample.inputs.answer, torch.full((products.shape[1],), TEXT, device=streamed.device))
             cost[..., t] += _half_square_of_sums(products, group)
     return _over_ranks(cost)

@@ -1,4 +1,4 @@
-"""The Fisher importance matrix: the columns of a matrix weighed by what errors in them do to predictions.
+"""The Fisher importance matrix: columns weighed by the KL divergence that errors in them cause.
 
 For small changes KL ~ 1/2 E[(g . d)^2], with g(t) the gradient at a matrix's output for token t and d(t) the change of
 that output (see `fisher`). An error in column i of row r changes output r by the error times x(t, i); errors of one
@@ -29,7 +29,7 @@ PRIOR_TOKENS = 32.0
 
 @dataclass(frozen=True, slots=True)
 class ColumnSums:
-    """Weighted sums over the tokens that E matrices in the same place of the model have read.
+    """Weighted sums over the input tokens of E matrices of one layer and projection.
 
     Attributes:
         squares: float64 (E, n) sum of weight times squared input.
@@ -62,7 +62,7 @@ class ColumnSums:
         return ColumnSums(**sum_over_ranks({one.name: getattr(self, one.name) for one in fields(self)}))
 
     def entry(self, prior_tokens: float = PRIOR_TOKENS) -> tuple[np.ndarray, np.ndarray]:
-        """In_sum2 float32 (E, n) and whole counts float32 (E,), as in `Imatrix`; every matrix's importance has mean 1.
+        """Entry of an `Imatrix`: in_sum2 (E, n) and whole counts (E,), float32; every matrix's importance has mean 1.
 
         Packing asks only how columns compare within a matrix, and mean 1 keeps ggml's float32 search far from
         underflow, which squared gradients would not.
@@ -82,7 +82,7 @@ def squared_norms(gradients: Tensor) -> Tensor:
 
 
 def _mean_one(rows: np.ndarray) -> np.ndarray:
-    """Rows divided by their means; one without any weight counts all columns alike."""
+    """Rows scaled to mean 1; one without any weight counts all columns alike."""
     mean = rows.mean(axis=-1, keepdims=True)
     scaled: np.ndarray = np.where(mean > 0, rows / np.where(mean > 0, mean, 1), 1.0)
     return scaled

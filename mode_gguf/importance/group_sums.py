@@ -1,4 +1,4 @@
-"""Sums kept apart by what is answered and by the token's modality."""
+"""Sums per answer type and token modality."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ N_ANSWERS, N_MODALITIES = len(ANSWERS), len(MODALITIES)
 
 
 def group_of(answer: int, modality: Tensor) -> Tensor:
-    """Group of every token of a sample, int64: answer * M + modality."""
+    """Group index of every token of a sample, int64: answer * M + modality."""
     return answer * N_MODALITIES + modality
 
 

@@ -1,4 +1,4 @@
-"""The importance matrix: what packing weighs the columns of a matrix with, balanced between modalities."""
+"""The importance matrix: column weights for packing, balanced between modalities."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -10,14 +10,14 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.errors import InputError, UsageError
 
 Imatrix: TypeAlias = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Per tensor name in_sum2 (E, n) and whole counts (E,), both float32; E = 1 for anything but experts."""
+"""Importance matrix: in_sum2 (E, n) and whole counts (E,), both float32, by tensor name; E = 1 but for experts."""
 
 Importance: TypeAlias = Mapping[str, np.ndarray]
-"""Per tensor name in_sum2 / counts, float32 (E, n): what packing takes, and what reading the file back gives."""
+"""Importance: per tensor name in_sum2 / counts, float32 (E, n), for packing; also the form read from a file."""
 
 DEFAULT_MODALITY_WEIGHTS = (1.0, 1.0, 0.1)
-"""Text and key vision tokens count alike, whatever their numbers. Redundant vision tokens, four out of five and hardly
-looked at, count a tenth: enough to order the columns of an expert that only they reach."""
+"""Weights of text, key and redundant vision tokens. Text and key ones count alike, whatever their numbers; redundant
+ones, four out of five, count a tenth: enough to order the columns of an expert that only they reach."""
 
 
 def balanced_imatrix(
@@ -69,7 +69,7 @@ def importance_of(imatrix: Imatrix) -> dict[str, np.ndarray]:
 def _balance(
     sum2: np.ndarray, count: np.ndarray, weights: np.ndarray, activation: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(M, E, n) and (M, E) to (E, n) and (E,)."""
+    """Balanced sums and counts: (M, E, n) and (M, E) to (E, n) and (E,)."""
     tokens = count.sum(axis=1)
     weights = np.where(tokens > 0, weights, 0.0)
     if not weights.any():

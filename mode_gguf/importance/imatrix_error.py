@@ -36,20 +36,20 @@ def imatrix_error(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> SensitivityTable:
-    """The relative error of every tensor's output at every candidate type.
+    """Sensitivity table of the relative error of every tensor's output at every candidate type.
 
     Args:
         importance: float32 (E, n) by tensor name, what candidates are packed with.
         counts: tokens of every expert (E,), by layer; an expert without any counts as one token.
-        request: candidates and how the file will be packed; its method is not looked at.
+        request: candidates and how the file will be packed; its method is ignored.
         threads: that pack; None for all cores.
     """
     arrays: dict[str, np.ndarray] = {}
-    weighed = [tensor for tensor in tensors if tensor.role in (Role.EXPERT, Role.DENSE, Role.EMBEDDING, Role.OUTPUT)]
+    measured = [tensor for tensor in tensors if tensor.role in (Role.EXPERT, Role.DENSE, Role.EMBEDDING, Role.OUTPUT)]
     parts: dict[int, list[np.ndarray]] = {}
     part_errors: dict[int, list[np.ndarray]] = {}
-    with progress.step("sensitivity", sum(tensor.n_experts for tensor in weighed), "matrices") as done:
-        for tensor in weighed:
+    with progress.step("sensitivity", sum(tensor.n_experts for tensor in measured), "matrices") as done:
+        for tensor in measured:
             is_expert = tensor.role is Role.EXPERT
             types = request.expert_types if is_expert else request.dense_types
             columns = importance.get(tensor.name)
@@ -57,21 +57,21 @@ def imatrix_error(
             for row in _errors(tensor, types, columns, request.packing, threads or os.cpu_count() or 1):
                 rows.append(row)
                 done(1)
-            found = np.array(rows)  # (E, 2 T + 2): errors and energy with importance, then without
+            sums = np.array(rows)  # (E, 2 T + 2): errors and energy with importance, then without
             n_types = len(types)
-            error, energy = found[:, :n_types], found[:, n_types]
-            plain, square = found[:, n_types + 1 : -1], found[:, -1]
+            error, energy = sums[:, :n_types], sums[:, n_types]
+            plain, square = sums[:, n_types + 1 : -1], sums[:, -1]
             tokens = np.maximum(counts[tensor.layer or 0], 1.0) if is_expert else np.ones(1)
             share = tokens[:, None] * error / max(float(tokens @ energy), np.finfo(np.float64).tiny)
-            arrays[f"{tensor.name}.unit"] = _as_text(share.sum(axis=0))
+            arrays[f"{tensor.name}.unit"] = _text_only(share.sum(axis=0))
             relative = plain / np.maximum(square, np.finfo(np.float64).tiny)[:, None]
             arrays[f"{tensor.name}.weight_error"] = relative
             if is_expert:
-                arrays[f"{tensor.name}.expert"] = _as_text(share)
+                arrays[f"{tensor.name}.expert"] = _text_only(share)
                 parts.setdefault(tensor.layer or 0, []).append(share)
                 part_errors.setdefault(tensor.layer or 0, []).append(relative)
     for layer, shares in parts.items():
-        arrays[f"blk.{layer}.ffn_exps.expert"] = _as_text(np.sum(shares, axis=0))
+        arrays[f"blk.{layer}.ffn_exps.expert"] = _text_only(np.sum(shares, axis=0))
         arrays[f"blk.{layer}.ffn_exps.weight_error"] = np.sum(part_errors[layer], axis=0)
     return SensitivityTable(
         model=model,
@@ -96,7 +96,7 @@ def _errors(
     packing: Packing,
     threads: int,
 ) -> Iterator[np.ndarray]:
-    """Per matrix: errors by type and energy, weighed by importance; the same without."""
+    """Errors by type and energy of each matrix, weighed by importance; then the same without."""
     fitting = [is_storable(tensor, quant_type) for quant_type in types]
 
     def measure(index: int) -> np.ndarray:
@@ -120,8 +120,8 @@ def _squares(matrix: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     return float(by_column @ weights), float(by_column.sum())
 
 
-def _as_text(values: np.ndarray) -> np.ndarray:
-    """(..., T) as (A = 1, M, ..., T) with nothing under the other modalities."""
+def _text_only(values: np.ndarray) -> np.ndarray:
+    """Values (..., T) as (A = 1, M, ..., T), under text alone; zero under the other modalities."""
     spread = np.where(np.isnan(values), np.nan, np.zeros((1, len(MODALITIES), *values.shape)))
     spread[0, TEXT] = values
     return spread

@@ -1,4 +1,4 @@
-"""Which importance matrix packs; free of torch, so that a conversion can be refused before anything is computed."""
+"""Choice of the importance matrix for packing; free of torch, so that a conversion can be refused at once."""
 
 from mode_gguf.errors import UsageError
 from mode_gguf.vocabulary import IMATRIX_KINDS, ImatrixKind

@@ -4,12 +4,12 @@
 a modality and over features, without routing weights. A whole expert tensor's value is the sum over experts;
 frequency comes in with the costs (MODE step 3).
 
-`block-mse` looks at what the experts do to the output of their MoE block: errors are multiplied by the routing weight
+`block-mse` is the error of the MoE block's output: errors are multiplied by the routing weight
 before they are squared, summed over the tokens routed to an expert, and divided by all tokens of the modality in the
 layer, so that frequency and routing weight are inside the sum (nothing is counted twice). For a whole expert tensor the
 weighed errors of a token's experts are added before they are squared.
 
-Any other matrix's value is the mean squared error of its output. Neither tells answers apart (A = 1).
+Any other matrix's value is the mean squared error of its output. Neither tells answer types apart (A = 1).
 
 Several processes each take their share of the samples; sums and tokens are added before one is divided by the other.
 """
@@ -27,7 +27,7 @@ from mode_gguf.forward.distributed import gathered, sum_over_ranks
 from mode_gguf.forward.hooks import SampleTrace
 from mode_gguf.forward.inputs import ModelInputs
 from mode_gguf.forward.modality import TEXT
-from mode_gguf.forward.recorded import LayerConsumer, run_recorded
+from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.importance.group_sums import N_MODALITIES, group_sums
 from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
@@ -39,7 +39,7 @@ from mode_gguf.quantization.fallback_types import stored_as
 
 @dataclass(slots=True)
 class _LayerInputs:
-    """One layer's inputs on the samples so far; modality is the group, as if every answer were one kind."""
+    """One layer's inputs on the samples so far; modality is the group, as there is one answer type."""
 
     modality: list[Tensor] = field(default_factory=list)
     linears: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -66,7 +66,7 @@ def expert_mse(
 def block_mse(
     streamed: StreamedModel, inputs: Sequence[ModelInputs], settings: SensitivitySettings, progress: Progress = silent
 ) -> SensitivityResult:
-    """As `expert_mse`, but for experts the share of their MoE block's mean squared error."""
+    """Mean squared error like `expert_mse`, but for experts their share of the MoE block's error."""
     return _output_error(streamed, inputs, settings, progress, of_block=True)
 
 
@@ -80,29 +80,29 @@ def _output_error(
 ) -> SensitivityResult:
     result = SensitivityResult({}, (sum(gathered(sum(len(one.input_ids) for one in inputs))),), {})
     last = len(streamed.layers) - 1
-    seen = _LayerInputs()
+    layer_inputs = _LayerInputs()
 
-    def leave(passed: SampleTrace, layer: int) -> None:
-        seen.modality.append(passed.modality)
-        for name, call in passed.linears.items():
-            seen.linears.setdefault(name, []).append(call.input)
-        if passed.experts is not None:
-            seen.experts.append((passed.experts.input, passed.experts.index, passed.experts.weight))
+    def leave(trace: SampleTrace, layer: int) -> None:
+        layer_inputs.modality.append(trace.modality)
+        for name, call in trace.linears.items():
+            layer_inputs.linears.setdefault(name, []).append(call.input)
+        if trace.experts is not None:
+            layer_inputs.experts.append((trace.experts.input, trace.experts.index, trace.experts.weight))
 
     def finish(layer: int) -> None:
-        nonlocal seen
-        modality = torch.cat(seen.modality)
+        nonlocal layer_inputs
+        modality = torch.cat(layer_inputs.modality)
         dense = [tensor for tensor in streamed.layer_tensors(layer, Role.DENSE) if tensor.activation]
         if layer == last:
             dense += [tensor for tensor in streamed.tensors if tensor.role is Role.OUTPUT and tensor.activation]
         for tensor in dense:
-            x = torch.cat(seen.linears[str(tensor.activation)])
+            x = torch.cat(layer_inputs.linears[str(tensor.activation)])
             result.arrays[f"{tensor.name}.unit"] = _matrix_error(streamed, tensor, x, modality, settings, result)
-        if seen.experts:
-            x, index, weight = (torch.cat(parts) for parts in zip(*seen.experts, strict=True))
+        if layer_inputs.experts:
+            x, index, weight = (torch.cat(parts) for parts in zip(*layer_inputs.experts, strict=True))
             routed = _Routed(x, index, weight, modality)
             _measure_experts(streamed, layer, routed, settings, result, of_block=of_block)
-        seen = _LayerInputs()
+        layer_inputs = _LayerInputs()
 
     run_recorded(
         streamed,
@@ -193,16 +193,16 @@ def _measure_experts(
             weight_error[change.part][change.expert, t] = change.weight_error
         for part, total in block.items():
             unit[part][0, :, t] = _sums(total.square().mean(-1), routed.modality)
-    seen = sum_over_ranks({"": counts})[""]
+    routed_counts = sum_over_ranks({"": counts})[""]
     for part in parts_of(projections):
         mean = _means(error[part], tokens[:, None] if of_block else counts)
-        filled = fill_unrouted(mean, seen, weight_error[part], summed=of_block)
+        filled = fill_unrouted(mean, routed_counts, weight_error[part], summed=of_block)
         name = projections[part].name if part in projections else f"blk.{layer}.ffn_exps"
         result.arrays[f"{name}.expert"] = filled
         result.arrays[f"{name}.weight_error"] = weight_error[part]
         if part in projections:
             result.arrays[f"{name}.unit"] = _means(unit[part], tokens) if of_block else filled.sum(axis=2)
-    result.estimated.update(unrouted_experts(layer, seen, answers=("any",)))
+    result.estimated.update(unrouted_experts(layer, routed_counts, answers=("any",)))
 
 
 def _counts(modality: Tensor) -> np.ndarray:
@@ -216,7 +216,7 @@ def _sums(values: Tensor, modality: Tensor) -> np.ndarray:
 
 
 def _means(sums: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """What all processes' `sums` (..., T) are per token, zero where there are none; `tokens` is of shape (...)."""
+    """Means per token of all processes' `sums` (..., T), zero where there are none; `tokens` is of shape (...)."""
     total = sum_over_ranks({"sums": sums, "tokens": tokens})
     means: np.ndarray = total["sums"] / np.maximum(total["tokens"], 1)[..., None]
     return means

@@ -30,24 +30,24 @@ from mode_gguf.forward.modality import TEXT, KeyTokens
 from mode_gguf.forward.streaming import FINAL_NORM, StreamedModel
 from mode_gguf.importance.group_sums import N_ANSWERS
 from mode_gguf.importance.imatrix import Importance
-from mode_gguf.importance.quantized_layer import QuantizedLayer, Row
+from mode_gguf.importance.quantized_layer import QuantizedLayer, VariantRow
 from mode_gguf.importance.variants import TypeChanges, TypesByTensor, Variant, check_types, type_changes
 from mode_gguf.options import ComputeOptions, Packing
 from mode_gguf.progress import Progress, silent
 
 TOKENS_PER_CALL = 1 << 13
-"""Rows times tokens that run through a layer at once."""
+"""Maximum of rows times tokens that run through a layer at once."""
 
 LOGITS_PER_CALL = 1 << 24
-"""Positions times vocabulary that are compared at once: 64 MiB of float32."""
+"""Maximum of positions times vocabulary compared at once: 64 MiB of float32."""
 
 _BASE = -1
-"""The base's number where variants have theirs."""
+"""Index of the base among the variants' indices."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedKl:
-    """Mean KL(full precision || quantized) in nats per scored position, by kind of answer; 0 for one without samples.
+    """Mean KL(full precision || quantized) in nats per scored position, by answer type; 0 for one without samples.
 
     Attributes:
         base: float64 (A,).
@@ -62,7 +62,7 @@ class QuantizedKl:
 
 @dataclass(frozen=True, slots=True)
 class KlSettings:
-    """How a measurement is made.
+    """Settings of a KL measurement.
 
     Attributes:
         importance: what weights are packed with; a tensor without is packed plainly. packing: how.
@@ -78,14 +78,14 @@ class KlSettings:
 
 @dataclass(slots=True)
 class _Sample:
-    """One sample on its full-precision way, and who runs beside it.
+    """One sample: its full-precision forward, and the quantized models that run beside it.
 
     `calls` are of the layer that is loaded and of the next one: inputs (1, S, H) and options. `members` are the base
     and the variants whose hidden states differ from the full-precision ones; the store has them in this order.
     """
 
     inputs: ModelInputs
-    passed: SampleTrace
+    trace: SampleTrace
     calls: list[tuple[Tensor, Mapping[str, Any]]] = field(default_factory=list)
     output: Tensor = field(default_factory=lambda: torch.empty(0))
     members: list[int] = field(default_factory=list)
@@ -135,18 +135,18 @@ class _Measurement:
 
     def run(self, description: str, progress: Progress) -> QuantizedKl:
         streamed, samples = self.streamed, self.samples
-        watch = LayerRecorder(self.settings.key_tokens, keep_hidden=False)
+        recorder = LayerRecorder(self.settings.key_tokens, keep_hidden=False)
         running: list[_Sample] = []
 
         def enter(number: int) -> None:
             running[:] = [samples[number]]
-            watch.current = samples[number].passed
+            recorder.current = samples[number].trace
 
         def leave(number: int, layer: int) -> None:
-            samples[number].passed.forget()
+            samples[number].trace.forget()
 
         def free(index: int) -> None:
-            watch.current = None
+            recorder.current = None
             if index == 0:
                 self._enter_layers()
             self._run_layer(index)
@@ -158,7 +158,7 @@ class _Measurement:
         def keep_output(module: nn.Module, arguments: object, output: Tensor) -> None:
             running[0].output = output
 
-        with recording(streamed.model, {}, watch):
+        with recording(streamed.model, {}, recorder):
             # Within `run_layerwise`, a layer's hooks run in the order of their registration: keep the call first.
             hooks = [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in streamed.layers]
             hooks += [layer.register_forward_hook(keep_output) for layer in streamed.layers]
@@ -182,7 +182,7 @@ class _Measurement:
         )
 
     def _enter_layers(self) -> None:
-        """Let those in whose token embedding differs."""
+        """Start the base and the variants whose token embedding differs."""
         changes = self._changes([self.embedding])
         name, in_base = self.embedding.name, changes.base.get((self.embedding.name, 0))
         scale = self.streamed.embedding_scale
@@ -204,25 +204,27 @@ class _Measurement:
                 self.store.put(number, torch.stack(rows))
 
     def _run_layer(self, index: int) -> None:
-        """Base and variants through the loaded layer, after all full-precision forwards."""
+        """Run base and variants through the loaded layer, after all full-precision forwards."""
         streamed = self.streamed
         changes = self._changes([t for t in streamed.tensors if t.layer == index and t.is_measured])
         layer = QuantizedLayer(streamed, index, changes)
-        touched = [changes.touch(variant) for variant in self.variants]
+        affected = [changes.affects(variant) for variant in self.variants]
         for number, sample in enumerate(self.samples):
             hidden, options = sample.calls.pop(0)
-            masks = [_mask(variant, sample.passed.modality) for variant in self.variants]
-            effective = [there and bool(mask.any()) for there, mask in zip(touched, masks, strict=True)]
+            masks = [_mask(variant, sample.trace.modality) for variant in self.variants]
+            effective = [there and bool(mask.any()) for there, mask in zip(affected, masks, strict=True)]
             states = self._join(number, hidden, bool(changes.base), effective)
             if not sample.members:
                 continue
-            following = sample.calls[0][0] - sample.output if sample.calls else 0.0
-            rows = [Row(self.variants[v], masks[v]) if v != _BASE and effective[v] else None for v in sample.members]
+            between_layers = sample.calls[0][0] - sample.output if sample.calls else 0.0
+            rows = [
+                VariantRow(self.variants[v], masks[v]) if v != _BASE and effective[v] else None for v in sample.members
+            ]
             step = max(1, TOKENS_PER_CALL // hidden.shape[1])
             outputs = torch.empty_like(states)
             for start in range(0, len(rows), step):
                 part = states[start : start + step].to(streamed.device)
-                outputs[start : start + step] = layer(part, options, rows[start : start + step]) + following
+                outputs[start : start + step] = layer(part, options, rows[start : start + step]) + between_layers
             self.store.put(number, outputs)
 
     def _join(self, number: int, hidden: Tensor, base_differs: bool, effective: Sequence[bool]) -> Tensor:
@@ -241,7 +243,7 @@ class _Measurement:
         return states
 
     def _divergences(self) -> QuantizedKl:
-        """Through the final norm and the output head, and compared at the scored positions."""
+        """KL divergences at the scored positions, after the final norm and the output head."""
         changes = self._changes([self.head])
         weight = self.streamed.model.get_output_embeddings().weight.float()  # type: ignore[operator]
         base, variants = np.zeros(N_ANSWERS), np.zeros((len(self.variants), N_ANSWERS))
@@ -276,7 +278,7 @@ class _Measurement:
         for v, variant in enumerate(self.variants):
             change, mask = (
                 changes.of(variant, self.head.name),
-                _mask(variant, sample.passed.modality[scored.to(device)]),
+                _mask(variant, sample.trace.modality[scored.to(device)]),
             )
             differs = v in head_inputs or (change is not None and bool(mask.any()))
             of_variants.append(divergence(v, change, mask) if differs else of_base)
@@ -289,7 +291,7 @@ def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:
 
 
 def _mask(variant: Variant, modality: Tensor) -> Tensor:
-    """(S,) bool: tokens that pass through what differs."""
+    """Mask of the tokens that pass through the variant's weights, bool (S,)."""
     return torch.ones_like(modality, dtype=torch.bool) if variant.modality is None else modality == variant.modality
 
 
@@ -304,7 +306,7 @@ def _divergence(
 ) -> float:
     """Summed KL of the predictions from head inputs `full` (n, H) to those from `x` (n, H).
 
-    `change` is added to the base's head for positions in `mask`; `logits_of` makes logits of what a head gives.
+    `change` is added to the base's head for positions in `mask`; `logits_of` makes logits of a head's outputs.
     """
     total = 0.0
     step = max(1, LOGITS_PER_CALL // len(full_weight))
@@ -319,7 +321,7 @@ def _divergence(
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum over positions of KL(p || q), from log-probabilities (n, vocabulary).
+    """Summed KL(p || q) over positions, from log-probabilities (n, vocabulary).
 
     As sum of p (e^d - 1 - d), d = log q - log p, which adds sum of q - p = 0: no term is negative, so that a KL far
     below float32's resolution of the logarithms still comes out right.

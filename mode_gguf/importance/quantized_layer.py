@@ -1,4 +1,4 @@
-"""One decoder layer run with other weights: the base's in its place, and each variant's added where it differs."""
+"""A decoder layer run with quantized weights: the base's, and each variant's change added where it differs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +16,11 @@ from mode_gguf.importance.variants import TypeChanges, Variant
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One of the models that run through a layer side by side, whose weights differ from the base's in it.
+class VariantRow:
+    """A batch row of a variant whose weights differ from the base's in this layer.
 
     Attributes:
-        variant: what it is.
+        variant: the model of this row.
         mask: (S,) bool, tokens that pass through the weights that differ.
     """
 
@@ -39,7 +39,7 @@ class QuantizedLayer:
         """Put the base's weights in place; they go when the layer is freed."""
         self._layer = streamed.layers[index]
         self._changes = changes
-        linears = streamed.watched_linears()
+        linears = streamed.recorded_linears()
         self._linears: dict[str, Any] = {
             tensor.name: linears[str(tensor.activation)] for tensor in streamed.layer_tensors(index, Role.DENSE)
         }
@@ -49,7 +49,7 @@ class QuantizedLayer:
             weight = self._linears[name].weight if name in self._linears else self._expert_weights(expert)[name]
             weight += change
 
-    def __call__(self, hidden: Tensor, options: Mapping[str, Any], rows: Sequence[Row | None]) -> Tensor:
+    def __call__(self, hidden: Tensor, options: Mapping[str, Any], rows: Sequence[VariantRow | None]) -> Tensor:
         """Outputs (R, S, H) of inputs (R, S, H), one row per model, None for one as the base.
 
         Args:
@@ -61,7 +61,7 @@ class QuantizedLayer:
         return output
 
     @contextmanager
-    def _differing(self, rows: Sequence[Row | None]) -> Iterator[None]:
+    def _differing(self, rows: Sequence[VariantRow | None]) -> Iterator[None]:
         differing = [(number, row.variant, row.mask) for number, row in enumerate(rows) if row is not None]
 
         def add_to_linear(name: str) -> Any:
@@ -93,7 +93,7 @@ class QuantizedLayer:
     def _add_experts(
         self, variant: Variant, mask: Tensor, x: Tensor, index: Tensor, weight: Tensor, result: Tensor
     ) -> None:
-        """Add to `result` (S, H) what the variant's experts give more than the base's."""
+        """Add to `result` (S, H) the variant's experts' outputs less the base's."""
         for expert in range(self._experts.num_experts):
             differing = {
                 projection: change

@@ -1,4 +1,4 @@
-"""The sensitivity stage: a checkpoint, samples and an importance matrix in; the damage of every candidate type out."""
+"""The sensitivity stage: from checkpoint, samples and importance matrix to the cost of every candidate type."""
 
 import logging
 import time
@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What was measured.
+    """Result of the sensitivity stage.
 
     Attributes:
-        table: the damage of every candidate.
+        table: the cost of every candidate.
         imatrix: the Fisher importance matrix; empty where the method has no gradients.
-        token_weights: what the importance matrix weighed tokens by; None where the method has no gradients.
+        token_weights: the importance matrix's weights of tokens; None where the method has no gradients.
     """
 
     table: SensitivityTable
@@ -55,7 +55,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure every expert tensor and expert, and every other matrix, at their candidate types.
 
-    Called by several processes together, each runs its share of the samples; all return what all samples say.
+    Called by several processes together, each runs its share of the samples; all return the values of all samples.
 
     Args:
         importance: the plain one; a tensor without is packed plainly.
@@ -109,7 +109,7 @@ def measure_sensitivity(
         estimated=measurement.estimated,
         imatrix=request.imatrix,
         packing=request.packing,
-        stand_ins=_fallback_types(streamed.tensors, request),
+        fallback_types=_fallback_types(streamed.tensors, request),
     )
     seconds = time.monotonic() - started
     log.info(
@@ -126,7 +126,7 @@ def measure_sensitivity(
 
 
 def _fallback_types(tensors: Sequence[SourceTensor], request: SensitivityRequest) -> dict[str, tuple[str, ...]]:
-    """What stands in for candidates where rows fit none, by tensor."""
+    """Fallback types of candidates that a tensor's rows do not fit, by tensor."""
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     others = [tensor for tensor in tensors if tensor.role not in (Role.EXPERT, Role.KEEP)]
     return fallback_types_of(experts, request.expert_types) | fallback_types_of(others, request.dense_types)

@@ -16,7 +16,7 @@ from mode_gguf.vocabulary import ImatrixKind, Method
 
 @dataclass(frozen=True, slots=True)
 class SensitivityRequest:
-    """What is asked of the sensitivity stage.
+    """Request of the sensitivity stage.
 
     Attributes:
         expert_types: candidates of expert tensors; dense_types: of all other matrices.
@@ -37,7 +37,7 @@ class SensitivityRequest:
 
 @dataclass(frozen=True, slots=True)
 class SensitivitySettings:
-    """What both ways of measuring are told.
+    """Settings of a sensitivity measurement.
 
     Attributes:
         expert_types: candidates of expert tensors; dense_types: of all other matrices.
@@ -63,9 +63,9 @@ class SensitivitySettings:
 
 @dataclass(frozen=True, slots=True)
 class SensitivityResult:
-    """Arrays, scored positions per kind of answer, and experts whose values are estimates; see `SensitivityTable`.
+    """Result of a measurement: arrays, scored positions per answer type, and estimated experts; see `SensitivityTable`.
 
-    `imatrix` is the Fisher importance of all tensors that have an activation, `token_weights` what it weighed tokens by
+    `imatrix` is the Fisher importance of all tensors that have an activation, `token_weights` its weights of tokens
     (see `TokenWeights`); both are empty for a method without gradients.
     """
 

@@ -1,4 +1,4 @@
-"""What sensitivity measurement found: the damage of every candidate type to every tensor and expert."""
+"""The sensitivity table: the cost of every candidate type of every tensor and expert."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,12 +14,12 @@ from mode_gguf.quantization.packing import EXACT
 from mode_gguf.vocabulary import ImatrixKind, Method
 
 METHODS: tuple[Method, ...] = ("fisher", "expert-mse", "block-mse")
-"""Those that run the model."""
+"""Sensitivity methods that run the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class SensitivityTable:
-    """Arrays named and shaped as docs/design/artefacts.md says; NaN where a tensor cannot be stored in a type.
+    """Sensitivities, named and shaped as docs/design/artefacts.md says; NaN where a tensor cannot be stored in a type.
 
     Attributes:
         model: name of the model.
@@ -29,12 +29,12 @@ class SensitivityTable:
         expert_types: names along the last axis of expert tensors' arrays.
         dense_types: names along the last axis of all other arrays.
         arrays: `{tensor}.unit`, `{tensor}.expert`, `blk.L.ffn_exps.expert`, and the `.weight_error` of all three.
-        positions: scored positions per kind of answer.
+        positions: scored positions per answer type.
         draws: label draws per position; 0 where nothing is drawn.
         seed: of the draws.
         estimated: experts per (layer, answer, modality) that no token reached, whose values are estimates.
         imatrix: which importance matrix candidates were packed with; packing: how.
-        stand_ins: of tensors whose rows do not fit all types, names of what was measured in their place, in order.
+        fallback_types: of tensors whose rows do not fit all types, names of the types measured instead, in order.
     """
 
     model: str
@@ -49,15 +49,15 @@ class SensitivityTable:
     estimated: Mapping[str, Sequence[int]]
     imatrix: ImatrixKind = "plain"
     packing: Packing = EXACT
-    stand_ins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    fallback_types: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def n_units(self) -> int:
-        """Matrices, experts' ones each for itself, times the types that each was measured in."""
+        """Number of matrices, each expert's for itself, times the types that each was measured in."""
         units = 0
         for name, array in self.arrays.items():
             if name.endswith(".weight.weight_error"):
-                stored = self.stand_ins.get(name.removesuffix(".weight_error"), range(array.shape[1]))
+                stored = self.fallback_types.get(name.removesuffix(".weight_error"), range(array.shape[1]))
                 distinct = [t for t, one in enumerate(stored) if one not in list(stored)[:t]]
                 units += int(np.isfinite(array[:, distinct]).sum())
         return units
@@ -78,7 +78,7 @@ class SensitivityTable:
             "estimated": self.estimated,
             "imatrix": self.imatrix,
             "packing": asdict(self.packing),
-            "stand_ins": self.stand_ins,
+            "stand_ins": self.fallback_types,
             "answers": list(ANSWERS),
             "modalities": list(MODALITIES),
         }
@@ -86,7 +86,7 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: Path) -> "SensitivityTable":
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
             InputError: the file is missing, or is no sensitivity file of this version.
@@ -105,5 +105,5 @@ class SensitivityTable:
             estimated={key: tuple(value) for key, value in metadata["estimated"].items()},
             imatrix=metadata.get("imatrix", "plain"),  # the only one there was before the choice
             packing=Packing(**metadata["packing"]) if "packing" in metadata else EXACT,
-            stand_ins={key: tuple(value) for key, value in metadata.get("stand_ins", {}).items()},
+            fallback_types={key: tuple(value) for key, value in metadata.get("stand_ins", {}).items()},
         )

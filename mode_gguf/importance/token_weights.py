@@ -1,4 +1,4 @@
-"""What an error at a matrix's output does to predictions, token by token.
+"""Token weights: the effect of an error at a matrix's output on predictions, per token.
 
 The squared norm of the gradient at the output (see `fisher_imatrix`), which weighs the second moments that rounding
 with feedback needs. One number per token and matrix is little; the moments themselves are too large to be kept.
@@ -46,7 +46,7 @@ class TokenWeights:
 
     @classmethod
     def load(cls, path: Path) -> "TokenWeights":
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
             InputError: the file is missing, or is no such file of this version.
@@ -55,7 +55,7 @@ class TokenWeights:
         return cls(metadata["fingerprint"], metadata["tokens"], arrays)
 
     def check_samples(self, inputs: Sequence[ModelInputs], path: Path) -> None:
-        """Make sure that these are the samples that were weighed.
+        """Check that these are the samples that were weighed.
 
         Raises:
             InputError: they are not; `path` is where the weights were read from.
@@ -68,12 +68,12 @@ class TokenWeights:
 
 
 def experts_entry(layer: int) -> str:
-    """What the weights of a layer's routed experts are called."""
+    """Name of the weights of a layer's routed experts."""
     return f"blk.{layer}.ffn_exps"
 
 
 def tokens_digest(input_ids: Sequence[Tensor]) -> str:
-    """Changes with any token of the samples, each int64 (S,), and with their order."""
+    """Digest of the samples' tokens, each int64 (S,), and their order."""
     digest = hashlib.sha256()
     for ids in input_ids:
         digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())

@@ -1,8 +1,8 @@
-"""What every unit really does: the KL of each tensor in each candidate type, measured instead of predicted.
+"""Unit KL: the KL of each tensor in each candidate type, measured instead of predicted.
 
 A unit is a whole tensor: one projection of a layer's experts, a matrix, the embedding, the head. There are few of them,
 so that a suffix of the model can be run for each one, type and modality (`quantized_kl`). Single experts are too many;
-`unit_table.shared_out` gives them what they have in another table, scaled to what their tensor was measured to do.
+`unit_kl_table.split_over_experts` gives them their costs of another table, scaled to their tensor's measured KL.
 """
 
 import random
@@ -36,7 +36,7 @@ class KlModel:
     """A checkpoint opened for measuring, with the samples it is measured on; make one with `open_kl_model`.
 
     Attributes:
-        samples: digest of what the samples are.
+        samples: digest of the samples' inputs.
     """
 
     checkpoint: Checkpoint
@@ -66,18 +66,18 @@ def open_kl_model(
 
 
 def stratified(samples: Sequence[Sample], budget: int, seed: int = 0) -> list[Sample]:
-    """At most `budget` samples, half with an image and half without as far as there are; in their own order.
+    """Stratified draw of at most `budget` samples, half with an image as far as there are; in their own order.
 
     Raises:
         UsageError: a budget below one.
     """
     if budget < 1:
         raise UsageError(f"sample budget is {budget}: at least one is needed")
-    kinds = [[i for i, sample in enumerate(samples) if sample.has_image is image] for image in (False, True)]
-    of_text = min(len(kinds[0]), max(budget - budget // 2, budget - len(kinds[1])))
-    counts = (of_text, min(len(kinds[1]), budget - of_text))
-    drawn = [random.Random(seed).sample(kind, count) for kind, count in zip(kinds, counts, strict=True)]
-    return [samples[i] for i in sorted(index for kind in drawn for index in kind)]
+    strata = [[i for i, sample in enumerate(samples) if sample.has_image is image] for image in (False, True)]
+    of_text = min(len(strata[0]), max(budget - budget // 2, budget - len(strata[1])))
+    counts = (of_text, min(len(strata[1]), budget - of_text))
+    drawn = [random.Random(seed).sample(stratum, count) for stratum, count in zip(strata, counts, strict=True)]
+    return [samples[i] for i in sorted(index for stratum in drawn for index in stratum)]
 
 
 @denormals_flushed()
@@ -110,7 +110,7 @@ def measure_unit_kl(
         asdict(settings.key_tokens),
         SCHEMAS[KIND],
     )
-    arrays = _finished(partial, key)
+    arrays = _finished_arrays(partial, key)
     passes = _passes(streamed.tensors)
     for number, tensors in enumerate(passes):
         if all(f"{tensor.name}.unit" in arrays for tensor in tensors):
@@ -136,7 +136,7 @@ def measure_unit_kl(
     )
 
 
-def _finished(partial: Path | None, key: str) -> dict[str, np.ndarray]:
+def _finished_arrays(partial: Path | None, key: str) -> dict[str, np.ndarray]:
     """Arrays of an earlier run that was cut off, if it measured the same."""
     if partial is None or not partial.exists():
         return {}
@@ -145,7 +145,7 @@ def _finished(partial: Path | None, key: str) -> dict[str, np.ndarray]:
 
 
 def _passes(tensors: Sequence[SourceTensor]) -> list[list[SourceTensor]]:
-    """Units by layer, those outside the layers first: what is measured together, and kept together."""
+    """Units of each pass, by layer; those outside the layers first. A pass is measured and saved as a whole."""
     units = [tensor for tensor in tensors if tensor.is_measured]
     layers = sorted({-1 if tensor.layer is None else tensor.layer for tensor in units})
     return [[t for t in units if (-1 if t.layer is None else t.layer) == layer] for layer in layers]
@@ -160,7 +160,7 @@ def _measure(
     progress: Progress,
 ) -> dict[str, np.ndarray]:
     stored = {tensor.name: [stored_as(tensor, quant_type) for quant_type in types[tensor.name]] for tensor in tensors}
-    places = [
+    cells = [
         (tensor, m, quant_type)
         for tensor in tensors
         for quant_type in dict.fromkeys(stored[tensor.name])
@@ -169,7 +169,7 @@ def _measure(
     ]
     variants = [
         Variant(f"{tensor.name} in {quant_type.name}", {tensor.name: (quant_type,) * tensor.n_experts}, m)
-        for tensor, m, quant_type in places
+        for tensor, m, quant_type in cells
     ]
     measured = quantized_kl(
         model.streamed, model.inputs, variants, settings, description=description, progress=progress
@@ -177,7 +177,7 @@ def _measure(
     arrays = {
         f"{tensor.name}.unit": np.full((N_ANSWERS, N_MODALITIES, len(types[tensor.name])), np.nan) for tensor in tensors
     }
-    for (tensor, m, quant_type), found in zip(places, measured.variants, strict=True):
+    for (tensor, m, quant_type), found in zip(cells, measured.variants, strict=True):
         columns = [t for t, one in enumerate(stored[tensor.name]) if one == quant_type]
         arrays[f"{tensor.name}.unit"][:, m, columns] = found[:, None]
     return arrays

@@ -1,4 +1,4 @@
-"""The measured KL of every unit, as a file, and what it says about single experts."""
+"""The unit KL table: its file, its comparison with Fisher predictions, and its split over single experts."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,9 +24,9 @@ class UnitKl:
     Attributes:
         model: name of the model; fingerprint: of its checkpoint.
         expert_types: names along the last axis of expert tensors' arrays; dense_types: of all others.
-        arrays: `{tensor}.unit`, float64 (A, M, T): KL in nats per scored position of that answer kind when tokens of
+        arrays: `{tensor}.unit`, float64 (A, M, T): KL in nats per scored position of that answer type when tokens of
             that modality pass through the tensor in that type; NaN where it cannot be stored so.
-        positions: scored positions per kind of answer.
+        positions: scored positions per answer type.
         seed: of the choice of samples.
         imatrix: which importance matrix weights were packed with; packing: how.
     """
@@ -60,7 +60,7 @@ class UnitKl:
 
     @classmethod
     def load(cls, path: Path) -> "UnitKl":
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
             InputError: the file is missing, or holds something else.
@@ -80,12 +80,12 @@ class UnitKl:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class KlComparison:
     """Predicted and measured KL of some tensors, each in this type, added up over them and over modalities.
 
     Attributes:
         part: `blk.L experts`, `blk.L attention`, or the tensor's name.
-        predicted: nats per scored position by kind of answer; measured: likewise.
+        predicted: nats per scored position by answer type; measured: likewise.
     """
 
     part: str
@@ -94,8 +94,8 @@ class Comparison:
     measured: tuple[float, ...]
 
 
-def compared(measured: UnitKl, predicted: SensitivityTable) -> list[Comparison]:
-    """Fisher predictions beside what was measured: per layer and type that both have, experts and attention apart."""
+def compare_kl(measured: UnitKl, predicted: SensitivityTable) -> list[KlComparison]:
+    """Comparisons of predicted and measured KL: per layer and type that both have, experts and attention apart."""
     sums: dict[tuple[str, str], np.ndarray] = {}
     for name, values in measured.arrays.items():
         is_expert = "_exps." in name
@@ -105,22 +105,22 @@ def compared(measured: UnitKl, predicted: SensitivityTable) -> list[Comparison]:
         part = f"{_layer_of(tensor)} {'experts' if is_expert else 'attention'}" if tensor.startswith("blk.") else tensor
         for t, quant_type in enumerate(of_measured):
             if quant_type in of_predicted and name in predicted.arrays:
-                both = predicted.arrays[name][..., of_predicted.index(quant_type)], values[..., t]
+                costs = predicted.arrays[name][..., of_predicted.index(quant_type)], values[..., t]
                 total = sums.setdefault((part, quant_type), np.zeros((2, len(values))))
-                total += [array.sum(axis=-1) for array in both]
+                total += [array.sum(axis=-1) for array in costs]
     return [
-        Comparison(part, quant_type, tuple(total[0].tolist()), tuple(total[1].tolist()))
+        KlComparison(part, quant_type, tuple(total[0].tolist()), tuple(total[1].tolist()))
         for (part, quant_type), total in sums.items()
     ]
 
 
-def shared_out(measured: UnitKl, by: SensitivityTable) -> SensitivityTable:
-    """`by` with every unit as it was measured, and its experts scaled to add up to that.
+def split_over_experts(measured: UnitKl, by: SensitivityTable) -> SensitivityTable:
+    """Sensitivity table `by` with every unit as measured, and its experts scaled to add up to that.
 
     Per answer, modality and type, the experts of a tensor get its measured KL in the proportions they have in `by`,
-    equal ones where `by` has nothing but zeros. `blk.L.ffn_exps` (all projections of an expert) is scaled by what the
-    layer's projections together were measured to do, over what their experts have in `by`. A table without kinds of
-    answers (A = 1) lends its proportions to both.
+    equal ones where `by` has nothing but zeros. `blk.L.ffn_exps` (all projections of an expert) is scaled by the
+    summed measured KL of the layer's projections over their experts' sum in `by`. A table without answer types (A = 1)
+    lends its proportions to both.
 
     Args:
         by: experts' values must add up: a mean error must be multiplied by the experts' frequencies first.
@@ -128,10 +128,10 @@ def shared_out(measured: UnitKl, by: SensitivityTable) -> SensitivityTable:
     Raises:
         InputError: the tables are of different checkpoints, types, importance matrices or packings.
     """
-    for what in ("fingerprint", "expert_types", "dense_types", "imatrix", "packing"):
-        if getattr(measured, what) != getattr(by, what):
+    for field in ("fingerprint", "expert_types", "dense_types", "imatrix", "packing"):
+        if getattr(measured, field) != getattr(by, field):
             raise InputError(
-                f"unit-kl was measured with {what} {getattr(measured, what)}, sensitivity with {getattr(by, what)}; "
+                f"unit-kl was measured with {field} {getattr(measured, field)}, sensitivity with {getattr(by, field)}; "
                 "measure both on the same checkpoint with the same options"
             )
     arrays = dict(measured.arrays)
@@ -154,7 +154,7 @@ def _layer_of(tensor: str) -> str:
 
 
 def _scaled(per_expert: np.ndarray, target: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """(A or 1, M, E, T) times target (A, M, T) over total (A or 1, M, T); equal shares of target where total is 0."""
+    """Costs (A or 1, M, E, T) times target (A, M, T) / total (A or 1, M, T); equal shares where total is 0."""
     share = np.divide(
         per_expert,
         total[:, :, None, :],

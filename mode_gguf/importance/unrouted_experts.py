@@ -1,4 +1,4 @@
-"""A cost for experts that calibration never reached: small, never zero.
+"""Estimated costs of experts that no calibration token reached: small, never zero.
 
 An expert without tokens of a modality (or whose tokens no scored position depends on) is taken to serve one such
 token, at the layer's mean cost per routed token, scaled by how much worse or better than the layer's average its own
@@ -13,13 +13,13 @@ from mode_gguf.forward.modality import ANSWERS, MODALITIES
 
 
 def fill_unrouted(per_expert: np.ndarray, counts: np.ndarray, weight_error: np.ndarray, *, summed: bool) -> np.ndarray:
-    """`per_expert` with estimates where it is zero.
+    """Costs `per_expert` with estimates where they are zero.
 
     Args:
         per_expert: (A, M, E, T) measured values.
         counts: (A, M, E) routed tokens behind them; a row of zeros (a modality that cannot occur) stays zero.
         weight_error: (E, T) relative squared change of the expert's weights.
-        summed: whether values are sums over tokens (an unseen expert then counts for one) or means.
+        summed: whether values are sums over tokens (an unrouted expert then counts for one) or means.
 
     Returns:
         float64 (A, M, E, T).

@@ -1,4 +1,4 @@
-"""Models that differ from the checkpoint in the types of some matrices, and the weights they differ by."""
+"""Variants of a model, which differ in the types of some matrices, and their changes of weights."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Variant:
     """A model that differs from a base.
 
     Attributes:
-        name: what to call it in messages.
+        name: for messages.
         types: of the tensors that differ; tensors that are not named are as in the base.
         modality: only tokens of this modality pass through the weights that differ; None: all tokens do.
     """
@@ -38,7 +38,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class TypeChanges:
-    """What some tensors' weights become, float32 (rows, n_in) each.
+    """Changes of some tensors' weights, float32 (rows, n_in) each.
 
     Attributes:
         base: by tensor and expert, the base's weights less the full-precision ones.
@@ -49,7 +49,7 @@ class TypeChanges:
     base: Mapping[tuple[str, int], Tensor]
     variants: Mapping[tuple[str, int, str], Tensor]
 
-    def touch(self, variant: Variant) -> bool:
+    def affects(self, variant: Variant) -> bool:
         """Whether the variant's weights differ from the base's in one of these tensors."""
         return any(self.of(variant, name, expert) is not None for name, expert in _matrices(variant.types))
 
@@ -96,14 +96,15 @@ def type_changes(
 
 
 def check_types(tensors: Sequence[SourceTensor], base: TypesByTensor, variants: Sequence[Variant]) -> None:
-    """Raises UsageError where types are given for a tensor that is not there, or not one per expert."""
+    """Check that types are given for tensors of the model, one per expert; raises UsageError."""
     by_name = {tensor.name: tensor for tensor in tensors}
-    for what, types in [("the base", base), *((variant.name, variant.types) for variant in variants)]:
+    for model, types in [("the base", base), *((variant.name, variant.types) for variant in variants)]:
         for name, given in types.items():
             if name not in by_name:
-                raise UsageError(f"{what}: types are given for {name}, which this model does not have")
-            if len(given) != by_name[name].n_experts:
-                raise UsageError(f"{what}: {len(given)} types are given for {name}, {by_name[name].n_experts} expected")
+                raise UsageError(f"{model}: types are given for {name}, which this model does not have")
+            n_experts = by_name[name].n_experts
+            if len(given) != n_experts:
+                raise UsageError(f"{model}: {len(given)} types are given for {name}, {n_experts} expected")
     for variant in variants:
         if variant.modality is not None and variant.modality not in range(len(MODALITIES)):
             raise UsageError(f"{variant.name}: modality {variant.modality}, 0 to {len(MODALITIES) - 1} expected")

@@ -1,4 +1,4 @@
-"""How weights, and through them outputs, change when a matrix is stored in a candidate type.
+"""Changes of weights, and of outputs through them, of a matrix stored in a candidate type.
 
 The types are the real ones: every matrix goes through the packer with its importance, and back.
 """
@@ -24,9 +24,9 @@ from mode_gguf.quantization.ordered_parallel import ordered_parallel
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.types import QuantType
 
-Part: TypeAlias = str
-"""What is quantized: one projection, or `expert`, which is all of an expert's."""
-WHOLE: Part = "expert"
+QuantizedPart: TypeAlias = str
+"""Quantized part of an expert: one projection, or `expert` for all of them."""
+WHOLE_EXPERT: QuantizedPart = "expert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ExpertChange:
     """
 
     expert: int
-    part: Part
+    part: QuantizedPart
     type_index: int
     token: Tensor
     slot: Tensor
@@ -52,9 +52,9 @@ class ExpertChange:
     weight_error: float
 
 
-def parts_of(projections: Mapping[str, SourceTensor]) -> tuple[Part, ...]:
-    """Whatever `expert_changes` gives changes of."""
-    return (*projections, WHOLE)
+def parts_of(projections: Mapping[str, SourceTensor]) -> tuple[QuantizedPart, ...]:
+    """Parts of an expert that `expert_changes` quantizes."""
+    return (*projections, WHOLE_EXPERT)
 
 
 def change_of_weights(
@@ -79,7 +79,7 @@ def matrix_changes(
     result: SensitivityResult,
     device: torch.device,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Changes of a matrix that is no expert, with the index of their type, at all dense types or their stand-ins.
+    """Changes of a matrix that is no expert, with the index of their type, at all dense types or their fallback types.
 
     Puts their size relative to the weights, `{tensor}.weight_error`, into the arrays of `result`.
     """
@@ -92,14 +92,14 @@ def matrix_changes(
     for t in fitting:
         quant_type = stored[t]
         assert quant_type is not None
-        if last is None or last[0] != quant_type:  # candidates next to each other may have one stand-in
+        if last is None or last[0] != quant_type:  # neighbouring candidates may share a fallback type
             last = quant_type, change_of_weights(tensor, 0, quant_type, importance, settings.packing, device)
         errors[0, t] = _sum_of_squares(last[1]) / squares
         yield t, last[1]
 
 
 def _sum_of_squares(matrix: Tensor) -> float:
-    """Of a matrix that may be too large for a copy in float64."""
+    """Sum of squares of a matrix that may be too large for a copy in float64."""
     return float(torch.linalg.vector_norm(matrix, dim=-1).double().square().sum())
 
 
@@ -113,7 +113,7 @@ def expert_changes(
     inputs: Tensor,
     index: Tensor,
 ) -> Iterator[ExpertChange]:
-    """The changes of all experts of a layer, at all types or their stand-ins, on all tokens routed to them.
+    """The changes of all experts of a layer, at all types or their fallback types, on all tokens routed to them.
 
     Every matrix is packed once per type; several processes each pack all of them, for their own tokens. Experts without
     tokens are given, too, with n = 0.
@@ -123,7 +123,7 @@ def expert_changes(
         projections: the layer's tensors by projection.
         inputs: (N, H) of the block; index: (N, k) chosen experts.
     """
-    expert_weights = _weight_changes_ahead(projections, types, importance, packing, streamed.device)
+    expert_weights = _packed_changes(projections, types, importance, packing, streamed.device)
     for expert, by_type in enumerate(expert_weights):
         token, slot = torch.where(index == expert)
         x = inputs[token].float()
@@ -136,7 +136,7 @@ def expert_changes(
             error = {
                 name: float(value.square().sum() / original[name].square().sum()) for name, value in change.items()
             }
-            outputs: dict[Part, Tensor] = {}
+            outputs: dict[QuantizedPart, Tensor] = {}
             after = before.clone()
             for name in (name for name in rows if name in change):
                 alone, moved = before.clone(), linear(x, change[name])
@@ -147,23 +147,20 @@ def expert_changes(
                 outputs["down"] = linear(hidden, change["down"])
             if len(change) == len(projections):
                 new_hidden = module._apply_gate(after)
-                outputs[WHOLE] = linear(new_hidden - hidden, down) + linear(new_hidden, change["down"])
+                outputs[WHOLE_EXPERT] = linear(new_hidden - hidden, down) + linear(new_hidden, change["down"])
             for part, output in outputs.items():
-                total = sum(error.values()) if part == WHOLE else error[part]
+                total = sum(error.values()) if part == WHOLE_EXPERT else error[part]
                 yield ExpertChange(expert, part, type_index, token, slot, output, total)
 
 
-def _weight_changes_ahead(
+def _packed_changes(
     projections: Mapping[str, SourceTensor],
     types: Sequence[QuantType],
     importance: Importance,
     packing: Packing,
     device: torch.device,
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Expert by expert, per type and projection, the change of its weights in what it is then stored as.
-
-    Packed ahead, on all cores.
-    """
+    """Weight changes expert by expert, per type and projection, in the type then stored; packed on all cores."""
     n_experts = next(iter(projections.values())).n_experts
     stored = {name: [stored_as(tensor, quant_type) for quant_type in types] for name, tensor in projections.items()}
 

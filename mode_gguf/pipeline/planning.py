@@ -92,7 +92,7 @@ def with_unit_kl(
     Raises:
         UsageError: costs are made of something else.
     """
-    from mode_gguf.importance.unit_kl_table import shared_out
+    from mode_gguf.importance.unit_kl_table import split_over_experts
 
     if preset.costs.combination == "product":
         shares = {f"blk.{layer}": expert_frequency(one.counts, preset.costs) for layer, one in use.items()}
@@ -105,7 +105,7 @@ def with_unit_kl(
         raise UsageError(
             f"plan.unit_kl shares out by sensitivity or its product with frequency, not by {preset.costs.combination}"
         )
-    return shared_out(measured, table), replace(preset, costs=replace(preset.costs, combination="sensitivity"))
+    return split_over_experts(measured, table), replace(preset, costs=replace(preset.costs, combination="sensitivity"))
 
 
 def make_uniform_plan(

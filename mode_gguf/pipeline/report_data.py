@@ -152,7 +152,7 @@ def _row_width(
 ) -> int:
     """One that the blocks of all types divide in which the tensor was measured; all of them where it was not."""
     most = tensor.n_weights // n_experts
-    if table is not None and tensor.name in table.stand_ins:
+    if table is not None and tensor.name in table.fallback_types:
         return SMALL_BLOCK
     if table is None or units is None:
         return LARGE_BLOCK if most % LARGE_BLOCK == 0 else most

@@ -17,7 +17,7 @@ from mode_gguf.data.sample import Sample
 from mode_gguf.data.samples import load_samples
 from mode_gguf.errors import InputError
 from mode_gguf.forward.inputs import InputBuilder
-from mode_gguf.forward.recorded import LayerConsumer, run_recorded
+from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import balanced_imatrix, importance_of
 from mode_gguf.importance.sensitivity import measure_sensitivity
@@ -60,7 +60,7 @@ def test_parameters_are_those_that_transformers_loads(olmoe: Path) -> None:
         assert torch.equal(streamed.model.get_parameter(name), whole.get_parameter(name))
 
 
-def watched(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Tensor]:
+def statistics_and_logits(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Tensor]:
     """Statistics of a text, and the logits on the way."""
     streamed = open_streamed(checkpoint, "cpu")
     inputs = [InputBuilder.open(checkpoint).build(sample(TEXT))]
@@ -79,14 +79,14 @@ def watched(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Ten
 
 
 def test_rows_in_another_order_change_no_statistics(olmoe: Path) -> None:
-    plain, logits = watched(based(olmoe))
+    plain, logits = statistics_and_logits(based(olmoe))
     whole = AutoModelForCausalLM.from_pretrained(olmoe, dtype=torch.float32)
     ids = InputBuilder.open(based(olmoe)).build(sample(TEXT)).input_ids
     with torch.no_grad():
         expected = whole(input_ids=ids[None]).logits[0]
     torch.testing.assert_close(logits, expected[-len(logits) :], atol=1e-4, rtol=1e-4)
     assert plain["blk.1.ffn_exps.input.count"].sum() == TOP_K * len(ids)
-    moved, same = watched(based(olmoe, permute=True))
+    moved, same = statistics_and_logits(based(olmoe, permute=True))
     torch.testing.assert_close(same, logits, atol=1e-5, rtol=1e-5)
     assert moved.keys() == plain.keys()
     for name, array in plain.items():
@@ -94,7 +94,7 @@ def test_rows_in_another_order_change_no_statistics(olmoe: Path) -> None:
 
 
 def costs(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
-    """What a text makes of the matrices' errors."""
+    """Sensitivities of all matrices on one text."""
     statistics = calibrate(checkpoint, [sample(TEXT)], device="cpu")
     measured = measure_sensitivity(
         checkpoint,

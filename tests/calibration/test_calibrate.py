@@ -1,4 +1,4 @@
-"""What calibration counts; its sums are compared with the whole model's in `families`."""
+"""Calibration counts; its sums are compared with the whole model's in `families`."""
 
 from dataclasses import replace
 from pathlib import Path

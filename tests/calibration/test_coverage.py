@@ -1,4 +1,4 @@
-"""What is said of a calibration that saw too little, and that nothing is said of one that saw enough."""
+"""Warnings of a calibration with gaps, and none of one without."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_samples_of_one_kind_only() -> None:
     assert no_text.startswith("calibration saw no sample without an image: ")
 
 
-def test_hardly_seen_experts_are_counted_over_text_and_key_vision() -> None:
+def test_rarely_routed_experts_are_counted_over_text_and_key_vision() -> None:
     one, two = enough(), enough()
     one[0, 3] -= 1
     one[2, 3] += 1000  # redundant vision tokens do not make up for it

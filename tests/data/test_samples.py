@@ -12,7 +12,7 @@ from PIL import Image
 from mode_gguf.data import hub_dataset
 from mode_gguf.data.default_calibration import default_samples
 from mode_gguf.data.sample import Message, Sample
-from mode_gguf.data.samples import cut, load_samples
+from mode_gguf.data.samples import load_samples, split_text
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
 from mode_gguf.validation.default_held_out import default_held_out
 
@@ -164,7 +164,7 @@ def test_data_set_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @given(st.text(alphabet="ab \n", max_size=200), st.integers(2, 30))
 def test_cutting_loses_only_blank_pieces(text: str, size: int) -> None:
-    pieces = list(cut(text, size))
+    pieces = list(split_text(text, size))
     assert all(0 < len(piece) <= size for piece in pieces)
     assert "".join("".join(pieces).split()) == "".join(text.split())
 

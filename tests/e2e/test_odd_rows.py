@@ -55,7 +55,7 @@ def test_convert_chooses_stand_ins_and_llama_cpp_answers(narrow: Path, out: Path
     assert all("_K" in one.name for name, one in plan.types.items() if "ffn_up_exps" in name)
     check_structure(model, plan.stored_types)
     table = SensitivityTable.load(out / "sensitivity.safetensors")
-    assert table.stand_ins == dict.fromkeys(down, ("IQ4_NL", "IQ4_NL", "IQ4_NL", "Q5_0", "Q5_1"))
+    assert table.fallback_types == dict.fromkeys(down, ("IQ4_NL", "IQ4_NL", "IQ4_NL", "Q5_0", "Q5_1"))
     for name in down:
         costs = table.arrays[f"{name}.unit"].sum(axis=(0, 1))
         assert costs[0] == costs[1] == costs[2] > costs[3] > 0

@@ -6,7 +6,7 @@ from PIL import Image
 from mode_gguf.architectures import find_family
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.checkpoint.folder import Checkpoint
-from tests.calibration.conftest import picture
+from tests.calibration.conftest import noise_image
 from tests.families.case.kimi import KIMI_K25, KIMI_VL
 from tests.families.conftest import Families
 from tests.families.family_case import FamilyCase
@@ -40,6 +40,6 @@ def test_pictures_are_padded_to_whole_tokens_and_scaled_down(families: Families)
 @pytest.mark.parametrize(("case", "least", "most"), [(KIMI_VL, 1e-6, 0.3), (KIMI_K25, 0, 1e-6)], ids=["vl", "k2.5"])
 def test_positions_between_those_of_the_table(case: FamilyCase, least: float, most: float, families: Families) -> None:
     """Kimi K2.5's are interpolated alike; Kimi-VL's llama.cpp takes straight lines where the model has cubics."""
-    image = picture(1, 176, 112).crop((0, 0, 168, 112))
+    image = noise_image(1, 176, 112).crop((0, 0, 168, 112))
     scores = image_scores(case, families.reference(case), families.llama(case), image)
     assert least <= scores.kl.mean() < most

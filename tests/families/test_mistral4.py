@@ -23,7 +23,7 @@ from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
 from mode_gguf.importance.variants import Variant
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
-from tests.calibration.conftest import picture
+from tests.calibration.conftest import noise_image
 from tests.families.case.mistral4 import MISTRAL4
 from tests.families.changed import changed
 from tests.families.conftest import Families, exact
@@ -124,7 +124,7 @@ def test_pieces_breaks_and_the_end(
     checkpoint: Checkpoint, width: int, height: int, pixels: int, rows: int, columns: int
 ) -> None:
     builder = InputBuilder.open(checkpoint, max_image_pixels=pixels)
-    shown = picture(0, max(width, 16), max(height, 16)).resize((width, height))
+    shown = noise_image(0, max(width, 16), max(height, 16)).resize((width, height))
     chat = (Message("user", "What is it?"), Message("assistant", "Red."))
     inputs = builder.build(Sample("i", "tests", messages=chat, image=shown))
     piece, row_break, end, begin = (token_id(token) for token in ("[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]"))

@@ -5,7 +5,7 @@ import numpy as np
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.feedback.feedback_factor import GAIN, with_feedback_factor
+from mode_gguf.feedback.feedback_factor import COST_FACTOR, with_feedback_factor
 
 
 def test_only_what_has_feedback_gets_cheaper(checkpoint: Checkpoint) -> None:
@@ -21,9 +21,9 @@ def test_only_what_has_feedback_gets_cheaper(checkpoint: Checkpoint) -> None:
     costs = with_feedback_factor(arrays, list(tensors.values()), types, types)
     assert set(costs) == set(arrays)
     for role in (Role.EXPERT, Role.DENSE):
-        assert (costs[f"{names[role]}.unit"] == [GAIN, 1.0]).all()
+        assert (costs[f"{names[role]}.unit"] == [COST_FACTOR, 1.0]).all()
     assert (costs[f"{names[Role.EMBEDDING]}.unit"] == 1).all()
-    assert (costs[f"blk.{expert.layer}.ffn_exps.expert"] == [GAIN, 1.0]).all()
+    assert (costs[f"blk.{expert.layer}.ffn_exps.expert"] == [COST_FACTOR, 1.0]).all()
     assert (costs[f"{expert.name}.weight_error"] == 1).all()
 
 
@@ -35,5 +35,5 @@ def test_what_stands_in_counts_as_what_it_is(checkpoint: Checkpoint) -> None:
     types = ["Q2_K", "Q8_0"]
     arrays = {f"{down.name}.unit": np.ones((2, 3, 2)), "blk.0.ffn_exps.expert": np.ones((2, 3, 4, 2))}
     costs = with_feedback_factor(arrays, odd, types, types)
-    assert (costs[f"{down.name}.unit"] == [GAIN, 1.0]).all()
-    np.testing.assert_allclose(costs["blk.0.ffn_exps.expert"][0, 0, 0], [GAIN, 1.0])
+    assert (costs[f"{down.name}.unit"] == [COST_FACTOR, 1.0]).all()
+    np.testing.assert_allclose(costs["blk.0.ffn_exps.expert"][0, 0, 0], [COST_FACTOR, 1.0])

@@ -16,7 +16,7 @@ from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.feedback.round_layers import RoundingSettings, round_tensors
-from mode_gguf.feedback.rounded_tensors import OUTSIDE, RoundedTensors, is_rounded, part_of
+from mode_gguf.feedback.rounded_tensors import OUTSIDE_LAYERS, RoundedTensors, is_rounded, part_of
 from mode_gguf.feedback.second_moments import DAMPING, DOWN_DAMPING, feedback_of, with_shared
 from mode_gguf.forward.inputs import ModelInputs
 from mode_gguf.forward.streaming import open_streamed
@@ -52,25 +52,25 @@ class WholeModel:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         layer = self.model.model.language_model.layers[LAYER]
         self.experts = layer.mlp.experts
-        seen: dict[str, list[Tensor]] = {"o": [], "head": [], "x": [], "index": [], "weight": []}
-        layer.self_attn.o_proj.register_forward_hook(lambda m, a, o: seen["o"].append(a[0][0]))
-        self.model.lm_head.register_forward_hook(lambda m, a, o: seen["head"].append(a[0][0]))
+        recorded: dict[str, list[Tensor]] = {"o": [], "head": [], "x": [], "index": [], "weight": []}
+        layer.self_attn.o_proj.register_forward_hook(lambda m, a, o: recorded["o"].append(a[0][0]))
+        self.model.lm_head.register_forward_hook(lambda m, a, o: recorded["head"].append(a[0][0]))
 
         def keep(module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             for name, argument in zip(("x", "index", "weight"), arguments, strict=True):
-                seen[name].append(argument)
+                recorded[name].append(argument)
 
         self.experts.register_forward_hook(keep)
         with torch.no_grad():
             for one in inputs:
                 self.model(**one.model_arguments(torch.device("cpu"), torch.float32))
-        self.seen = {name: torch.cat(parts) for name, parts in seen.items()}
+        self.recorded = {name: torch.cat(parts) for name, parts in recorded.items()}
 
     def routed(self, expert: int, at_block: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs of an expert's tokens, and what they weigh."""
-        token, slot = torch.where(self.seen["index"] == expert)
-        weight = torch.from_numpy(at_block)[token] * self.seen["weight"][token, slot] ** 2
-        return self.seen["x"][token], weight
+        token, slot = torch.where(self.recorded["index"] == expert)
+        weight = torch.from_numpy(at_block)[token] * self.recorded["weight"][token, slot] ** 2
+        return self.recorded["x"][token], weight
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_dense_matrices(
     tensor = tensor_of(checkpoint, name)
     (found,) = rounded.matrices(part_of(tensor), name)
     weight = torch.from_numpy(token_weights[name])
-    assert_nearly_equal(found, expected(tensor, 0, moments_of(whole.seen[read], weight), types, importance))
+    assert_nearly_equal(found, expected(tensor, 0, moments_of(whole.recorded[read], weight), types, importance))
 
 
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
@@ -147,7 +147,7 @@ def test_experts(
         if projection == "down":
             h = moments_of(whole.experts._apply_gate(linear(x, whole.experts.gate_up_proj[expert])).detach(), weight)
         else:
-            h = with_shared(moments_of(x, weight), moments_of(whole.seen["x"], torch.from_numpy(at_block)))
+            h = with_shared(moments_of(x, weight), moments_of(whole.recorded["x"], torch.from_numpy(at_block)))
         assert_nearly_equal(found, expected(tensor, expert, h, types, importance, damping))
 
 
@@ -187,7 +187,7 @@ def test_parts_hold_exactly_what_has_feedback(
     roles = {tensor.role for tensor in text_tensors(checkpoint) if is_rounded(tensor, types)}
     assert roles == {Role.EXPERT, Role.DENSE, Role.OUTPUT}
     assert not any("attn_q" in name for name in rounded.nearest(f"blk.{LAYER}"))
-    assert set(rounded.nearest(OUTSIDE)) == {"output.weight"}
+    assert set(rounded.nearest(OUTSIDE_LAYERS)) == {"output.weight"}
 
 
 def test_threads_do_not_change_the_bytes(
@@ -237,7 +237,7 @@ def test_experts_that_few_tokens_reach_are_rounded_to_nearest(
     token_weights: dict[str, np.ndarray],
     tmp_path: Path,
 ) -> None:
-    """Where one token has all the weight, no other says anything."""
+    """A single token with all the weight makes the others irrelevant."""
     entry = f"blk.{LAYER}.ffn_exps"
     lonely = np.zeros_like(token_weights[entry])
     lonely[0] = 1
@@ -253,7 +253,7 @@ def test_experts_that_few_tokens_reach_are_rounded_to_nearest(
 
 def test_tensors_of_another_plan_are_not_taken(rounded: RoundedTensors) -> None:
     other = RoundedTensors(rounded.path, "another key")
-    assert rounded.has(OUTSIDE)
-    assert not other.has(OUTSIDE)
+    assert rounded.has(OUTSIDE_LAYERS)
+    assert not other.has(OUTSIDE_LAYERS)
     with pytest.raises(MissingResourceError, match=r"outside\.safetensors: not there, or of another plan; run `mode-"):
-        next(other.matrices(OUTSIDE, "output.weight"))
+        next(other.matrices(OUTSIDE_LAYERS, "output.weight"))

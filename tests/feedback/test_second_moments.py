@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mode_gguf.feedback.second_moments import SHARED, Moments, feedback_of, with_shared
+from mode_gguf.feedback.second_moments import SHARED_WEIGHT, Moments, feedback_of, with_shared
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,8 @@ def test_shared_moments_count_the_same_at_any_scale() -> None:
     own, shared = torch.diag(torch.tensor([1.0, 3.0])), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     for scale in (1e-6, 1.0, 1e6):
         found = with_shared(own * scale, shared / scale)
-        np.testing.assert_allclose(found.numpy(), [[0.5 + SHARED, SHARED / 2], [SHARED / 2, 1.5 + SHARED]], rtol=1e-5)
+        expected = [[0.5 + SHARED_WEIGHT, SHARED_WEIGHT / 2], [SHARED_WEIGHT / 2, 1.5 + SHARED_WEIGHT]]
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""What several processes are told, and that an error in one of them ends what all of them do."""
+"""Data-parallel processes: shares and sums, and an error in one of them ends the measurement in all."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ import torch
 
 from mode_gguf.errors import UsageError
 from mode_gguf.forward import distributed
-from mode_gguf.forward.distributed import Place
+from mode_gguf.forward.distributed import ProcessRank
 from mode_gguf.forward.streaming import choose_device
 from tests.forward import shared_calls
 from tests.together import called_together, ended, start_together
@@ -83,23 +83,23 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set"):
-        Place.from_environment()
+        ProcessRank.from_environment()
     for name, value in {**LAUNCHED, "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "RANK": "one"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="whole numbers"):
-        Place.from_environment()
+        ProcessRank.from_environment()
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto") == torch.device("cuda")
-    together = distributed._ProcessGroup(Place(rank=5, size=8, local_rank=1, local_size=4), busy=True)
-    monkeypatch.setattr(distributed, "_together", together)
+    group = distributed._ProcessGroup(ProcessRank(rank=5, size=8, local_rank=1, local_size=4), busy=True)
+    monkeypatch.setattr(distributed, "_group", group)
     assert choose_device("cuda") == torch.device("cuda", 1)
     assert choose_device("cpu") == torch.device("cpu")
-    together.place = Place(rank=6, size=8, local_rank=2, local_size=4)
+    group.process = ProcessRank(rank=6, size=8, local_rank=2, local_size=4)
     with pytest.raises(UsageError, match="process 2 of this machine has no GPU of its own, torch finds 2"):
         choose_device("auto")
-    together.busy = False  # outside of a measurement the first process is like any other
+    group.busy = False  # outside of a measurement the first process is like any other
     assert choose_device("auto") == torch.device("cuda")

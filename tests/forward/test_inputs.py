@@ -1,4 +1,4 @@
-"""What samples become for the model, without torchvision."""
+"""Model inputs of samples, without torchvision."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import InputError
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
-from tests.calibration.conftest import picture
+from tests.calibration.conftest import noise_image
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def predicted(builder: InputBuilder, inputs: ModelInputs) -> str:
 
 def chat(question: str, answer: str | None) -> Sample:
     messages = (Message("user", question),) + ((Message("assistant", answer),) if answer else ())
-    return Sample("here", "tests", messages=messages, image=picture(0))
+    return Sample("here", "tests", messages=messages, image=noise_image(0))
 
 
 def test_text_scores_every_position_that_has_a_next_token(builder: InputBuilder) -> None:
@@ -83,7 +83,7 @@ def test_answer_that_is_cut_off_altogether(pico: Path) -> None:
 
 def test_images_are_scaled_down_to_the_limit(pico: Path) -> None:
     builder = InputBuilder.open(Checkpoint.open(pico), max_image_pixels=64 * 64)
-    sample = Sample("i", "tests", messages=(Message("user", "What?"),), image=picture(0, 640, 640))
+    sample = Sample("i", "tests", messages=(Message("user", "What?"),), image=noise_image(0, 640, 640))
     assert int(builder.build(sample).is_vision.sum()) == 4
 
 

@@ -1,4 +1,4 @@
-"""Which vision tokens are key, by every criterion, against attention and distances computed whole."""
+"""Key vision tokens by every criterion, against attention and distances computed whole."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Forwards in lockstep: order, single loads, and a clean end whatever goes wrong."""
+"""Layerwise forwards: order, single loads, and a clean end whatever goes wrong."""
 
 from collections.abc import Callable
 from typing import Any
@@ -123,7 +123,7 @@ def test_an_interrupt_in_the_driver_ends_all(callback: str) -> None:
 
 
 def test_every_forward_has_its_own_gradient_mode() -> None:
-    harness, seen = Harness(), []
+    harness, modes = Harness(), []
 
     def forward(*, records: bool) -> Callable[[], None]:
         def run() -> None:
@@ -131,7 +131,7 @@ def test_every_forward_has_its_own_gradient_mode() -> None:
                 x = torch.zeros(1, 2)
                 for layer in harness.layers:
                     x = layer(x)
-                    seen.append((records, torch.is_grad_enabled(), x.requires_grad))
+                    modes.append((records, torch.is_grad_enabled(), x.requires_grad))
 
         return run
 
@@ -140,8 +140,8 @@ def test_every_forward_has_its_own_gradient_mode() -> None:
 
     harness.run([forward(records=False), forward(records=True)], load=check_driver, leave=check_driver)
     assert torch.is_grad_enabled()
-    assert len(seen) == 2 * N_LAYERS
-    assert all(records == enabled == recorded for records, enabled, recorded in seen)
+    assert len(modes) == 2 * N_LAYERS
+    assert all(records == enabled == recorded for records, enabled, recorded in modes)
     with torch.no_grad():
         harness.run([forward(records=True)])
         assert not torch.is_grad_enabled()

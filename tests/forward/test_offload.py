@@ -1,4 +1,4 @@
-"""What sleeping forwards hold gives way to a store, and comes back."""
+"""Offloading of suspended forwards' tensors to a store, and their restoring."""
 
 import weakref
 from collections.abc import Hashable, Iterator
@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mode_gguf.calibration import calibrate as calibration
 from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
-from mode_gguf.forward import offload
+from mode_gguf.forward import offload, recorded_forward
 from mode_gguf.forward.hidden_store import HiddenStore
 from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
 from mode_gguf.forward.offload import TensorOffload
@@ -22,21 +21,21 @@ N_LAYERS, N_SAMPLES, WIDTH = 3, 4, 64
 
 
 class TextModel(nn.Module):
-    """Adds what was seen after each layer, as DeepStack does."""
+    """A text model that adds image features after each layer, as DeepStack does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(N_LAYERS))
 
-    def forward(self, *, embeddings: Tensor, seen: list[Tensor]) -> Tensor:
+    def forward(self, *, embeddings: Tensor, features: list[Tensor]) -> Tensor:
         x = embeddings
         for index, layer in enumerate(self.layers):
-            x = layer(x) + seen[index % len(seen)]
+            x = layer(x) + features[index % len(features)]
         return x
 
 
 class Model(nn.Module):
-    """Looks at a picture, runs its text model, and uses the picture once more."""
+    """A model that encodes an image, runs its text model, and uses the encoding once more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,13 +43,13 @@ class Model(nn.Module):
         self.text = TextModel()
 
     def forward(self, x: Tensor) -> Tensor:
-        picture = self.visual(x)
-        outer = self.text(embeddings=picture * 2, seen=[picture + 1, picture - 1])
-        return outer + picture  # type: ignore[no-any-return]
+        image = self.visual(x)
+        outer = self.text(embeddings=image * 2, features=[image + 1, image - 1])
+        return outer + image  # type: ignore[no-any-return]
 
 
-class Watched(HiddenStore):
-    """Knows what it was given."""
+class RecordingStore(HiddenStore):
+    """A store that records the tensors it was given."""
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(limit_bytes)
@@ -65,7 +64,7 @@ class Watched(HiddenStore):
 
 @pytest.fixture(autouse=True)
 def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "_SMALL", 1)
+    monkeypatch.setattr(offload, "_MIN_BYTES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -75,64 +74,64 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Tensor]:
+def images() -> list[Tensor]:
     return list(torch.randn(N_SAMPLES, 8, WIDTH, generator=torch.Generator().manual_seed(1)))
 
 
-def forwards(model: Model, pictures: list[Tensor], results: dict[int, Tensor]) -> Iterator[object]:
+def forwards(model: Model, images: list[Tensor], results: dict[int, Tensor]) -> Iterator[object]:
     def forward(number: int) -> None:
         with torch.no_grad():
-            results[number] = model(pictures[number])
+            results[number] = model(images[number])
 
-    for number in range(len(pictures)):
+    for number in range(len(images)):
         yield lambda number=number: forward(number)
 
 
 @pytest.mark.parametrize(("limit", "in_files"), [(1, True), (5_000, True), (1 << 20, False)])
 @pytest.mark.parametrize("keep", [False, True])
-def test_nothing_changes(model: Model, pictures: list[Tensor], limit: int, in_files: bool, keep: bool) -> None:
+def test_nothing_changes(model: Model, images: list[Tensor], limit: int, in_files: bool, keep: bool) -> None:
     results: dict[int, Tensor] = {}
-    asleep: list[int] = []
+    storage_bytes: list[int] = []
 
-    def look(layer: int) -> None:
-        """Every sample sleeps now."""
-        there = [tensor for seen in store.given.values() if (tensor := seen()) is not None]
-        asleep.append(sum(tensor.untyped_storage().nbytes() for tensor in there))
+    def measure_storages(layer: int) -> None:
+        """Record the bytes of all given tensors while every sample is suspended."""
+        there = [tensor for reference in store.given.values() if (tensor := reference()) is not None]
+        storage_bytes.append(sum(tensor.untyped_storage().nbytes() for tensor in there))
 
-    store = Watched(limit)
+    store = RecordingStore(limit)
     with store:
         run_layerwise(
             list(model.text.layers),
-            list(forwards(model, pictures, results)),  # type: ignore[arg-type]
-            LayerCallbacks(load=look, free=lambda layer: None),
+            list(forwards(model, images, results)),  # type: ignore[arg-type]
+            LayerCallbacks(load=measure_storages, free=lambda layer: None),
             offload=TensorOffload(store, model, "text", keep=keep),
             description="test",
         )
         kept = {key: store.take(key).clone() for key in store.given if isinstance(key, tuple) and key in store}
-    for number, picture in enumerate(pictures):
-        assert torch.equal(results[number], model(picture))
+    for number, image in enumerate(images):
+        assert torch.equal(results[number], model(image))
     assert len(kept) == (N_LAYERS * N_SAMPLES if keep else 0)
     for number in range(N_SAMPLES if keep else 0):
-        assert torch.equal(kept[number, 0], model.visual(pictures[number]) * 2)
+        assert torch.equal(kept[number, 0], model.visual(images[number]) * 2)
     assert (store.most_filed > 0) == in_files
     if limit == 1:
-        assert asleep == [0] * N_LAYERS
+        assert storage_bytes == [0] * N_LAYERS
         assert {(0, "inside", 1), (0, "inside", 2), (0, "outside", 0)} <= store.given.keys()
 
 
 def test_calibration_in_a_byte_of_memory(pico: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(pico)
     plain = calibrate(checkpoint, samples, device="cpu")
-    stores: list[Watched] = []
+    stores: list[RecordingStore] = []
 
-    def watched(limit_bytes: int) -> Watched:
-        stores.append(Watched(limit_bytes))
+    def recording_store(limit_bytes: int) -> RecordingStore:
+        stores.append(RecordingStore(limit_bytes))
         return stores[-1]
 
-    monkeypatch.setattr(calibration, "HiddenStore", watched)
-    parked = calibrate(checkpoint, samples, device="cpu", hidden_bytes=1)
+    monkeypatch.setattr(recorded_forward, "HiddenStore", recording_store)
+    offloaded = calibrate(checkpoint, samples, device="cpu", hidden_bytes=1)
     for name, array in plain.arrays.items():
-        np.testing.assert_array_equal(parked.arrays[name], array, err_msg=name)
+        np.testing.assert_array_equal(offloaded.arrays[name], array, err_msg=name)
     (store,) = stores
     assert store.held_bytes == store.filed == 0
     deep_stack = [key for key in store.given if isinstance(key, tuple) and key[1] == "inside"]

@@ -84,19 +84,19 @@ def test_key_tokens_are_those_of_eager_attention(pico: Path, pico_module: Path, 
     streamed = open_streamed(Checkpoint.open(pico), "cpu")
     eager = whole_model(pico_module, "eager")
     for one in build(pico, samples)[2:]:
-        passed = SampleTrace.of(one, CPU)
+        trace = SampleTrace.of(one, CPU)
         modalities: list[torch.Tensor] = []
 
         def forward(one: ModelInputs = one) -> None:
             streamed.model(**one.model_arguments(CPU, torch.float32))
 
         def leave(
-            number: int, layer: int, passed: SampleTrace = passed, modalities: list[torch.Tensor] = modalities
+            number: int, layer: int, trace: SampleTrace = trace, modalities: list[torch.Tensor] = modalities
         ) -> None:
-            modalities.append(passed.modality)
+            modalities.append(trace.modality)
 
         with (
-            recording(streamed.model, {}, LayerRecorder(KeyTokens(ratio=ratio), keep_hidden=False, current=passed)),
+            recording(streamed.model, {}, LayerRecorder(KeyTokens(ratio=ratio), keep_hidden=False, current=trace)),
             torch.no_grad(),
         ):
             run_layerwise(

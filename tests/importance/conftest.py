@@ -10,7 +10,7 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.importance.imatrix import Importance, balanced_imatrix, importance_of
-from tests.calibration.conftest import picture
+from tests.calibration.conftest import noise_image
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def answered_samples() -> list[Sample]:
             f"image {i}",
             "tests",
             messages=(Message("user", question), Message("assistant", answer)),
-            image=picture(i, 128, 128),
+            image=noise_image(i, 128, 128),
         )
         for i, (question, answer) in enumerate(zip(questions, answers, strict=True))
     ]

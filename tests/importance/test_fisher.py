@@ -258,8 +258,8 @@ def test_no_expert_is_free(table: SensitivityTable) -> None:
         if name.endswith(".expert"):
             assert (array[0, TEXT] > 0).all(), name
             # After the last layer, vision tokens have no way to an answer.
-            seen = array[1, : TEXT + 1] if ".2." in name else array[1]
-            assert (seen > 0).all(), name
+            reached = array[1, : TEXT + 1] if ".2." in name else array[1]
+            assert (reached > 0).all(), name
 
 
 def test_same_seed_same_table_and_exact_types_cost_nothing(
@@ -289,7 +289,7 @@ def test_hidden_states_in_files_change_nothing(
     in_memory = fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings).arrays
     stores: list[HiddenStore] = []
 
-    class Watched(HiddenStore):
+    class RecordingStore(HiddenStore):
         def __init__(self, limit_bytes: int) -> None:
             super().__init__(limit_bytes)
             self.most_filed = 0
@@ -299,11 +299,11 @@ def test_hidden_states_in_files_change_nothing(
             super().put(key, tensor)
             self.most_filed = max(self.most_filed, self.filed)
 
-    monkeypatch.setattr("mode_gguf.importance.fisher.HiddenStore", Watched)
+    monkeypatch.setattr("mode_gguf.importance.fisher.HiddenStore", RecordingStore)
     small = replace(settings, hidden_bytes=100_000)
     for name, array in fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, small).arrays.items():
         np.testing.assert_array_equal(array, in_memory[name])
     (store,) = stores
-    assert isinstance(store, Watched)
+    assert isinstance(store, RecordingStore)
     assert store.most_filed >= 3
     assert store.filed == store.held_bytes == 0

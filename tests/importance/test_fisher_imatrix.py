@@ -206,7 +206,7 @@ def test_planning_and_packing_pursue_the_same_objective() -> None:
 
 
 def sums_of(tokens: list[list[tuple[float, list[float]]]]) -> ColumnSums:
-    """Of weight and input of every token of every expert."""
+    """Sums of weight and input of every token of every expert."""
     sums = ColumnSums.of(len(tokens), 2)
     for expert, rows in enumerate(tokens):
         for weight, x in rows:

@@ -21,7 +21,7 @@ from mode_gguf.errors import UsageError
 from mode_gguf.forward.hooks import SampleTrace
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, TEXT_ATTENTION
-from mode_gguf.forward.recorded import LayerConsumer, run_recorded
+from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import StreamedModel, open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_kl import KlSettings, _kl, quantized_kl
@@ -94,13 +94,13 @@ class BruteForce:
 
     def _modalities(self, streamed: StreamedModel) -> dict[tuple[str, int], Tensor]:
         """Modality of every token by sample and layer, as the full-precision run sees it."""
-        seen: dict[tuple[str, int], Tensor] = {}
+        modalities: dict[tuple[str, int], Tensor] = {}
 
-        def leave(passed: SampleTrace, layer: int) -> None:
-            seen[passed.inputs.origin, layer] = passed.modality.clone()
+        def leave(trace: SampleTrace, layer: int) -> None:
+            modalities[trace.inputs.origin, layer] = trace.modality.clone()
 
         run_recorded(streamed, self.inputs, LayerConsumer(key_tokens=TEXT_ATTENTION, leave=leave), description="test")
-        return seen
+        return modalities
 
     def _predictions(self) -> list[Tensor]:
         predictions = []

@@ -1,4 +1,4 @@
-"""The sensitivity stage around the two ways of measuring: files, options, the paper's recipe, unseen experts."""
+"""The sensitivity stage around the two ways of measuring: files, options, the paper's recipe, unrouted experts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from mode_gguf.errors import InputError, UsageError
 from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
 from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
-from mode_gguf.forward.recorded import LayerConsumer, run_recorded
+from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.sensitivity import measure_sensitivity
@@ -61,12 +61,12 @@ def test_expert_mse_by_hand(
     builder = InputBuilder.open(checkpoint)
     hidden: list[torch.Tensor] = []
 
-    def leave(passed: SampleTrace, layer: int) -> None:
-        if layer == 0 and passed.experts is not None:
-            kept = {expert: (token, values) for expert, token, values in passed.experts.hidden}
+    def leave(trace: SampleTrace, layer: int) -> None:
+        if layer == 0 and trace.experts is not None:
+            kept = {expert: (token, values) for expert, token, values in trace.experts.hidden}
             if 1 in kept:
                 token, values = kept[1]
-                hidden.append(values[passed.modality[token] == 0])
+                hidden.append(values[trace.modality[token] == 0])
 
     run_recorded(
         open_streamed(checkpoint, "cpu"),
@@ -103,10 +103,10 @@ class Block:
         modality: list[torch.Tensor] = []
         streamed = open_streamed(checkpoint, "cpu")
 
-        def leave(passed: SampleTrace, layer: int) -> None:
-            if layer == 1 and passed.experts is not None:
-                self.calls.append(passed.experts)
-                modality.append(passed.modality)
+        def leave(trace: SampleTrace, layer: int) -> None:
+            if layer == 1 and trace.experts is not None:
+                self.calls.append(trace.experts)
+                modality.append(trace.modality)
 
         run_recorded(
             streamed,
@@ -204,7 +204,7 @@ def test_every_method_writes_the_errors_of_weights(
 def test_key_tokens_are_those_of_the_statistics(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> None:
-    """Where every vision token is key, none is redundant, and key ones carry what both carried before."""
+    """If every vision token is key, none is redundant, and key ones carry what both carried before."""
     tables = [
         measure_sensitivity(
             checkpoint,
@@ -283,7 +283,7 @@ def test_statistics_of_another_checkpoint(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_stand_ins_are_measured_where_rows_do_not_fit(
+def test_fallback_types_are_measured_where_rows_do_not_fit(
     method: Method, tmp_path: Path, samples: list[Sample], statistics: CalibrationStatistics
 ) -> None:
     """Experts 320 wide: down cannot be a K-quant; a tied embedding carries the head's cost."""
@@ -297,7 +297,7 @@ def test_stand_ins_are_measured_where_rows_do_not_fit(
         SensitivityRequest(expert_types=types, dense_types=types, method=method, label_draws=1),
         ComputeOptions(device="cpu"),
     ).table
-    assert table.stand_ins == {f"blk.{layer}.ffn_down_exps.weight": ("IQ4_NL", "Q8_0") for layer in range(3)}
+    assert table.fallback_types == {f"blk.{layer}.ffn_down_exps.weight": ("IQ4_NL", "Q8_0") for layer in range(3)}
     down = next(one for one in text_tensors(checkpoint) if one.name == "blk.0.ffn_down_exps.weight")
     weights = as_float32(down.read(1))
     packed = pack_matrix(weights, QUANT_TYPES["IQ4_NL"], None, name=down.name)
@@ -313,7 +313,7 @@ def test_stand_ins_are_measured_where_rows_do_not_fit(
     assert (table.arrays["token_embd.weight.unit"][-1, 0] > 0).all()
 
 
-def test_unseen_experts_get_one_token_of_the_mean() -> None:
+def test_unrouted_experts_get_one_token_of_the_mean() -> None:
     cost = np.array([[8.0, 4.0, 0.0]])[None, ..., None]  # (1, 1, 3, 1): experts with 4, 2 and no tokens
     counts = np.array([[[4, 2, 0]]])
     error = np.array([[1.0], [1.0], [4.0]])

@@ -16,7 +16,7 @@ from mode_gguf.importance.imatrix import Importance
 from mode_gguf.importance.quantized_kl import KlSettings, QuantizedKl, quantized_kl
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.importance.unit_kl import KlModel, measure_unit_kl, open_kl_model, stratified
-from mode_gguf.importance.unit_kl_table import UnitKl, compared, shared_out
+from mode_gguf.importance.unit_kl_table import UnitKl, compare_kl, split_over_experts
 from mode_gguf.importance.variants import Variant
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
@@ -186,9 +186,9 @@ def table_by(measured: UnitKl, answers: int = 2) -> SensitivityTable:
 
 
 @pytest.mark.parametrize("answers", [2, 1])
-def test_shared_out(measured: UnitKl, answers: int) -> None:
+def test_split_over_experts(measured: UnitKl, answers: int) -> None:
     by = table_by(measured, answers)
-    shared = shared_out(measured, by)
+    shared = split_over_experts(measured, by)
     assert shared.arrays.keys() == by.arrays.keys()
     for name, unit in measured.arrays.items():
         np.testing.assert_array_equal(shared.arrays[name], unit)
@@ -214,12 +214,12 @@ def test_a_table_of_another_kind_is_refused(measured: UnitKl) -> None:
     by = table_by(measured)
     for other in (replace(by, fingerprint="x"), replace(by, imatrix="fisher"), replace(by, dense_types=("Q8_0",))):
         with pytest.raises(InputError, match="measure both on the same checkpoint with the same options"):
-            shared_out(measured, other)
+            split_over_experts(measured, other)
 
 
 def test_compared(measured: UnitKl) -> None:
     by = table_by(measured)
-    rows = {(row.part, row.quant_type): row for row in compared(measured, by)}
+    rows = {(row.part, row.quant_type): row for row in compare_kl(measured, by)}
     assert len(rows) == 3 * (2 + 1) + 2
     experts = rows["blk.1 experts", "Q4_K"]
     names = [f"blk.1.ffn_{part}_exps.weight.unit" for part in ("gate", "up", "down")]
@@ -228,4 +228,4 @@ def test_compared(measured: UnitKl) -> None:
         assert experts.predicted[answer] == pytest.approx(sum(by.arrays[n][answer, :, 1].sum() for n in names))
     assert rows["output.weight", "Q4_K"].measured[0] == pytest.approx(measured.arrays["output.weight.unit"][0].sum())
     fewer = replace(by, expert_types=("Q3_K", "Q4_K"))
-    assert {row.quant_type for row in compared(measured, fewer) if "experts" in row.part} == {"Q4_K"}
+    assert {row.quant_type for row in compare_kl(measured, fewer) if "experts" in row.part} == {"Q4_K"}

@@ -21,7 +21,7 @@ from mode_gguf.importance.unit_kl import open_kl_model
 from mode_gguf.pipeline.refinement import Measure, measure_plans, refine
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from tests.calibration.conftest import picture
+from tests.calibration.conftest import noise_image
 
 NAMES = ("Q2_K", "Q3_K", "Q4_K")
 SIZES = {"Q2_K": 80, "Q3_K": 110, "Q4_K": 140}
@@ -160,7 +160,7 @@ def test_on_a_model(pico: Path) -> None:
     question = (Message("user", "What colour is the square?"), Message("assistant", "The square is red."))
     samples = [
         Sample("text", "tests", text="The quick brown fox jumps over the lazy dog, and the dog does not mind."),
-        Sample("image", "tests", messages=question, image=picture(0, 64, 64)),
+        Sample("image", "tests", messages=question, image=noise_image(0, 64, 64)),
     ]
     types = CandidateTypes(
         tuple(QUANT_TYPES[name] for name in NAMES), tuple(QUANT_TYPES[name] for name in ("Q4_K", "Q6_K"))

@@ -17,7 +17,7 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
     """
     from mode_gguf import pipeline
     from mode_gguf.importance.sensitivity_table import SensitivityTable
-    from mode_gguf.importance.unit_kl_table import UnitKl, compared
+    from mode_gguf.importance.unit_kl_table import UnitKl, compare_kl
 
     run = pipeline.open_model(model, out, recipe, progress())
     sensitivity = pipeline.Sensitivity.of_folder(run, recipe.compute)
@@ -25,7 +25,7 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
     with pipeline.folder_lock(run.folder):
         run.ensure(pipeline.UnitKl(sensitivity, recipe.sensitivity.measured_samples))
     measured, table = UnitKl.load(run.folder.unit_kl), SensitivityTable.load(run.folder.sensitivity)
-    rows = compared(measured, table) if table.method == "fisher" else []
+    rows = compare_kl(measured, table) if table.method == "fisher" else []
     if json:
         emit_json(
             {

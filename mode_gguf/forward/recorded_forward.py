@@ -1,4 +1,4 @@
-"""A pass of all samples through a model, layer by layer, with what passes through each layer recorded."""
+"""The recorded forward of all samples: layer by layer, with each layer's experts and linear layers recorded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ from mode_gguf.options import ComputeOptions
 from mode_gguf.progress import Progress, silent
 
 
-def _nothing(layer: int) -> None:
-    """A callback for who takes everything as samples leave."""
+def _no_callback(layer: int) -> None:
+    """The default callback, which does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerConsumer:
-    """Who takes the records, and what is recorded.
+    """The consumer of a layer's records, and the recorder's settings.
 
     Attributes:
-        leave: leave(trace, i) after a sample has left layer i (the last one includes the output head); it must take
-            what it needs, the records are dropped afterwards.
+        leave: leave(trace, i) after a sample has left layer i (the last one includes the output head); the records
+            are dropped afterwards.
         finish: finish(i) after all samples have left layer i, while its weights are still loaded.
-        key_tokens: how key vision tokens are chosen; None where nobody asks which they are.
+        key_tokens: how key vision tokens are chosen; None where they are not needed.
         keep_hidden: whether the experts' gated activations are recorded.
     """
 
     leave: Callable[[SampleTrace, int], None]
-    finish: Callable[[int], None] = _nothing
+    finish: Callable[[int], None] = _no_callback
     key_tokens: KeyTokens | None = None
     keep_hidden: bool = True
 
@@ -48,10 +48,10 @@ def run_recorded(
     description: str,
     progress: Progress = silent,
 ) -> None:
-    """All samples forward, layer by layer, with experts, linear layers and key tokens recorded; without logits.
+    """Run all samples forward, layer by layer, with experts, linear layers and key tokens recorded; without logits.
 
     Args:
-        hidden_bytes: memory for hidden states of samples that wait; further ones go to temporary files.
+        hidden_bytes: memory for hidden states of suspended samples; further ones go to temporary files.
     """
     traces = [SampleTrace.of(one, streamed.device) for one in inputs]
     recorder = LayerRecorder(consumer.key_tokens, consumer.keep_hidden)
@@ -67,7 +67,7 @@ def run_recorded(
         consumer.finish(layer)
         streamed.free_layer(layer)
 
-    recorded = recording(streamed.model, streamed.watched_linears(), recorder)
+    recorded = recording(streamed.model, streamed.recorded_linears(), recorder)
     with HiddenStore(hidden_bytes) as store, recorded, streamed.without_logits():
         run_layerwise(
             streamed.layers,

@@ -1,4 +1,4 @@
-"""What two processes measure together is what one measures alone."""
+"""Calibration and sensitivity of two processes together equal those of one alone."""
 
 from functools import partial
 from typing import Any
