@@ -1,4 +1,4 @@
-"""Where a GPU's memory goes, as a table and as JSON."""
+"""Output of a GPU memory breakdown, as a table and as JSON."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def show_memory(ledger: "MemoryBreakdown | None") -> None:
-    """A line each for what takes the memory, and what is left free; nothing where memory is not the budget."""
+    """Print a line per item of the breakdown, and the free rest; nothing where memory is not the budget."""
     if ledger is None:
         return
     show(f"memory     {_mib(ledger.memory)} MiB of the GPU, {ledger.settings}")
@@ -23,7 +23,7 @@ def show_memory(ledger: "MemoryBreakdown | None") -> None:
 
 
 def memory_json(ledger: "MemoryBreakdown | None") -> dict[str, Any] | None:
-    """As plan.json has it, with the sums."""
+    """The breakdown as in plan.json, with its sums."""
     if ledger is None:
         return None
     return {**ledger.model_dump(mode="json"), "used": ledger.used, "free": ledger.memory - ledger.used}

@@ -1,4 +1,4 @@
-"""What a conversion takes, stage by stage, known from shapes: memory, disk space and, from this machine's speed, time.
+"""Estimates per stage, from shapes alone: memory, disk space and, from this machine's speed, time.
 
 Memory is counted, not guessed: a decoder layer and what lies outside the layers in the type that torch computes in,
 tensors of waiting samples up to `--hidden-memory`, and what the stage makes of the samples at one layer.
@@ -30,21 +30,21 @@ PROCESS_BYTES = 700 << 20
 """Python with torch, transformers and compiled kernels."""
 
 CUDA_BYTES = 3 << 29
-"""What CUDA takes besides, in a process and on its GPU."""
+"""CUDA's context: bytes in each process, and again on its GPU."""
 
 EXPORT_BYTES = 1 << 29
-"""Export's, whatever the model: matrices on their way through the packing threads."""
+"""Memory of export for any model: matrices in the packing threads."""
 
 VALIDATION_BYTES = 3 << 29
 """llama.cpp's caches and buffers; the files themselves are mapped."""
 
 _HEAP_VALUES, _MOST_HEAP = 1, 4 << 30
-"""What the C library keeps of what forwards free: hidden states per token, as measured; and no more than so much."""
+"""Heap that the C library keeps after forwards: hidden states per token, as measured, and its limit in bytes."""
 
 _MERGED_PATCHES = (Keys.ClipVision.SPATIAL_MERGE_SIZE, Keys.ClipVision.Projector.SCALE_FACTOR)
-"""Where a projector says how many patches a side a token stands for."""
+"""Metadata keys of a projector's merge factor: patches per side that one token stands for."""
 _PATCH_SIZE = 16
-"""Of a projector that does not say, or is not there."""
+"""Patch size in pixels of a projector that names none, or is not there."""
 _CHARACTERS_PER_TOKEN = 3.0
 _TEMPLATE_TOKENS = 24
 _PACKED_PER_SECOND = 1.5e8
@@ -56,12 +56,12 @@ _CALIBRATE, _SENSITIVITY, _ROUND, _VALIDATE = 1.1, 20.0, 1.5, 4.0
 products of single experts are slower, and sensitivity computes gradients and what every candidate changes. The first
 was measured (docs/experiments/scale.md), the others are counted."""
 _HELD_OUT_TOKENS = 4000
-"""About as many as the built-in held-out set has, and two models."""
+"""Tokens of the built-in held-out set, about, times two models."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Numbers of weights and widths that needs depend on.
+    """Model sizes that estimates depend on: numbers of weights, and widths.
 
     Attributes:
         outside: weights outside the decoder layers, the image encoder's included.
@@ -89,7 +89,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ModelSizes":
-        """From the headers and the configuration of a checkpoint."""
+        """The sizes of a checkpoint, from its headers and configuration."""
         tensors = text_tensors(checkpoint)
         by_layer: Counter[int] = Counter()
         for tensor in tensors:
@@ -160,7 +160,7 @@ class TokenCounts:
 
     @classmethod
     def at_most(cls, options: CalibrationOptions, sizes: ModelSizes) -> "TokenCounts":
-        """Of the largest samples that the options allow."""
+        """Upper bound: samples of the largest size that the options allow."""
         of_image = sizes.image_tokens(None)
         return cls(
             (options.image_samples + options.text_samples) * MAX_TOKENS,
@@ -171,7 +171,7 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class StageEstimate:
-    """What one stage takes.
+    """Resources of one stage.
 
     Attributes:
         memory: most bytes that its process fills; device_memory: on a GPU, 0 where there is none.
@@ -190,7 +190,7 @@ class StageEstimate:
 
 @dataclass(frozen=True, slots=True)
 class EstimatedWork:
-    """What a conversion does, as far as memory, disk and time depend on it.
+    """Workload of a conversion: all of it that memory, disk space and time depend on.
 
     Attributes:
         model_bytes: of the text model's file.
@@ -213,7 +213,7 @@ class EstimatedWork:
 def stage_estimates(
     sizes: ModelSizes, work: EstimatedWork, cores: int, machine: Machine | None = None
 ) -> list[StageEstimate]:
-    """What every stage of a conversion takes, in their order.
+    """Estimates of all stages of a conversion, in their order.
 
     Args:
         machine: measured; None leaves times out and takes torch to compute on the CPU.

@@ -1,4 +1,4 @@
-"""One clear error for whatever the hub's client raises."""
+"""Translation of the hub client's exceptions into this package's errors."""
 
 import errno
 import re
@@ -21,7 +21,7 @@ _REASONS = {
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Raise what goes wrong with the hub as one of our errors about `what`, with the way out.
+    """Context that raises the hub client's exceptions as errors of this package about `what`, with the way out.
 
     Raises:
         InputError: `what` is not on the hub, or not as it is named.
@@ -70,13 +70,13 @@ def _explanation(what: str, error: BaseException) -> InputError:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a RuntimeError that only says where something went wrong was raised for."""
+    """The cause of a RuntimeError that only wraps another exception."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _said(error: BaseException) -> str:
-    """The first line of what was said, without what could be secret."""
+    """The first line of an error's message, without tokens and signed queries."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return _SECRETS.sub("...", lines[0]) if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""A checkpoint on the hub: what of it is needed, and fetching that into the hub's cache; a dry run fetches little."""
+"""Download of a checkpoint from the hub into its cache; a dry run fetches configuration and headers alone."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ _CONNECTIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """What of a model on the hub is needed; sizes in bytes, of all files and of those not in the cache yet."""
+    """Files of a model on the hub to fetch; sizes in bytes, of all and of those not in the cache yet."""
 
     repository: str
     revision: str
@@ -147,7 +147,7 @@ def _write_holes(listing: _Listing, name: str, path: Path) -> None:
 
 
 def _list_files(named: HubModel) -> _Listing | None:
-    """What the repository holds; None where the hub cannot be reached."""
+    """The repository's files at one commit; None where the hub cannot be reached."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -224,7 +224,7 @@ def _check_room(named: HubModel, needed: int) -> None:
 
 @contextmanager
 def _watched(blobs: Path, total: int, progress: Progress) -> Iterator[None]:
-    """Tell progress from what has arrived on disk: one bar for all files, however they are fetched."""
+    """Progress of a download, from bytes on disk: one bar for all files, however they are fetched."""
     if not total:
         yield
         return

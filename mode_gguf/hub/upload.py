@@ -25,7 +25,7 @@ _MESSAGE = "Upload with mode-gguf"
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One file as it will be called on the hub: a file here, or what it will hold; `sha256` where it is known."""
+    """One file to upload by its name on the hub: a local file or its content; `sha256` where it is known."""
 
     name: str
     content: Path | bytes
@@ -39,7 +39,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Where it is now, at which commit, and whether only its owner sees it."""
+    """The commit of an upload: its address and hash, and whether the repository is private."""
 
     url: str
     commit: str
@@ -56,7 +56,7 @@ def send(repository: str, uploads: Sequence[Upload], private: bool | None, progr
 
     Raises:
         UsageError: the repository is there and is not `private`, or is and should not be.
-        InputError, MissingResourceError: see `hub.errors.explained`.
+        InputError, MissingResourceError: see `hub.error_messages.hub_errors`.
         ValidationError: the hub has something else than what was sent.
     """
     from huggingface_hub import CommitOperationAdd
@@ -82,7 +82,7 @@ def send(repository: str, uploads: Sequence[Upload], private: bool | None, progr
 
 @contextmanager
 def _told(progress: Progress, total: int) -> Iterator[Advance]:
-    """Counts off bytes by files; the client's own bars, which move within a file, do so where somebody watches."""
+    """Upload progress in bytes, file by file; on a terminal the client's own bars, which move within a file."""
     if progress is not silent and sys.stderr.isatty():
         yield lambda n: None
     else:
@@ -108,7 +108,7 @@ def _repository(api: "HfApi", repository: str, private: bool | None) -> "ModelIn
 
 
 def _remark_on_others(repository: str, there: "ModelInfo", uploads: Sequence[Upload]) -> None:
-    """Say what the new card will not speak of, and which files one tag will stand for."""
+    """Warn of other models in the repository: the new card omits them, and one tag may stand for two files."""
     ours = {one.name for one in uploads}
     tags = {quant_tag(name) for name in ours if is_model_file(name)}
     for name in (file.rfilename for file in there.siblings or ()):

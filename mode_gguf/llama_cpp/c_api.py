@@ -322,7 +322,7 @@ _log = _LogCallback(_take_line)
 
 
 def last_complaint() -> str:
-    """What llama.cpp said about its last failures, oldest first; forgotten once read."""
+    """llama.cpp's last error lines, oldest first, joined; cleared once read."""
     said = "; ".join(_complaints)
     _complaints.clear()
     return said or "llama.cpp gave no reason"
@@ -412,7 +412,7 @@ def runtime_library(folder: Path) -> ctypes.CDLL:
 
 
 def library_version() -> str:
-    """How reports name the embedded runtime."""
+    """Version text of the embedded llama.cpp, as in reports."""
     return f"llama.cpp b{library_build()} (xllamacpp {importlib.metadata.version('xllamacpp')})"
 
 

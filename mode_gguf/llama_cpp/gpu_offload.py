@@ -1,4 +1,4 @@
-"""What llama.cpp computes and stores where; names and meanings are those of its own options."""
+"""GPU offload: placement of layers, tensors and KV cache; names and meanings are those of llama.cpp's options."""
 
 import ctypes
 import logging

@@ -90,7 +90,7 @@ class LlamaModel:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The file's path, for messages."""
         return str(self.text_gguf)
 
     def close(self) -> None:
@@ -161,7 +161,7 @@ class LlamaModel:
 
     @property
     def image_marker(self) -> str:
-        """What stands for the image in a prompt."""
+        """The marker that stands for the image in a prompt."""
         marker: bytes = self._lib.mtmd_default_marker()
         return marker.decode()
 

@@ -1,4 +1,4 @@
-"""Which llama.cpp there is: the user's own tools, and the build embedded in `xllamacpp`."""
+"""Discovery of the user's llama.cpp programs, and the smoke test in them or in the embedded build."""
 
 import os
 import re
@@ -34,7 +34,7 @@ class LlamaCppTools:
 
 @dataclass(frozen=True, slots=True)
 class SmokeTest:
-    """That the two files answer a question about a picture in `runtime`."""
+    """Result of a smoke test: the answer to a question about an image in `runtime`."""
 
     runtime: str
     question: str
@@ -111,7 +111,7 @@ def smoke_test(
 
 
 def _version(programs: dict[str, Path]) -> str | None:
-    """What `--version` says; not all programs know the option."""
+    """Output of `--version`, of the first program that knows the option."""
     for name, path in programs.items():
         if name in _WITHOUT_VERSION:
             continue

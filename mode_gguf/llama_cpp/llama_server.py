@@ -32,13 +32,13 @@ DEFAULT_CONTEXT: Final = 16384
 _POLL_SECONDS: Final = 0.2
 _STOP_SECONDS: Final = 10
 _SAID: Final = 8
-"""Lines of a server's last words."""
+"""Last output lines of a server that are kept for error messages."""
 _ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How a model is served.
+    """Settings of a llama-server.
 
     Attributes:
         context: tokens of all parallel sequences together.
@@ -64,7 +64,7 @@ class Serving:
 
     @property
     def options(self) -> list[str]:
-        """As llama-server takes them, model and projector aside."""
+        """llama-server's command-line options, model and projector aside."""
         options = ["--host", self.host, "--port", str(self.port), "--jinja"]
         options += ["--ctx-size", str(self.context), "--parallel", str(self.parallel)]
         if self.kv_type != "f16":
@@ -85,12 +85,12 @@ def serving_of(
     options: ServingOptions,
     extra: Sequence[str] = (),
 ) -> Serving:
-    """Settings from those that memory was planned for, or defaults.
+    """Server settings from the fit that memory was planned for, or defaults.
 
     Args:
-        fit: what memory was planned for.
+        fit: settings that memory was planned for.
         options: address and context, where it is other than planned.
-        extra: what llama-server is told besides; a host or a port among it is what counts.
+        extra: further llama-server arguments; a host or a port among them wins.
 
     Raises:
         InputError: a file is no GGUF file.
@@ -116,7 +116,7 @@ def serving_of(
 
 
 def server_command(serving: Serving, extra: Sequence[str], llama_cpp: Path | None) -> tuple[list[str], str]:
-    """What to execute, and what that is, in words.
+    """Arguments to execute, and the server's name for messages.
 
     Raises:
         InputError: a file or the folder `llama_cpp` cannot be used.
@@ -223,13 +223,13 @@ class Server:
 
 
 def _last_words(lines: list[str]) -> str:
-    """Lines that complain, else the last ones."""
+    """Lines that name an error, else the last ones."""
     complaints = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
     return " / ".join((complaints or lines)[-3:]) or "it said nothing"
 
 
 def _told(extra: Sequence[str], option: str) -> str | None:
-    """The value of `option` among what llama-server is told; the last one counts."""
+    """The value of `option` among llama-server's extra arguments; the last one counts."""
     values = [value for name, value in pairwise(extra) if name == option]
     values += [one.partition("=")[2] for one in extra if one.startswith(f"{option}=")]
     return values[-1] if values else None
@@ -249,7 +249,7 @@ def _free_port(host: str) -> int:
 
 
 def _bind(host: str, port: int) -> int:
-    """The port, after having had it for a moment."""
+    """The port number, after binding it for a moment."""
     family: Any = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What a conversion wrote, and how long each stage took (0 for one that was reused).
+    """Files that a conversion wrote, and seconds of each stage (0 for one that was reused).
 
     `model` is the first file of one that is in shards; `size_bytes` counts all of them. Text-only models have no
     `mmproj`.
@@ -53,7 +53,7 @@ class ConvertResult:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A recipe made ready for one model: what stages are made from, settled once."""
+    """A recipe resolved for one model: the settings that all stages are made from."""
 
     recipe: Recipe
     settings: PlanSettings
@@ -78,7 +78,7 @@ class Conversion:
         return cls(recipe, settings, settings.target(run.checkpoint), calibrate, sensitivity)
 
     def measuring_stages(self) -> list[Stage]:
-        """What takes long, and must not be thrown away unasked."""
+        """The measuring stages, whose results take long and are not thrown away unasked."""
         stages: list[Stage] = [self.calibrate, self.sensitivity]
         if self.settings.preset.unit_kl:
             stages.append(UnitKl(self.sensitivity, self.settings.measured_samples))
@@ -101,7 +101,7 @@ class Conversion:
 
 
 def estimate_conversion(run: Run, recipe: Recipe) -> ConversionEstimate:
-    """What `convert` would do and take here, with times; nothing is written. Raises like `Conversion.of`."""
+    """Estimate of `convert` here, with times; nothing is written. Raises like `Conversion.of`."""
     conversion = Conversion.of(run, recipe)
     return estimate(run, conversion.recipe, conversion.settings, conversion.target, measured=True)
 

@@ -1,4 +1,4 @@
-"""What a conversion will do and take, known from shapes alone."""
+"""The estimate of a conversion: sizes and resources of all stages, from shapes alone."""
 
 import os
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ from mode_gguf.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class ConversionEstimate:
-    """What a conversion will do.
+    """Estimate of a conversion.
 
     Attributes:
         model_bytes: of the text model's file.
         layers, experts: layers with routed experts, and experts of the largest.
-        memory: where a GPU's memory will go, if that is the budget.
+        memory: breakdown of the GPU's memory, if that is the budget.
     """
 
     model_name: str
@@ -49,7 +49,7 @@ class ConversionEstimate:
 def estimate(
     run: Run, recipe: Recipe, settings: PlanSettings, target: Target, *, measured: bool = False
 ) -> ConversionEstimate:
-    """What a conversion takes, before anything is computed.
+    """Estimate of a conversion, before anything is computed.
 
     Args:
         recipe: resolved for the model.

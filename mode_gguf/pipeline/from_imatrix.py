@@ -117,7 +117,7 @@ def _of_model(path: Path, sums: Sums, tensors: Sequence[SourceTensor]) -> dict[s
 
 
 def _arrays(sums: Sums, tensors: Sequence[SourceTensor]) -> dict[str, np.ndarray]:
-    """As calibration writes them, all tokens under `text`; routing weights are not known, and 0."""
+    """Statistics arrays as calibration writes them, all tokens under `text`; routing weights are not known, and 0."""
     arrays: dict[str, np.ndarray] = {}
     for tensor in tensors:
         if tensor.name not in sums or tensor.activation is None or f"{tensor.activation}.count" in arrays:

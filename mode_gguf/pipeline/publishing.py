@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What is uploaded, README.md's text, and where it is; None where it was only shown."""
+    """An upload: its files, README.md's text, and its commit; None where it was only shown."""
 
     uploads: tuple[Upload, ...]
     card: str
@@ -102,7 +102,7 @@ def _opened(path: Path) -> tuple[WorkFolder, Plan]:
 
 
 def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Release, str | None]:
-    """What the folder releases, and why its report cannot be believed, if it cannot.
+    """The release of the folder, and the reason why its report cannot be trusted, if there is one.
 
     Raises:
         InputError: no export has finished here, or what it wrote was changed since.
@@ -146,7 +146,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
 
 
 def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[ValidationReport | None, str | None]:
-    """The report on just these files; without one, why.
+    """The report on just these files; without one, the reason.
 
     Raises:
         ValidationError: they failed.
@@ -176,7 +176,7 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
 
 
 def _is_ours(folder: WorkFolder) -> bool:
-    """Whether README.md may be written: it is not there, or just as it was written last."""
+    """Whether README.md may be written: it is not there, or is unchanged since it was written."""
     left = StageCache(folder).left("card")[1].get(folder.readme)
     return not folder.readme.exists() or left == file_identity(folder.readme)
 
@@ -204,7 +204,7 @@ def _edited_card(folder: WorkFolder, release: Release) -> str:
 
 
 def _uploads(folder: WorkFolder, release: Release, card: str) -> tuple[Upload, ...]:
-    """What belongs on the hub; texts without where things lie on this machine."""
+    """Uploads of a release; texts without local paths."""
     documents = {folder.readme: card, folder.plan: folder.plan.read_text(encoding="utf-8")}
     if release.report:
         documents[folder.report] = folder.report.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Improves a plan by measuring it: what units cost together, which costs measured one at a time cannot tell.
+"""Refinement of a plan by measured KL: units' costs together, which costs measured one at a time do not show.
 
 Around a plan, every unit is moved to the next smaller and the next larger of its types and the whole model's KL is
 measured, as many moves in one pass over the layers as hidden states may be kept. Those marginal costs make a new
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 DEFAULT_ROUNDS = 3
 
 MOVING_SHARE = 0.5
-"""Of the units, how many may change their type in the first round."""
+"""Share of the units that may change their type in the first round."""
 
 DEFAULT_PASS_BYTES = 32 << 30
-"""Of hidden states that the moves of one pass keep, on disk beyond what memory is allowed."""
+"""Limit of the hidden states of one pass over all its moves, in bytes; on disk beyond what memory is allowed."""
 
 _BISECTIONS = 24
 
@@ -38,7 +38,7 @@ _TILT = 0.01
 
 
 class Measure(Protocol):
-    """Measures a plan, and what single moves around it would make of it."""
+    """Measurement of a plan, and of the plans that single moves around it make."""
 
     def __call__(
         self, types: Mapping[str, QuantType], moves: Sequence[tuple[str, QuantType]]

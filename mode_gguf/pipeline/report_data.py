@@ -1,4 +1,4 @@
-"""Gathers from a work folder what its report shows: everything but how the file behaves in llama.cpp.
+"""The conversion record of a work folder: all that its report shows but the validation in llama.cpp.
 
 No checkpoint is needed: what planning has to know of tensors is in the plan and in what was measured.
 """
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 FRONTIER_POINTS = 12
 SHOWN_UNITS = 12
 STAGES = ("calibrate", "sensitivity", "unit-kl", "plan", "round", "export", "projector", "reference")
-"""In their order; the times of `validate` are in its report."""
+"""Stages in their order; the times of `validate` are in its report."""
 KEPT_TYPE = "F32"
-"""Of routers, norms and biases, and of nothing else in a plan that packs anything."""
+"""Type of routers, norms and biases, and of nothing else in a plan that packs anything."""
 LARGE_BLOCK, SMALL_BLOCK = 256, 32
 FULL_PRECISION = QUANT_TYPES["BF16"]
 UNIFORM_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -57,7 +57,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def conversion_record(folder: WorkFolder) -> ConversionRecord:
-    """What the artefacts in the folder say; a part whose artefact is missing or cannot be used is None."""
+    """The record of a conversion, from the folder's artefacts; a part whose artefact is missing or unusable is None."""
     missing: dict[str, str] = {}
     plan = _plan(folder, missing)
     statistics = _statistics(folder, missing)
@@ -150,7 +150,7 @@ def split_name(tensor: str) -> tuple[int | None, str]:
 def _row_width(
     tensor: PlannedTensor, n_experts: int, table: "SensitivityTable | None", units: np.ndarray | None
 ) -> int:
-    """One that the blocks of all types divide in which the tensor was measured; all of them where it was not."""
+    """A row width that the blocks of all measured types divide; of all types where the tensor was not measured."""
     most = tensor.n_weights // n_experts
     if table is not None and tensor.name in table.stand_ins:
         return SMALL_BLOCK
@@ -259,7 +259,7 @@ def _tensor_types(tensor: PlannedTensor) -> TensorTypes:
 
 
 def _uniform(plan: Plan, tensors: Sequence[SourceTensor], priced: _Priced | None) -> list[SizePoint]:
-    """Every expert in one type, and what that is predicted to cost where the type was measured."""
+    """Uniform plans, every expert in one type, with predicted damage where the type was measured."""
     points = []
     for name in UNIFORM_TYPES:
         one = uniform_plan(tensors, plan.made_from, QUANT_TYPES[name])
@@ -309,7 +309,7 @@ def _prediction(priced: _Priced, missing: dict[str, str]) -> Prediction:
 
 
 def _sensitivity(priced: _Priced, missing: dict[str, str]) -> SensitivityRecord | None:
-    """Units by what their smallest type would cost."""
+    """The most sensitive units, by the cost of their smallest type."""
     costs = priced.preset.costs
     try:
         by_tensor = tensor_units(priced.tensors, priced.types, priced.measured, costs)
@@ -404,6 +404,6 @@ def _stage_run(stage: str, entry: Mapping[str, Any]) -> StageRun:
 
 
 def _versions(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Of the last stage in their order that recorded them."""
+    """Package versions of the last stage, in their order, that recorded them."""
     recorded = [entry["versions"] for entry in entries.values() if isinstance(entry.get("versions"), dict)]
     return {str(name): str(number) for name, number in recorded[-1].items()} if recorded else {}

@@ -26,7 +26,7 @@ def run_report(path: Path, held_out: Path | None = None) -> Path:
     """Draw report.html again from the files in a work folder; what report.json says of the conversion is renewed, too.
 
     Args:
-        held_out: where the pictures of the questions are; None for the set that the folder was validated with.
+        held_out: the set with the questions' images; None for the one that the folder was validated with.
 
     Returns:
         The page.
@@ -58,7 +58,7 @@ def draw_converted(folder: WorkFolder, held_out: Path | None, *, validated: bool
 
 
 def conversion_of(candidate: Path) -> ConversionRecord | None:
-    """How a file was made, where it lies in a work folder whose plan it was made from; None otherwise.
+    """The conversion record of a file in a work folder whose plan it was made from; None otherwise.
 
     Raises:
         InputError: the file is no GGUF.

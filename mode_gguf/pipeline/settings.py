@@ -1,4 +1,4 @@
-"""What a recipe comes to for one model and one work folder: the settings that stages are made from."""
+"""Settings of stages, resolved from a recipe for one model and one work folder."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +28,12 @@ from mode_gguf.workfolder import WorkFolder
 
 DEFAULT_BPW: Final = 3.0
 BLIND_METHOD: Final[Method] = "imatrix-error"
-"""What measures where no model is run."""
+"""Sensitivity method that runs no model."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """What a plan is made for.
+    """Settings of a plan.
 
     Attributes:
         granularity: what shares a type; stock llama.cpp cannot load a file with a type per expert.
@@ -71,7 +71,7 @@ class PlanSettings:
         )
 
     def target(self, checkpoint: Checkpoint) -> "Target":
-        """What the budget leaves for tensors of this model.
+        """The sizes that the budget leaves for tensors of this model.
 
         Raises:
             InfeasibleBudgetError: the budget is out of reach; where it is a GPU's memory, the message says what fits.
@@ -153,7 +153,7 @@ def measured_candidates(recipe: Recipe, folder: WorkFolder) -> CandidateTypes:
 
 
 def _measured_types(folder: WorkFolder) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """What `sensitivity` measured in the folder, of experts and of all other matrices; None if it has not run."""
+    """Types measured by `sensitivity` in the folder, of experts and of all other matrices; None if it has not run."""
     from mode_gguf.artifacts import read_metadata
 
     try:
@@ -182,7 +182,7 @@ def resolved(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
 
 
 def base_warnings(checkpoint: Checkpoint) -> list[str]:
-    """What is not known of a model that comes from a base GGUF."""
+    """Warnings about matrices of a base GGUF that match no matrix of the checkpoint."""
     base = checkpoint.base
     if base is None or not base.unmatched:
         return []

@@ -1,4 +1,4 @@
-"""stages.json: with which settings each stage made what is in the work folder."""
+"""stages.json: the cache of stages, by settings and outputs."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ class StageState:
     """A stage as it is asked for.
 
     Attributes:
-        name: as its command is called.
+        name: of its command.
         settings: all that its outputs depend on, by names that people read; values that JSON can hold.
         outputs: the files it writes.
     """
@@ -60,7 +60,7 @@ class RunningStage:
 
 
 class StageCache:
-    """Remembers with which settings each stage made its outputs, what they were, and how long it took.
+    """The cache of a work folder's stages: settings, identities of outputs and duration of each stage's last run.
 
     A stage that has begun and not finished is not remembered: whatever it may have left of its outputs is made again.
     """
@@ -75,7 +75,7 @@ class StageCache:
         return RunningStage(self, stage, time.monotonic())
 
     def is_current(self, stage: StageState) -> bool:
-        """Whether all outputs are there, as they were made with just these settings."""
+        """Whether all outputs are there, unchanged and made with just these settings."""
         return self.has_settings(stage) and self._entry(stage.name)["outputs"] == self._identities(stage.outputs)
 
     def has_settings(self, stage: StageState) -> bool:
@@ -96,11 +96,11 @@ class StageCache:
         return entry.get("settings", {}), outputs
 
     def seconds(self, stage: str) -> float:
-        """How long the stage took when it last ran."""
+        """Duration of the stage's last run."""
         return float(self._entry(stage).get("seconds", 0.0))
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What is remembered, by stage."""
+        """All entries, by stage."""
         return {stage: entry for stage in self._read() if (entry := self._entry(stage))}
 
     def written_again(self, stage: str, path: Path, before: str) -> None:
@@ -156,7 +156,7 @@ class StageCache:
         write_json(self._folder.stages, {**self._read(), stage.name: entry})
 
     def _entry(self, stage: str) -> dict[str, Any]:
-        """What is remembered of a stage; empty if nothing is, or nothing that can be trusted."""
+        """The entry of a stage; empty if there is none, or none that can be trusted."""
         entry = self._read().get(stage)
         fits = isinstance(entry, dict) and all(isinstance(entry.get(key), dict) for key in ("settings", "outputs"))
         return entry if fits and entry else {}
@@ -165,26 +165,26 @@ class StageCache:
         try:
             entries = json.loads(self._folder.stages.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return {}  # No ledger, or one that cannot be trusted: every stage runs.
+            return {}  # No stages.json, or one that cannot be trusted: every stage runs.
         return entries if isinstance(entries, dict) else {}
 
     def _identities(self, paths: Sequence[Path]) -> dict[str, str]:
         return {self._name(path): file_identity(path) for path in paths}
 
     def _name(self, path: Path) -> str:
-        """Within the folder, so that it may be moved."""
+        """Path relative to the folder, so that it may be moved."""
         return str(path.relative_to(self._folder.path)) if path.is_relative_to(self._folder.path) else str(path)
 
 
 def command() -> str:
-    """What runs, as it was typed, but for the place where the program is installed."""
+    """The command line of this process as it was typed, without the program's folder."""
     program = Path(sys.argv[0]).name
     return shlex.join(["mode-gguf" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Of this package, of Python, and of the packages that compute."""
+    """Versions of this package, of Python, and of the packages that compute."""
     found = {"mode-gguf": __version__, "Python": platform.python_version()}
     for name in COMPUTING:
         with suppress(PackageNotFoundError):
@@ -209,7 +209,7 @@ def _digest(path: Path, size: int, mtime_ns: int, inode: int) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As they come back from JSON."""
+    """Settings as they come back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
     return plain
 

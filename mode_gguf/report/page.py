@@ -26,11 +26,11 @@ _HERE = Path(__file__).parent
 
 
 def draw(facts: ConversionRecord, validation: ValidationReport | None, pictures: Mapping[tuple[str, str], Path]) -> str:
-    """The page.
+    """HTML of the report.
 
     Args:
         validation: None where nothing was measured. One of another file than the plan's is mentioned, and not shown.
-        pictures: files by name of the picture and question, as far as they can be found.
+        images: files by name of the image and question, as far as they can be found.
     """
     other = validation if validation and not is_of_plan(validation, facts) else None
     shown = None if other else validation
@@ -62,7 +62,7 @@ def draw(facts: ConversionRecord, validation: ValidationReport | None, pictures:
 
 
 def is_of_plan(validation: ValidationReport, facts: ConversionRecord) -> bool:
-    """Whether a validation is of the file that the facts are about: its bits per weight are the plan's.
+    """Whether a validation is of the record's file: its bits per weight are the plan's.
 
     Without a plan there is nothing to tell them apart by.
     """
@@ -70,7 +70,7 @@ def is_of_plan(validation: ValidationReport, facts: ConversionRecord) -> bool:
 
 
 def same_bpw(first: float, second: float) -> bool:
-    """Whether two sizes are one, but for how the sums were made."""
+    """Whether two values of bits per weight are equal up to rounding errors of the sums."""
     return abs(first - second) < SAME_BPW
 
 

@@ -1,4 +1,4 @@
-"""Numbers and names as people read them; the template's filters."""
+"""The template's filters: numbers and names as text."""
 
 import math
 

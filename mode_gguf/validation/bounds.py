@@ -16,7 +16,7 @@ _FIELDS: Final = {
     "max_kl_p99_9": "kl_p99_9_at_most",
     "min_top1": "top1_agreement",
 }
-"""What of a `Divergence` is held against a limit."""
+"""Fields of `Divergence` that are compared with a limit."""
 
 
 def given(limits: Limits) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What a file is judged on; `name` goes into the report."""
+    """A held-out set: texts and questions that a file is judged on; `name` goes into the report."""
 
     name: str
     texts: tuple[str, ...]
@@ -81,7 +81,7 @@ def load_held_out(path: Path) -> HeldOut:
 
 
 def is_right(answer: str, expected: str, match: str) -> bool:
-    """Whether `answer` counts.
+    """Whether `answer` counts as right.
 
     Letter case, outer punctuation and runs of white space never matter. `exact`: the same text. `contains`: `expected`
     occurs in it as whole words. `number`: the first number in it has the value of `expected`.

@@ -37,7 +37,7 @@ from mode_gguf.validation.structure import experts_bpw
 
 Array: TypeAlias = np.ndarray
 Source: TypeAlias = Path | Server
-"""A model: a text GGUF to run in this process, or what a llama-server has loaded."""
+"""A model: a text GGUF to run in this process, or one behind a llama-server."""
 
 RECORD: Final = "reference.json"
 MAX_TEXT_TOKENS: Final = 256
@@ -46,7 +46,7 @@ MAX_ANSWER_TOKENS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How models are run; the same for the reference and its candidates.
+    """Settings of model runs; the same for the reference and its candidates.
 
     `context`, `threads`, `offload`, `exact` and `engine` are as in `LlamaModel`, `top_logprobs` as in `ServerModel`.
 
@@ -82,7 +82,7 @@ class Settings:
         )
 
     def that_matter(self) -> dict[str, Any]:
-        """What stored distributions depend on, but for rounding."""
+        """Settings that stored distributions depend on, but for rounding."""
         names = ("context", "exact", "max_text_tokens", "max_answer_tokens", "answers")
         return {name: getattr(self, name) for name in names}
 
@@ -121,7 +121,7 @@ class ReferenceRecord(Record):
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Everything a reference model said about a held-out set; see `measure_reference`.
+    """A reference model's answers and distributions on a held-out set; see `measure_reference`.
 
     Attributes:
         paths: one per text, then one per question.
@@ -221,7 +221,7 @@ def measure_reference(
 
 
 def stored_reference(folder: Path, held_out: HeldOut, settings: Settings) -> Reference:
-    """What `measure_reference` left in `folder`, without the model.
+    """The reference that `measure_reference` left in `folder`, without the model.
 
     Raises:
         InputError: there is nothing, or it was measured on other samples or with other settings.
@@ -305,7 +305,7 @@ def _is_current(path: Path, made_from: str) -> bool:
 
 
 def _identity(path: Path) -> list[Any]:
-    """What tells a GGUF file from another without reading gigabytes: its header, sizes and times of change."""
+    """Identity of a GGUF file without reading its data: its header, sizes and times of change."""
     header = read_header(path)
     stats = [file.stat() for file in header.files]
     tensors = [(info.name, info.type, info.shape, info.offset) for info in header.tensors.values()]

@@ -1,4 +1,4 @@
-"""report.json: what was measured about one file in llama.cpp."""
+"""report.json: measurements of one file in llama.cpp."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -86,7 +86,7 @@ class Accuracy(Record):
 
 
 class Answer(Record):
-    """One question about a picture, and what the models say."""
+    """One question about an image, and the models' answers."""
 
     image: str
     kind: str
@@ -98,7 +98,7 @@ class Answer(Record):
 
 
 class Smoke(Record):
-    """The answer of the smoke test, and what ran it."""
+    """The answer of the smoke test, and the runtime."""
 
     runtime: str
     question: str
@@ -111,7 +111,7 @@ class Smoke(Record):
 
 
 class Check(Record):
-    """A limit that was given on the command line, and what was found; `kept` is the verdict."""
+    """A limit that was given on the command line, and the measured value; `kept` is the verdict."""
 
     option: str
     limit: float

@@ -1,4 +1,4 @@
-"""Judges a finished file in real llama.cpp against its reference, on texts and on questions about pictures."""
+"""Validation of a file in llama.cpp against its reference, on texts and on questions about images."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A file and what it is compared with.
+    """A candidate and the reference it is compared with.
 
     Attributes:
         candidate: the text model.
@@ -180,7 +180,7 @@ def _engine(chosen: Engine | None, models: list[Path]) -> Engine:
 
 
 def has_tools(folder: Path) -> bool:
-    """Whether there are programs beside the libraries."""
+    """Whether llama-mtmd-cli is beside the libraries."""
     try:
         return find_llama_cpp(folder)["llama-mtmd-cli"] is not None
     except InputError:
@@ -201,7 +201,7 @@ def _runtime(model: Model, settings: Settings) -> str:
 
 
 def _told(settings: Settings) -> dict[str, Any]:
-    """What a report says of the settings; engines have a field of their own."""
+    """The settings as JSON values of the report; engines have a field of their own."""
     told = asdict(replace(settings, engine=None))
     del told["engine"]
     jsonable: dict[str, Any] = json.loads(json.dumps(told))
@@ -210,7 +210,7 @@ def _told(settings: Settings) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """The candidate, loaded, beside what the reference said; samples are numbered as in `Reference`."""
+    """The loaded candidate beside its reference; samples are numbered as in `Reference`."""
 
     model: Model
     reference: Reference | None

@@ -1,4 +1,4 @@
-"""What a conversion is said to need, and what is refused for want of it."""
+"""Estimates of a conversion's resources, and refusals for want of them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_sizes(pico_module: Path, sizes: ModelSizes) -> None:
 
 @pytest.mark.parametrize("folder", ["pico_module", "pico_internvl"])
 def test_work_is_about_what_the_model_sees(folder: str, request: pytest.FixtureRequest) -> None:
-    """Of images in patches, and of images in tiles."""
+    """Workloads of images in patches and in tiles."""
     checkpoint = Checkpoint.open(request.getfixturevalue(folder))
     sizes = ModelSizes.of(checkpoint)
     samples = load_samples(None, max_image_samples=6, max_text_samples=6)

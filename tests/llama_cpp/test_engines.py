@@ -1,4 +1,4 @@
-"""Which llama.cpp runs which file, and that both may run side by side in one process."""
+"""Choice of the engine for a file, and two engines side by side in one process."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""How a model is served: settings from what memory was planned for, and what each llama-server is told."""
+"""Server settings from a plan's fit, and the arguments of each llama-server."""
 
 import json
 from dataclasses import asdict

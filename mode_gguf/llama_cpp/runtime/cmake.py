@@ -135,7 +135,7 @@ def compile_targets(
 
 
 def percent_done(line: str) -> int | None:
-    """What a line of Ninja's or make's output says about how far it is."""
+    """Percentage done in a line of Ninja's or make's output."""
     if match := _NINJA_DONE.match(line):
         return 100 * int(match[1]) // max(int(match[2]), 1)
     if match := _MAKE_DONE.match(line):

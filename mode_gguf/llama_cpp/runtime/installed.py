@@ -15,7 +15,7 @@ _PREFERRED: Final[tuple[Backend, ...]] = ("cuda", "cpu")
 
 
 class BuildRecord(Record):
-    """`build.json`: what was built, how, by which compiler and when (ISO 8601); `patch` is the digest's beginning."""
+    """`build.json`: release, options, compiler and time (ISO 8601) of a build; `patch` is the digest's beginning."""
 
     llama_cpp: str
     patch: str | None
@@ -38,14 +38,14 @@ class Runtime:
 
     @property
     def version(self) -> str:
-        """How reports name it; changes with the patch."""
+        """Version text of the build, as in reports; changes with the patch."""
         record = self.record
         patched = f"with expert groups (patch {record.patch}, {record.backend})" if record.patch else record.backend
         return f"llama.cpp {record.llama_cpp} {patched}"
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: below XDG_CACHE_HOME, which counts only as an absolute path, else below ~/.cache."""
+    """The folder of all builds: below XDG_CACHE_HOME, which counts only as an absolute path, else below ~/.cache."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "mode-gguf" / "runtime"
 

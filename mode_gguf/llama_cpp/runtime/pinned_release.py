@@ -24,8 +24,8 @@ class Release:
         sdist_folder: where the source is inside the archive.
         tree: files and folders that a build needs; the rest of a checkout may be large and is left alone.
         files: sha256 by path, of what tells this release from others: the headers whose structures are declared in
-            `validation/c_api.py`, and every file that the patch changes. Nothing in a tree without .git names a build.
-        targets: what is built.
+            `llama_cpp/c_api.py`, and every file that the patch changes. Nothing in a tree without .git names a build.
+        targets: CMake targets that are built.
     """
 
     build: int
@@ -90,7 +90,7 @@ B11434: Final = Release(
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What a build is made of; `patch` None is llama.cpp as it was released, to compare with."""
+    """A build's ingredients: release, patch and backend; `patch` None is stock llama.cpp, to compare with."""
 
     patch: Path | None = PATCH
     backend: Backend = "cpu"
@@ -98,7 +98,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Of its folder in the cache; another patch is another build."""
+        """Name of its folder in the cache; another patch is another build."""
         return f"{self.release.name}-{self.patch_digest or 'stock'}-{self.backend}"
 
     @property

@@ -1,4 +1,4 @@
-"""What a type per expert costs in speed on this machine, measured by llama-bench on a model of drawn weights.
+"""Speed of a type per expert on this machine, measured by llama-bench on a model with random weights.
 
 Two ways of computing are built in (docs/design/per-expert-layout.md): "skip", where a product passes over experts of
 other groups, which only the CPU does, and "mask", which works anywhere and computes such rows for nothing.

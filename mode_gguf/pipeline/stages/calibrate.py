@@ -113,7 +113,7 @@ def calibration_samples(options: CalibrationOptions) -> "Sequence[Sample]":
 
 
 def stored_statistics(run: Run) -> "CalibrationStatistics":
-    """What `calibrate` left in the folder.
+    """The statistics that `calibrate` left in the folder.
 
     Raises:
         InputError: nothing, or of another model.
@@ -126,7 +126,7 @@ def stored_statistics(run: Run) -> "CalibrationStatistics":
 
 
 def stored_warnings(folder: WorkFolder) -> list[str]:
-    """What a user should know of the calibration in a folder."""
+    """Warnings of the calibration in a folder."""
     from mode_gguf.calibration.coverage import calibration_warnings
     from mode_gguf.calibration.statistics import CalibrationStatistics
 
@@ -161,7 +161,7 @@ def save_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStatist
 
 @contextmanager
 def any_form_of_model(checkpoint: Checkpoint, way_out: str) -> Iterator[None]:
-    """A model without a family may be of a form that nobody has seen: then an error of its code is one of input.
+    """Context that raises errors of an unknown model's code as InputError: it may have a form that no family covers.
 
     Raises:
         InputError: with a way out.

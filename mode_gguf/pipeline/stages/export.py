@@ -29,7 +29,7 @@ from mode_gguf.workfolder import WorkFolder, model_file_name, mtp_file_name, pro
 log = logging.getLogger(__name__)
 
 REFERENCE_TYPE = QUANT_TYPES["BF16"]
-"""What a result is compared with: the checkpoint's own weights, unless they are stored in more."""
+"""Type of the full-precision reference: the checkpoint's own weights, unless they are stored in more bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class ExportText(Stage):
         forget_rounded(run.folder)
 
     def write(self, run: Run) -> None:
-        """The writing alone, which nothing remembers."""
+        """Write the text model, without recording it in the stage cache."""
         plan, folder = self.followed(run), run.folder
         check_same_model(run.checkpoint, folder.plan, plan.made_from.model_fingerprint)
         kind = self.imatrix or plan.made_from.imatrix_kind
@@ -186,7 +186,7 @@ class ExportReference(Stage):
 
 
 def model_path(folder: WorkFolder, plan: Plan) -> Path:
-    """Where the text model of `plan` goes."""
+    """Path of the text model of `plan`."""
     if plan.budget is None:
         return folder.path / f"{folder.name}-{plan.main_type}.gguf"
     bpw = plan.budget.value if plan.budget.kind == "bpw" else plan.bpw
@@ -194,12 +194,12 @@ def model_path(folder: WorkFolder, plan: Plan) -> Path:
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:
-    """Where the projector goes."""
+    """Path of the projector."""
     return folder.path / projector_file_name(folder.name, projector_type)
 
 
 def reference_fits(checkpoint: Checkpoint) -> bool:
-    """Whether the full-precision file would leave half of this machine's memory free; says so when it would not."""
+    """Whether the full-precision file would leave half of this machine's memory free; logs a warning if not."""
     needed = sum(tensor.n_weights for tensor in text_tensors(checkpoint)) * REFERENCE_TYPE.type_size
     memory = total_memory()
     fits = leaves_half(needed)

@@ -1,4 +1,4 @@
-"""What packed weights depend on, rounded with feedback or exported."""
+"""The cache key of packed weights, rounded with feedback or exported."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Planning: from what was measured to plan.json and tensor-types.txt."""
+"""Planning: plan.json and tensor-types.txt, from measured costs."""
 
 import logging
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +28,7 @@ class MakePlan(Stage):
 
     Attributes:
         sensitivity: the stage whose samples and packing a refined plan is measured with; None where none is refined.
-        target: what the budget leaves, where that is known already.
+        target: the sizes that the budget leaves, where they are known already.
     """
 
     settings: PlanSettings
@@ -58,7 +58,7 @@ class MakePlan(Stage):
         }
 
     def _refinement(self, run: Run) -> dict[str, Any]:
-        """What a refined plan depends on beside what every plan does."""
+        """Settings that only a refined plan depends on."""
         assert self.sensitivity is not None
         calibrated = self.sensitivity.calibrate.key(run)
         return {
@@ -71,7 +71,7 @@ class MakePlan(Stage):
         return run.folder.plan, run.folder.tensor_types
 
     def is_current(self, run: Run) -> bool:
-        """Whether the plan that is there is for these settings, be it edited."""
+        """Whether the plan in the folder is for these settings, even if it was edited."""
         state, cache, plan = self.state(run), run.cache, run.folder.plan
         if plan not in cache.edited(state):
             return cache.is_current(state)

@@ -1,4 +1,4 @@
-"""Sensitivity: what quantization in every candidate type would do, measured or from an importance matrix."""
+"""Sensitivity: damage of quantization in every candidate type, measured or from an importance matrix."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ class Sensitivity(Stage):
 
 
 def stored_table(run: Run) -> "SensitivityTable":
-    """What `sensitivity` left in the folder.
+    """The table that `sensitivity` left in the folder.
 
     Raises:
         InputError: nothing, or of another model.

@@ -88,7 +88,7 @@ class Validate(Stage):
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What a report says beside what was measured: warnings, and how the file was made."""
+    """Additions to a report: warnings, and the conversion record of the file."""
 
     warnings: Sequence[str] = ()
     conversion: ConversionRecord | None = None
@@ -129,7 +129,7 @@ def validate_file(
 
 
 def run_settings(options: ValidationOptions, threads: int | None = None) -> Settings:
-    """How models are run for these options.
+    """The settings that options ask for.
 
     Raises:
         UsageError, InputError: a placement or a library that cannot be used.

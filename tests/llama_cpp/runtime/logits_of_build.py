@@ -23,7 +23,7 @@ THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is wanted; paths are strings.
+    """Request to the process; paths are strings.
 
     Attributes:
         build: folder with the build's libraries.

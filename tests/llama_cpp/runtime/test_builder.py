@@ -432,7 +432,7 @@ def test_percent(line: str, percent: int | None) -> None:
 
 
 def test_programs_end_with_us(tmp_path: Path) -> None:
-    """What a program started itself is ended, too."""
+    """Child processes of a program are ended, too."""
 
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What a model with a type per expert takes in our patched llama.cpp, on the path that GPUs take."""
+"""Memory of a model with a type per expert in our patched llama.cpp, on the path that GPUs take."""
 
 import os
 from pathlib import Path
