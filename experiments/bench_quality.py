@@ -33,7 +33,7 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import metadata_bytes
 from mode_gguf.importance.sensitivity_table import Method
 from mode_gguf.quantization.types import QUANT_TYPES
-from mode_gguf.validation.reference import Settings
+from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.workfolder import WorkFolder
 from mode_gguf_cli.console import log_to_stderr, say
@@ -116,7 +116,7 @@ class Bench:
             self.reference(),
             self.out / f"report-{model.stem}.json",
             held_out=self.held_out,
-            settings=Settings(answers="given"),  # those that the tables in docs/ are about
+            settings=RunSettings(answers="given"),  # those that the tables in docs/ are about
             reference_folder=self.shared.path / "reference",
         )
 

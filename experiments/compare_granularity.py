@@ -31,7 +31,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.quantization.types import parse_types
-from mode_gguf.validation.reference import Settings
+from mode_gguf.validation.reference import RunSettings
 from mode_gguf.vocabulary import Rounding
 from mode_gguf.workfolder import WorkFolder
 
@@ -113,7 +113,7 @@ class Comparison:
             text.with_suffix(".json"),
             plan=plan,
             held_out=self.held_out,
-            settings=Settings(answers="given"),  # those that the tables in docs/ are about
+            settings=RunSettings(answers="given"),  # those that the tables in docs/ are about
             reference_folder=self.folder.path / f"reference-{self.held_out.name}-{engine}",
         )
         size = text.stat().st_size

@@ -27,7 +27,7 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.importance.imatrix_kind import ImatrixKind, chosen_imatrix
 from mode_gguf.options import Packing
 from mode_gguf.quantization.types import QUANT_TYPES, quant_type
-from mode_gguf.validation.reference import Settings
+from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.report import Divergence
 from mode_gguf.workfolder import WorkFolder
 
@@ -107,7 +107,7 @@ def measure(
                 folder.path / "compare-packing.json",
                 plan=plan,
                 held_out=held_out,
-                settings=Settings(answers="given"),  # those that the tables in docs/ are about
+                settings=RunSettings(answers="given"),  # those that the tables in docs/ are about
                 reference_folder=folder.path / "reference",
             )
             text, image = mean_and_error(report.text), mean_and_error(report.image)

@@ -39,7 +39,7 @@ from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.token_weights import TokenWeights
 from mode_gguf.quantization.types import quant_type
-from mode_gguf.validation.reference import Settings
+from mode_gguf.validation.reference import RunSettings
 from mode_gguf.vocabulary import Rounding
 from mode_gguf.workfolder import WorkFolder
 
@@ -129,7 +129,7 @@ class Comparison:
                         path.with_suffix(".json"),
                         plan=plan,
                         held_out=samples,
-                        settings=Settings(answers="given"),  # those that the tables in docs/ are about
+                        settings=RunSettings(answers="given"),  # those that the tables in docs/ are about
                         reference_folder=self.folder.path / f"reference-{samples.name}",
                     )
                     text, image = mean_and_error(report.text), mean_and_error(report.image)

@@ -80,12 +80,12 @@ class _Bars:
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=stderr) as bars:
-            work = Work(total, unit, layers)
-            task = bars.add_task(description, total=total, counted=work.counted())
+            state = StepProgress(total, unit, layers)
+            task = bars.add_task(description, total=total, counted=state.counted())
 
             def advance(n: int) -> None:
-                work.done += n
-                bars.update(task, completed=work.done, counted=work.counted())
+                state.done += n
+                bars.update(task, completed=state.done, counted=state.counted())
 
             yield advance
 
@@ -95,22 +95,22 @@ class _Lines:
 
     @contextmanager
     def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> Iterator[Advance]:
-        work, quarters, last = Work(total, unit, layers), 0, time.monotonic()
+        state, quarters, last = StepProgress(total, unit, layers), 0, time.monotonic()
 
         def advance(n: int) -> None:
             nonlocal quarters, last
-            work.done += n
+            state.done += n
             now = time.monotonic()
-            if (4 * work.done // max(total, 1) > quarters or now - last >= LONGEST_SILENCE) and work.done < total:
-                quarters, last = 4 * work.done // total, now
-                stderr.print(f"{description}: {work.counted()}{work.remaining()}", highlight=False, soft_wrap=True)
+            if (4 * state.done // max(total, 1) > quarters or now - last >= LONGEST_SILENCE) and state.done < total:
+                quarters, last = 4 * state.done // total, now
+                stderr.print(f"{description}: {state.counted()}{state.remaining()}", highlight=False, soft_wrap=True)
 
         yield advance
-        stderr.print(f"{description}: done, {work.result()}", highlight=False, soft_wrap=True)
+        stderr.print(f"{description}: done, {state.result()}", highlight=False, soft_wrap=True)
 
 
 @dataclass(slots=True)
-class Work:
+class StepProgress:
     """Progress of a step, as text; see `Progress.step`."""
 
     total: int

@@ -59,7 +59,7 @@ def total_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def leaves_half(mapped: int) -> bool:
+def fits_half_of_memory(mapped: int) -> bool:
     """Whether a mapped file of `mapped` bytes leaves half of the memory free; a larger reference is not run."""
     return mapped <= total_memory() / 2
 

@@ -19,7 +19,7 @@ from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.images import ImageSize, scaled_size
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.estimate.machine import Machine, leaves_half
+from mode_gguf.estimate.machine import Machine, fits_half_of_memory
 from mode_gguf.forward.limits import LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.options import CalibrationOptions
 
@@ -147,11 +147,13 @@ class TokenCounts:
 
     @classmethod
     def of(cls, samples: "Sequence[Sample]", sizes: ModelSizes) -> "TokenCounts":
-        """Estimated from the samples' characters and areas."""
+        """Estimate from the samples' characters and areas."""
         text = vision = longest = 0
         for sample in samples:
-            said = len(sample.text or "") + sum(len(message.text) for message in sample.messages)
-            of_text = min(MAX_TOKENS, round(said / _CHARACTERS_PER_TOKEN)) + _TEMPLATE_TOKENS * (sample.text is None)
+            characters = len(sample.text or "") + sum(len(message.text) for message in sample.messages)
+            of_text = min(MAX_TOKENS, round(characters / _CHARACTERS_PER_TOKEN)) + _TEMPLATE_TOKENS * (
+                sample.text is None
+            )
             of_image = 0
             if sample.has_image:
                 of_image = sizes.image_tokens(scaled_size(sample.open_image().size, MAX_IMAGE_PIXELS))
@@ -189,7 +191,7 @@ class StageEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class EstimatedWork:
+class Workload:
     """Workload of a conversion: all of it that memory, disk space and time depend on.
 
     Attributes:
@@ -211,7 +213,7 @@ class EstimatedWork:
 
 
 def stage_estimates(
-    sizes: ModelSizes, work: EstimatedWork, cores: int, machine: Machine | None = None
+    sizes: ModelSizes, workload: Workload, cores: int, machine: Machine | None = None
 ) -> list[StageEstimate]:
     """Estimates of all stages of a conversion, in their order.
 
@@ -219,7 +221,7 @@ def stage_estimates(
         machine: measured; None leaves times out and takes torch to compute on the CPU.
     """
     gpu = machine is not None and machine.device_memory is not None
-    counts, kept, model_bytes = work.counts, work.hidden_bytes, work.model_bytes
+    counts, kept, model_bytes = workload.counts, workload.hidden_bytes, workload.model_bytes
     value = 2 if gpu else 4
     model = value * (sizes.outside + sizes.layer)
     # Of a sample that waits: the layer's input and the embeddings; of an image besides: what the encoder gave, and
@@ -233,7 +235,7 @@ def stage_estimates(
     imatrix = 4 * sizes.layers * sizes.experts * (2 * sizes.hidden + sizes.width)
     routed = 2 * value * counts.tokens * sizes.hidden
     gradients = 4 * LABEL_DRAWS * counts.tokens * sizes.hidden
-    n_dense_types = work.dense_types
+    n_dense_types = workload.dense_types
     of_head = 3 * 4 * sizes.vocabulary * sizes.hidden
     of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * (step + logits)
     held = (min(waiting, kept), min(of_all_layers, kept))
@@ -249,7 +251,7 @@ def stage_estimates(
             StageEstimate("calibrate", EXPORT_BYTES + sums, written=sums + imatrix),
             StageEstimate("sensitivity", EXPORT_BYTES + imatrix),
         ]
-        if work.without_model
+        if workload.without_model
         else [
             measuring("calibrate", held[0] + 2 * sums, step, temporary=max(0, waiting - kept), written=sums + imatrix),
             measuring(
@@ -261,7 +263,7 @@ def stage_estimates(
             ),
         ]
     )
-    if work.feedback:
+    if workload.feedback:
         packed = model_bytes // max(sizes.layers, 1)
         stages.append(
             measuring(
@@ -274,25 +276,25 @@ def stage_estimates(
         )
     stages.append(StageEstimate("export", EXPORT_BYTES, written=model_bytes))
     stages.append(StageEstimate("projector", EXPORT_BYTES, written=2 * sizes.vision))
-    if work.validate:
-        compared = leaves_half(2 * sizes.weights)
+    if workload.validate:
+        compared = fits_half_of_memory(2 * sizes.weights)
         stages.append(StageEstimate("validate", VALIDATION_BYTES, written=2 * sizes.weights * compared))
     if machine is None:
         return stages
-    seconds = _seconds(sizes, work, cores, machine)
+    seconds = _seconds(sizes, workload, cores, machine)
     return [replace(stage, seconds=seconds[stage.stage]) for stage in stages]
 
 
-def _seconds(sizes: ModelSizes, work: EstimatedWork, cores: int, machine: Machine) -> dict[str, float]:
+def _seconds(sizes: ModelSizes, workload: Workload, cores: int, machine: Machine) -> dict[str, float]:
     """Time of every stage, by name."""
-    counts = work.counts
+    counts = workload.counts
     forward = 2 * (sizes.active * counts.tokens + 4 * sizes.vision * counts.vision_tokens) / machine.flops
     head = 2 * sizes.vocabulary * sizes.hidden * counts.tokens / machine.flops
     read = sizes.stored_bytes / machine.read_rate
     packed = sizes.weights / (_PACKED_PER_SECOND * cores)
     return {
         "calibrate": _CALIBRATE * (forward - head) + read,
-        "sensitivity": _SENSITIVITY * forward + 2 * read + work.expert_types * packed,
+        "sensitivity": _SENSITIVITY * forward + 2 * read + workload.expert_types * packed,
         "round": _ROUND * (forward - head) + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
         "export": packed + read,
         "projector": 2 * sizes.vision / machine.read_rate,

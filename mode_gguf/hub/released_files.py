@@ -18,7 +18,7 @@ from mode_gguf.validation.report import ValidationReport
 
 log = logging.getLogger(__name__)
 
-Role = Literal["text model", "projector", "importance matrix"]
+FileRole = Literal["text model", "projector", "importance matrix"]
 
 _CHUNK = 2**24
 _LOGGED = re.compile(r"\S+ \S+ INFO +(?P<message>.*)")
@@ -31,14 +31,14 @@ class ReleasedFile:
     """A published GGUF file; `bpw` is None for one without weights."""
 
     path: Path
-    role: Role
+    role: FileRole
     size_bytes: int
     bpw: float | None
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ModelRelease:
     """A finished conversion.
 
     Attributes:
@@ -58,7 +58,7 @@ class Release:
     datasets: tuple[str, ...]
     commands: tuple[str, ...]
 
-    def of_role(self, role: Role) -> list[ReleasedFile]:
+    def of_role(self, role: FileRole) -> list[ReleasedFile]:
         return [file for file in self.files if file.role == role]
 
     @property

@@ -39,7 +39,7 @@ API_KEY: Final = "LLAMA_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerUrl:
     """Address of a running llama-server, such as http://127.0.0.1:8080."""
 
     url: str
@@ -59,7 +59,7 @@ class ServerModel:
         InputError: it is another program, or too old to say what it has loaded.
     """
 
-    def __init__(self, server: Server, top: int = TOP) -> None:
+    def __init__(self, server: ServerUrl, top: int = TOP) -> None:
         self._url = server.url.rstrip("/")
         self._props = self._get("/props")
         try:
@@ -180,7 +180,7 @@ class ServerModel:
         return found
 
     def _continued(self, prompt: Any, fed: list[int]) -> Any:
-        """`prompt` with the tokens `fed` behind it, or None where they cannot be told to the server."""
+        """`prompt` with the tokens `fed` behind it, or None where the server cannot be given just these."""
         if isinstance(prompt, list):
             return [*prompt, *fed]
         if not fed:
@@ -253,8 +253,8 @@ class ServerModel:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(2000).decode("utf-8", "replace")
-            raise ValidationError(f"{request.full_url}: the server says {error.code}: {_message(said)}") from None
+                body = error.read(2000).decode("utf-8", "replace")
+            raise ValidationError(f"{request.full_url}: the server says {error.code}: {_message(body)}") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise MissingResourceError(
@@ -266,8 +266,8 @@ class ServerModel:
         return answer
 
 
-def _message(said: str) -> str:
+def _message(body: str) -> str:
     try:
-        return str(json.loads(said)["error"]["message"])
+        return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return said.strip()[:200]
+        return body.strip()[:200]

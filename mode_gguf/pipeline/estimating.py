@@ -9,10 +9,10 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.estimate.free_resources import FreeResources, free_resources
 from mode_gguf.estimate.machine import measure_machine
 from mode_gguf.estimate.stage_estimates import (
-    EstimatedWork,
     ModelSizes,
     StageEstimate,
     TokenCounts,
+    Workload,
     stage_estimates,
 )
 from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
@@ -90,7 +90,7 @@ def _stages(
         counts = TokenCounts.of(calibration_samples(calibration), sizes)
     if measured:
         machine = measure_machine("cpu" if without_model else recipe.compute.device, run.checkpoint.files)
-    work = EstimatedWork(
+    workload = Workload(
         counts=counts,
         model_bytes=model_bytes,
         hidden_bytes=recipe.compute.hidden_memory,
@@ -100,4 +100,4 @@ def _stages(
         feedback=settings.rounding == "feedback",
         validate=recipe.validation.validate,
     )
-    return stage_estimates(sizes, work, recipe.compute.threads or os.cpu_count() or 1, machine)
+    return stage_estimates(sizes, workload, recipe.compute.threads or os.cpu_count() or 1, machine)

@@ -47,7 +47,9 @@ def reachable_sizes(
             raise
         smallest = replace(types, dense=FIXED_DENSE[-1:]) if preset.dense == "fixed" else types
         smallest = effective_types(smallest, budget)
-        raise InfeasibleBudgetError(_way_out(checkpoint, tensors, budget, budget.fit, smallest, groups)) from None
+        raise InfeasibleBudgetError(
+            _infeasible_message(checkpoint, tensors, budget, budget.fit, smallest, groups)
+        ) from None
 
 
 def breakdown_of_reach(
@@ -56,7 +58,7 @@ def breakdown_of_reach(
     """Memory breakdown of a text model of the budget's size; None for a budget that is no GPU memory."""
     tensors = text_tensors(checkpoint)
     embedding = in_system_memory(tensors, types)
-    return _ledger(checkpoint, budget, reach.budget - embedding, embedding, 8 * reach.budget / reach.n_weights)
+    return _breakdown(checkpoint, budget, reach.budget - embedding, embedding, 8 * reach.budget / reach.n_weights)
 
 
 def with_breakdown(checkpoint: Checkpoint, plan: Plan) -> Plan:
@@ -69,11 +71,11 @@ def with_breakdown(checkpoint: Checkpoint, plan: Plan) -> Plan:
         names = {tensor.name for tensor in tensors if tensor.role is Role.EMBEDDING}
         embedding = sum(tensor.size_bytes for tensor in plan.tensors if tensor.name in names)
     groups = max((len(found) for found in layer_groups(plan.experts).values()), default=1)
-    ledger = _ledger(checkpoint, plan.budget, plan.size_bytes - embedding, embedding, plan.bpw, groups)
-    return plan.model_copy(update={"memory": ledger})
+    breakdown = _breakdown(checkpoint, plan.budget, plan.size_bytes - embedding, embedding, plan.bpw, groups)
+    return plan.model_copy(update={"memory": breakdown})
 
 
-def _ledger(
+def _breakdown(
     checkpoint: Checkpoint, budget: Budget, on_gpu: int, embedding: int, bpw: float, groups: int = 1
 ) -> MemoryBreakdown | None:
     if budget.fit is None:
@@ -117,7 +119,7 @@ def _has_output(tensors: Sequence[SourceTensor]) -> bool:
     return any(tensor.role is Role.OUTPUT for tensor in tensors)
 
 
-def _way_out(
+def _infeasible_message(
     checkpoint: Checkpoint,
     tensors: Sequence[SourceTensor],
     budget: Budget,

@@ -207,10 +207,10 @@ def _proposal(
     """
     tilt = 1 + _TILT * np.arange(len(units)) / len(units)
 
-    def solved(toll: float) -> tuple[Candidate, ...]:
+    def solved(multiplier: float) -> tuple[Candidate, ...]:
         problem = []
         for u, (unit, candidates) in enumerate(zip(units, offered, strict=True)):
-            costs = [0.0 if c == current[u] else marginal[u, c.quant_type] + toll * tilt[u] for c in candidates]
+            costs = [0.0 if c == current[u] else marginal[u, c.quant_type] + multiplier * tilt[u] for c in candidates]
             shifted = [cost - min(costs) for cost in costs]  # the solver wants none below zero
             problem.append(
                 replace(
@@ -228,12 +228,12 @@ def _proposal(
         return proposed
     low, high, proposed = 0.0, 2 * sum(map(abs, marginal.values())), tuple(current)
     for _ in range(_BISECTIONS):
-        toll = (low + high) / 2
-        choices = solved(toll)
+        multiplier = (low + high) / 2
+        choices = solved(multiplier)
         if len(_moved(units, current, choices)) > limit:
-            low = toll
+            low = multiplier
         else:
-            high, proposed = toll, choices
+            high, proposed = multiplier, choices
     return proposed
 
 

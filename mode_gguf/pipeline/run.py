@@ -73,7 +73,7 @@ class Stage(ABC):
         return run.cache.is_current(self.state(run))
 
 
-def basis(checkpoint: Checkpoint, schema: str) -> dict[str, Any]:
+def base_key(checkpoint: Checkpoint, schema: str) -> dict[str, Any]:
     """Settings that every stage depends on: the model, its base GGUF, and the schema number of the artefact.
 
     A change of method raises the artefact's number in `SCHEMAS`; the tool's version is not part of it, so that a

@@ -27,7 +27,7 @@ from mode_gguf.vocabulary import Granularity, Method, Rounding
 from mode_gguf.workfolder import WorkFolder
 
 DEFAULT_BPW: Final = 3.0
-BLIND_METHOD: Final[Method] = "imatrix-error"
+MODEL_FREE_METHOD: Final[Method] = "imatrix-error"
 """Sensitivity method that runs no model."""
 
 
@@ -173,9 +173,9 @@ def resolved(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         recipe = _with_base(checkpoint, recipe)
     if recipe.calibration.from_imatrix is not None:
         recipe = _without_model(recipe, recipe.calibration, recipe.calibration.from_imatrix)
-    if recipe.sensitivity.method == BLIND_METHOD and recipe.plan.costs.combination != "sensitivity":
+    if recipe.sensitivity.method == MODEL_FREE_METHOD and recipe.plan.costs.combination != "sensitivity":
         raise UsageError(
-            f"plan.costs.combination {recipe.plan.costs.combination} and sensitivity {BLIND_METHOD}, which holds "
+            f"plan.costs.combination {recipe.plan.costs.combination} and sensitivity {MODEL_FREE_METHOD}, which holds "
             "frequency already, do not go together; leave it out"
         )
     return recipe
@@ -215,9 +215,9 @@ def _with_base(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
 
 def _without_model(recipe: Recipe, calibration: CalibrationOptions, imatrix: Path) -> Recipe:
     given = f"--calibration-from {imatrix}"
-    if recipe.preset != "mode" or recipe.sensitivity.method not in ("fisher", BLIND_METHOD):
+    if recipe.preset != "mode" or recipe.sensitivity.method not in ("fisher", MODEL_FREE_METHOD):
         raise UsageError(
-            f"{given}: costs are errors weighed by importance ({BLIND_METHOD}); leave --preset and "
+            f"{given}: costs are errors weighed by importance ({MODEL_FREE_METHOD}); leave --preset and "
             "sensitivity.method out, which need the model run"
         )
     if recipe.plan.rounding == "feedback":
@@ -230,6 +230,6 @@ def _without_model(recipe: Recipe, calibration: CalibrationOptions, imatrix: Pat
         raise UsageError(f"{given} and --calibration are two sources of statistics; give one of them")
     return replace(
         recipe,
-        sensitivity=replace(recipe.sensitivity, method=BLIND_METHOD),
+        sensitivity=replace(recipe.sensitivity, method=MODEL_FREE_METHOD),
         plan=replace(recipe.plan, rounding="nearest"),
     )

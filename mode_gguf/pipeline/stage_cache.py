@@ -23,7 +23,7 @@ from mode_gguf.workfolder import JOURNAL, WorkFolder
 DIGESTED_BYTES = 1 << 30
 """Files up to this size are known by their content, larger ones by their size: reading a model takes minutes."""
 
-COMPUTING = ("gguf", "numba", "numpy", "torch", "transformers", "xllamacpp")
+VERSIONED_PACKAGES = ("gguf", "numba", "numpy", "torch", "transformers", "xllamacpp")
 """Packages whose versions may change results."""
 
 journal = logging.getLogger(JOURNAL)
@@ -48,14 +48,14 @@ class StageState:
 class RunningStage:
     """A stage that has begun; `StageCache.begin` makes it."""
 
-    ledger: "StageCache"
+    cache: "StageCache"
     stage: StageState
     started: float
 
     def finish(self) -> None:
         """Record that all outputs are there."""
         seconds = max(0.001, round(time.monotonic() - self.started, 3))
-        self.ledger.record(self.stage, seconds)
+        self.cache.record(self.stage, seconds)
         journal.info("%s: done in %.1f s", self.stage.name, seconds)
 
 
@@ -71,7 +71,7 @@ class StageCache:
     def begin(self, stage: StageState) -> RunningStage:
         """Forget what is known of the stage's outputs, which are about to change."""
         self.forget(stage.name)
-        journal.info("%s: begins with %s", stage.name, json.dumps(_plain(stage.settings)))
+        journal.info("%s: begins with %s", stage.name, json.dumps(_as_json(stage.settings)))
         return RunningStage(self, stage, time.monotonic())
 
     def is_current(self, stage: StageState) -> bool:
@@ -80,7 +80,7 @@ class StageCache:
 
     def has_settings(self, stage: StageState) -> bool:
         """Whether the stage last ran with these settings, whatever became of its outputs."""
-        return self._entry(stage.name).get("settings") == _plain(stage.settings)
+        return self._entry(stage.name).get("settings") == _as_json(stage.settings)
 
     def edited(self, stage: StageState) -> list[Path]:
         """Outputs that are there, and are not what the stage left."""
@@ -89,7 +89,7 @@ class StageCache:
         names = {self._name(path): path for path in stage.outputs}
         return [path for name, path in names.items() if now[name] and left.get(name) not in (None, now[name])]
 
-    def left(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
+    def last_run(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
         """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished."""
         entry = self._entry(stage)
         outputs = {self._folder.path / name: str(found) for name, found in entry.get("outputs", {}).items()}
@@ -103,7 +103,7 @@ class StageCache:
         """All entries, by stage."""
         return {stage: entry for stage in self._read() if (entry := self._entry(stage))}
 
-    def written_again(self, stage: str, path: Path, before: str) -> None:
+    def update_output(self, stage: str, path: Path, before: str) -> None:
         """One of a stage's outputs, whose identity was `before`, has been rewritten to hold more than it did."""
         entries = self._read()
         outputs = self._entry(stage).get("outputs", {})
@@ -119,7 +119,7 @@ class StageCache:
         """
         for stage in stages:
             entry = self._entry(stage.name)
-            before, now = entry.get("settings", {}), _plain(stage.settings)
+            before, now = entry.get("settings", {}), _as_json(stage.settings)
             changes = [
                 f"{name}: {_shown(before.get(name))} then, {_shown(now.get(name))} now"
                 for name in dict.fromkeys([*before, *now])
@@ -145,13 +145,13 @@ class StageCache:
     def record(self, stage: StageState, seconds: float) -> None:
         """Remember a stage whose outputs are there."""
         entry = {
-            "settings": _plain(stage.settings),
+            "settings": _as_json(stage.settings),
             "outputs": self._identities(stage.outputs),
             "seconds": seconds,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command(),
+            "command": current_command(),
             "directory": str(Path.cwd()),
-            "versions": versions(),
+            "versions": package_versions(),
         }
         write_json(self._folder.stages, {**self._read(), stage.name: entry})
 
@@ -176,17 +176,17 @@ class StageCache:
         return str(path.relative_to(self._folder.path)) if path.is_relative_to(self._folder.path) else str(path)
 
 
-def command() -> str:
+def current_command() -> str:
     """The command line of this process as it was typed, without the program's folder."""
     program = Path(sys.argv[0]).name
     return shlex.join(["mode-gguf" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 @lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of this package, of Python, and of the packages that compute."""
     found = {"mode-gguf": __version__, "Python": platform.python_version()}
-    for name in COMPUTING:
+    for name in VERSIONED_PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -208,10 +208,10 @@ def _digest(path: Path, size: int, mtime_ns: int, inode: int) -> str:
     return file_fingerprint(path)
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they come back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
-    return plain
+    restored: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
+    return restored
 
 
 def _shown(value: Any) -> str:

@@ -29,7 +29,7 @@ def ramp(position: float) -> Rgb:
     return red, green, blue
 
 
-def of_type(name: str) -> Rgb:
+def type_colour(name: str) -> Rgb:
     """A type's colour: lighter the more bits; float types that nothing is packed in are grey."""
     bits = QUANT_TYPES[name].bits_per_weight
     if bits > _MOST:
@@ -37,7 +37,7 @@ def of_type(name: str) -> Rgb:
     return ramp(math.log(bits / _FEWEST) / math.log(_MOST / _FEWEST))
 
 
-def on(background: Rgb) -> str:
+def text_colour(background: Rgb) -> str:
     """Colour of text that can be read on a background."""
     return "#fff" if _luminance(background) < _DARK_BELOW else "#111"
 

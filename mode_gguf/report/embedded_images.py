@@ -34,11 +34,11 @@ def heatmap(positions: Sequence[Sequence[float]]) -> str:
 def thumbnail(path: Path) -> str | None:
     """Thumbnail of an image as a data URI; None where the file is gone or cannot be read."""
     try:
-        picture = open_image_file(path, str(path))
+        image = open_image_file(path, str(path))
     except InputError:
         return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return _uri(picture, "WEBP", quality=75)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return _uri(image, "WEBP", quality=75)
 
 
 def _uri(image: Image.Image, kind: str, **options: object) -> str:

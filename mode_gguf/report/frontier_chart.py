@@ -88,7 +88,7 @@ def _value(point: SizePoint, index: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """Linear in size, logarithmic in damage."""
+    """Chart axes: linear in size, logarithmic in damage."""
 
     smallest: float
     largest: float
@@ -127,7 +127,7 @@ class _Axes:
         yield f'<text class="title" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{title}</text>'
 
     def _value_ticks(self) -> Iterator[float]:
-        """1, 2 and 5 times powers of ten where there is room, else powers alone."""
+        """1, 2 and 5 times powers of ten for up to three decades, else powers alone."""
         decades = range(math.floor(self.lowest), math.ceil(self.highest) + 1)
         steps = (1, 2, 5) if len(decades) <= 4 else (1,)
         for decade in decades:

@@ -124,7 +124,7 @@ class ValidationReport(Record):
 
     `runtime` ran the candidate, `reference_runtime` the reference. `scored_answers` says which answers about pictures
     `image` is about: the reference's own (`reference`), or the right ones of the questions (`given`). `settings` is how
-    models were run (`reference.Settings`), `checks` are the limits that were given.
+    models were run (`reference.RunSettings`), `checks` are the limits that were given.
     `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now;
     `conversion` is how it was made, where that is known.
     """

@@ -7,7 +7,7 @@ from typing import Final
 
 from mode_gguf.artifacts import Record, read_record
 from mode_gguf.errors import InputError
-from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, Backend, Variant
+from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, Backend, BuildVariant
 
 RECORD: Final = "build.json"
 HOW_TO_BUILD: Final = "build it with: mode-gguf runtime build"
@@ -50,7 +50,7 @@ def cache_folder() -> Path:
     return (named if named.is_absolute() else Path.home() / ".cache") / "mode-gguf" / "runtime"
 
 
-def installed(variant: Variant) -> Runtime | None:
+def installed(variant: BuildVariant) -> Runtime | None:
     """The build of `variant`, if there is one; a folder without a readable record is none."""
     folder = cache_folder() / variant.name
     try:
@@ -61,5 +61,5 @@ def installed(variant: Variant) -> Runtime | None:
 
 def find_runtime(*, stock: bool = False) -> Runtime | None:
     """The build with this version's patch, or the one without any (`stock`); the one with CUDA if there are both."""
-    variants = (Variant(None if stock else PATCH, backend) for backend in _PREFERRED)
+    variants = (BuildVariant(None if stock else PATCH, backend) for backend in _PREFERRED)
     return next(filter(None, map(installed, variants)), None)

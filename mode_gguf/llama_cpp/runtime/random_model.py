@@ -17,7 +17,7 @@ _SCALES: Final = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q6_K": (208
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class RandomModelShape:
     """Shape of a text model; widths are multiples of 256."""
 
     hidden: int
@@ -31,14 +31,14 @@ class Shape:
     vocabulary: int = 1024
 
 
-def random_groups(shape: Shape, counts: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+def random_groups(shape: RandomModelShape, counts: Sequence[int], seed: int = 0) -> list[np.ndarray]:
     """Experts at random in groups of `counts`, in ascending order in each."""
     order = np.random.default_rng(seed).permutation(shape.experts)
     return [np.sort(part) for part in np.split(order, np.cumsum(counts)[:-1])]
 
 
 def write_random_model(
-    path: Path, shape: Shape, types: Sequence[str], groups: Sequence[np.ndarray], seed: int = 0
+    path: Path, shape: RandomModelShape, types: Sequence[str], groups: Sequence[np.ndarray], seed: int = 0
 ) -> Path:
     """Write a text model with the experts groups[g] in types[g], in all layers alike; one group is an ordinary file."""
     rng = np.random.default_rng(seed)

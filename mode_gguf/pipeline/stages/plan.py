@@ -12,7 +12,7 @@ from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.pipeline.gpu_budget import with_breakdown
 from mode_gguf.pipeline.planning import PlanningProblem, planning_problem
 from mode_gguf.pipeline.refinement import measure_plans, refine
-from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.settings import PlanSettings, Target
 from mode_gguf.pipeline.stage_cache import file_identity
 from mode_gguf.pipeline.stages.sensitivity import Sensitivity
@@ -43,7 +43,7 @@ class MakePlan(Stage):
             measured.append(folder.unit_kl)
         budget = settings.budget
         return {
-            **basis(run.checkpoint, "plan"),
+            **base_key(run.checkpoint, "plan"),
             "measured": {path.name: file_identity(path) for path in measured},
             "budget": f"{budget.kind} {budget.value:.15g}",
             **({"fit": budget.fit.model_dump()} if budget.fit else {}),

@@ -8,14 +8,14 @@ from mode_gguf.allocation.units import CandidateTypes, candidate_types
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.importance.imatrix_kind import chosen_imatrix
 from mode_gguf.options import ComputeOptions, Packing, SensitivityOptions
-from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.stages.calibrate import (
     Calibrate,
-    any_form_of_model,
     calibration_samples,
     check_same_model,
     save_imatrix,
     stored_statistics,
+    unknown_model_errors,
 )
 from mode_gguf.vocabulary import ImatrixKind, Method
 
@@ -67,7 +67,7 @@ class Sensitivity(Stage):
     def key(self, run: Run) -> dict[str, Any]:
         return {
             **self.calibrate.key(run),
-            **basis(run.checkpoint, "sensitivity"),
+            **base_key(run.checkpoint, "sensitivity"),
             "sensitivity": self.method,
             "imatrix": self.imatrix,
             "packing": self.packing.mode,
@@ -106,7 +106,7 @@ class Sensitivity(Stage):
         seed = self.calibrate.options.seed
         request = SensitivityRequest(types.expert, types.dense, self.method, self.imatrix, self.packing, seed=seed)
         way_out = "plan by errors weighed with calibration's importance: --set sensitivity.method=imatrix-error"
-        with any_form_of_model(run.checkpoint, way_out):
+        with unknown_model_errors(run.checkpoint, way_out):
             measured = on_all_ranks(
                 measure_sensitivity,
                 run.checkpoint,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.options import SensitivityOptions
-from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.stages.calibrate import calibration_samples, stored_statistics
 from mode_gguf.pipeline.stages.sensitivity import Sensitivity, stored_table
 
@@ -29,7 +29,7 @@ class UnitKl(Stage):
     name: ClassVar[str] = "unit-kl"
 
     def key(self, run: Run) -> dict[str, Any]:
-        common = {**self.sensitivity.key(run), **basis(run.checkpoint, "unit-kl")}
+        common = {**self.sensitivity.key(run), **base_key(run.checkpoint, "unit-kl")}
         return {**common, "measured samples": self.measured_samples}
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
