@@ -7,25 +7,23 @@ for all units, used to within 0.5 %; `per layer` gives each layer that budget's 
 share as exactly as its sizes allow. Seconds are medians of whole calls, building the model included.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import add_json, command_parser, write_json
 from mode_gguf.allocation.planner import UNDERSHOOT
 from mode_gguf.allocation.reachable import greatest_size
 from mode_gguf.allocation.solver import SizeRange, Solution, solve, solve_layers
 from mode_gguf.allocation.units import AllocationUnit, Candidate
+from mode_gguf.options import DEFAULT_DENSE_TYPES
 from mode_gguf.quantization.types import QuantType, quant_type
 
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 PROJECTIONS = ("gate", "up", "down")
 PROJECTION_WEIGHTS = 1536 * 4096
 
@@ -87,15 +85,15 @@ def programmes(units: list[AllocationUnit], bpw: float, gap: float) -> Iterator[
 
 def main() -> None:
     """Measure, print, and write the results if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
+    add_json(parser)
     parser.add_argument("--layers", nargs="+", type=int, default=[16, 94], help="layers of the models; default: 16 94")
     parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--types", nargs="+", default=list(TYPES), type=str)
+    parser.add_argument("--types", nargs="+", default=list(DEFAULT_DENSE_TYPES))
     parser.add_argument("--bpw", nargs="+", type=float, default=[2.7, 3.1, 4.1, 5.3])
     parser.add_argument("--gap", type=float, default=1e-4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     types = [quant_type(name) for name in arguments.types]
     table = Table("layers", "units", "budget", "bpw", "used", "seconds", "gap", "solver")
@@ -116,8 +114,7 @@ def main() -> None:
                 row = (f"{bpw:g}", f"{used:.4f}", f"{seconds:.2f}", f"{solution.gap:.1e}", solution.solver)
                 table.add_row(str(layers), f"{len(units):,}", name, *row)
     Console(width=120).print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,18 @@ machine meets them alike; shown are medians, and medians of the ratio to the mid
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import add_json, command_parser, write_json
+from external_program import run_program
 from mode_gguf.llama_cpp.runtime.random_model import RandomModelShape, random_groups, write_random_model
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -69,10 +69,7 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of one prompt and of single tokens after it."""
     command = [case.build / "llama-bench", "-m", case.file, "-p", arguments.prompt, "-n", arguments.generate]
     command += ["-r", 1, "-t", arguments.threads, "--repack", int(not arguments.no_repack), "-o", "json"]
-    environment = {**os.environ, **({"LLAMA_EXPERT_GROUPS": case.path} if case.path else {})}
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"llama-bench fails at {case.name}: {done.stderr[-2000:]}")
+    done = run_program(*command, environment={"LLAMA_EXPERT_GROUPS": case.path} if case.path else {})
     return {"prefill" if entry["n_prompt"] else "decode": entry["avg_ts"] for entry in json.loads(done.stdout)}
 
 
@@ -99,7 +96,8 @@ def with_fair(one: dict[str, dict[str, float]], shares: Mapping[str, int]) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_parser(__doc__)
+    add_json(parser)
     parser.add_argument("stock", type=Path, help="folder with llama-bench of the stock build")
     parser.add_argument("patched", type=Path, help="folder with llama-bench of the patched build")
     parser.add_argument("--layers", type=int, default=2)
@@ -109,7 +107,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-repack", action="store_true", help="weights are not rearranged at load, in both builds")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     shape = replace(SHAPE, layers=arguments.layers)
@@ -141,9 +138,7 @@ def main() -> None:
         table.add_row(result.name, *(f"{number:.3g}" for number in numbers))
     Console().print(table)
     Console().print(f"bytes: mixed {sizes['mixed']}, {middle} {sizes[middle]}")
-    if arguments.json:
-        report = {"shares": shares, "bytes": sizes, "rounds": rounds, "results": [asdict(one) for one in results]}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(arguments.json, {"shares": shares, "bytes": sizes, "rounds": rounds, "results": results})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ writes `kernels.md`, `kernels.json` and `kernels.png`. Every mode of `tests.kern
 medians of interleaved repeats on the same data in the same process, and need nothing else to be running on the cores.
 """
 
-import argparse
 import itertools
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 import llvmlite.binding
 import numpy as np
 
+from experiment_command import command_parser
 from kernel_report import POWERS, Error, Report, Speed, Start
 from mode_gguf.quantization.types import Packer, types_packed_by
 from mode_gguf_kernels import TYPES
@@ -152,7 +152,7 @@ def start_of(mode: Mode, type_name: str, repeats: int) -> Start:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables and the plot")
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])

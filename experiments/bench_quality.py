@@ -15,26 +15,26 @@ Every measurement is kept in OUT/results.json and not repeated, so a run can be 
 import argparse
 import json
 import shutil
-import subprocess
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
+from experiment_command import add_held_out, command_parser
+from external_program import run_program
+from llama_cpp_kl import compared, exported, full_precision, planned
 from mode_gguf import pipeline
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.costs import CostModel
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.allocation.presets import PAPER_COSTS, PRESETS, Preset
+from mode_gguf.allocation.presets import PRESETS, Preset
 from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.samples import load_samples
-from mode_gguf.errors import InfeasibleBudgetError, InputError
-from mode_gguf.export.projector import write_projector
+from mode_gguf.errors import InfeasibleBudgetError
 from mode_gguf.export.text_model import metadata_bytes
-from mode_gguf.importance.sensitivity_table import Method
+from mode_gguf.options import CalibrationOptions, ComputeOptions, SensitivityOptions
 from mode_gguf.quantization.types import QUANT_TYPES
-from mode_gguf.validation.reference import RunSettings
-from mode_gguf.validation.report import ValidationReport
+from mode_gguf.vocabulary import Method
 from mode_gguf.workfolder import WorkFolder
 from mode_gguf_cli.console import log_to_stderr, say
 from quality_report import Result, Results, write_report
@@ -45,6 +45,7 @@ OURS, UNIFORM, STOCK, STOCK_TEXT = "mode", "uniform", "stock, our imatrix", "sto
 SHARE_OF_SAMPLES = 0.75
 FILLED_FIRST = ("output.weight", "attn_v", "attn_output", "attn_k", "attn_q", "token_embd")
 
+PAPER_COSTS = PRESETS["paper"].costs
 _GLOBAL = Preset("", "expert-mse", PAPER_COSTS, dense="fixed")
 """The paper's costs with one budget for the model; the variants below change one signal of it."""
 
@@ -89,60 +90,41 @@ class Bench:
     out: Path
 
     @property
-    def shared(self) -> WorkFolder:
+    def shared(self) -> pipeline.Run:
         """What does not depend on the seed: full-precision file, projector, reference answers."""
-        return WorkFolder(self.out / "shared", self.checkpoint.name)
+        return pipeline.Run(self.checkpoint, WorkFolder(self.out / "shared", self.checkpoint.name))
 
-    def seeded(self, seed: int, method: Method) -> WorkFolder:
+    def seeded(self, seed: int, method: Method) -> pipeline.Run:
         """What one seed's calibration gave, measured by one method."""
-        return WorkFolder(self.out / f"seed-{seed}" / method, self.checkpoint.name)
+        return pipeline.Run(self.checkpoint, WorkFolder(self.out / f"seed-{seed}" / method, self.checkpoint.name))
 
-    def reference(self) -> Path:
-        """The full-precision file."""
-        return pipeline.run_reference(self.checkpoint, self.shared)
-
-    def projector(self) -> Path:
-        """The projector that all files share."""
-        path = pipeline.projector_path(self.shared, "F16")
-        if not path.exists():
-            write_projector(path, self.checkpoint, "F16")
-        return path
-
-    def measure(self, model: Path) -> ValidationReport:
-        """Run a file in llama.cpp."""
-        return pipeline.run_validation(
-            model,
-            self.projector(),
-            self.reference(),
-            self.out / f"report-{model.stem}.json",
-            held_out=self.held_out,
-            settings=RunSettings(answers="given"),  # those that the tables in docs/ are about
-            reference_folder=self.shared.path / "reference",
-        )
+    def result(self, mix: str, contestant: str, seed: int, key: str, file: Path) -> Result:
+        """What llama.cpp says about a file."""
+        return Result.of(mix, contestant, seed, key, file, compared(self.shared, file, self.held_out))
 
 
-def calibrated(bench: Bench, seed: int, method: Method) -> WorkFolder:
-    """The folder of a seed and method, after what is missing there has run."""
-    folder, first = bench.seeded(seed, method), bench.seeded(seed, "fisher")
-    options = sample_options(bench, seed)
-    if not first.calibration.exists():
+def calibrated(bench: Bench, seed: int, method: Method) -> pipeline.Run:
+    """The run of a seed and method, after what is missing in its folder has been measured."""
+    run, first = bench.seeded(seed, method), bench.seeded(seed, "fisher")
+    if not first.folder.calibration.exists():
         say(f"seed {seed}: calibrating")
-        pipeline.run_calibration(bench.checkpoint, first, options)
-    if not folder.calibration.exists():
-        folder.path.mkdir(parents=True)
-        for path in (first.calibration, first.imatrix):
-            shutil.copy(path, folder.path)
-    if not folder.sensitivity.exists():
+        first.ensure(pipeline.Calibrate(sample_options(bench, seed)))
+    if not run.folder.calibration.exists():
+        run.folder.path.mkdir(parents=True)
+        for path in (first.folder.calibration, first.folder.imatrix):
+            shutil.copy(path, run.folder.path)
+    if not run.folder.sensitivity.exists():
         say(f"seed {seed}: measuring {method}")
-        pipeline.run_sensitivity(bench.checkpoint, folder, options, method, DEFAULT_TYPES)
-    return folder
+        calibrate = pipeline.Calibrate.of_folder(run, ComputeOptions())
+        run.ensure(pipeline.Sensitivity.of(calibrate, SensitivityOptions(method), DEFAULT_TYPES))
+    return run
 
 
-def sample_options(bench: Bench, seed: int) -> pipeline.CalibrationOptions:
+def sample_options(bench: Bench, seed: int) -> CalibrationOptions:
     """Three quarters of the images and of the texts."""
     samples = load_samples(str(bench.calibration), max_image_samples=10**6, max_text_samples=10**6, seed=seed)
     images = sum(sample.image is not None for sample in samples)
-    return pipeline.CalibrationOptions(
+    return CalibrationOptions(
         source=str(bench.calibration),
         image_samples=round(SHARE_OF_SAMPLES * images),
         text_samples=round(SHARE_OF_SAMPLES * (len(samples) - images)),
@@ -158,48 +140,35 @@ def text_imatrix(bench: Bench) -> Path:
         samples = load_samples(str(bench.calibration), max_image_samples=0, max_text_samples=10**6)
         corpus.write_text("\n\n".join(sample.text for sample in samples if sample.text), encoding="utf-8")
         say("llama-imatrix on the calibration texts")
-        run_tool(bench, "llama-imatrix", "-m", bench.reference(), "-f", corpus, "-o", path, "-c", "512", "-ngl", "0")
+        model = full_precision(bench.shared)
+        run_program(bench.tools / "llama-imatrix", "-m", model, "-f", corpus, "-o", path, "-c", 512, "-ngl", 0)
     return path
 
 
 def stock_file(bench: Bench, mix: str, imatrix: Path) -> Path:
     """The mix as llama-quantize makes it with an importance matrix."""
     path = bench.out / f"stock-{mix}.gguf"
-    run_tool(bench, "llama-quantize", "--imatrix", imatrix, bench.reference(), path, mix)
+    run_program(bench.tools / "llama-quantize", "--imatrix", imatrix, full_precision(bench.shared), path, mix)
     return path
 
 
-def run_tool(bench: Bench, program: str, *arguments: str | Path) -> None:
-    """Run one of llama.cpp's programs.
-
-    Raises:
-        InputError: it failed.
-    """
-    run = subprocess.run([bench.tools / program, *map(str, arguments)], capture_output=True, check=False)
-    if run.returncode != 0:
-        raise InputError(f"{program} ended with {run.returncode}: {run.stderr.decode(errors='replace').strip()[-500:]}")
-
-
-def planned(bench: Bench, contestant: str, seed: int, size: int) -> Plan:
+def plan_of(bench: Bench, contestant: str, seed: int, size: int) -> Plan:
     """A contestant's plan for a file of `size` bytes; uniform is the largest that fits."""
     if contestant == UNIFORM:
-        folder = calibrated(bench, seed, "fisher")
-        plans = [pipeline.make_uniform_plan(bench.checkpoint, folder, QUANT_TYPES[name]) for name in UNIFORM_TYPES]
+        run = calibrated(bench, seed, "fisher")
+        plans = [pipeline.make_uniform_plan(run, QUANT_TYPES[name]) for name in UNIFORM_TYPES]
         return max(
             (plan for plan in plans if plan.size_bytes <= size), key=lambda plan: plan.size_bytes, default=plans[0]
         )
     preset = (CONTESTANTS | ABLATIONS | {REFINED: PRESETS[OURS]})[contestant]
     preset = replace(preset, costs=replace(preset.costs, seed=seed))
-    folder, options = calibrated(bench, seed, preset.method), sample_options(bench, seed)
-    if preset.unit_kl and not folder.unit_kl.exists():
+    run = calibrated(bench, seed, preset.method)
+    sensitivity = pipeline.Sensitivity.of_folder(run, ComputeOptions())
+    if preset.unit_kl and not run.folder.unit_kl.exists():
         say(f"seed {seed}: measuring units")
-        pipeline.run_unit_kl(bench.checkpoint, folder, options)
-    budget = Budget(kind="size", value=size)
-    if contestant == REFINED:
-        return pipeline.run_refined_plan(
-            bench.checkpoint, folder, options, budget, preset, DEFAULT_TYPES, rounds=ROUNDS
-        )
-    plan = pipeline.run_plan(bench.checkpoint, folder, budget, preset, DEFAULT_TYPES)
+        run.ensure(pipeline.UnitKl(sensitivity))
+    budget, rounds = Budget(kind="size", value=size), ROUNDS if contestant == REFINED else 0
+    plan = planned(run, pipeline.PlanSettings(budget, preset, DEFAULT_TYPES, refine=rounds), sensitivity)
     return plan if preset.dense == "measured" else filled(plan, size - metadata_bytes(bench.checkpoint))
 
 
@@ -221,24 +190,24 @@ def filled(plan: Plan, size: int) -> Plan:
     return plan.model_copy(update={"tensors": list(tensors.values())})
 
 
-def run(bench: Bench, arguments: argparse.Namespace) -> None:
+def measure_missing(bench: Bench, arguments: argparse.Namespace) -> None:
     """Measure what is asked for and not there yet."""
     results = Results(bench.out / "results.json")
     for seed in arguments.seeds:
         for mix in arguments.mixes:
             for name, imatrix in (
-                (STOCK, calibrated(bench, seed, "fisher").imatrix_of("fisher")),
+                (STOCK, calibrated(bench, seed, "fisher").folder.imatrix_of("fisher")),
                 (STOCK_TEXT, text_imatrix(bench)),
             ):
                 if not results.has(mix, name, seed):
                     file = stock_file(bench, mix, imatrix)
-                    results.add(Result.of(mix, name, seed, file.name, file, bench.measure(file)))
+                    results.add(bench.result(mix, name, seed, file.name, file))
         for name in arguments.contestants:
             for mix in arguments.mixes:
                 if results.has(mix, name, seed):
                     continue
                 try:
-                    plan = planned(bench, name, seed, results.size(mix))
+                    plan = plan_of(bench, name, seed, results.size(mix))
                 except InfeasibleBudgetError as error:
                     say(f"{name} at the size of {mix}: {error}")
                     continue
@@ -246,9 +215,8 @@ def run(bench: Bench, arguments: argparse.Namespace) -> None:
                 if (same := results.equal_file(key)) is not None:
                     results.add(replace(same, mix=mix, contestant=name))
                     continue
-                folder = calibrated(bench, seed, "fisher")
-                file = pipeline.export_text(bench.checkpoint, folder, plan, imatrix="fisher")
-                results.add(Result.of(mix, name, seed, key, file, bench.measure(file)))
+                file = exported(calibrated(bench, seed, "fisher"), plan, imatrix="fisher")
+                results.add(bench.result(mix, name, seed, key, file))
                 file.unlink()
 
 
@@ -259,10 +227,10 @@ def key_of(plan: Plan, seed: int) -> str:
 
 def main() -> None:
     """Measure, and write the report if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--calibration", type=Path, required=True, help="calibration samples")
-    parser.add_argument("--samples", type=Path, required=True, help="held-out folder")
+    add_held_out(parser)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder of llama-quantize and llama-imatrix")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything written")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -275,7 +243,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(arguments.checkpoint)
     bench = Bench(checkpoint, arguments.calibration, arguments.samples, arguments.llama_cpp, arguments.out)
-    run(bench, arguments)
+    measure_missing(bench, arguments)
     if arguments.report:
         write_report(
             Results(bench.out / "results.json").all(), checkpoint.name, arguments.report, OURS, (STOCK, STOCK_TEXT)

@@ -9,17 +9,16 @@ samples' way through the model is not in them: it is `calibrate`'s.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import add_json, command_parser, write_json
 from mode_gguf.feedback.second_moments import Moments, feedback_of, with_shared
 from mode_gguf.quantization.packer import pack_by_rows
 from mode_gguf.quantization.packing import DEFAULT_PACKING
@@ -100,7 +99,8 @@ def measured(type_name: str, arguments: argparse.Namespace) -> Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_parser(__doc__)
+    add_json(parser)
     parser.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K", "Q4_K"])
     parser.add_argument("--hidden", type=int, default=2048, help="hidden size")
     parser.add_argument("--width", type=int, default=768, help="expert width")
@@ -110,7 +110,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = [measured(name, arguments) for name in arguments.types]
@@ -120,8 +119,7 @@ def main() -> None:
         parts = one.moments, one.factors, one.nearest, one.feedback
         table.add_row(one.type, str(one.threads), *(f"{part:.3f}" for part in parts), f"{one.model_hours:.2f}")
     Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
+    write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ experts with equal counts.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +20,8 @@ from gguf import GGUFReader
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import command_parser
+from external_program import run_program
 from mode_gguf.architectures import checkpoint_with_base, text_tensors
 from mode_gguf.architectures.base_gguf import open_base
 from mode_gguf.architectures.tensors import Role
@@ -39,7 +40,7 @@ TOLERANCE = 1e-3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="folder that holds llama-imatrix")
     parser.add_argument("--context", type=int, default=512, help="tokens per chunk")
@@ -69,9 +70,7 @@ def stock_imatrix(
     command = [str(arguments.llama_cpp / "llama-imatrix"), "-m", str(model), "-f", str(corpus), "-o", str(output)]
     command += ["-c", str(arguments.context), "-b", str(arguments.context), "--chunks", str(arguments.chunks)]
     command += ["--process-output", "-ngl", "0", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise InputError(f"llama-imatrix failed: {run.stderr.strip()[-1000:]}")
+    run_program(*command)
     return {tensor.name: np.array(tensor.data) for tensor in GGUFReader(output).tensors}
 
 

@@ -1,7 +1,7 @@
 """How many label draws and samples Fisher sensitivity needs: plans from parts of a measurement against those from all.
 
     mode-gguf calibrate CHECKPOINT --calibration SAMPLES --out FOLDER
-    python experiments/check_fisher_stability.py CHECKPOINT --calibration SAMPLES --out FOLDER --bpw 2.9 3.0 3.2 3.5
+    python experiments/check_fisher_stability.py CHECKPOINT --out FOLDER --bpw 2.9 3.0 3.2 3.5
 
 Fisher costs are sums over samples, averaged over draws. So the samples are dealt into parts, each is measured in
 batches of draws with their own seeds, and parts and batches are put together again in every size asked for: one
@@ -17,32 +17,27 @@ Bytes and regrets are means over replicates and budgets, of plans with one type 
 the largest regret. The biggest run contains the smaller ones, so that `regret` flatters large parts; `unseen` does not.
 """
 
-import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import add_json, add_measured_folder, command_parser, write_json
 from mode_gguf import pipeline
 from mode_gguf.allocation.costs import CostModel, MeasuredCosts, expert_units, tensor_units
 from mode_gguf.allocation.solver import solve
 from mode_gguf.allocation.units import DEFAULT_TYPES, AllocationUnit
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
-from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.data.samples import load_samples
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.importance.sensitivity import measure_sensitivity
 from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.pipeline.stages.calibrate import stored_statistics
 from mode_gguf.quantization.packing import DEFAULT_PACKING
-from mode_gguf.workfolder import WorkFolder
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 DRAWS = (1, 2, 3, 6)
@@ -77,19 +72,17 @@ class Result:
     expert: Agreement
 
 
-def measured_pieces(
-    checkpoint: Checkpoint, folder: WorkFolder, source: str, parts: int, batches: Sequence[int]
-) -> dict[Piece, SensitivityTable]:
+def measured_pieces(run: pipeline.Run, parts: int, batches: Sequence[int]) -> dict[Piece, SensitivityTable]:
     """Every part of the samples in every batch of draws, measured now or before."""
-    samples, statistics = load_samples(source), CalibrationStatistics.load(folder.calibration)
-    importance = read_imatrix(folder.imatrix)
+    statistics = stored_statistics(run)
+    samples, importance = pipeline.calibration_samples(statistics.options), read_imatrix(run.folder.imatrix)
     pieces = {}
     for part in range(parts):
         for batch, draws in enumerate(batches):
-            path = folder.path / "fisher-pieces" / f"{part}-of-{parts}-draws-{draws}-seed-{batch}.safetensors"
+            path = run.folder.path / "fisher-pieces" / f"{part}-of-{parts}-draws-{draws}-seed-{batch}.safetensors"
             if not path.exists():
                 table = measure_sensitivity(
-                    checkpoint,
+                    run.checkpoint,
                     samples[part::parts],
                     importance,
                     statistics,
@@ -254,20 +247,18 @@ def results(
 
 def main() -> None:
     """Measure, print, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--calibration", required=True, help="the samples that calibrate was given")
-    parser.add_argument("--out", type=Path, required=True, help="folder where calibrate has run")
+    parser = command_parser(__doc__)
+    add_measured_folder(parser, "calibrate")
+    add_json(parser)
     parser.add_argument("--bpw", nargs="+", type=float, default=[2.9, 3.0, 3.2, 3.5])
     parser.add_argument("--parts", type=int, default=8, help="into how many parts the samples are dealt")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 1, 1, 3, 3, 3], help="draws of each batch")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
-    checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
-    pieces = measured_pieces(checkpoint, folder, arguments.calibration, arguments.parts, arguments.batches)
-    tensors, template = text_tensors(checkpoint), next(iter(pieces.values()))
+    run = pipeline.open_model(arguments.checkpoint, arguments.out)
+    pieces = measured_pieces(run, arguments.parts, arguments.batches)
+    tensors, template = text_tensors(run.checkpoint), next(iter(pieces.values()))
     planners = {name: Planner(tensors, template, name, arguments.bpw) for name in GRANULARITIES}
-    table = Table("samples", "draws", "runs", title=checkpoint.name)
+    table = Table("samples", "draws", "runs", title=run.checkpoint.name)
     for name in GRANULARITIES:
         for column in ("costs off", "bytes", "regret", "worst", "unseen"):
             table.add_column(f"{name}\n{column}", justify="right")
@@ -281,8 +272,7 @@ def main() -> None:
         ]
         table.add_row(f"{result.share:g}", str(result.draws), str(result.replicates), *cells)
     Console(width=140).print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(result) for result in found], indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, found)
 
 
 if __name__ == "__main__":

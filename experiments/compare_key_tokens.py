@@ -1,7 +1,7 @@
 """Which criterion finds the vision tokens that matter: their share of what quantized experts cost image answers.
 
     mode-gguf calibrate CHECKPOINT --calibration SAMPLES --out FOLDER
-    python experiments/compare_key_tokens.py CHECKPOINT --calibration SAMPLES --out FOLDER
+    python experiments/compare_key_tokens.py CHECKPOINT --out FOLDER
 
 Fisher sensitivity of every expert in one type, with all criteria on the same samples and label draws, so that only the
 split between key and redundant vision tokens differs. First table: every layer's cost in nats per scored position, by
@@ -10,39 +10,47 @@ through vision tokens, the share that key tokens carry; a criterion that tells n
 layer's output at vision tokens is not read by any answer, so it has none.
 """
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import add_json, add_measured_folder, command_parser, write_json
 from mode_gguf import pipeline
-from mode_gguf.calibration.statistics import CalibrationStatistics
-from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.data.samples import load_samples
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.forward.inputs import ANSWERS
+from mode_gguf.forward.limits import LABEL_DRAWS
 from mode_gguf.forward.modality import KEY_VISION, MODALITIES, REDUNDANT_VISION, KeyTokens
 from mode_gguf.importance.sensitivity import measure_sensitivity
+<<<<<<< HEAD
+from mode_gguf.options import CalibrationOptions
+from mode_gguf.pipeline.stages.calibrate import stored_statistics
+=======
 from mode_gguf.importance.sensitivity_settings import SensitivityRequest
+>>>>>>> main
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType, quant_type
 from mode_gguf.vocabulary import KEY_TOKEN_RULES, KeyTokenRule
-from mode_gguf.workfolder import WorkFolder
 
 IMAGE = ANSWERS.index("image")
 
 
-def layer_costs(
-    checkpoint: Checkpoint, folder: WorkFolder, source: str, expert_type: QuantType, key: KeyTokens, draws: int
-) -> np.ndarray:
+def layer_costs(run: pipeline.Run, expert_type: QuantType, key: KeyTokens, draws: int) -> np.ndarray:
     """Cost of all experts of a layer in one type, summed: (layers, A, M)."""
-    statistics = CalibrationStatistics.load(folder.calibration)
+    statistics = stored_statistics(run)
     table = measure_sensitivity(
+<<<<<<< HEAD
+        run.checkpoint,
+        pipeline.calibration_samples(statistics.options),
+        read_imatrix(run.folder.imatrix),
+        expert_types=(expert_type,),
+        dense_types=(QUANT_TYPES["Q8_0"],),
+        statistics=replace(statistics, key_tokens=key),
+        packing=DEFAULT_PACKING,
+        label_draws=draws,
+=======
         checkpoint,
         load_samples(source),
         read_imatrix(folder.imatrix),
@@ -50,6 +58,7 @@ def layer_costs(
         SensitivityRequest(
             expert_types=(expert_type,), dense_types=(QUANT_TYPES["Q8_0"],), packing=DEFAULT_PACKING, label_draws=draws
         ),
+>>>>>>> main
     ).table
     return np.stack(
         [table.arrays[f"blk.{layer}.ffn_exps.expert"][..., 0].sum(axis=-1) for layer in statistics.moe_layers]
@@ -93,36 +102,30 @@ def _percent(share: float) -> str:
 
 def main() -> None:
     """Measure, print, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--calibration", required=True, help="the samples that calibrate was given")
-    parser.add_argument("--out", type=Path, required=True, help="folder where calibrate has run")
+    parser = command_parser(__doc__)
+    add_measured_folder(parser, "calibrate")
+    add_json(parser)
     parser.add_argument(
         "--criteria", nargs="+", choices=KEY_TOKEN_RULES, default=[one for one in KEY_TOKEN_RULES if one != "all"]
     )
-    parser.add_argument("--key-ratio", type=float, default=0.2)
+    parser.add_argument("--key-ratio", type=float, default=CalibrationOptions.key_ratio)
     parser.add_argument("--type", default="Q2_K", help="of all experts")
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the costs to this file")
+    parser.add_argument("--draws", type=int, default=LABEL_DRAWS)
     arguments = parser.parse_args()
-    checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
+    run = pipeline.open_model(arguments.checkpoint, arguments.out)
     criteria: Sequence[KeyTokenRule] = arguments.criteria
     costs: dict[str, np.ndarray] = {}
     for criterion in criteria:
         key = KeyTokens(criterion, arguments.key_ratio)
-        costs[criterion] = layer_costs(
-            checkpoint, folder, arguments.calibration, quant_type(arguments.type), key, arguments.draws
-        )
+        costs[criterion] = layer_costs(run, quant_type(arguments.type), key, arguments.draws)
         print(criterion, key_share(costs[criterion]).round(3), flush=True)
     console = Console(width=140)
     first = criteria[0]
-    console.print(split_table(costs[first], f"{checkpoint.name}: {arguments.type}, nats, key tokens by {first}"))
+    console.print(split_table(costs[first], f"{run.checkpoint.name}: {arguments.type}, nats, key tokens by {first}"))
     shares = {criterion: key_share(found) for criterion, found in costs.items()}
     whole = {criterion: float(key_share(found.sum(axis=0))) for criterion, found in costs.items()}
     console.print(share_table(shares, whole, "image answers' cost through vision: share of the key tokens"))
-    if arguments.json:
-        content = {criterion: found.tolist() for criterion, found in costs.items()}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, {criterion: found.tolist() for criterion, found in costs.items()})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and after zlib (low and high bytes apart), KL(stored || reference), which should
 candidate beside the true one. --vocabulary fills both models' vocabularies up with tokens of chance.
 """
 
-import argparse
 import sys
 import zlib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import command_parser
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation.distributions import normalised, pack_in_16_bits, unpack_distributions
 from mode_gguf.validation.divergence import compare
@@ -74,7 +74,7 @@ def compressed_share(stored: Array) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_parser(__doc__)
     parser.add_argument("reference", type=Path)
     parser.add_argument("candidate", type=Path)
     parser.add_argument("samples", type=Path)

@@ -1,49 +1,49 @@
 """What rounding with feedback does to a model: KL in llama.cpp beside rounding to nearest, in as many bytes.
 
     mode-gguf calibrate CHECKPOINT --calibration SAMPLES --out FOLDER
-    mode-gguf sensitivity CHECKPOINT --calibration SAMPLES --out FOLDER
-    python experiments/compare_rounding.py CHECKPOINT --out FOLDER --calibration SAMPLES --samples HELD_OUT
+    mode-gguf sensitivity CHECKPOINT --out FOLDER
+    python experiments/compare_rounding.py CHECKPOINT --out FOLDER --samples HELD_OUT
 
 Files store every expert in one type (`--types`) or are planned for a budget (`--bpw`), for either rounding. KL is in
 nats per token from the BF16 file. With `--every N` only every Nth calibration sample is rounded with, and with
 `--on-calibration` the same files are measured on what they were rounded with, too: the difference is overfitting.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from mode_gguf.pipeline.measuring import calibration_samples
 from rich.console import Console
 from rich.table import Table
 
-from compare_packing import mean_and_error
+from experiment_command import add_held_out, add_json, add_measured_folder, command_parser, write_json
+from llama_cpp_kl import compared, mean_and_error, planned, shown
 from mode_gguf import pipeline
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import DEFAULT_TYPES
-from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.export.imatrix_file import read_imatrix
+<<<<<<< HEAD
+from mode_gguf.export.text_model import write_text_model
+=======
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, write_text_model
+>>>>>>> main
 from mode_gguf.feedback.round_layers import RoundingSettings, round_tensors
 from mode_gguf.feedback.rounded_tensors import RoundedTensors, is_rounded, part_of
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.token_weights import TokenWeights
+from mode_gguf.options import ComputeOptions
 from mode_gguf.quantization.types import quant_type
-from mode_gguf.validation.reference import RunSettings
 from mode_gguf.vocabulary import Rounding
-from mode_gguf.workfolder import WorkFolder
 
-PROJECTOR = "F16"
 TEXTS_OF_CALIBRATION = 60
 
 
@@ -63,36 +63,32 @@ class Result:
 class Comparison:
     """A checkpoint with its measurements, and the samples that are rounded with."""
 
-    checkpoint: Checkpoint
-    folder: WorkFolder
+    run: pipeline.Run
     inputs: Sequence[ModelInputs]
     weights: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, folder: WorkFolder, samples: Sequence[Sample], every: int) -> "Comparison":
+    def of(cls, run: pipeline.Run, samples: Sequence[Sample], every: int) -> "Comparison":
         """With every Nth of the samples that `sensitivity` saw."""
-        builder = InputBuilder.open(checkpoint)
+        builder = InputBuilder.open(run.checkpoint)
         inputs = [builder.build(sample) for sample in samples]
-        measured = TokenWeights.load(folder.token_weights)
-        measured.check_samples(inputs, folder.token_weights)
+        measured = TokenWeights.load(run.folder.token_weights)
+        measured.check_samples(inputs, run.folder.token_weights)
         used = np.concatenate([np.full(len(one.input_ids), i % every == 0) for i, one in enumerate(inputs)])
-        return cls(checkpoint, folder, inputs[::every], {name: w[used] for name, w in measured.weights.items()})
+        return cls(run, inputs[::every], {name: w[used] for name, w in measured.weights.items()})
 
     def plan(self, target: str, rounding: Rounding) -> Plan:
         """For a type's name or a number of bits per weight."""
         if not target[0].isdigit():
-            return pipeline.make_uniform_plan(
-                self.checkpoint, self.folder, quant_type(target), imatrix="fisher", rounding=rounding
-            )
+            return pipeline.make_uniform_plan(self.run, quant_type(target), imatrix="fisher", rounding=rounding)
         budget = Budget(value=float(target))
-        return pipeline.run_plan(
-            self.checkpoint, self.folder, budget, PRESETS["mode"], DEFAULT_TYPES, rounding=rounding
-        )
+        return planned(self.run, pipeline.PlanSettings(budget, PRESETS["mode"], DEFAULT_TYPES, rounding=rounding))
 
     def write(self, path: Path, plan: Plan) -> None:
         """The plan's file, rounded as it says."""
-        streamed = open_streamed(self.checkpoint, "cpu")
-        importance = read_imatrix(self.folder.imatrix_of("fisher"))
+        checkpoint = self.run.checkpoint
+        streamed = open_streamed(checkpoint, "cpu")
+        importance = read_imatrix(self.run.folder.imatrix_of("fisher"))
         rounded = RoundedTensors(path.with_suffix(".rounded"), "comparison")
         packed = None
         if plan.rounding == "feedback":
@@ -104,34 +100,25 @@ class Comparison:
                 for tensor in streamed.tensors
                 if is_rounded(tensor, plan.types)
             }
+<<<<<<< HEAD
+        write_text_model(path, checkpoint, plan.types, importance, packing=plan.packing, packed=packed, threads=2)
+=======
         write_text_model(
             path, self.checkpoint, TensorPacking(plan.types, importance, packing=plan.packing, packed=packed), threads=2
         )
+>>>>>>> main
         shutil.rmtree(rounded.path, ignore_errors=True)
 
     def measure(self, targets: Sequence[str], held_out: Sequence[Path]) -> Iterator[Result]:
         """Every target with either rounding, on every held-out set."""
-        projector = pipeline.projector_path(self.folder, PROJECTOR)
-        if not projector.exists():
-            write_projector(projector, self.checkpoint, PROJECTOR)
-        reference = pipeline.run_reference(self.checkpoint, self.folder)
-        path = self.folder.path / "compare-rounding.gguf"
+        path = self.run.folder.path / "compare-rounding.gguf"
         roundings: tuple[Rounding, ...] = ("nearest", "feedback")
         for target in targets:
             for rounding in roundings:
                 plan = self.plan(target, rounding)
                 self.write(path, plan)
                 for samples in held_out:
-                    report = pipeline.run_validation(
-                        path,
-                        projector,
-                        reference,
-                        path.with_suffix(".json"),
-                        plan=plan,
-                        held_out=samples,
-                        settings=RunSettings(answers="given"),  # those that the tables in docs/ are about
-                        reference_folder=self.folder.path / f"reference-{samples.name}",
-                    )
+                    report = compared(self.run, path, samples, plan)
                     text, image = mean_and_error(report.text), mean_and_error(report.image)
                     yield Result(target, rounding, samples.name, plan.bpw, text, image)
         path.unlink()
@@ -156,35 +143,30 @@ def as_held_out(samples: Sequence[Sample], folder: Path) -> Path:
 
 def main() -> None:
     """Measure, print, and write the results beside the files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder where calibrate and sensitivity have run")
-    parser.add_argument("--calibration", help="as calibrate had it")
-    parser.add_argument("--image-samples", type=int, default=128, help="of the calibration, as calibrate had it")
-    parser.add_argument("--samples", type=Path, required=True, help="held-out folder")
+    parser = command_parser(__doc__)
+    add_measured_folder(parser, "calibrate and sensitivity")
+    add_held_out(parser)
+    add_json(parser)
     parser.add_argument("--types", nargs="*", default=["Q2_K", "Q3_K", "Q4_K"])
     parser.add_argument("--bpw", nargs="*", default=["2.85", "3.55", "4.6"])
     parser.add_argument("--every", type=int, default=1, help="round with every Nth calibration sample")
     parser.add_argument("--on-calibration", action="store_true", help="measure on calibration samples, too")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
-    checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
-    options = pipeline.CalibrationOptions(arguments.calibration, image_samples=arguments.image_samples, device="cpu")
-    samples = calibration_samples(options)
+    run = pipeline.open_model(arguments.checkpoint, arguments.out)
+    samples = pipeline.calibration_samples(pipeline.Calibrate.of_folder(run, ComputeOptions()).options)
     held_out = [arguments.samples]
     if arguments.on_calibration:
-        held_out.append(as_held_out(samples, folder.path / "calibration-as-held-out"))
-    table = Table("file", "rounding", "measured on", "bpw", "text KL", "image KL", title=checkpoint.name)
+        held_out.append(as_held_out(samples, run.folder.path / "calibration-as-held-out"))
+    table = Table("file", "rounding", "measured on", "bpw", "text KL", "image KL", title=run.checkpoint.name)
     results: list[Result] = []
-    comparison = Comparison.of(checkpoint, folder, samples, arguments.every)
+    comparison = Comparison.of(run, samples, arguments.every)
     for result in comparison.measure([*arguments.types, *arguments.bpw], held_out):
         results.append(result)
-        kl = [f"{mean:.5f} ± {error:.5f}" for mean, error in (result.text, result.image)]
+        kl = shown(result.text), shown(result.image)
         table.add_row(result.target, result.rounding, result.measured_on, f"{result.bpw:.3f}", *kl)
         print(result, flush=True)
     Console(width=120).print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+    write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What types of 32 weights leave of error, beside K-quants of as many bits: output error of drawn matrices.
 
-    python -m tools.compare_small_blocks
+    python experiments/compare_small_blocks.py
 
 Weights are heavy-tailed (Student's t of 5 degrees of freedom), inputs correlated as real ones are (a few directions and
 a little of everything). The error is that of the outputs relative to their power, rounded to nearest and with feedback.
@@ -8,6 +8,7 @@ a little of everything). The error is that of the outputs relative to their powe
 
 import numpy as np
 
+from experiment_command import command_parser
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf_kernels import Feedback, Refinement, pack, round_again, unpack
 
@@ -25,6 +26,7 @@ def moments_of(generator: np.random.Generator) -> np.ndarray:
 
 
 def main() -> None:
+    command_parser(__doc__).parse_args()
     generator = np.random.default_rng(0)
     moments = moments_of(generator)
     matrix = (0.02 * generator.standard_t(5, (ROWS, COLUMNS))).astype(np.float32)

@@ -9,9 +9,7 @@ without repacked weights or flash attention, unless --defaults is given. Exit co
 --tolerance.
 """
 
-import argparse
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import command_parser
+from external_program import run_program
 from mode_gguf.llama_cpp.engines import Engine, engine_for, named_engine
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
@@ -69,9 +69,10 @@ def find_tool(llama_cpp: Path | None = None) -> Path | None:
 def run_tool(tool: Path, models: tuple[Path, Path], text: Path, base: Path, options: list[str]) -> dict[str, float]:
     """Score models[1] against models[0]; `base` is written. What the program printed, by the names of `Divergence`."""
     reference, candidate = models
-    common = ["-f", str(text), "--kl-divergence-base", str(base), *options]
-    _run([str(tool), "-m", str(reference), *common])
-    printed = _run([str(tool), "-m", str(candidate), *common, "--kl-divergence"])
+    common = ["-f", text, "--kl-divergence-base", base, *options]
+    run_program(tool, "-m", reference, *common)
+    done = run_program(tool, "-m", candidate, *common, "--kl-divergence")
+    printed = done.stdout + done.stderr
     found = {}
     for name, label in _PRINTED.items():
         match = re.search(label + _NUMBER, printed)
@@ -108,17 +109,9 @@ def our_scores(models: tuple[Path, Path], windows: Windows, engine: Engine, *, e
     return Divergence.of(Scores.joined(parts), with_reference=True)
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, check=False)
-    printed = (done.stdout + done.stderr).decode("utf-8", "replace")
-    if done.returncode != 0:
-        sys.exit(f"{command[0]} ends with {done.returncode}: {printed[-2000:]}")
-    return printed
-
-
 def main() -> None:
     """Compare and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_parser(__doc__)
     parser.add_argument("reference", type=Path)
     parser.add_argument("candidate", type=Path)
     parser.add_argument("text", type=Path, help="plain text")

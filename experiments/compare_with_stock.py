@@ -11,10 +11,8 @@ saved again, it writes experts of the wrong shape without a word. Give it the pu
 of experts as one tensor, which llama.cpp reads, too, its halves are compared.
 """
 
-import argparse
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -27,6 +25,8 @@ from gguf import GGUFReader, Keys, ReaderTensor
 from rich.console import Console
 from rich.table import Table
 
+from experiment_command import command_parser
+from external_program import run_program
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.architectures.vision.moon_vit import column_and_row_halves
@@ -154,24 +154,25 @@ def convert_with_stock(
     command = [sys.executable, "-c", _RUN_CONVERTER, pre_tokenizer, str(source / "convert_hf_to_gguf.py")]
     command += [str(checkpoint), "--outtype", outtype, "--outfile", str(out), *options]
     path = [str(source), str(source / "gguf-py"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise SystemExit(f"the stock converter fails:\n{run.stderr[-3000:]}")
+    run_program(*command, environment={"PYTHONPATH": os.pathsep.join(path)})
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="source tree of llama.cpp")
     parser.add_argument("--pre-tokenizer", default="qwen2", help="for a vocabulary the stock converter has not met")
     options = parser.parse_args()
 
-    checkpoint = Checkpoint.open(options.checkpoint)
+    checkpoint = Checkpoint.open(options.checkpoint, options.pre_tokenizer)
     types = {t.name: QUANT_TYPES["F32"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+<<<<<<< HEAD
+        write_text_model(folder / "text.gguf", checkpoint, types)
+=======
         write_text_model(folder / "text.gguf", checkpoint, TensorPacking(types), pre_tokenizer=options.pre_tokenizer)
+>>>>>>> main
         write_projector(folder / "projector.gguf", checkpoint, "F32")
         stock = (options.llama_cpp.resolve(), options.checkpoint.resolve())
         mtp = any("mtp" in name for name in find_family(checkpoint).ignored)

@@ -7,7 +7,6 @@ asked for full-vocabulary logits on texts and on answers about pictures. Exit co
 either is not below 1e-6 nats.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForImageTextToText
 
+from experiment_command import add_held_out, command_parser
 from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Message, Sample
@@ -34,9 +34,9 @@ LIMIT = 1e-6
 
 def main() -> int:
     """Export, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--samples", type=Path, required=True, help="held-out folder")
+    add_held_out(parser)
     parser.add_argument("--count", type=int, default=24, help="texts, and questions with an answer, to compare on")
     arguments = parser.parse_args()
     log_to_stderr()

@@ -1,6 +1,6 @@
 """Bits per weight that the default candidates reach on models whose rows no K-quant fits, from their shapes alone.
 
-    python -m tools.reachable_ranges
+    python experiments/reachable_ranges.py
 
 The shapes are the matrices of the text models (routers, norms and biases left out, which are a few thousandths), as the
 models' configurations give them; no checkpoint is read. `convert --dry-run` says the same of a checkpoint.
@@ -8,6 +8,7 @@ models' configurations give them; no checkpoint is read. `convert --dry-run` say
 
 from dataclasses import dataclass, replace
 
+from experiment_command import command_parser
 from mode_gguf.allocation.budget import Budget, check_reachable
 from mode_gguf.allocation.units import DEFAULT_TYPES, CandidateTypes, fitting_types, tensor_bytes
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor
@@ -112,6 +113,7 @@ def reach(tensors: list[SourceTensor], types: CandidateTypes) -> tuple[float, fl
 
 
 def main() -> None:
+    command_parser(__doc__).parse_args()
     wide = replace(DEFAULT_TYPES, expert=(QUANT_TYPES["IQ2_XXS"], *DEFAULT_TYPES.expert))
     print("| model | weights | in rows that no K-quant fits | reachable | with IQ2_XXS | if Q8_0 alone stood in |")
     print("|---|---|---|---|---|---|")

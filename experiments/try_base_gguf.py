@@ -9,9 +9,7 @@ it from the root of the repository, with that in PYTHONPATH. Pico checkpoints wi
 how far a result is from the BF16 file. Random weights say nothing about quality; more bits must be nearer.
 """
 
-import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from compare_with_stock import convert_with_stock
+from experiment_command import command_parser
+from external_program import mode_gguf_command, run_program
 from mode_gguf.data.samples import load_samples
 from tests.families.pico.base import write_pico_idefics3_mixtral, write_pico_olmoe
 
@@ -28,7 +28,7 @@ SEES = "idefics3-mixtral"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_parser(__doc__)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="source tree of llama.cpp")
     parser.add_argument("--imatrix", type=Path, required=True, help="folder that holds llama-imatrix")
     parser.add_argument("--out", type=Path, required=True, help="where everything goes")
@@ -66,19 +66,13 @@ def _llama_imatrix(folder: Path, model: Path, out: Path) -> Path:
     corpus = out.with_suffix(".txt")
     texts = [sample.text for sample in load_samples(max_image_samples=0) if sample.text is not None]
     corpus.write_text("\n\n".join(texts), encoding="utf-8")
-    command = [str(folder / "llama-imatrix"), "-m", str(model), "-f", str(corpus), "-o", str(out)]
-    command += ["-c", "512", "-b", "512", "--chunks", "8", "-ngl", "0"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise SystemExit(f"llama-imatrix fails:\n{run.stderr[-2000:]}")
+    sizes = ["-c", 512, "-b", 512, "--chunks", 8, "-ngl", 0]
+    run_program(folder / "llama-imatrix", "-m", model, "-f", corpus, "-o", out, *sizes)
     return out
 
 
 def _convert(arguments: list[str], folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "mode_gguf_cli", "convert", *arguments, "--device", "cpu", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise SystemExit(f"{' '.join(command)} fails:\n{run.stderr[-2000:]}")
+    run_program(*mode_gguf_command("convert", *arguments, "--device", "cpu", "--json"))
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return report
 

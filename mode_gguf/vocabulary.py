@@ -46,11 +46,9 @@ Granularity: TypeAlias = Literal["tensor", "expert"]
 
 PackingMode: TypeAlias = Literal["exact", "refined"]
 """`exact`: the bytes that libggml would write; `refined`: scales, mins and levels of less error."""
-PACKING_MODES: Final[tuple[PackingMode, ...]] = get_args(PackingMode)
 
 Effort: TypeAlias = Literal["fast", "default", "max"]
 """How long refined packing searches."""
-EFFORTS: Final[tuple[Effort, ...]] = get_args(Effort)
 
 Rounding: TypeAlias = Literal["nearest", "feedback"]
 """`nearest`: every weight by itself, as llama.cpp does; `feedback`: a row's errors make up for each other (GPTQ)."""

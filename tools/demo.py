@@ -20,13 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf import pipeline
-from mode_gguf.allocation.budget import Budget
-from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.progress import Progress
+from mode_gguf.options import BudgetOptions, CalibrationOptions, PlanOptions, ValidationOptions
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.recipe import Recipe
 from mode_gguf.validation.report import Divergence, ValidationReport
-from mode_gguf.workfolder import WorkFolder
+from mode_gguf.validation.validate import ComparedModels
 from mode_gguf_cli.console import log_to_stderr, progress, say, show, stdout
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -52,18 +51,18 @@ def main() -> None:
     log_to_stderr()
     started = time.monotonic()
 
-    checkpoint, folder = pipeline.open_model(arguments.checkpoint, arguments.out)
-    options = pipeline.ConvertOptions(
-        budget=Budget(value=BITS),
-        calibration=pipeline.CalibrationOptions(source=str(DEMO / "calibration")),
-        held_out=DEMO / "heldout",
+    recipe = Recipe(
+        calibration=CalibrationOptions(str(DEMO / "calibration")),
+        plan=PlanOptions(BudgetOptions(BITS)),
+        validation=ValidationOptions(samples=DEMO / "heldout"),
     )
-    say(f"converting {checkpoint.path} to {BITS} bits per weight")
-    result = pipeline.convert(checkpoint, folder, options, progress())
-    rows = [Row(MODE, ValidationReport.load(folder.report))]
+    run = pipeline.open_model(arguments.checkpoint, arguments.out, recipe, progress())
+    say(f"converting {run.checkpoint.path} to {BITS} bits per weight")
+    result = pipeline.convert(run, recipe)
+    rows = [Row(MODE, ValidationReport.load(run.folder.report))]
     for name in BASELINES:
         say(f"for comparison: every expert in {name}, as llama-quantize packs it")
-        rows.insert(-1, Row(f"stock {name}", uniform(checkpoint, folder, name, options, progress())))
+        rows.insert(-1, Row(f"stock {name}", uniform(run, name, recipe.validation)))
 
     print_table(rows)
     draw(rows, arguments.out / "comparison.png")
@@ -73,20 +72,19 @@ def main() -> None:
     show(f"{time.monotonic() - started:.0f} seconds in all")
 
 
-def uniform(
-    checkpoint: Checkpoint, folder: WorkFolder, name: str, options: pipeline.ConvertOptions, watch: Progress
-) -> ValidationReport:
+def uniform(run: pipeline.Run, name: str, options: ValidationOptions) -> ValidationReport:
     """Export and measure the file that stores every expert in one type, packed as stock tools do."""
-    plan = pipeline.make_uniform_plan(checkpoint, folder, QUANT_TYPES[name], imatrix="plain", packing=EXACT)
-    return pipeline.run_validation(
-        pipeline.export_text(checkpoint, folder, plan, progress=watch),
-        pipeline.projector_path(folder, options.projector_type),
-        pipeline.run_reference(checkpoint, folder, progress=watch),
-        folder.path / f"report-{name}.json",
-        plan=plan,
-        held_out=options.held_out,
-        reference_folder=folder.path / "reference",
-        progress=watch,
+    plan = pipeline.make_uniform_plan(run, QUANT_TYPES[name], imatrix="plain", packing=EXACT)
+    export, projector, reference = pipeline.ExportText(plan), pipeline.ExportProjector(), pipeline.ExportReference()
+    run.ensure(projector, reference)
+    export.write(run)
+    (text,), (mmproj,), (full_precision,) = (stage.outputs(run) for stage in (export, projector, reference))
+    return pipeline.validate_file(
+        ComparedModels(text, full_precision, mmproj, plan.stored_types),
+        run.folder.path / f"report-{name}.json",
+        options,
+        reference_folder=run.folder.reference,
+        progress=run.progress,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import typer
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from mode_gguf.errors import UsageError
@@ -153,6 +154,8 @@ def flag_name(path: KeyPath, flag: Flag) -> str:
 def _option(name: str, path: KeyPath, info: FieldInfo, flag: Flag) -> inspect.Parameter:
     """A parameter as Typer reads it; None stands for "not given", so that a recipe's value is not overridden."""
     kind = _command_line_type(info.annotation)
+    if kind is int and _parses_text(info):
+        kind = str
     spelled = flag_name(path, flag)
     two_ways = kind is bool and info.default is True and "/" not in spelled
     names = [f"{spelled}/--no-{spelled[2:]}" if two_ways else spelled]
@@ -181,6 +184,12 @@ def _command_line_type(annotation: Any) -> Any:
     if len(arguments) == 1:
         return _command_line_type(arguments[0])
     return annotation if annotation in _NATIVE else str
+
+
+def _parses_text(info: FieldInfo) -> bool:
+    """Whether a field reads words such as 24GiB, alone or beside None."""
+    stated = [*info.metadata, *(one for kind in get_args(info.annotation) for one in get_args(kind))]
+    return any(isinstance(one, BeforeValidator) for one in stated)
 
 
 def _default_sentence(default: Any, flag: Flag) -> list[str]:

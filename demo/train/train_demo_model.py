@@ -4,7 +4,7 @@ It memorises Python documentation and source, made-up facts in several wordings 
 records that are asked for by a sign or an emblem, in writing or in a picture. The committed checkpoint was
 made with
 
-    python tools/train_demo_model.py --device cpu
+    python demo/train/train_demo_model.py --device cpu
 
 in about 35 minutes on two shared cores. That run was stopped and resumed where a stage ends, to decide on
 the next; STAGES and RATES below are what was run. `--evaluate` measures a written checkpoint.
@@ -312,7 +312,7 @@ def report(demo: Path, name: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path(__file__).resolve().parents[1] / "demo", help="output folder")
+    parser.add_argument("--demo", type=Path, default=Path(__file__).resolve().parents[1], help="output folder")
     parser.add_argument(
         "--state", type=Path, default=Path("demo-train/state.pt"), help="training state, kept for --resume"
     )

@@ -94,11 +94,11 @@ def matrix_kernels(
     layout: Layout | None = None,
     uses_row_squares: bool = False,
 ) -> Kernels:
-    """The kernels of a type; blocks of 32 weights are packed `search.INTERLEAVED` per lane, others one."""
+    """The kernels of a type; blocks of 32 weights that are searched are packed `search.INTERLEAVED` per lane."""
     common = {
         "BLOCK_SIZE": block_size,
         "BLOCK_BYTES": block_bytes,
-        "BLOCKS_PER_LANE": INTERLEAVED if block_size == 32 else 1,
+        "BLOCKS_PER_LANE": INTERLEAVED if block_size == 32 and searches else 1,
         "USES_IMPORTANCE": bool(searches),
     }
     exact = {**common, "pack_tile": tiles.pack, "USES_ROW_SQUARES": uses_row_squares}
@@ -131,16 +131,16 @@ def _pack(
     for start in range(0, n_blocks, BLOCKS_PER_LANE * LANES):
         for k in range(BLOCKS_PER_LANE):
             first = start + k * LANES
-            if not load_weights(source, source_dtype, first, n_blocks, BLOCK_SIZE, block_items(x, k, BLOCK_SIZE)):
+            if not load_weights(source, source_dtype, first, n_blocks, BLOCK_SIZE, x, k * BLOCK_SIZE):
                 return first
             if USES_IMPORTANCE and weighted:
-                load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, block_items(w, k, BLOCK_SIZE))
+                load_importance(importance, blocks_per_row, first, n_blocks, BLOCK_SIZE, w, k * BLOCK_SIZE)
             if USES_ROW_SQUARES and weighted:
                 for lane in range(LANES):
                     squares[k * LANES + lane] = row_squares[min(first + lane, n_blocks - 1) // blocks_per_row]
         pack_tile(x, w, squares, weighted, search, words)
         for k in range(BLOCKS_PER_LANE):
-            store_blocks(block_items(words, k, stride), BLOCK_BYTES, start + k * LANES, n_blocks, staging, packed)
+            store_blocks(words, k * stride, BLOCK_BYTES, start + k * LANES, n_blocks, staging, packed)
     return n_blocks
 
 

@@ -12,23 +12,16 @@ from mode_gguf_kernels.bits import byte_of
 from mode_gguf_kernels.blocks import BLOCK_SIZE
 from mode_gguf_kernels.compilation import device
 from mode_gguf_kernels.halves import half_bits, half_value
-from mode_gguf_kernels.matrix import TileFunctions, block_items, matrix_kernels
-from mode_gguf_kernels.search import INTERLEAVED, F, signed_extreme
+from mode_gguf_kernels.matrix import TileFunctions, matrix_kernels
+from mode_gguf_kernels.search import F, signed_extreme
 from mode_gguf_kernels.simd import Tile, absolute, load, round_away, select, splat, store, to_float, to_int
-from mode_gguf_kernels.tiles import staging_words
 
 BLOCK_BYTES = 2 + 32
 
 
 @device
 def pack_tile(x: Tile, _w: Tile, _mean_squares: Tile, _weighted: bool, _search: tuple[()], words: Tile) -> None:
-    """Pack a lane's blocks: `quantize_row_q8_0_ref`."""
-    for k in range(INTERLEAVED):
-        _pack_block(block_items(x, k, BLOCK_SIZE), block_items(words, k, staging_words(BLOCK_BYTES)))
-
-
-@device
-def _pack_block(x: Tile, words: Tile) -> None:
+    """Pack one block per lane: `quantize_row_q8_0_ref`."""
     magnitude, _ = signed_extreme(x, 0, 32)
     d = magnitude / F(127)
     inverse = select(d != F(0), F(1) / d, F(0))

@@ -58,16 +58,18 @@ def lane_starts(first: int, n_blocks: int, stride: int) -> np.ndarray:
 
 
 @device
-def load_weights(source: np.ndarray, source_dtype: int, first: int, n_blocks: int, block_size: int, tile: Tile) -> bool:
-    """Fill `tile` with the blocks [first, first + LANES) of `source`, whose bytes are of `source_dtype`.
+def load_weights(
+    source: np.ndarray, source_dtype: int, first: int, n_blocks: int, block_size: int, tile: Tile, first_item: int
+) -> bool:
+    """Fill `tile`, from `first_item` on, with the blocks [first, first + LANES) of `source`.
 
     Returns whether every value is finite.
     """
     starts = lane_starts(first, n_blocks, block_size)
     largest = splat(0)
     for start in range(0, block_size, 16):
-        load_run(source, source_dtype, starts, start, tile, start)
-        for item in range(start, start + 16):
+        load_run(source, source_dtype, starts, start, tile, first_item + start)
+        for item in range(first_item + start, first_item + start + 16):
             largest = larger(largest, bits_of(load(tile, item)) & 0x7FFFFFFF)
     return not any_lane(largest >= _INFINITY_BITS)
 
@@ -92,14 +94,23 @@ def load_run(
 
 @device
 def load_importance(
-    importance: np.ndarray, blocks_per_row: int, first: int, n_blocks: int, block_size: int, tile: Tile
+    importance: np.ndarray,
+    blocks_per_row: int,
+    first: int,
+    n_blocks: int,
+    block_size: int,
+    tile: Tile,
+    first_item: int,
 ) -> None:
-    """Fill `tile` with the importance of the weights of blocks [first, first + LANES); every row has the same."""
+    """Fill `tile`, from `first_item` on, with the importance of the weights of blocks [first, first + LANES).
+
+    Every row has the same.
+    """
     starts = np.empty(LANES, np.int64)
     for lane in range(LANES):
         starts[lane] = min(first + lane, n_blocks - 1) % blocks_per_row * block_size
     for item in range(0, block_size, 16):
-        gather(importance, starts, item, tile, item)
+        gather(importance, starts, item, tile, first_item + item)
 
 
 @device
@@ -110,13 +121,19 @@ def staging_words(block_bytes: int) -> int:
 
 @device
 def store_blocks(
-    words: Tile, block_bytes: int, first: int, n_blocks: int, staging: np.ndarray, packed: np.ndarray
+    words: Tile,
+    first_item: int,
+    block_bytes: int,
+    first: int,
+    n_blocks: int,
+    staging: np.ndarray,
+    packed: np.ndarray,
 ) -> None:
-    """Write the blocks [first, first + LANES): item i of `words` holds a block's bytes [4 i, 4 i + 4)."""
+    """Write the blocks [first, first + LANES): item first_item + i of `words` holds a block's bytes [4 i, 4 i + 4)."""
     stride = staging_words(block_bytes)
     starts = lane_starts(0, LANES, stride)
     for item in range(0, stride, 16):
-        scatter(words, item, staging, starts, item)
+        scatter(words, first_item + item, staging, starts, item)
     for lane in range(min(LANES, n_blocks - first)):
         copy_bytes(staging, 4 * stride * lane, packed, (first + lane) * block_bytes, block_bytes)
 

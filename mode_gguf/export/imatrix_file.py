@@ -15,8 +15,6 @@ from mode_gguf.errors import InputError
 from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_MAX_COUNT = 2**24
-"""Above it float32 does not hold every whole number."""
 
 
 @dataclass(frozen=True, slots=True)
