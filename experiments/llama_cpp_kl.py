@@ -14,7 +14,7 @@ from mode_gguf.vocabulary import ImatrixKind
 
 
 def planned(
-    run: pipeline.Run, settings: pipeline.PlanSettings, sensitivity: pipeline.Sensitivity | None = None
+    run: pipeline.Run, settings: pipeline.PlanSettings, sensitivity: pipeline.MeasureSensitivity | None = None
 ) -> Plan:
     """The best plan, which becomes the work folder's.
 

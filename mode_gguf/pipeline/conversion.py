@@ -23,8 +23,8 @@ from mode_gguf.pipeline.settings import (
 from mode_gguf.pipeline.stages.calibrate import Calibrate
 from mode_gguf.pipeline.stages.export import ExportMtp, ExportProjector, ExportText, projector_path
 from mode_gguf.pipeline.stages.plan import MakePlan
-from mode_gguf.pipeline.stages.sensitivity import Sensitivity
-from mode_gguf.pipeline.stages.unit_kl import UnitKl
+from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
+from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
 from mode_gguf.pipeline.stages.validate import Validate
 from mode_gguf.recipe import Recipe
 
@@ -59,7 +59,7 @@ class Conversion:
     settings: PlanSettings
     target: Target
     calibrate: Calibrate
-    sensitivity: Sensitivity
+    sensitivity: MeasureSensitivity
 
     @classmethod
     def of(cls, run: Run, recipe: Recipe) -> "Conversion":
@@ -74,14 +74,14 @@ class Conversion:
         types = candidates_of(recipe, run.folder)
         settings = PlanSettings.of(recipe, types)
         calibrate = Calibrate(recipe.calibration, recipe.compute)
-        sensitivity = Sensitivity.of(calibrate, recipe.sensitivity, types)
+        sensitivity = MeasureSensitivity.of(calibrate, recipe.sensitivity, types)
         return cls(recipe, settings, settings.target(run.checkpoint), calibrate, sensitivity)
 
     def measuring_stages(self) -> list[Stage]:
         """The measuring stages, whose results take long and are not thrown away unasked."""
         stages: list[Stage] = [self.calibrate, self.sensitivity]
         if self.settings.preset.unit_kl:
-            stages.append(UnitKl(self.sensitivity, self.settings.measured_samples))
+            stages.append(MeasureUnitKl(self.sensitivity, self.settings.measured_samples))
         return stages
 
     def export_stage(self) -> ExportText:

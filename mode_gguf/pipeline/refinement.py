@@ -68,7 +68,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Refinement:
+class RefinementResult:
     """The best plan that was found, one candidate per unit, and all that were measured, the first one first."""
 
     choices: tuple[Candidate, ...]
@@ -84,7 +84,7 @@ def refine(
     answer_weights: Sequence[float] = (1.0, 1.0),
     rounds: int = DEFAULT_ROUNDS,
     max_moves: int | None = None,
-) -> Refinement:
+) -> RefinementResult:
     """Improve the plan `first`, one of each unit's candidates, within `budget` bytes.
 
     A unit moves by one of its types (in order of size) per round at most. As deterministic as `measure` is.
@@ -128,7 +128,7 @@ def refine(
         if not accepted:
             break
         current = proposed
-    return Refinement(current, tuple(history))
+    return RefinementResult(current, tuple(history))
 
 
 def measure_plans(

@@ -15,7 +15,7 @@ from mode_gguf.pipeline.refinement import measure_plans, refine
 from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.settings import PlanSettings, Target
 from mode_gguf.pipeline.stage_cache import file_identity
-from mode_gguf.pipeline.stages.sensitivity import Sensitivity
+from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
 from mode_gguf.pipeline.stages.unit_kl import kl_measurement
 from mode_gguf.workfolder import WorkFolder
 
@@ -32,7 +32,7 @@ class MakePlan(Stage):
     """
 
     settings: PlanSettings
-    sensitivity: Sensitivity | None = None
+    sensitivity: MeasureSensitivity | None = None
     target: Target | None = field(default=None, compare=False)
     name: ClassVar[str] = "plan"
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Sensitivity(Stage):
+class MeasureSensitivity(Stage):
     """Writes sensitivity.safetensors, and where there are gradients the Fisher importance matrix and token weights.
 
     Attributes:
@@ -43,7 +43,7 @@ class Sensitivity(Stage):
     name: ClassVar[str] = "sensitivity"
 
     @classmethod
-    def of(cls, calibrate: Calibrate, options: SensitivityOptions, types: CandidateTypes) -> "Sensitivity":
+    def of(cls, calibrate: Calibrate, options: SensitivityOptions, types: CandidateTypes) -> "MeasureSensitivity":
         """The stage that options ask for.
 
         Raises:
@@ -53,7 +53,7 @@ class Sensitivity(Stage):
         return cls(calibrate, types, options.method, imatrix, options.packing, calibrate.compute)
 
     @classmethod
-    def of_folder(cls, run: Run, compute: ComputeOptions) -> "Sensitivity":
+    def of_folder(cls, run: Run, compute: ComputeOptions) -> "MeasureSensitivity":
         """The stage as it ran in the folder.
 
         Raises:
