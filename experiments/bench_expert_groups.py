@@ -24,11 +24,11 @@ from rich.table import Table
 
 from experiment_command import add_json, command_parser, write_json
 from external_program import run_program
-from mode_gguf.llama_cpp.runtime.random_model import Shape, random_groups, write_random_model
+from mode_gguf.llama_cpp.runtime.random_model import RandomModelShape, random_groups, write_random_model
 from mode_gguf.quantization.types import QUANT_TYPES
 
 TYPES: Final = ("Q2_K", "Q3_K", "Q4_K")
-SHAPE: Final = Shape(hidden=2048, width=768, experts=128, used=8, layers=2, heads=32, kv_heads=4)
+SHAPE: Final = RandomModelShape(hidden=2048, width=768, experts=128, used=8, layers=2, heads=32, kv_heads=4)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def calibrated(bench: Bench, seed: int, method: Method) -> pipeline.Run:
     if not run.folder.sensitivity.exists():
         say(f"seed {seed}: measuring {method}")
         calibrate = pipeline.Calibrate.of_folder(run, ComputeOptions())
-        run.ensure(pipeline.Sensitivity.of(calibrate, SensitivityOptions(method), DEFAULT_TYPES))
+        run.ensure(pipeline.MeasureSensitivity.of(calibrate, SensitivityOptions(method), DEFAULT_TYPES))
     return run
 
 
@@ -163,10 +163,10 @@ def plan_of(bench: Bench, contestant: str, seed: int, size: int) -> Plan:
     preset = (CONTESTANTS | ABLATIONS | {REFINED: PRESETS[OURS]})[contestant]
     preset = replace(preset, costs=replace(preset.costs, seed=seed))
     run = calibrated(bench, seed, preset.method)
-    sensitivity = pipeline.Sensitivity.of_folder(run, ComputeOptions())
+    sensitivity = pipeline.MeasureSensitivity.of_folder(run, ComputeOptions())
     if preset.unit_kl and not run.folder.unit_kl.exists():
         say(f"seed {seed}: measuring units")
-        run.ensure(pipeline.UnitKl(sensitivity))
+        run.ensure(pipeline.MeasureUnitKl(sensitivity))
     budget, rounds = Budget(kind="size", value=size), ROUNDS if contestant == REFINED else 0
     plan = planned(run, pipeline.PlanSettings(budget, preset, DEFAULT_TYPES, refine=rounds), sensitivity)
     return plan if preset.dense == "measured" else filled(plan, size - metadata_bytes(bench.checkpoint))

@@ -22,7 +22,7 @@ from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation.distributions import normalised, pack_in_16_bits, unpack_distributions
 from mode_gguf.validation.divergence import compare
 from mode_gguf.validation.questions import load_held_out
-from mode_gguf.validation.reference import Settings, score_text
+from mode_gguf.validation.reference import RunSettings, score_text
 
 Array: TypeAlias = np.ndarray
 
@@ -50,7 +50,7 @@ def logits_of(path: Path, texts: tuple[str, ...]) -> tuple[Array, list[int]]:
     rows = []
     with LlamaModel(path) as model:
         for text in texts:
-            scored, logits = score_text(model, text, Settings())
+            scored, logits = score_text(model, text, RunSettings())
             tokens += scored
             rows.append(logits)
     return np.concatenate(rows), tokens

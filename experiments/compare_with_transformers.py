@@ -26,7 +26,7 @@ from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.divergence import compare
-from mode_gguf.validation.questions import HeldOut, load_held_out
+from mode_gguf.validation.questions import HeldOutSet, load_held_out
 from mode_gguf_cli.console import log_to_stderr, progress, stdout
 
 LIMIT = 1e-6
@@ -57,7 +57,9 @@ def main() -> int:
 
 
 @torch.no_grad()
-def measure(checkpoint: Checkpoint, text: Path, mmproj: Path, held_out: HeldOut, count: int) -> dict[str, np.ndarray]:
+def measure(
+    checkpoint: Checkpoint, text: Path, mmproj: Path, held_out: HeldOutSet, count: int
+) -> dict[str, np.ndarray]:
     """KL divergence of llama.cpp from transformers at every scored position, of texts and of image answers."""
     builder = InputBuilder.open(checkpoint)
     reference = AutoModelForImageTextToText.from_pretrained(checkpoint.path, dtype=torch.float32).eval()

@@ -9,12 +9,12 @@ from mode_gguf import pipeline
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.options import ComputeOptions, ValidationOptions
 from mode_gguf.validation.report import Divergence, ValidationReport
-from mode_gguf.validation.validate import Compared
+from mode_gguf.validation.validate import ComparedModels
 from mode_gguf.vocabulary import ImatrixKind
 
 
 def planned(
-    run: pipeline.Run, settings: pipeline.PlanSettings, sensitivity: pipeline.Sensitivity | None = None
+    run: pipeline.Run, settings: pipeline.PlanSettings, sensitivity: pipeline.MeasureSensitivity | None = None
 ) -> Plan:
     """The best plan, which becomes the work folder's.
 
@@ -62,7 +62,7 @@ def compared(run: pipeline.Run, text: Path, held_out: Path, plan: Plan | None = 
     run.ensure(projector)
     build = "groups" if plan and plan.has_expert_groups else "stock"
     return pipeline.validate_file(
-        Compared(text, full_precision(run), projector.outputs(run)[0], plan.stored_types if plan else None),
+        ComparedModels(text, full_precision(run), projector.outputs(run)[0], plan.stored_types if plan else None),
         text.with_suffix(".json"),
         ValidationOptions(samples=held_out, answers="given"),
         reference_folder=run.folder.path / f"reference-{held_out.name}-{build}",

@@ -25,7 +25,7 @@ from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.recipe import Recipe
 from mode_gguf.validation.report import Divergence, ValidationReport
-from mode_gguf.validation.validate import Compared
+from mode_gguf.validation.validate import ComparedModels
 from mode_gguf_cli.console import log_to_stderr, progress, say, show, stdout
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -80,7 +80,7 @@ def uniform(run: pipeline.Run, name: str, options: ValidationOptions) -> Validat
     export.write(run)
     (text,), (mmproj,), (full_precision,) = (stage.outputs(run) for stage in (export, projector, reference))
     return pipeline.validate_file(
-        Compared(text, full_precision, mmproj, plan.stored_types),
+        ComparedModels(text, full_precision, mmproj, plan.stored_types),
         run.folder.path / f"report-{name}.json",
         options,
         reference_folder=run.folder.reference,

@@ -1,4 +1,4 @@
-"""What the command line says: results on stdout, everything else on stderr; bars on a terminal, lines elsewhere."""
+"""Console output: results on stdout, everything else on stderr; progress bars on a terminal, lines elsewhere."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from rich.progress import Progress as RichProgress
 from mode_gguf.progress import Advance, Progress, silent
 
 LONGEST_SILENCE = 60
-"""Seconds after which a step that goes on says how far it is."""
+"""Longest time between progress lines of a step, in seconds."""
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -31,26 +31,26 @@ def log_to_stderr() -> None:
 
 
 def be_quiet() -> None:
-    """From now on say errors alone; results go to stdout as ever."""
+    """Silence stderr except for errors; results still go to stdout."""
     stderr.quiet = True
     logging.getLogger().setLevel(logging.ERROR)
 
 
 def fail(message: str) -> None:
-    """Say an error, however quiet."""
+    """Print an error to stderr, even with --quiet."""
     stderr.quiet = False
     say(f"[bold red]error:[/bold red] {message}")
 
 
 def progress() -> Progress:
-    """Bars where somebody watches, one line per step and quarter where the output goes to a file."""
+    """Progress output: bars on a terminal, one line per step and quarter where the output goes to a file."""
     if stderr.quiet:
         return silent
     return _Bars() if stderr.is_terminal else _Lines()
 
 
 def show(line: str) -> None:
-    """A line of a command's result, never wrapped or coloured, so that paths can be copied and piped."""
+    """Print a line of a command's result, never wrapped or coloured, so that paths can be copied and piped."""
     stdout.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -60,7 +60,7 @@ def printable(text: str) -> str:
 
 
 def say(message: str) -> None:
-    """A remark for people."""
+    """Print a note to stderr."""
     stderr.print(printable(message), highlight=False, soft_wrap=not stderr.is_terminal)
 
 
@@ -80,12 +80,12 @@ class _Bars:
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=stderr) as bars:
-            work = Work(total, unit, layers)
-            task = bars.add_task(description, total=total, counted=work.counted())
+            state = StepProgress(total, unit, layers)
+            task = bars.add_task(description, total=total, counted=state.counted())
 
             def advance(n: int) -> None:
-                work.done += n
-                bars.update(task, completed=work.done, counted=work.counted())
+                state.done += n
+                bars.update(task, completed=state.done, counted=state.counted())
 
             yield advance
 
@@ -95,23 +95,23 @@ class _Lines:
 
     @contextmanager
     def step(self, description: str, total: int, unit: str = "", layers: int = 1) -> Iterator[Advance]:
-        work, quarters, last = Work(total, unit, layers), 0, time.monotonic()
+        state, quarters, last = StepProgress(total, unit, layers), 0, time.monotonic()
 
         def advance(n: int) -> None:
             nonlocal quarters, last
-            work.done += n
+            state.done += n
             now = time.monotonic()
-            if (4 * work.done // max(total, 1) > quarters or now - last >= LONGEST_SILENCE) and work.done < total:
-                quarters, last = 4 * work.done // total, now
-                stderr.print(f"{description}: {work.counted()}{work.remaining()}", highlight=False, soft_wrap=True)
+            if (4 * state.done // max(total, 1) > quarters or now - last >= LONGEST_SILENCE) and state.done < total:
+                quarters, last = 4 * state.done // total, now
+                stderr.print(f"{description}: {state.counted()}{state.remaining()}", highlight=False, soft_wrap=True)
 
         yield advance
-        stderr.print(f"{description}: done, {work.result()}", highlight=False, soft_wrap=True)
+        stderr.print(f"{description}: done, {state.result()}", highlight=False, soft_wrap=True)
 
 
 @dataclass(slots=True)
-class Work:
-    """How far a step is, in words; see `Progress.step`."""
+class StepProgress:
+    """Progress of a step, as text; see `Progress.step`."""
 
     total: int
     unit: str
@@ -120,7 +120,7 @@ class Work:
     started: float = field(default_factory=lambda: time.monotonic())
 
     def counted(self) -> str:
-        """What is done of what there is, and how fast."""
+        """Items done of all, and the speed."""
         if self.layers > 1:
             counts = f"{self.done * self.layers // max(self.total, 1)} of {self.layers} layers"
         elif self.unit:
@@ -130,14 +130,14 @@ class Work:
         return counts + self._speed()
 
     def remaining(self) -> str:
-        """How long it will take at this speed, once a guess is worth anything."""
+        """Time left at this speed; empty in the first seconds."""
         elapsed = self._elapsed()
         if self.done == 0 or elapsed < 5:
             return ""
         return f", {duration(elapsed * (self.total - self.done) / self.done)} left"
 
     def result(self) -> str:
-        """How much it was, and how long it took."""
+        """Number of items, time and speed of the finished step."""
         counts = _amount(self.total // self.layers) if self.unit else str(self.total)
         named = f"{counts} {self.unit}" if self.unit else counts
         return (
@@ -161,7 +161,7 @@ def _amount(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """Text of a duration, in the unit that suits it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

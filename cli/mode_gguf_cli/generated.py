@@ -1,4 +1,4 @@
-"""Command lines made from the options' own declarations (`mode_gguf.options`): a flag per field, nothing said twice.
+"""Command-line flags generated from the declarations of options (`mode_gguf.options`): a flag per field.
 
 A command that takes a `recipe` gets the flags of the sections it names, --preset, --recipe and --set in its place;
 what they say together arrives as one validated `Recipe`. --quiet is added to every command.
@@ -147,7 +147,7 @@ def _parameter(path: KeyPath) -> str:
 
 
 def flag_name(path: KeyPath, flag: Flag) -> str:
-    """What a field is called on a command line."""
+    """The command-line flag of a field."""
     return flag.name or "--" + path[-1].replace("_", "-")
 
 

@@ -96,5 +96,5 @@ def _run() -> None:
 
 
 def _escaped(text: str) -> str:
-    """Brackets in messages are not markup."""
+    """Message with its brackets escaped, so that they are not markup."""
     return text.replace("[", r"\[")

@@ -1,4 +1,4 @@
-"""Where a GPU's memory goes, as a table and as JSON."""
+"""Output of a GPU memory breakdown, as a table and as JSON."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,25 +8,25 @@ if TYPE_CHECKING:
     from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
 
 
-def show_memory(ledger: "MemoryBreakdown | None") -> None:
-    """A line each for what takes the memory, and what is left free; nothing where memory is not the budget."""
-    if ledger is None:
+def show_memory(breakdown: "MemoryBreakdown | None") -> None:
+    """Print a line per item of the breakdown, and the free rest; nothing where memory is not the budget."""
+    if breakdown is None:
         return
-    show(f"memory     {_mib(ledger.memory)} MiB of the GPU, {ledger.settings}")
-    for line in ledger.lines:
+    show(f"memory     {_mib(breakdown.memory)} MiB of the GPU, {breakdown.settings}")
+    for line in breakdown.lines:
         if line.on_gpu:
             show(f"           {_mib(line.bytes)}  {line.name}: {line.what}")
-    show(f"           {_mib(ledger.memory - ledger.used)}  free")
-    for line in ledger.lines:
+    show(f"           {_mib(breakdown.memory - breakdown.used)}  free")
+    for line in breakdown.lines:
         if not line.on_gpu:
             show(f"           ({_mib(line.bytes).strip()} MiB  {line.name}: {line.what})")
 
 
-def memory_json(ledger: "MemoryBreakdown | None") -> dict[str, Any] | None:
-    """As plan.json has it, with the sums."""
-    if ledger is None:
+def memory_json(breakdown: "MemoryBreakdown | None") -> dict[str, Any] | None:
+    """The breakdown as in plan.json, with its sums."""
+    if breakdown is None:
         return None
-    return {**ledger.model_dump(mode="json"), "used": ledger.used, "free": ledger.memory - ledger.used}
+    return {**breakdown.model_dump(mode="json"), "used": breakdown.used, "free": breakdown.memory - breakdown.used}
 
 
 def _mib(size: int) -> str:

@@ -79,8 +79,8 @@ def _alone(annotation: Any) -> Any:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (list, Literal):
         return annotation if get_origin(annotation) is Literal else str
-    kinds = [one for one in get_args(annotation) if one is not type(None)]
-    return _alone(kinds[0]) if kinds else annotation
+    types = [one for one in get_args(annotation) if one is not type(None)]
+    return _alone(types[0]) if types else annotation
 
 
 def _position(info: OptionInfo) -> int:

@@ -1,4 +1,4 @@
-"""Whether what a conversion needs is there: disk space and memory."""
+"""Free disk space and memory, and shortages of them for a conversion."""
 
 import tempfile
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ class FreeResources:
     """Free bytes.
 
     Attributes:
-        folder: where the work folder is.
-        disk: there, and what files of an earlier run take in the folder, which give way or stay.
-        temporary_folder: TMPDIR's place.
-        temporary: there; None where it is the same disk.
+        folder: the nearest folder above the work folder that exists.
+        disk: on its disk, plus the files of an earlier run in the work folder, which are replaced or reused.
+        temporary_folder: TMPDIR.
+        temporary: on its disk; None where it is the same disk.
         memory: of the machine.
     """
 
@@ -31,7 +31,7 @@ class FreeResources:
 
 
 def free_resources(folder: WorkFolder) -> FreeResources:
-    """What is free now."""
+    """Free disk space and memory at this moment."""
     place, temporary = existing_parent(folder.path), Path(tempfile.gettempdir())
     same = place.stat().st_dev == temporary.stat().st_dev
     left = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file()) if folder.path.is_dir() else 0
@@ -57,7 +57,7 @@ def disk_use(stages: Sequence[StageEstimate]) -> tuple[int, int]:
 
 
 def shortages(stages: Sequence[StageEstimate], free: FreeResources) -> list[str]:
-    """What there is too little of on disks, one sentence each."""
+    """Disk space that is missing, one sentence per disk."""
     working, temporary = disk_use(stages)
     found = []
     if free.temporary is None:
@@ -76,7 +76,7 @@ def shortages(stages: Sequence[StageEstimate], free: FreeResources) -> list[str]
 
 
 def memory_warning(stages: Sequence[StageEstimate], free: FreeResources) -> str | None:
-    """What to say where a stage may take more memory than is free."""
+    """A warning about the stage that may take more memory than is free; None if none may."""
     largest = max(stages, key=lambda stage: stage.memory)
     if largest.memory <= free.memory:
         return None
@@ -87,5 +87,5 @@ def memory_warning(stages: Sequence[StageEstimate], free: FreeResources) -> str 
 
 
 def gigabytes(count: int) -> str:
-    """In words."""
+    """Text of a byte count in decimal gigabytes."""
     return f"{count / 1e9:,.1f} GB"

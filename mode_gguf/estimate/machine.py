@@ -1,4 +1,4 @@
-"""What this machine has to give, and how fast it is, found out in about a second."""
+"""Free memory and speed of this machine, measured in about a second."""
 
 import os
 import time
@@ -14,7 +14,7 @@ _READ_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What is free here, in bytes, and speeds.
+    """Free memory in bytes, and speeds.
 
     Attributes:
         memory: that processes can still take.
@@ -59,8 +59,8 @@ def total_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def leaves_half(mapped: int) -> bool:
-    """Whether a file of so many bytes leaves half of the memory free: a larger model is not run for comparison."""
+def fits_half_of_memory(mapped: int) -> bool:
+    """Whether a mapped file of `mapped` bytes leaves half of the memory free; a larger reference is not run."""
     return mapped <= total_memory() / 2
 
 

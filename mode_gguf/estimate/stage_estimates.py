@@ -1,4 +1,4 @@
-"""What a conversion takes, stage by stage, known from shapes: memory, disk space and, from this machine's speed, time.
+"""Estimates per stage, from shapes alone: memory, disk space and, from this machine's speed, time.
 
 Memory is counted, not guessed: a decoder layer and what lies outside the layers in the type that torch computes in,
 tensors of waiting samples up to `--hidden-memory`, and what the stage makes of the samples at one layer.
@@ -19,7 +19,7 @@ from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.images import ImageSize, scaled_size
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.estimate.machine import Machine, leaves_half
+from mode_gguf.estimate.machine import Machine, fits_half_of_memory
 from mode_gguf.forward.limits import LABEL_DRAWS, MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.options import CalibrationOptions
 
@@ -30,21 +30,21 @@ PROCESS_BYTES = 700 << 20
 """Python with torch, transformers and compiled kernels."""
 
 CUDA_BYTES = 3 << 29
-"""What CUDA takes besides, in a process and on its GPU."""
+"""CUDA's context: bytes in each process, and again on its GPU."""
 
 EXPORT_BYTES = 1 << 29
-"""Export's, whatever the model: matrices on their way through the packing threads."""
+"""Memory of export for any model: matrices in the packing threads."""
 
 VALIDATION_BYTES = 3 << 29
 """llama.cpp's caches and buffers; the files themselves are mapped."""
 
 _HEAP_VALUES, _MOST_HEAP = 1, 4 << 30
-"""What the C library keeps of what forwards free: hidden states per token, as measured; and no more than so much."""
+"""Heap that the C library keeps after forwards: hidden states per token, as measured, and its limit in bytes."""
 
 _MERGED_PATCHES = (Keys.ClipVision.SPATIAL_MERGE_SIZE, Keys.ClipVision.Projector.SCALE_FACTOR)
-"""Where a projector says how many patches a side a token stands for."""
+"""Metadata keys of a projector's merge factor: patches per side that one token stands for."""
 _PATCH_SIZE = 16
-"""Of a projector that does not say, or is not there."""
+"""Patch size in pixels of a projector that names none, or is not there."""
 _CHARACTERS_PER_TOKEN = 3.0
 _TEMPLATE_TOKENS = 24
 _PACKED_PER_SECOND = 1.5e8
@@ -56,12 +56,12 @@ _CALIBRATE, _SENSITIVITY, _ROUND, _VALIDATE = 1.1, 20.0, 1.5, 4.0
 products of single experts are slower, and sensitivity computes gradients and what every candidate changes. The first
 was measured (docs/experiments/scale.md), the others are counted."""
 _HELD_OUT_TOKENS = 4000
-"""About as many as the built-in held-out set has, and two models."""
+"""Tokens of the built-in held-out set, about, times two models."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Numbers of weights and widths that needs depend on.
+    """Model sizes that estimates depend on: numbers of weights, and widths.
 
     Attributes:
         outside: weights outside the decoder layers, the image encoder's included.
@@ -89,7 +89,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "ModelSizes":
-        """From the headers and the configuration of a checkpoint."""
+        """The sizes of a checkpoint, from its headers and configuration."""
         tensors = text_tensors(checkpoint)
         by_layer: Counter[int] = Counter()
         for tensor in tensors:
@@ -147,11 +147,13 @@ class TokenCounts:
 
     @classmethod
     def of(cls, samples: "Sequence[Sample]", sizes: ModelSizes) -> "TokenCounts":
-        """Estimated from the samples' characters and areas."""
+        """Estimate from the samples' characters and areas."""
         text = vision = longest = 0
         for sample in samples:
-            said = len(sample.text or "") + sum(len(message.text) for message in sample.messages)
-            of_text = min(MAX_TOKENS, round(said / _CHARACTERS_PER_TOKEN)) + _TEMPLATE_TOKENS * (sample.text is None)
+            characters = len(sample.text or "") + sum(len(message.text) for message in sample.messages)
+            of_text = min(MAX_TOKENS, round(characters / _CHARACTERS_PER_TOKEN)) + _TEMPLATE_TOKENS * (
+                sample.text is None
+            )
             of_image = 0
             if sample.has_image:
                 of_image = sizes.image_tokens(scaled_size(sample.open_image().size, MAX_IMAGE_PIXELS))
@@ -160,7 +162,7 @@ class TokenCounts:
 
     @classmethod
     def at_most(cls, options: CalibrationOptions, sizes: ModelSizes) -> "TokenCounts":
-        """Of the largest samples that the options allow."""
+        """Upper bound: samples of the largest size that the options allow."""
         of_image = sizes.image_tokens(None)
         return cls(
             (options.image_samples + options.text_samples) * MAX_TOKENS,
@@ -171,7 +173,7 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class StageEstimate:
-    """What one stage takes.
+    """Resources of one stage.
 
     Attributes:
         memory: most bytes that its process fills; device_memory: on a GPU, 0 where there is none.
@@ -189,8 +191,8 @@ class StageEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class EstimatedWork:
-    """What a conversion does, as far as memory, disk and time depend on it.
+class Workload:
+    """Workload of a conversion: all of it that memory, disk space and time depend on.
 
     Attributes:
         model_bytes: of the text model's file.
@@ -211,15 +213,15 @@ class EstimatedWork:
 
 
 def stage_estimates(
-    sizes: ModelSizes, work: EstimatedWork, cores: int, machine: Machine | None = None
+    sizes: ModelSizes, workload: Workload, cores: int, machine: Machine | None = None
 ) -> list[StageEstimate]:
-    """What every stage of a conversion takes, in their order.
+    """Estimates of all stages of a conversion, in their order.
 
     Args:
         machine: measured; None leaves times out and takes torch to compute on the CPU.
     """
     gpu = machine is not None and machine.device_memory is not None
-    counts, kept, model_bytes = work.counts, work.hidden_bytes, work.model_bytes
+    counts, kept, model_bytes = workload.counts, workload.hidden_bytes, workload.model_bytes
     value = 2 if gpu else 4
     model = value * (sizes.outside + sizes.layer)
     # Of a sample that waits: the layer's input and the embeddings; of an image besides: what the encoder gave, and
@@ -233,7 +235,7 @@ def stage_estimates(
     imatrix = 4 * sizes.layers * sizes.experts * (2 * sizes.hidden + sizes.width)
     routed = 2 * value * counts.tokens * sizes.hidden
     gradients = 4 * LABEL_DRAWS * counts.tokens * sizes.hidden
-    n_dense_types = work.dense_types
+    n_dense_types = workload.dense_types
     of_head = 3 * 4 * sizes.vocabulary * sizes.hidden
     of_layer = 4 * n_dense_types * sizes.dense + (1 + LABEL_DRAWS) * routed + 2 * (step + logits)
     held = (min(waiting, kept), min(of_all_layers, kept))
@@ -249,7 +251,7 @@ def stage_estimates(
             StageEstimate("calibrate", EXPORT_BYTES + sums, written=sums + imatrix),
             StageEstimate("sensitivity", EXPORT_BYTES + imatrix),
         ]
-        if work.without_model
+        if workload.without_model
         else [
             measuring("calibrate", held[0] + 2 * sums, step, temporary=max(0, waiting - kept), written=sums + imatrix),
             measuring(
@@ -261,7 +263,7 @@ def stage_estimates(
             ),
         ]
     )
-    if work.feedback:
+    if workload.feedback:
         packed = model_bytes // max(sizes.layers, 1)
         stages.append(
             measuring(
@@ -274,25 +276,25 @@ def stage_estimates(
         )
     stages.append(StageEstimate("export", EXPORT_BYTES, written=model_bytes))
     stages.append(StageEstimate("projector", EXPORT_BYTES, written=2 * sizes.vision))
-    if work.validate:
-        compared = leaves_half(2 * sizes.weights)
+    if workload.validate:
+        compared = fits_half_of_memory(2 * sizes.weights)
         stages.append(StageEstimate("validate", VALIDATION_BYTES, written=2 * sizes.weights * compared))
     if machine is None:
         return stages
-    seconds = _seconds(sizes, work, cores, machine)
+    seconds = _seconds(sizes, workload, cores, machine)
     return [replace(stage, seconds=seconds[stage.stage]) for stage in stages]
 
 
-def _seconds(sizes: ModelSizes, work: EstimatedWork, cores: int, machine: Machine) -> dict[str, float]:
+def _seconds(sizes: ModelSizes, workload: Workload, cores: int, machine: Machine) -> dict[str, float]:
     """Time of every stage, by name."""
-    counts = work.counts
+    counts = workload.counts
     forward = 2 * (sizes.active * counts.tokens + 4 * sizes.vision * counts.vision_tokens) / machine.flops
     head = 2 * sizes.vocabulary * sizes.hidden * counts.tokens / machine.flops
     read = sizes.stored_bytes / machine.read_rate
     packed = sizes.weights / (_PACKED_PER_SECOND * cores)
     return {
         "calibrate": _CALIBRATE * (forward - head) + read,
-        "sensitivity": _SENSITIVITY * forward + 2 * read + work.expert_types * packed,
+        "sensitivity": _SENSITIVITY * forward + 2 * read + workload.expert_types * packed,
         "round": _ROUND * (forward - head) + read + sizes.weights / (_FED_BACK_PER_SECOND * cores),
         "export": packed + read,
         "projector": 2 * sizes.vision / machine.read_rate,

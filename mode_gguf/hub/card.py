@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mode_gguf.hub.names import HubModel
-from mode_gguf.hub.released_files import Release
+from mode_gguf.hub.released_files import ModelRelease
 from mode_gguf.llama_cpp.runtime.pinned_release import B11434
 from mode_gguf.validation.report import Accuracy, Divergence, ValidationReport
 
@@ -19,8 +19,8 @@ _SOMEWHERE = "OWNER/NAME"
 _PAPER = "[MODE](https://arxiv.org/abs/2606.17118)"
 
 
-def model_card(release: Release, repository: str | None = None, base_model: str | None = None) -> str:
-    """README.md of a release.
+def model_card(release: ModelRelease, repository: str | None = None, base_model: str | None = None) -> str:
+    """README.md of a release, as text.
 
     Args:
         repository: `owner/name` where it will be published; without it, commands have a place to fill in.
@@ -47,7 +47,7 @@ def model_card(release: Release, repository: str | None = None, base_model: str 
     return str(ModelCard(f"---\n{front}\n---\n\n{body}\n"))
 
 
-def _front_matter(release: Release, repository: str | None, base: str | None) -> "ModelCardData":
+def _front_matter(release: ModelRelease, repository: str | None, base: str | None) -> "ModelCardData":
     from huggingface_hub import ModelCardData
 
     about = release.model["metadata"]
@@ -70,7 +70,7 @@ def _front_matter(release: Release, repository: str | None, base: str | None) ->
     )
 
 
-def _title(release: Release, base: str | None) -> Iterator[str]:
+def _title(release: ModelRelease, base: str | None) -> Iterator[str]:
     made_from, bpw = release.plan.made_from, release.model["bpw"]
     source = f"[{base}]({HubModel(base).url})" if base else made_from.model
     if base and made_from.revision:
@@ -90,7 +90,7 @@ def _title(release: Release, base: str | None) -> Iterator[str]:
         )
 
 
-def _method(release: Release) -> str:
+def _method(release: ModelRelease) -> str:
     if release.plan.budget is None or not release.calibration:
         return ""
     if release.calibration.get("imatrix"):
@@ -100,7 +100,7 @@ def _method(release: Release) -> str:
     return f": mixed precision after {_PAPER}, from what text and pictures need of every expert"
 
 
-def _files(release: Release) -> Iterator[str]:
+def _files(release: ModelRelease) -> Iterator[str]:
     yield "## Files"
     yield ""
     rows = [
@@ -119,7 +119,7 @@ def _files(release: Release) -> Iterator[str]:
         yield "The text model is in shards: download all of them into one folder, and name the first one."
 
 
-def _how_to_run(release: Release, repository: str) -> Iterator[str]:
+def _how_to_run(release: ModelRelease, repository: str) -> Iterator[str]:
     mmproj = next((file.path.name for file in release.of_role("projector")), None)
     projector = f" --mmproj {mmproj}" if mmproj else ""
     ask = '--image picture.jpg -p "What is in this picture?"'
@@ -172,15 +172,17 @@ def _measured(report: ValidationReport | None) -> Iterator[str]:
     if report is None:
         yield "Not measured."
         return
-    kinds = [(name, part) for name, part in (("text", report.text), ("answers about pictures", report.image)) if part]
+    measured = [
+        (name, part) for name, part in (("text", report.text), ("answers about pictures", report.image)) if part
+    ]
     compared = f"beside {report.reference.name} " if report.reference else ""
     yield f"In {report.runtime}, {compared}on the held-out set `{report.held_out}`:"
     if not report.reference:
         yield ""
         yield "The file answers; it was not compared with the full-precision model."
-    if kinds:
+    if measured:
         yield ""
-        yield from _table(("", *(name for name, _ in kinds)), _distances([part for _, part in kinds]))
+        yield from _table(("", *(name for name, _ in measured)), _distances([part for _, part in measured]))
     if total := report.accuracy.get("all"):
         yield ""
         before = report.reference_accuracy.get("all")
@@ -205,7 +207,7 @@ def _distances(parts: Sequence[Divergence]) -> Iterator[tuple[str, ...]]:
     yield "tokens scored", *(f"{part.positions:,}" for part in parts)
 
 
-def _calibration(release: Release) -> Iterator[str]:
+def _calibration(release: ModelRelease) -> Iterator[str]:
     yield "## Calibration data"
     yield ""
     if not release.calibration and not release.datasets:
@@ -229,7 +231,7 @@ def _calibration(release: Release) -> Iterator[str]:
         )
 
 
-def _recipe(release: Release) -> Iterator[str]:
+def _recipe(release: ModelRelease) -> Iterator[str]:
     plan, packing = release.plan, release.plan.packing
     yield "## Recipe"
     yield ""
@@ -256,7 +258,7 @@ def _recipe(release: Release) -> Iterator[str]:
         yield from _code(*release.commands)
 
 
-def _licence(release: Release, base: str | None) -> Iterator[str]:
+def _licence(release: ModelRelease, base: str | None) -> Iterator[str]:
     about = release.model["metadata"]
     source = f"[{base}]({HubModel(base).url})" if base else f"the original model, {release.plan.made_from.model}"
     name = about.get("general.license.name") or about.get("general.license")

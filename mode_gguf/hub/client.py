@@ -17,8 +17,8 @@ def hub_api() -> "HfApi":
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Its own progress bars are drawn wherever the output goes, and beside ours."""
+def progress_bars_disabled() -> Iterator[None]:
+    """Context without the client's own progress bars, which ignore where the output goes and collide with ours."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()

@@ -1,4 +1,4 @@
-"""One clear error for whatever the hub's client raises."""
+"""Translation of the hub client's exceptions into this package's errors."""
 
 import errno
 import re
@@ -20,28 +20,28 @@ _REASONS = {
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Raise what goes wrong with the hub as one of our errors about `what`, with the way out.
+def hub_errors(what: str) -> Iterator[None]:
+    """Context that raises the hub client's exceptions as errors of this package about `what`, with the way out.
 
     Raises:
         InputError: `what` is not on the hub, or not as it is named.
-        MissingResourceError: no access to it, no connection, no room, or the hub fails.
+        MissingResourceError: no access to it, no connection, no disk space, or the hub fails.
     """
     try:
         yield
     except ModeGgufError:
         raise
     except Exception as error:  # its HTTP clients, of which there are several, raise dozens of kinds
-        raise _explanation(what, _cause(error)) from error
+        raise _as_error(what, _cause(error)) from error
 
 
-def _explanation(what: str, error: BaseException) -> InputError:
+def _as_error(what: str, error: BaseException) -> InputError:
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalTokenNotFoundError):
         return MissingResourceError(f"{what}: nobody is logged in to the hub; {_LOG_IN}")
     if isinstance(error, errors.HFValidationError):
-        return InputError(f"{what}: no name that the hub allows ({_said(error)})")
+        return InputError(f"{what}: no name that the hub allows ({_first_line(error)})")
     if isinstance(error, errors.GatedRepoError):
         return MissingResourceError(
             f"{what}: access has to be asked for; accept the conditions on its page on the hub, then {_LOG_IN}"
@@ -54,7 +54,7 @@ def _explanation(what: str, error: BaseException) -> InputError:
         )
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
-        reason = _REASONS.get(status, f"the hub fails ({status}: {_said(error)}); run the command again later")
+        reason = _REASONS.get(status, f"the hub fails ({status}: {_first_line(error)}); run the command again later")
         return MissingResourceError(f"{what}: {reason}")
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return MissingResourceError(
@@ -63,20 +63,20 @@ def _explanation(what: str, error: BaseException) -> InputError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MissingResourceError(f"{what}: the disk is full; free some space, or set HF_HOME to a larger disk")
     if isinstance(error, ValueError):
-        return InputError(f"{what}: {_said(error)}")
+        return InputError(f"{what}: {_first_line(error)}")
     return MissingResourceError(
-        f"{what}: the hub cannot be reached, or broke off ({_said(error)}); run the command again to go on"
+        f"{what}: the hub cannot be reached, or broke off ({_first_line(error)}); run the command again to go on"
     )
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a RuntimeError that only says where something went wrong was raised for."""
+    """The cause of a RuntimeError that only wraps another exception."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def _said(error: BaseException) -> str:
-    """The first line of what was said, without what could be secret."""
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, without tokens and signed queries."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return _SECRETS.sub("...", lines[0]) if lines else type(error).__name__

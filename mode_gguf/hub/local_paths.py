@@ -1,4 +1,4 @@
-"""Where things lie on this machine is nobody's business: paths in what is published are cut down to their last part."""
+"""Removal of local paths from published texts: paths of this machine are cut down to their last part."""
 
 import re
 from collections.abc import Iterable

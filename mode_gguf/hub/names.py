@@ -27,7 +27,7 @@ class HubModel:
 
 
 def hub_model(model: str | Path) -> HubModel | None:
-    """What `ORG/NAME` or `ORG/NAME@REVISION` names on the hub; None for a path.
+    """The model on the hub that `ORG/NAME` or `ORG/NAME@REVISION` names; None for a path.
 
     Whatever exists on disk is a path, and so is what begins with `/`, `.` or `~`.
     """
@@ -50,7 +50,7 @@ def repository_name(text: str) -> str:
 
 
 def quant_tag(file_name: str) -> str | None:
-    """What `-hf REPOSITORY:TAG` calls a GGUF file: what follows the last `-` or `.`, in capitals; shards have one."""
+    """TAG of a GGUF file in `-hf REPOSITORY:TAG`: the part after the last `-` or `.`, in capitals; shards share one."""
     stem = PurePath(file_name).name.removesuffix(".gguf")
     shard = _SHARD.fullmatch(stem)
     match = _TAG.search(shard["stem"] if shard else stem)

@@ -1,4 +1,4 @@
-"""What a work folder gives the hub, as far as its model card speaks of it."""
+"""A release: the files of a work folder that are published, and everything that the model card says of them."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from mode_gguf.validation.report import ValidationReport
 
 log = logging.getLogger(__name__)
 
-Role = Literal["text model", "projector", "importance matrix"]
+FileRole = Literal["text model", "projector", "importance matrix"]
 
 _CHUNK = 2**24
 _LOGGED = re.compile(r"\S+ \S+ INFO +(?P<message>.*)")
@@ -28,26 +28,26 @@ _STAGES = ("convert", "calibrate", "sensitivity", "unit-kl", "plan", "round", "e
 
 @dataclass(frozen=True, slots=True)
 class ReleasedFile:
-    """A GGUF file; `bpw` is None for what holds no weights."""
+    """A published GGUF file; `bpw` is None for one without weights."""
 
     path: Path
-    role: Role
+    role: FileRole
     size_bytes: int
     bpw: float | None
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ModelRelease:
     """A finished conversion.
 
     Attributes:
         files: the text model or its shards, projector and importance matrix.
-        model: of the text model, what `validation.structure.describe` says.
-        report: what was measured about these files; None if nothing was.
+        model: the text model as `validation.structure.describe` describes it.
+        report: the validation of these files; None without one.
         calibration: metadata of calibration.safetensors; empty where nothing was calibrated.
         datasets: names of the sets that the importance matrix comes from.
-        commands: what made the text model, see `commands_of`.
+        commands: commands that made the text model, see `commands_of`.
     """
 
     files: tuple[ReleasedFile, ...]
@@ -58,7 +58,7 @@ class Release:
     datasets: tuple[str, ...]
     commands: tuple[str, ...]
 
-    def of_role(self, role: Role) -> list[ReleasedFile]:
+    def of_role(self, role: FileRole) -> list[ReleasedFile]:
         return [file for file in self.files if file.role == role]
 
     @property
@@ -68,12 +68,12 @@ class Release:
 
     @property
     def tag(self) -> str:
-        """What `-hf REPOSITORY:TAG` finds it by."""
+        """TAG in `-hf REPOSITORY:TAG`."""
         return quant_tag(self.first_file) or ""
 
     @property
     def has_expert_groups(self) -> bool:
-        """Whether stock llama.cpp cannot load it."""
+        """Whether experts have a type each, which stock llama.cpp cannot load."""
         return "expert_groups.version" in self.model["metadata"]
 
     @property

@@ -1,4 +1,4 @@
-"""A checkpoint on the hub: what of it is needed, and fetching that into the hub's cache; a dry run fetches little."""
+"""Download of a checkpoint from the hub into its cache; a dry run fetches configuration and headers alone."""
 
 import json
 import logging
@@ -15,8 +15,8 @@ from typing import Any
 from mode_gguf.artifacts import free_bytes
 from mode_gguf.checkpoint.folder import INDEX_FILE, SINGLE_FILE, read_json
 from mode_gguf.errors import InputError, MissingResourceError
-from mode_gguf.hub.client import hub_api, without_bars
-from mode_gguf.hub.error_messages import explained
+from mode_gguf.hub.client import hub_api, progress_bars_disabled
+from mode_gguf.hub.error_messages import hub_errors
 from mode_gguf.hub.names import HubModel, hub_model
 from mode_gguf.progress import Progress, silent
 
@@ -31,7 +31,7 @@ _CONNECTIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """What of a model on the hub is needed; sizes in bytes, of all files and of those not in the cache yet."""
+    """Files of a model on the hub to fetch; sizes in bytes, of all and of those not in the cache yet."""
 
     repository: str
     revision: str
@@ -81,20 +81,20 @@ def checkpoint_folder(model: str | Path, progress: Progress = silent) -> Path:
 
     Raises:
         InputError: no such model or revision on the hub, or one without safetensors weights.
-        MissingResourceError: the hub cannot be reached or gives no access, or there is too little room.
+        MissingResourceError: the hub cannot be reached or gives no access, or there is too little disk space.
     """
     named = hub_model(model)
     if named is None:
         return Path(model)
-    with explained(f"{named} (no folder here, so looked for on the hub)"):
+    with hub_errors(f"{named} (no folder here, so looked for on the hub)"):
         folder = _fetch_small(named)
         listing = _list_files(HubModel(named.repository, folder.name))
         if listing is None:
             return folder
         weights = listing.download(_weight_files(named, folder, listing))
-        _check_room(named, weights.missing_bytes)
+        _check_disk_space(named, weights.missing_bytes)
         log.info("%s", listing.download([*_small_files(listing.sizes), *weights.files]))
-        with _watched(folder.parents[1] / "blobs", weights.missing_bytes, progress):
+        with _download_progress(folder.parents[1] / "blobs", weights.missing_bytes, progress):
             return _fetch(listing, weights.files)
 
 
@@ -111,7 +111,7 @@ def checkpoint_outline(model: str | Path) -> Iterator[tuple[Path, Download | Non
         yield Path(model), None
         return
     with tempfile.TemporaryDirectory(prefix="mode-gguf-") as temporary:
-        with explained(f"{named} (no folder here, so looked for on the hub)"):
+        with hub_errors(f"{named} (no folder here, so looked for on the hub)"):
             listing = _list_files(named)
             if listing is None:
                 folder, download = _fetch_small(named), None
@@ -147,7 +147,7 @@ def _write_holes(listing: _Listing, name: str, path: Path) -> None:
 
 
 def _list_files(named: HubModel) -> _Listing | None:
-    """What the repository holds; None where the hub cannot be reached."""
+    """The repository's files at one commit; None where the hub cannot be reached."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -169,7 +169,7 @@ def _fetch_small(named: HubModel) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"*{ending}" for ending in _SMALL] + [f"{beginning}*" for beginning in _CARDS]
-    with without_bars():
+    with progress_bars_disabled():
         return Path(
             snapshot_download(
                 named.repository, revision=named.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
@@ -181,7 +181,7 @@ def _fetch(listing: _Listing, names: Iterable[str], folder: Path | None = None) 
     """Fetch files into `folder`, by default the cache; returns where they are."""
     from huggingface_hub import snapshot_download
 
-    with without_bars():
+    with progress_bars_disabled():
         return Path(
             snapshot_download(
                 listing.repository,
@@ -210,7 +210,7 @@ def _weight_files(named: HubModel, folder: Path, listing: _Listing) -> list[str]
     raise InputError(f"{named}: {found} found, expected a checkpoint in safetensors; name the original model")
 
 
-def _check_room(named: HubModel, needed: int) -> None:
+def _check_disk_space(named: HubModel, needed: int) -> None:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).absolute()
@@ -223,32 +223,32 @@ def _check_room(named: HubModel, needed: int) -> None:
 
 
 @contextmanager
-def _watched(blobs: Path, total: int, progress: Progress) -> Iterator[None]:
-    """Tell progress from what has arrived on disk: one bar for all files, however they are fetched."""
+def _download_progress(blobs: Path, total: int, progress: Progress) -> Iterator[None]:
+    """Progress of a download, from bytes on disk: one bar for all files, however they are fetched."""
     if not total:
         yield
         return
-    before, told, done = _bytes_in(blobs), 0, Event()
+    before, reported, done = _bytes_in(blobs), 0, Event()
     with progress.step("downloading", total, "bytes") as advance:
 
-        def tell() -> None:
-            nonlocal told
-            arrived = max(told, min(total, _bytes_in(blobs) - before))
-            advance(arrived - told)
-            told = arrived
+        def report() -> None:
+            nonlocal reported
+            arrived = max(reported, min(total, _bytes_in(blobs) - before))
+            advance(arrived - reported)
+            reported = arrived
 
-        def watch() -> None:
+        def poll() -> None:
             while not done.wait(_POLL_SECONDS):
-                tell()
+                report()
 
-        watcher = Thread(target=watch, daemon=True)
-        watcher.start()
+        poller = Thread(target=poll, daemon=True)
+        poller.start()
         try:
             yield
         finally:
             done.set()
-            watcher.join()
-        advance(total - told)
+            poller.join()
+        advance(total - reported)
 
 
 def _bytes_in(folder: Path) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mode_gguf.errors import UsageError, ValidationError
-from mode_gguf.hub.client import hub_api, without_bars
-from mode_gguf.hub.error_messages import explained
+from mode_gguf.hub.client import hub_api, progress_bars_disabled
+from mode_gguf.hub.error_messages import hub_errors
 from mode_gguf.hub.names import is_model_file, quant_tag
 from mode_gguf.progress import Advance, Progress, silent
 
@@ -25,7 +25,7 @@ _MESSAGE = "Upload with mode-gguf"
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One file as it will be called on the hub: a file here, or what it will hold; `sha256` where it is known."""
+    """One file to upload by its name on the hub: a local file or its content; `sha256` where it is known."""
 
     name: str
     content: Path | bytes
@@ -38,15 +38,17 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """Where it is now, at which commit, and whether only its owner sees it."""
+class HubCommit:
+    """The commit of an upload: its address and hash, and whether the repository is private."""
 
     url: str
     commit: str
     private: bool
 
 
-def send(repository: str, uploads: Sequence[Upload], private: bool | None, progress: Progress = silent) -> Published:
+def upload_files(
+    repository: str, uploads: Sequence[Upload], private: bool | None, progress: Progress = silent
+) -> HubCommit:
     """Upload files into a repository, which is made if it is not there; files that it has besides stay.
 
     What has arrived of an upload that broke off is not sent again. The repository changes in one commit, at the end.
@@ -56,37 +58,37 @@ def send(repository: str, uploads: Sequence[Upload], private: bool | None, progr
 
     Raises:
         UsageError: the repository is there and is not `private`, or is and should not be.
-        InputError, MissingResourceError: see `hub.errors.explained`.
+        InputError, MissingResourceError: see `hub.error_messages.hub_errors`.
         ValidationError: the hub has something else than what was sent.
     """
     from huggingface_hub import CommitOperationAdd
 
-    with explained(repository):
+    with hub_errors(repository):
         api = hub_api()
         api.whoami()  # without a valid login nothing is begun
-        there = _repository(api, repository, private)
-        _remark_on_others(repository, there, uploads)
+        existing = _repository(api, repository, private)
+        _warn_of_others(repository, existing, uploads)
         operations = [
             CommitOperationAdd(one.name, one.content if isinstance(one.content, bytes) else str(one.content))
             for one in uploads
         ]
         large = [(one, operation) for one, operation in zip(uploads, operations, strict=True) if one.is_file]
-        with _told(progress, sum(one.size_bytes for one, _ in large)) as advance:
+        with _upload_progress(progress, sum(one.size_bytes for one, _ in large)) as advance:
             for one, operation in large:
                 api.preupload_lfs_files(repository, [operation])
                 advance(one.size_bytes)
         done = api.create_commit(repository, operations, commit_message=_MESSAGE)
         _check_arrived(api, repository, done.oid, uploads)
-        return Published(f"{api.endpoint}/{repository}", done.oid, bool(there.private))
+        return HubCommit(f"{api.endpoint}/{repository}", done.oid, bool(existing.private))
 
 
 @contextmanager
-def _told(progress: Progress, total: int) -> Iterator[Advance]:
-    """Counts off bytes by files; the client's own bars, which move within a file, do so where somebody watches."""
+def _upload_progress(progress: Progress, total: int) -> Iterator[Advance]:
+    """Upload progress in bytes, file by file; on a terminal the client's own bars, which move within a file."""
     if progress is not silent and sys.stderr.isatty():
         yield lambda n: None
     else:
-        with without_bars(), progress.step("uploading", total, "bytes") as advance:
+        with progress_bars_disabled(), progress.step("uploading", total, "bytes") as advance:
             yield advance
 
 
@@ -94,24 +96,24 @@ def _repository(api: "HfApi", repository: str, private: bool | None) -> "ModelIn
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        there = api.model_info(repository)
+        existing = api.model_info(repository)
     except RepositoryNotFoundError:
         api.create_repo(repository, private=private is not False)
         return api.model_info(repository)
-    if private is not None and there.private != private:
-        kinds = ("private", "public") if there.private else ("public", "private")
+    if private is not None and existing.private != private:
+        visibility = ("private", "public") if existing.private else ("public", "private")
         raise UsageError(
-            f"{repository}: is {kinds[0]} already, --{kinds[1]} was given; change it in its settings on the hub, or "
-            "name another repository"
+            f"{repository}: is {visibility[0]} already, --{visibility[1]} was given; change it in its settings on the "
+            "hub, or name another repository"
         )
-    return there
+    return existing
 
 
-def _remark_on_others(repository: str, there: "ModelInfo", uploads: Sequence[Upload]) -> None:
-    """Say what the new card will not speak of, and which files one tag will stand for."""
+def _warn_of_others(repository: str, existing: "ModelInfo", uploads: Sequence[Upload]) -> None:
+    """Warn of other models in the repository: the new card omits them, and one tag may stand for two files."""
     ours = {one.name for one in uploads}
     tags = {quant_tag(name) for name in ours if is_model_file(name)}
-    for name in (file.rfilename for file in there.siblings or ()):
+    for name in (file.rfilename for file in existing.siblings or ()):
         if is_model_file(name) and name not in ours:
             same = "has the same tag, so that -hf may take either, and " if quant_tag(name) in tags else ""
             log.warning("%s: %s is there already; it %swill not be on the new card", repository, name, same)

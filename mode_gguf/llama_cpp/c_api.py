@@ -305,7 +305,7 @@ _OF_B11434: dict[str, tuple[Any, tuple[Any, ...]]] = {
 _SUFFIX: Final = ".dylib" if sys.platform == "darwin" else ".so"
 _LOG_WARNING, _LOG_ERROR = 3, 4
 
-_complaints: deque[str] = deque(maxlen=8)
+_error_lines: deque[str] = deque(maxlen=8)
 
 
 def _take_line(level: int, text: bytes, user_data: object) -> None:
@@ -314,18 +314,18 @@ def _take_line(level: int, text: bytes, user_data: object) -> None:
     if not line:
         return
     if level == _LOG_ERROR:
-        _complaints.append(line)
+        _error_lines.append(line)
     logger.log(logging.INFO if level in (_LOG_WARNING, _LOG_ERROR) else logging.DEBUG, line)
 
 
 _log = _LogCallback(_take_line)
 
 
-def last_complaint() -> str:
-    """What llama.cpp said about its last failures, oldest first; forgotten once read."""
-    said = "; ".join(_complaints)
-    _complaints.clear()
-    return said or "llama.cpp gave no reason"
+def last_errors() -> str:
+    """llama.cpp's last error lines, oldest first, joined; cleared once read."""
+    lines = "; ".join(_error_lines)
+    _error_lines.clear()
+    return lines or "llama.cpp gave no reason"
 
 
 def library_build() -> int:
@@ -412,7 +412,7 @@ def runtime_library(folder: Path) -> ctypes.CDLL:
 
 
 def library_version() -> str:
-    """How reports name the embedded runtime."""
+    """Version text of the embedded llama.cpp, as in reports."""
     return f"llama.cpp b{library_build()} (xllamacpp {importlib.metadata.version('xllamacpp')})"
 
 

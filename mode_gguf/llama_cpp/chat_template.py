@@ -34,7 +34,7 @@ class ChatTemplate:
         return self._render([("user", asked)], generate=True)
 
     def after_answer(self) -> str:
-        """What the template writes behind an answer, beginning with the token that ends it; raises as `question`."""
+        """The template's text behind an answer, beginning with the end-of-turn token; raises as `question`."""
         mark = "\ue000"
         return self._render([("user", "?"), ("assistant", mark)], generate=False).rpartition(mark)[2].lstrip()
 

@@ -16,7 +16,7 @@ _WITH_PROJECTOR: Final = ("llama-server", "llama-mtmd-cli")
 def command_line(
     model: Path, tool: str, mmproj: Path | None = None, extra: Sequence[str] = (), llama_cpp: Path | None = None
 ) -> list[str]:
-    """What to execute: `tool` with `model`, its projector, and `extra` as given.
+    """Arguments to execute: `tool` with `model`, its projector, and `extra` as given.
 
     A file with one type per expert needs our own build. Any other is run by the user's llama.cpp (see
     `find_llama_cpp`), or by our build if that is all there is.

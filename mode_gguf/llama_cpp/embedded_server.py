@@ -1,6 +1,6 @@
 """python -m mode_gguf.llama_cpp.embedded_server SETTINGS: llama-server out of `xllamacpp`, until it is ended.
 
-SETTINGS are those of `Serving` as JSON. It ends with the process that started it, too.
+SETTINGS are those of `ServerSettings` as JSON. It ends with the process that started it, too.
 """
 
 import json

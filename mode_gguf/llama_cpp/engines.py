@@ -1,4 +1,4 @@
-"""Which llama.cpp runs a file in this process: the embedded one, the user's, or our own for a type per expert."""
+"""Choice of the llama.cpp library that runs a file: embedded, the user's, or our own for a type per expert."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ from mode_gguf.quantization.expert_groups import ARCHITECTURE_SUFFIX
 
 _LIBRARY_FOLDERS: Final = (*SUBFOLDERS, "lib")
 _BUILD = re.compile(r"\(build (\d+)|^(\d+) \(")
-"""In what a program's `--version` says: "0.6.0-dev (build 11434, commit ...)", or "7777 (abcdef)"."""
+"""Build number in the output of `--version`: "0.6.0-dev (build 11434, commit ...)", or "7777 (abcdef)"."""
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What llama.cpp computes and stores where; names and meanings are those of its own options."""
+"""GPU offload: placement of layers, tensors and KV cache; names and meanings are those of llama.cpp's options."""
 
 import ctypes
 import logging
@@ -88,12 +88,12 @@ def apply_to_model(offload: Offload, params: c_api.ModelParams, lib: ctypes.CDLL
     devices = _devices(lib)
     kept: list[object] = []
     if offload.tensor_split:
-        room = lib.llama_max_devices()
-        if len(offload.tensor_split) > room:
+        max_devices = lib.llama_max_devices()
+        if len(offload.tensor_split) > max_devices:
             raise UsageError(
-                f"--tensor-split: {len(offload.tensor_split)} shares, llama.cpp knows {room} devices at most"
+                f"--tensor-split: {len(offload.tensor_split)} shares, llama.cpp knows {max_devices} devices at most"
             )
-        shares = (c_float * room)(*offload.tensor_split)
+        shares = (c_float * max_devices)(*offload.tensor_split)
         params.tensor_split = ctypes.cast(shares, c_void_p)
         kept.append(shares)
     if offload.devices:

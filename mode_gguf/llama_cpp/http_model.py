@@ -31,7 +31,7 @@ ENTRIES_PER_REQUEST: Final = 1 << 20
 """Positions times listed tokens; an answer about a picture is never cut."""
 TIMEOUT_SECONDS: Final = 900
 _REPLACEMENT: Final = "\ufffd"
-"""What a server writes for bytes that are no character."""
+"""Unicode replacement character, which a server writes for bytes that are no character."""
 _UNDERFLOW: Final = -104.0
 """The server takes logarithms of probabilities in float32, and says -3e38 where they are zero there."""
 API_KEY: Final = "LLAMA_API_KEY"
@@ -39,8 +39,8 @@ API_KEY: Final = "LLAMA_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """Where a llama-server listens, such as http://127.0.0.1:8080."""
+class ServerUrl:
+    """Address of a running llama-server, such as http://127.0.0.1:8080."""
 
     url: str
 
@@ -49,17 +49,17 @@ class Server:
 
 
 class ServerModel:
-    """What a llama-server has loaded; see `mode_gguf.llama_cpp.model_protocol.Model`.
+    """A model behind llama-server's HTTP API; implements `mode_gguf.llama_cpp.model_protocol.Model`.
 
     Args:
         top: how many tokens are listed per position; 0 is all of them. A vocabulary that is not larger is listed whole.
 
     Raises:
-        MissingResourceError: nobody answers.
+        MissingResourceError: no server answers.
         InputError: it is another program, or too old to say what it has loaded.
     """
 
-    def __init__(self, server: Server, top: int = TOP) -> None:
+    def __init__(self, server: ServerUrl, top: int = TOP) -> None:
         self._url = server.url.rstrip("/")
         self._props = self._get("/props")
         try:
@@ -80,16 +80,16 @@ class ServerModel:
 
     @property
     def runtime(self) -> str:
-        """How reports name it."""
+        """Version text of the server, as in reports."""
         return f"llama-server {self.build} at {self._url}"
 
     @property
     def has_vision(self) -> bool:
-        """Whether it has a projector loaded."""
+        """Whether the server has a projector loaded."""
         return bool(self._props.get("modalities", {}).get("vision"))
 
     def identity(self) -> list[Any]:
-        """What tells a model from another: its file, size and weights, and the build that runs it."""
+        """Identity of the model: its file, size and number of weights, and the build that runs it."""
         return [self._props.get("model_path"), self.size_bytes, self.n_weights, self.build]
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
@@ -100,7 +100,7 @@ class ServerModel:
         return self._text(plain)
 
     def is_end(self, token: int) -> bool:
-        """Whether it is the vocabulary's end token, or one that generation has stopped at."""
+        """Whether `token` is the vocabulary's end token, or one that generation has stopped at."""
         return token in self._ends
 
     @cached_property
@@ -180,7 +180,7 @@ class ServerModel:
         return found
 
     def _continued(self, prompt: Any, fed: list[int]) -> Any:
-        """`prompt` with the tokens `fed` behind it, or None where they cannot be told to the server."""
+        """`prompt` with the tokens `fed` behind it, or None where the server cannot be given just these."""
         if isinstance(prompt, list):
             return [*prompt, *fed]
         if not fed:
@@ -191,7 +191,7 @@ class ServerModel:
         return prompt + text if isinstance(prompt, str) else {**prompt, "prompt_string": prompt["prompt_string"] + text}
 
     def _is_text(self, token: int) -> bool:
-        """Whether a grammar takes it: not a byte that only makes up a character with others, nor a zero."""
+        """Whether a grammar takes `token`: not a byte within a character, nor a zero."""
         if token not in self._takes:
             text = self._text([token])
             self._takes[token] = bool(text) and _REPLACEMENT not in text and text[0] != "\0"
@@ -253,8 +253,8 @@ class ServerModel:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(2000).decode("utf-8", "replace")
-            raise ValidationError(f"{request.full_url}: the server says {error.code}: {_message(said)}") from None
+                body = error.read(2000).decode("utf-8", "replace")
+            raise ValidationError(f"{request.full_url}: the server says {error.code}: {_message(body)}") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise MissingResourceError(
@@ -266,8 +266,8 @@ class ServerModel:
         return answer
 
 
-def _message(said: str) -> str:
+def _message(body: str) -> str:
     try:
-        return str(json.loads(said)["error"]["message"])
+        return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return said.strip()[:200]
+        return body.strip()[:200]

@@ -90,7 +90,7 @@ class LlamaModel:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The file's path, for messages."""
         return str(self.text_gguf)
 
     def close(self) -> None:
@@ -107,17 +107,17 @@ class LlamaModel:
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`, nothing added around it; `special` reads `<|im_start|>` and its like as one token."""
         data = text.encode()
-        room = len(data) + 8
-        tokens = (ctypes.c_int32 * room)()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, False, special)
+        capacity = len(data) + 8
+        tokens = (ctypes.c_int32 * capacity)()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, capacity, False, special)
         return list(tokens[:count])
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special ones; bytes that are not UTF-8 become U+FFFD."""
         array = (ctypes.c_int32 * len(tokens))(*tokens)
-        room = 16 * len(tokens) + 64
-        buffer = ctypes.create_string_buffer(room)
-        count = self._lib.llama_detokenize(self._vocab, array, len(tokens), buffer, room, True, False)
+        capacity = 16 * len(tokens) + 64
+        buffer = ctypes.create_string_buffer(capacity)
+        count = self._lib.llama_detokenize(self._vocab, array, len(tokens), buffer, capacity, True, False)
         if count < 0:
             buffer = ctypes.create_string_buffer(-count)
             count = self._lib.llama_detokenize(self._vocab, array, len(tokens), buffer, -count, True, False)
@@ -161,7 +161,7 @@ class LlamaModel:
 
     @property
     def image_marker(self) -> str:
-        """What stands for the image in a prompt."""
+        """The marker that stands for the image in a prompt."""
         marker: bytes = self._lib.mtmd_default_marker()
         return marker.decode()
 
@@ -185,13 +185,13 @@ class LlamaModel:
             InputError: the image cannot be read, or prompt and answer exceed the context.
             ValidationError: llama.cpp fails at it.
         """
-        first, position = self._prompt(prompt, image, room=len(answer))
+        first, position = self._prompt(prompt, image, reserved=len(answer))
         rest = self._decode(answer[:-1], position=position, first_scored=0)
         return np.concatenate([first, *rest])
 
     def generate(self, prompt: str, image: ImageInput | None = None, *, max_tokens: int = 128) -> list[int]:
         """The greedy answer to `prompt`: token ids, the one that ends it included; raises as `logits` does."""
-        rows, position = self._prompt(prompt, image, room=max_tokens)
+        rows, position = self._prompt(prompt, image, reserved=max_tokens)
         answer = [int(rows[-1].argmax())]
         while len(answer) < max_tokens and not self.is_end(answer[-1]):
             rows = next(self._decode(answer[-1:], position=position, first_scored=0))
@@ -205,7 +205,7 @@ class LlamaModel:
         params.use_extra_bufts = not exact
         model: int | None = self._lib.llama_model_load_from_file(os.fsencode(self.text_gguf), params)
         if model is None:
-            raise ValidationError(f"{self.text_gguf}: llama.cpp cannot load it: {c_api.last_complaint()}")
+            raise ValidationError(f"{self.text_gguf}: llama.cpp cannot load it: {c_api.last_errors()}")
         return model
 
     def _load_projector(self, mmproj: Path, threads: int, offload: Offload, exact: bool) -> int:
@@ -218,7 +218,7 @@ class LlamaModel:
         mtmd: int | None = self._lib.mtmd_init_from_file(os.fsencode(mmproj), self._model, params)
         if mtmd is None:
             raise ValidationError(
-                f"{mmproj}: llama.cpp cannot load it as the projector of {self.text_gguf}: {c_api.last_complaint()}"
+                f"{mmproj}: llama.cpp cannot load it as the projector of {self.text_gguf}: {c_api.last_errors()}"
             )
         if not self._lib.mtmd_support_vision(mtmd):
             self._mtmd = mtmd
@@ -240,7 +240,7 @@ class LlamaModel:
         handle: int | None = self._lib.llama_init_from_model(self._model, params)
         if handle is None:
             raise ValidationError(
-                f"{self.text_gguf}: llama.cpp cannot make a context of {context} tokens: {c_api.last_complaint()}"
+                f"{self.text_gguf}: llama.cpp cannot make a context of {context} tokens: {c_api.last_errors()}"
             )
         return handle
 
@@ -248,32 +248,32 @@ class LlamaModel:
         return self._lib.llama_vocab_get_text(self._vocab, token).decode() if token >= 0 else ""
 
     def _lacks_beginning(self, prompt: str) -> bool:
-        """Chat templates write the beginning token themselves, plain prompts do not."""
+        """Whether `prompt` lacks the beginning token, which chat templates write and plain prompts do not."""
         return any(not prompt.startswith(self._token_text(token)) for token in self.beginning)
 
     def _clear(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
-    def _prompt(self, prompt: str, image: ImageInput | None, room: int) -> tuple[Logits, int]:
+    def _prompt(self, prompt: str, image: ImageInput | None, reserved: int) -> tuple[Logits, int]:
         """Feed a prompt; the logits of its last token, (1, vocabulary), and the position that follows it."""
         self._clear()
         if image is None:
             tokens = self.tokenize(prompt)
             if self._lacks_beginning(prompt):
                 tokens = self.beginning + tokens
-            self._check_room(len(tokens) + room)
+            self._check_context(len(tokens) + reserved)
             *_, last = self._decode(tokens, position=0, first_scored=len(tokens) - 1)
             return last, len(tokens)
         if self._mtmd is None:
             raise InputError(f"{self.text_gguf}: an image needs the model's projector, and no mmproj file was given")
         with self._chunks(prompt, image) as chunks:
-            self._check_room(self._lib.mtmd_helper_get_n_tokens(chunks) + room)
+            self._check_context(self._lib.mtmd_helper_get_n_tokens(chunks) + reserved)
             position = ctypes.c_int32(0)
             status = self._lib.mtmd_helper_eval_chunks(
                 self._mtmd, self._context, chunks, 0, 0, self._n_batch, True, ctypes.byref(position)
             )
         if status != 0:
-            raise ValidationError(f"{self.text_gguf}: llama.cpp fails at an image prompt: {c_api.last_complaint()}")
+            raise ValidationError(f"{self.text_gguf}: llama.cpp fails at an image prompt: {c_api.last_errors()}")
         row = self._lib.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(row, (1, self.n_vocab)).copy(), position.value
 
@@ -282,8 +282,8 @@ class LlamaModel:
         """`prompt` cut into chunks of text and image by mtmd, which adds the family's begin and end tokens."""
         if prompt.count(self.image_marker) != 1:
             raise InputError(f"the prompt must hold {self.image_marker} exactly once, the place of its image")
-        picture = open_image(image)
-        bitmap = self._lib.mtmd_bitmap_init(*picture.size, picture.tobytes())
+        opened = open_image(image)
+        bitmap = self._lib.mtmd_bitmap_init(*opened.size, opened.tobytes())
         chunks = self._lib.mtmd_input_chunks_init()
         try:
             data = prompt.encode()
@@ -292,15 +292,15 @@ class LlamaModel:
             status = self._lib.mtmd_tokenize(self._mtmd, chunks, ctypes.byref(text), bitmaps, 1)
             if status != 0:
                 raise ValidationError(
-                    f"{self.mmproj}: llama.cpp cannot prepare an image of {picture.width} x {picture.height} pixels: "
-                    f"{c_api.last_complaint()}"
+                    f"{self.mmproj}: llama.cpp cannot prepare an image of {opened.width} x {opened.height} pixels: "
+                    f"{c_api.last_errors()}"
                 )
             yield chunks
         finally:
             self._lib.mtmd_input_chunks_free(chunks)
             self._lib.mtmd_bitmap_free(bitmap)
 
-    def _check_room(self, tokens: int) -> None:
+    def _check_context(self, tokens: int) -> None:
         size = self._lib.llama_n_ctx(self._context)
         if tokens > size:
             raise InputError(
@@ -310,7 +310,7 @@ class LlamaModel:
 
     def _decode(self, tokens: Sequence[int], *, position: int, first_scored: int) -> Iterator[Logits]:
         """Feed text tokens from `position` on; yield the logits after tokens[first_scored:], block by block."""
-        self._check_room(len(tokens))
+        self._check_context(len(tokens))
         start = 0
         while start < len(tokens):
             scored = start >= first_scored
@@ -331,7 +331,7 @@ class LlamaModel:
             logits=(ctypes.c_int8 * count)(*[scored] * count),
         )
         if self._lib.llama_decode(self._context, batch) != 0:
-            raise ValidationError(f"{self.text_gguf}: llama.cpp fails at {count} tokens: {c_api.last_complaint()}")
+            raise ValidationError(f"{self.text_gguf}: llama.cpp fails at {count} tokens: {c_api.last_errors()}")
         if not scored:
             return np.empty((0, self.n_vocab), np.float32)
         rows = self._lib.llama_get_logits(self._context)

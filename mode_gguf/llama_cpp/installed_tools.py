@@ -1,4 +1,4 @@
-"""Which llama.cpp there is: the user's own tools, and the build embedded in `xllamacpp`."""
+"""Discovery of the user's llama.cpp programs, and the smoke test in them or in the embedded build."""
 
 import os
 import re
@@ -34,7 +34,7 @@ class LlamaCppTools:
 
 @dataclass(frozen=True, slots=True)
 class SmokeTest:
-    """That the two files answer a question about a picture in `runtime`."""
+    """Result of a smoke test: the answer to a question about an image in `runtime`."""
 
     runtime: str
     question: str
@@ -67,7 +67,7 @@ def smoke_test(
     threads: int | None = None,
     timeout_seconds: float = 900,
 ) -> SmokeTest:
-    """Ask about one picture in the user's `llama-mtmd-cli`; without one, in the embedded build.
+    """Ask about one image in the user's `llama-mtmd-cli`; without one, in the embedded build.
 
     Both run in a process of their own, because llama.cpp ends the process it runs in where a file breaks its
     assumptions.
@@ -103,7 +103,7 @@ def smoke_test(
     except OSError as error:
         raise ValidationError(f"{failed}: it cannot be started ({error})") from error
     if done.returncode != 0:
-        raise ValidationError(f"{failed}: exit code {done.returncode}: {_last_words(done.stderr)}")
+        raise ValidationError(f"{failed}: exit code {done.returncode}: {_last_lines(done.stderr)}")
     answer = done.stdout.decode("utf-8", "replace").strip()
     if not answer:
         raise ValidationError(f"{failed}: it answered nothing")
@@ -111,7 +111,7 @@ def smoke_test(
 
 
 def _version(programs: dict[str, Path]) -> str | None:
-    """What `--version` says; not all programs know the option."""
+    """Output of `--version`, of the first program that knows the option."""
     for name, path in programs.items():
         if name in _WITHOUT_VERSION:
             continue
@@ -131,6 +131,6 @@ def _version(programs: dict[str, Path]) -> str | None:
     return None
 
 
-def _last_words(stderr: bytes) -> str:
+def _last_lines(stderr: bytes) -> str:
     lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
     return " / ".join(lines[-3:]) or "no message"

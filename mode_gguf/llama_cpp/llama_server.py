@@ -31,14 +31,14 @@ DEFAULT_CONTEXT: Final = 16384
 """Tokens; as many as a model was trained for, 262,144, would take gigabytes of KV cache."""
 _POLL_SECONDS: Final = 0.2
 _STOP_SECONDS: Final = 10
-_SAID: Final = 8
-"""Lines of a server's last words."""
+_KEPT_LINES: Final = 8
+"""Number of the last output lines of a server that are kept for error messages."""
 _ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
-    """How a model is served.
+class ServerSettings:
+    """Settings of a llama-server.
 
     Attributes:
         context: tokens of all parallel sequences together.
@@ -64,7 +64,7 @@ class Serving:
 
     @property
     def options(self) -> list[str]:
-        """As llama-server takes them, model and projector aside."""
+        """llama-server's command-line options, model and projector aside."""
         options = ["--host", self.host, "--port", str(self.port), "--jinja"]
         options += ["--ctx-size", str(self.context), "--parallel", str(self.parallel)]
         if self.kv_type != "f16":
@@ -78,19 +78,19 @@ class Serving:
         return options
 
 
-def serving_of(
+def server_settings(
     model: Path,
     mmproj: Path | None,
     fit: FitSettings | None,
     options: ServingOptions,
     extra: Sequence[str] = (),
-) -> Serving:
-    """Settings from those that memory was planned for, or defaults.
+) -> ServerSettings:
+    """Server settings from the fit that memory was planned for, or defaults.
 
     Args:
-        fit: what memory was planned for.
+        fit: settings that memory was planned for.
         options: address and context, where it is other than planned.
-        extra: what llama-server is told besides; a host or a port among it is what counts.
+        extra: further llama-server arguments; a host or a port among them wins.
 
     Raises:
         InputError: a file is no GGUF file.
@@ -99,10 +99,10 @@ def serving_of(
     trained = next((v for k, v in read_header(model).metadata.items() if k.endswith(".context_length")), None)
     default = min(int(trained), DEFAULT_CONTEXT) if trained else DEFAULT_CONTEXT
     context = options.context
-    host, told = _told(extra, "--host") or options.host, _told(extra, "--port")
-    if told is not None and not told.isdecimal():
-        raise UsageError(f"--port {told} is not a port: give a number, such as 8080")
-    serving = Serving(model, mmproj, host, options.port if told is None else int(told), context or default)
+    host, port = _extra_value(extra, "--host") or options.host, _extra_value(extra, "--port")
+    if port is not None and not port.isdecimal():
+        raise UsageError(f"--port {port} is not a port: give a number, such as 8080")
+    serving = ServerSettings(model, mmproj, host, options.port if port is None else int(port), context or default)
     if fit is not None:
         serving = replace(
             serving,
@@ -115,8 +115,8 @@ def serving_of(
     return replace(serving, port=_free_port(host)) if serving.port == 0 else serving
 
 
-def server_command(serving: Serving, extra: Sequence[str], llama_cpp: Path | None) -> tuple[list[str], str]:
-    """What to execute, and what that is, in words.
+def server_command(serving: ServerSettings, extra: Sequence[str], llama_cpp: Path | None) -> tuple[list[str], str]:
+    """Arguments to execute, and the server's name for messages.
 
     Raises:
         InputError: a file or the folder `llama_cpp` cannot be used.
@@ -139,9 +139,9 @@ def server_command(serving: Serving, extra: Sequence[str], llama_cpp: Path | Non
 
 
 @contextmanager
-def running(
-    command: Sequence[str], serving: Serving, on_line: Callable[[str], None] = lambda line: None
-) -> Iterator["Server"]:
+def running_server(
+    command: Sequence[str], serving: ServerSettings, on_line: Callable[[str], None] = lambda line: None
+) -> Iterator["ServerProcess"]:
     """Start a server, wait until it answers, and stop it in the end, however that comes.
 
     Args:
@@ -149,7 +149,7 @@ def running(
 
     Raises:
         MissingResourceError: the port is in use, or the program cannot be started.
-        InputError: it ended before it answered; with its last words.
+        InputError: it ended before it answered; with its last lines.
     """
     _check_free(serving)
     try:
@@ -164,7 +164,7 @@ def running(
         )
     except OSError as error:
         raise MissingResourceError(f"{command[0]}: cannot be started ({error.strerror})") from error
-    server = Server(process, serving, on_line)
+    server = ServerProcess(process, serving, on_line)
     try:
         server.wait_until_ready()
         yield server
@@ -172,17 +172,19 @@ def running(
         server.stop()
 
 
-class Server:
-    """A server that was started; `running` makes it."""
+class ServerProcess:
+    """A server that was started; `running_server` makes it."""
 
-    def __init__(self, process: "subprocess.Popen[str]", serving: Serving, on_line: Callable[[str], None]) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[str]", serving: ServerSettings, on_line: Callable[[str], None]
+    ) -> None:
         self.process, self._serving, self._on_line = process, serving, on_line
-        self._said: deque[str] = deque(maxlen=_SAID)
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def wait_until_ready(self) -> None:
-        """Return when /health is ok; raises as `running` does."""
+        """Return when /health is ok; raises as `running_server` does."""
         opener = build_opener(ProxyHandler({}))
         while self.process.poll() is None:
             with suppress(URLError, OSError), opener.open(f"{self._serving.url}/health", timeout=5) as answer:
@@ -192,7 +194,7 @@ class Server:
         raise self._ended()
 
     def wait(self) -> None:
-        """Return never; raises InputError with its last words when the server ends by itself."""
+        """Return never; raises InputError with its last lines when the server ends by itself."""
         self.process.wait()
         raise self._ended()
 
@@ -212,30 +214,30 @@ class Server:
     def _read(self) -> None:
         for line in self.process.stdout or ():
             if line.strip():
-                self._said.append(line.strip())
+                self._lines.append(line.strip())
                 self._on_line(line.rstrip("\n"))
 
     def _ended(self) -> InputError:
         self._reader.join(_STOP_SECONDS)
         code = self.process.returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return InputError(f"{self._serving.model}: its server {how}: {_last_words(list(self._said))}")
+        return InputError(f"{self._serving.model}: its server {how}: {_error_lines(list(self._lines))}")
 
 
-def _last_words(lines: list[str]) -> str:
-    """Lines that complain, else the last ones."""
-    complaints = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
-    return " / ".join((complaints or lines)[-3:]) or "it said nothing"
+def _error_lines(lines: list[str]) -> str:
+    """Lines that name an error, else the last ones."""
+    errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    return " / ".join((errors or lines)[-3:]) or "it said nothing"
 
 
-def _told(extra: Sequence[str], option: str) -> str | None:
-    """The value of `option` among what llama-server is told; the last one counts."""
+def _extra_value(extra: Sequence[str], option: str) -> str | None:
+    """The value of `option` among llama-server's extra arguments; the last one counts."""
     values = [value for name, value in pairwise(extra) if name == option]
     values += [one.partition("=")[2] for one in extra if one.startswith(f"{option}=")]
     return values[-1] if values else None
 
 
-def _check_free(serving: Serving) -> None:
+def _check_free(serving: ServerSettings) -> None:
     try:
         _bind(serving.host, serving.port)
     except OSError as error:
@@ -249,7 +251,7 @@ def _free_port(host: str) -> int:
 
 
 def _bind(host: str, port: int) -> int:
-    """The port, after having had it for a moment."""
+    """The port number, after binding it for a moment."""
     family: Any = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

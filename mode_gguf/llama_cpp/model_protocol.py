@@ -1,4 +1,4 @@
-"""What a model must be able to do to be judged, wherever it runs."""
+"""The protocol of a model under validation, in this process or behind HTTP."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from mode_gguf.llama_cpp.chat_template import ChatTemplate
 
 ImageInput: TypeAlias = Path | bytes | Image.Image
-"""A picture: a file, the bytes of one, or already opened."""
+"""An image: a file, the bytes of one, or an opened image."""
 Logits: TypeAlias = np.ndarray
 """float32 (positions, vocabulary)."""
 
@@ -25,7 +25,7 @@ class Model(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The model's name, for messages."""
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`, nothing added around it; `special` reads `<|im_start|>` and its like as one token."""
@@ -50,7 +50,7 @@ class Model(Protocol):
 
     @property
     def image_marker(self) -> str:
-        """What stands for the image in a prompt."""
+        """The marker that stands for the image in a prompt."""
 
     def continuation_logits(self, tokens: Sequence[int]) -> Logits:
         """Logits that predict each of tokens[1:]."""

@@ -28,8 +28,8 @@ from mode_gguf.pipeline.stages.export import (
 )
 from mode_gguf.pipeline.stages.feedback import RoundWithFeedback
 from mode_gguf.pipeline.stages.plan import MakePlan, save_plan
-from mode_gguf.pipeline.stages.sensitivity import Sensitivity
-from mode_gguf.pipeline.stages.unit_kl import UnitKl, kl_measurement
+from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
+from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl, kl_measurement
 from mode_gguf.pipeline.stages.validate import Notes, Validate, validate_file
 
 __all__ = [
@@ -43,15 +43,15 @@ __all__ = [
     "ExportReference",
     "ExportText",
     "MakePlan",
+    "MeasureSensitivity",
+    "MeasureUnitKl",
     "ModelFiles",
     "Notes",
     "PlanSettings",
     "RoundWithFeedback",
     "Run",
-    "Sensitivity",
     "Stage",
     "Target",
-    "UnitKl",
     "Validate",
     "calibration_samples",
     "candidates_of",

@@ -24,8 +24,8 @@ from mode_gguf.pipeline.settings import (
 from mode_gguf.pipeline.stages.calibrate import Calibrate
 from mode_gguf.pipeline.stages.export import ExportMtp, ExportProjector, ExportText, projector_path
 from mode_gguf.pipeline.stages.plan import MakePlan
-from mode_gguf.pipeline.stages.sensitivity import Sensitivity
-from mode_gguf.pipeline.stages.unit_kl import UnitKl
+from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
+from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
 from mode_gguf.pipeline.stages.validate import Validate
 from mode_gguf.recipe import Recipe
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What a conversion wrote, and how long each stage took (0 for one that was reused).
+    """Files that a conversion wrote, and seconds of each stage (0 for one that was reused).
 
     `model` is the first file of one that is in shards; `size_bytes` counts all of them. Text-only models have no
     `mmproj`.
@@ -54,13 +54,13 @@ class ConvertResult:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A recipe made ready for one model: what stages are made from, settled once."""
+    """A recipe resolved for one model: the settings that all stages are made from."""
 
     recipe: Recipe
     settings: PlanSettings
     target: Target
     calibrate: Calibrate
-    sensitivity: Sensitivity
+    sensitivity: MeasureSensitivity
 
     @classmethod
     def of(cls, run: Run, recipe: Recipe) -> "Conversion":
@@ -75,14 +75,14 @@ class Conversion:
         types = candidates_of(recipe, run.folder)
         settings = PlanSettings.of(recipe, types)
         calibrate = Calibrate(recipe.calibration, recipe.compute)
-        sensitivity = Sensitivity.of(calibrate, recipe.sensitivity, types)
+        sensitivity = MeasureSensitivity.of(calibrate, recipe.sensitivity, types)
         return cls(recipe, settings, settings.target(run.checkpoint), calibrate, sensitivity)
 
     def measuring_stages(self) -> list[Stage]:
-        """What takes long, and must not be thrown away unasked."""
+        """The measuring stages, whose results take long and are not thrown away unasked."""
         stages: list[Stage] = [self.calibrate, self.sensitivity]
         if self.settings.preset.unit_kl:
-            stages.append(UnitKl(self.sensitivity, self.settings.measured_samples))
+            stages.append(MeasureUnitKl(self.sensitivity, self.settings.measured_samples))
         return stages
 
     def export_stage(self) -> ExportText:
@@ -102,7 +102,7 @@ class Conversion:
 
 
 def estimate_conversion(run: Run, recipe: Recipe) -> ConversionEstimate:
-    """What `convert` would do and take here, with times; nothing is written. Raises like `Conversion.of`."""
+    """Estimate of `convert` here, with times; nothing is written. Raises like `Conversion.of`."""
     conversion = Conversion.of(run, recipe)
     return estimate(run, conversion.recipe, conversion.settings, conversion.target, measured=True)
 

@@ -1,4 +1,4 @@
-"""What there is here to compute, pack and validate with."""
+"""The environment: compute device, packers, and llama.cpp runtimes found here."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from mode_gguf.quantization.types import Packer, types_packed_by
 
 
 def environment(llama_cpp: Path | None = None) -> dict[str, object]:
-    """What computes, packs and validates here: torch's device, who packs which types, and every llama.cpp found."""
+    """The environment by name: torch's device, the packer of every type, and every llama.cpp found."""
     from mode_gguf.forward.streaming import choose_device
 
     tools = find_llama_cpp(llama_cpp)
@@ -32,7 +32,7 @@ def environment(llama_cpp: Path | None = None) -> dict[str, object]:
 
 
 def runtime_speed(progress: Progress = silent) -> dict[str, str]:
-    """What a type per expert costs in speed here, in words, by the way of computing.
+    """Speed of a type per expert on this machine, as text, by the way of computing.
 
     Raises:
         MissingResourceError: our own build is not there, or cannot measure.

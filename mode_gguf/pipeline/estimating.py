@@ -1,4 +1,4 @@
-"""What a conversion will do and take, known from shapes alone."""
+"""The estimate of a conversion: sizes and resources of all stages, from shapes alone."""
 
 import os
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.estimate.free_resources import FreeResources, free_resources
 from mode_gguf.estimate.machine import measure_machine
 from mode_gguf.estimate.stage_estimates import (
-    EstimatedWork,
     ModelSizes,
     StageEstimate,
     TokenCounts,
+    Workload,
     stage_estimates,
 )
 from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
@@ -25,12 +25,12 @@ from mode_gguf.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class ConversionEstimate:
-    """What a conversion will do.
+    """Estimate of a conversion.
 
     Attributes:
         model_bytes: of the text model's file.
         layers, experts: layers with routed experts, and experts of the largest.
-        memory: where a GPU's memory will go, if that is the budget.
+        memory: breakdown of the GPU's memory, if that is the budget.
     """
 
     model_name: str
@@ -49,7 +49,7 @@ class ConversionEstimate:
 def estimate(
     run: Run, recipe: Recipe, settings: PlanSettings, target: Target, *, measured: bool = False
 ) -> ConversionEstimate:
-    """What a conversion takes, before anything is computed.
+    """Estimate of a conversion, before anything is computed.
 
     Args:
         recipe: resolved for the model.
@@ -90,7 +90,7 @@ def _stages(
         counts = TokenCounts.of(calibration_samples(calibration), sizes)
     if measured:
         machine = measure_machine("cpu" if without_model else recipe.compute.device, run.checkpoint.files)
-    work = EstimatedWork(
+    workload = Workload(
         counts=counts,
         model_bytes=model_bytes,
         hidden_bytes=recipe.compute.hidden_memory,
@@ -100,4 +100,4 @@ def _stages(
         feedback=settings.rounding == "feedback",
         validate=recipe.validation.validate,
     )
-    return stage_estimates(sizes, work, recipe.compute.threads or os.cpu_count() or 1, machine)
+    return stage_estimates(sizes, workload, recipe.compute.threads or os.cpu_count() or 1, machine)

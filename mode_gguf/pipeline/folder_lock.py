@@ -56,16 +56,16 @@ def _lock(folder: WorkFolder) -> int:
             f"{folder.path}: another mode-gguf works in this folder ({_owner(folder.lock)}); wait for it, or choose "
             "another folder with --out"
         )
-    facts = {"pid": os.getpid(), "command": shlex.join(sys.argv), "since": _now()}
+    owner = {"pid": os.getpid(), "command": shlex.join(sys.argv), "since": _now()}
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, (json.dumps(facts) + "\n").encode())
+    os.write(descriptor, (json.dumps(owner) + "\n").encode())
     return descriptor
 
 
 def _owner(lock: Path) -> str:
     try:
-        facts = json.loads(lock.read_text(encoding="utf-8"))
-        return f"process {facts['pid']}, since {facts['since']}: {facts['command']}"
+        owner = json.loads(lock.read_text(encoding="utf-8"))
+        return f"process {owner['pid']}, since {owner['since']}: {owner['command']}"
     except (OSError, ValueError, TypeError, KeyError):
         return "its lock file does not say which process"
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Sums = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
-def take_statistics(checkpoint: Checkpoint, folder: WorkFolder, options: CalibrationOptions) -> None:
+def write_statistics(checkpoint: Checkpoint, folder: WorkFolder, options: CalibrationOptions) -> None:
     """Write calibration.safetensors and the folder's importance matrix from one that llama-imatrix made.
 
     Raises:
@@ -37,12 +37,12 @@ def take_statistics(checkpoint: Checkpoint, folder: WorkFolder, options: Calibra
     assert imatrix is not None
     header = read_imatrix_header(imatrix)
     tensors = text_tensors(checkpoint)
-    sums = _of_model(imatrix, read_sums(imatrix), tensors)
+    sums = _model_entries(imatrix, read_sums(imatrix), tensors)
     tokens = header.chunk_count * header.chunk_size
     statistics = CalibrationStatistics(
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
-        arrays=_arrays(sums, tensors),
+        arrays=_statistics_arrays(sums, tensors),
         samples=SampleCounts(header.chunk_count, 0, tokens, 0),
         key_tokens=KeyTokens(),
         datasets=header.datasets,
@@ -67,10 +67,10 @@ def measure_imatrix_error(run: Run, types: CandidateTypes, packing: Packing, thr
     importance = read_imatrix(folder.imatrix)
     tensors = text_tensors(checkpoint)
     for tensor in tensors:
-        needy = [one.name for one in types.of(tensor) if needs_importance(one)] if tensor.activation else []
-        if needy and tensor.name not in importance:
+        lacking = [one.name for one in types.of(tensor) if needs_importance(one)] if tensor.activation else []
+        if lacking and tensor.name not in importance:
             raise InputError(
-                f"{folder.imatrix}: has nothing of {tensor.name}, and {needy[0]} needs it; leave that type out, or "
+                f"{folder.imatrix}: has nothing of {tensor.name}, and {lacking[0]} needs it; leave that type out, or "
                 "give tensors of this kind a floor (plan.floors)"
             )
     counts = {layer: statistics.counts(layer).sum(axis=0) for layer in statistics.moe_layers}
@@ -87,7 +87,7 @@ def measure_imatrix_error(run: Run, types: CandidateTypes, packing: Packing, thr
     table.save(folder.sensitivity)
 
 
-def _of_model(path: Path, sums: Sums, tensors: Sequence[SourceTensor]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _model_entries(path: Path, sums: Sums, tensors: Sequence[SourceTensor]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The entries of the model's matrices, in its order.
 
     Raises:
@@ -116,8 +116,8 @@ def _of_model(path: Path, sums: Sums, tensors: Sequence[SourceTensor]) -> dict[s
     return found
 
 
-def _arrays(sums: Sums, tensors: Sequence[SourceTensor]) -> dict[str, np.ndarray]:
-    """As calibration writes them, all tokens under `text`; routing weights are not known, and 0."""
+def _statistics_arrays(sums: Sums, tensors: Sequence[SourceTensor]) -> dict[str, np.ndarray]:
+    """Statistics arrays as calibration writes them, all tokens under `text`; routing weights are not known, and 0."""
     arrays: dict[str, np.ndarray] = {}
     for tensor in tensors:
         if tensor.name not in sums or tensor.activation is None or f"{tensor.activation}.count" in arrays:

@@ -1,4 +1,4 @@
-"""Budgets that are a GPU's memory: what is left of it for tensors, and where all of it goes."""
+"""GPU memory budgets: the bytes left for tensors, and the breakdown of the whole memory."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from mode_gguf.quantization.expert_groups import layer_groups
 from mode_gguf.vocabulary import Granularity
 
 _STEP = 256
-"""Tokens by which llama.cpp's contexts differ."""
+"""Step between llama.cpp's context sizes, in tokens."""
 
 
 def reachable_sizes(
@@ -47,20 +47,22 @@ def reachable_sizes(
             raise
         smallest = replace(types, dense=FIXED_DENSE[-1:]) if preset.dense == "fixed" else types
         smallest = effective_types(smallest, budget)
-        raise InfeasibleBudgetError(_way_out(checkpoint, tensors, budget, budget.fit, smallest, groups)) from None
+        raise InfeasibleBudgetError(
+            _infeasible_message(checkpoint, tensors, budget, budget.fit, smallest, groups)
+        ) from None
 
 
 def breakdown_of_reach(
     checkpoint: Checkpoint, budget: Budget, types: CandidateTypes, reach: Reach
 ) -> MemoryBreakdown | None:
-    """Where the memory would go; None for a budget that is none."""
+    """Memory breakdown of a text model of the budget's size; None for a budget that is no GPU memory."""
     tensors = text_tensors(checkpoint)
     embedding = in_system_memory(tensors, types)
-    return _ledger(checkpoint, budget, reach.budget - embedding, embedding, 8 * reach.budget / reach.n_weights)
+    return _breakdown(checkpoint, budget, reach.budget - embedding, embedding, 8 * reach.budget / reach.n_weights)
 
 
 def with_breakdown(checkpoint: Checkpoint, plan: Plan) -> Plan:
-    """The plan, saying where the memory goes if it is for a GPU's."""
+    """The plan with its memory breakdown, if its budget is a GPU's memory."""
     if plan.budget is None or plan.budget.fit is None:
         return plan
     tensors = text_tensors(checkpoint)
@@ -69,11 +71,11 @@ def with_breakdown(checkpoint: Checkpoint, plan: Plan) -> Plan:
         names = {tensor.name for tensor in tensors if tensor.role is Role.EMBEDDING}
         embedding = sum(tensor.size_bytes for tensor in plan.tensors if tensor.name in names)
     groups = max((len(found) for found in layer_groups(plan.experts).values()), default=1)
-    ledger = _ledger(checkpoint, plan.budget, plan.size_bytes - embedding, embedding, plan.bpw, groups)
-    return plan.model_copy(update={"memory": ledger})
+    breakdown = _breakdown(checkpoint, plan.budget, plan.size_bytes - embedding, embedding, plan.bpw, groups)
+    return plan.model_copy(update={"memory": breakdown})
 
 
-def _ledger(
+def _breakdown(
     checkpoint: Checkpoint, budget: Budget, on_gpu: int, embedding: int, bpw: float, groups: int = 1
 ) -> MemoryBreakdown | None:
     if budget.fit is None:
@@ -100,7 +102,7 @@ def _claimed(checkpoint: Checkpoint, fit: FitSettings, groups: int) -> int:
 
 
 def model_shape(checkpoint: Checkpoint, fit: FitSettings) -> ModelShape:
-    """What memory depends on, tensors' types aside."""
+    """The model shape that memory depends on, tensors' types aside."""
     family, tensors = find_family(checkpoint), text_tensors(checkpoint)
     return ModelShape.of(
         family.memory_graphs,
@@ -117,7 +119,7 @@ def _has_output(tensors: Sequence[SourceTensor]) -> bool:
     return any(tensor.role is Role.OUTPUT for tensor in tensors)
 
 
-def _way_out(
+def _infeasible_message(
     checkpoint: Checkpoint,
     tensors: Sequence[SourceTensor],
     budget: Budget,
@@ -125,7 +127,7 @@ def _way_out(
     types: CandidateTypes,
     groups: int,
 ) -> str:
-    """What does fit: this context in more memory, or a smaller one in this."""
+    """Error message with settings that fit: this context in more memory, or a smaller one in this."""
     claimed = _claimed(checkpoint, fit, groups)
     smallest = sum(min(tensor_bytes(tensor, candidate) for candidate in types.of(tensor)) for tensor in tensors)
     least = smallest - in_system_memory(tensors, types)
@@ -143,7 +145,7 @@ def _way_out(
 
 
 def _largest_context(checkpoint: Checkpoint, budget: Budget, fit: FitSettings, least: int, groups: int) -> int | None:
-    """Below the one asked for, with the smallest types."""
+    """The largest context below the one asked for that fits with the smallest types; None if none does."""
     shape = model_shape(checkpoint, fit)
 
     def fits(steps: int) -> bool:

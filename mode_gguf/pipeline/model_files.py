@@ -1,4 +1,4 @@
-"""Which files of a folder are the model that was made there, and its projector."""
+"""The text model and projector of a folder, for serving."""
 
 import os
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class ModelFiles:
 
     Attributes:
         plan: that the model was made by, if it was this folder's.
-        notes: what was chosen among several, in words.
+        notes: choices among several files, as text.
     """
 
     model: Path
@@ -35,7 +35,7 @@ class ModelFiles:
 
     @property
     def fit(self) -> FitSettings | None:
-        """What memory was planned for."""
+        """The settings that memory was planned for."""
         return self.plan.budget.fit if self.plan and self.plan.budget else None
 
 

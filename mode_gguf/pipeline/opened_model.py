@@ -35,7 +35,7 @@ def open_model(
 
 @contextmanager
 def outlined_model(model: str | Path | None, out: Path | None, recipe: Recipe) -> Iterator[tuple[Run, Download | None]]:
-    """As `open_model`, for `estimate`: of a model on the hub no weights are downloaded, and what would be is told."""
+    """A run for `estimate`, as of `open_model` but without fetching weights, and the download that a real run makes."""
     _check_given(model, recipe)
     if model is None:
         yield _opened(None, out, recipe, silent, weights=True), None

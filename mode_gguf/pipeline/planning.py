@@ -1,4 +1,4 @@
-"""What plans are chosen from: the folder's measurements as costs of a problem; uniform plans and the frontier."""
+"""Planning problems: the folder's measurements as costs of candidates; uniform plans and the frontier."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PlanningProblem:
-    """What a plan for a budget is chosen from, what that was made from, and how candidates were packed."""
+    """The problem that a plan for a budget solves, its provenance, and the packing of its candidates."""
 
     problem: Problem
     made_from: Provenance
@@ -61,7 +61,7 @@ def planning_problem(run: Run, settings: PlanSettings, target: Target) -> Planni
 def measured_costs(
     folder: WorkFolder, table: "SensitivityTable", statistics: "CalibrationStatistics", preset: Preset
 ) -> tuple[MeasuredCosts, Preset]:
-    """What costs are made of, from the folder's tables, and the preset that makes them of it.
+    """Measured costs from the folder's tables, and the preset that combines them.
 
     Raises:
         InputError: measured KL is needed, and is missing or belongs to other tables.

@@ -13,8 +13,8 @@ from mode_gguf.gguf.header import read_header
 from mode_gguf.hub.card import model_card
 from mode_gguf.hub.local_paths import without_local_paths
 from mode_gguf.hub.names import repository_name
-from mode_gguf.hub.released_files import Release, ReleasedFile, Role, commands_of, sha256_of
-from mode_gguf.hub.upload import Published, Upload, send
+from mode_gguf.hub.released_files import FileRole, ModelRelease, ReleasedFile, commands_of, sha256_of
+from mode_gguf.hub.upload import HubCommit, Upload, upload_files
 from mode_gguf.options import PublishingOptions
 from mode_gguf.pipeline.folder_lock import folder_lock
 from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What is uploaded, README.md's text, and where it is; None where it was only shown."""
+    """An upload: its files, README.md's text, and its commit; None where it was only shown."""
 
     uploads: tuple[Upload, ...]
     card: str
-    published: Published | None
+    published: HubCommit | None
 
 
 def write_card(
@@ -73,7 +73,7 @@ def publish(
         options: without its `yes` nothing is written or sent.
 
     Raises:
-        UsageError: no name of a repository, or see `hub.upload.send`.
+        UsageError: no name of a repository, or see `hub.upload.upload_files`.
         InputError: `path` is no work folder with a finished export, or a file was changed since; the hub refuses.
         ValidationError: the files were not validated, or failed, which `unvalidated` does not help.
     """
@@ -90,7 +90,7 @@ def publish(
             return Publication(uploads, card, None)
         if _is_ours(folder):
             _save_card(folder, card, named, base_model)
-        return Publication(uploads, card, send(named, uploads, options.private, progress))
+        return Publication(uploads, card, upload_files(named, uploads, options.private, progress))
 
 
 def _opened(path: Path) -> tuple[WorkFolder, Plan]:
@@ -101,16 +101,16 @@ def _opened(path: Path) -> tuple[WorkFolder, Plan]:
     return WorkFolder(path, plan.made_from.model), plan
 
 
-def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Release, str | None]:
-    """What the folder releases, and why its report cannot be believed, if it cannot.
+def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[ModelRelease, str | None]:
+    """The release of the folder, and the reason why its report cannot be trusted, if there is one.
 
     Raises:
         InputError: no export has finished here, or what it wrote was changed since.
         ValidationError: it failed.
     """
-    ledger = StageCache(folder)
-    settings, model = ledger.left("export")
-    _, projector = ledger.left("projector")
+    cache = StageCache(folder)
+    settings, model = cache.last_run("export")
+    _, projector = cache.last_run("projector")
     if not model or not (projector or settings.get("projector") == "none"):
         raise InputError(f"{folder.path}: no export has finished here; run `mode-gguf convert` or `mode-gguf export`")
     for path, identity in {**model, **projector}.items():
@@ -121,7 +121,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
     imatrix = folder.imatrix_of(settings["imatrix"])
     if file_identity(imatrix) != settings["imatrix file"]:
         raise InputError(f"{imatrix}: is gone, or is not the one that the model was packed with; export again")
-    roles: dict[Path, Role] = {}
+    roles: dict[Path, FileRole] = {}
     roles |= dict.fromkeys(model, "text model")
     roles |= dict.fromkeys(projector, "projector")
     roles |= dict.fromkeys([imatrix] if imatrix.exists() else [], "importance matrix")
@@ -133,7 +133,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
         for (path, role), digest in zip(roles.items(), sha256_of(list(roles), progress), strict=True)
     )
     report, doubt = _report(folder, files)
-    release = Release(
+    release = ModelRelease(
         files=files,
         model=about,
         plan=plan,
@@ -146,7 +146,7 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[Releas
 
 
 def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[ValidationReport | None, str | None]:
-    """The report on just these files; without one, why.
+    """The report on just these files; without one, the reason.
 
     Raises:
         ValidationError: they failed.
@@ -154,20 +154,20 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
     path, failure = folder.report, failure_beside(folder.report)
     first = files[0].path
     if failure.exists() and failure.stat().st_mtime >= first.stat().st_mtime:
-        said = without_local_paths(failure.read_text(encoding="utf-8").strip(), [folder.path])
-        raise ValidationError(f"{first}: validation failed ({said})")
+        message = without_local_paths(failure.read_text(encoding="utf-8").strip(), [folder.path])
+        raise ValidationError(f"{first}: validation failed ({message})")
     if not path.exists():
         return None, f"{path}: not there; the model was never validated"
     report = ValidationReport.load(path)
-    _, left = StageCache(folder).left("validate")
-    if left and left.get(path) != file_identity(path):
+    _, last_run = StageCache(folder).last_run("validate")
+    if last_run and last_run.get(path) != file_identity(path):
         return None, f"{path}: is not what `validate` wrote"
     sizes = {first.name: sum(file.size_bytes for file in files if file.role == "text model")}
     sizes |= {file.path.name: file.size_bytes for file in files if file.role == "projector"}
     for found in filter(None, (report.candidate, report.mmproj)):
         if sizes.get(found.name) != found.size_bytes:
             return None, f"{path}: speaks of another file, {found.name} of {found.size_bytes:,} bytes"
-    if not left and path.stat().st_mtime < first.stat().st_mtime:
+    if not last_run and path.stat().st_mtime < first.stat().st_mtime:
         return None, f"{path}: is older than {first.name}"
     broken = [check for check in report.checks if not check.kept]
     if broken:
@@ -176,9 +176,9 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
 
 
 def _is_ours(folder: WorkFolder) -> bool:
-    """Whether README.md may be written: it is not there, or just as it was written last."""
-    left = StageCache(folder).left("card")[1].get(folder.readme)
-    return not folder.readme.exists() or left == file_identity(folder.readme)
+    """Whether README.md may be written: it is not there, or is unchanged since it was written."""
+    last_run = StageCache(folder).last_run("card")[1].get(folder.readme)
+    return not folder.readme.exists() or last_run == file_identity(folder.readme)
 
 
 def _save_card(folder: WorkFolder, card: str, repository: str | None, base_model: str | None) -> None:
@@ -188,7 +188,7 @@ def _save_card(folder: WorkFolder, card: str, repository: str | None, base_model
     StageCache(folder).record(StageState("card", settings, (folder.readme,)), round(time.monotonic() - started, 3))
 
 
-def _edited_card(folder: WorkFolder, release: Release) -> str:
+def _edited_card(folder: WorkFolder, release: ModelRelease) -> str:
     """A README.md that people changed; it must speak of the files that it comes with."""
     try:
         card = folder.readme.read_text(encoding="utf-8")
@@ -203,8 +203,8 @@ def _edited_card(folder: WorkFolder, release: Release) -> str:
     return card
 
 
-def _uploads(folder: WorkFolder, release: Release, card: str) -> tuple[Upload, ...]:
-    """What belongs on the hub; texts without where things lie on this machine."""
+def _uploads(folder: WorkFolder, release: ModelRelease, card: str) -> tuple[Upload, ...]:
+    """Uploads of a release; texts without local paths."""
     documents = {folder.readme: card, folder.plan: folder.plan.read_text(encoding="utf-8")}
     if release.report:
         documents[folder.report] = folder.report.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Improves a plan by measuring it: what units cost together, which costs measured one at a time cannot tell.
+"""Refinement of a plan by measured KL: units' costs together, which costs measured one at a time do not show.
 
 Around a plan, every unit is moved to the next smaller and the next larger of its types and the whole model's KL is
 measured, as many moves in one pass over the layers as hidden states may be kept. Those marginal costs make a new
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 DEFAULT_ROUNDS = 3
 
 MOVING_SHARE = 0.5
-"""Of the units, how many may change their type in the first round."""
+"""Share of the units that may change their type in the first round."""
 
 DEFAULT_PASS_BYTES = 32 << 30
-"""Of hidden states that the moves of one pass keep, on disk beyond what memory is allowed."""
+"""Limit of the hidden states of one pass over all its moves, in bytes; on disk beyond what memory is allowed."""
 
 _BISECTIONS = 24
 
@@ -38,7 +38,7 @@ _TILT = 0.01
 
 
 class Measure(Protocol):
-    """Measures a plan, and what single moves around it would make of it."""
+    """Measurement of a plan, and of the plans that single moves around it make."""
 
     def __call__(
         self, types: Mapping[str, QuantType], moves: Sequence[tuple[str, QuantType]]
@@ -68,7 +68,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Refinement:
+class RefinementResult:
     """The best plan that was found, one candidate per unit, and all that were measured, the first one first."""
 
     choices: tuple[Candidate, ...]
@@ -84,7 +84,7 @@ def refine(
     answer_weights: Sequence[float] = (1.0, 1.0),
     rounds: int = DEFAULT_ROUNDS,
     max_moves: int | None = None,
-) -> Refinement:
+) -> RefinementResult:
     """Improve the plan `first`, one of each unit's candidates, within `budget` bytes.
 
     A unit moves by one of its types (in order of size) per round at most. As deterministic as `measure` is.
@@ -128,7 +128,7 @@ def refine(
         if not accepted:
             break
         current = proposed
-    return Refinement(current, tuple(history))
+    return RefinementResult(current, tuple(history))
 
 
 def measure_plans(
@@ -207,10 +207,10 @@ def _proposal(
     """
     tilt = 1 + _TILT * np.arange(len(units)) / len(units)
 
-    def solved(toll: float) -> tuple[Candidate, ...]:
+    def solved(multiplier: float) -> tuple[Candidate, ...]:
         problem = []
         for u, (unit, candidates) in enumerate(zip(units, offered, strict=True)):
-            costs = [0.0 if c == current[u] else marginal[u, c.quant_type] + toll * tilt[u] for c in candidates]
+            costs = [0.0 if c == current[u] else marginal[u, c.quant_type] + multiplier * tilt[u] for c in candidates]
             shifted = [cost - min(costs) for cost in costs]  # the solver wants none below zero
             problem.append(
                 replace(
@@ -228,12 +228,12 @@ def _proposal(
         return proposed
     low, high, proposed = 0.0, 2 * sum(map(abs, marginal.values())), tuple(current)
     for _ in range(_BISECTIONS):
-        toll = (low + high) / 2
-        choices = solved(toll)
+        multiplier = (low + high) / 2
+        choices = solved(multiplier)
         if len(_moved(units, current, choices)) > limit:
-            low = toll
+            low = multiplier
         else:
-            high, proposed = toll, choices
+            high, proposed = multiplier, choices
     return proposed
 
 

@@ -1,4 +1,4 @@
-"""Gathers from a work folder what its report shows: everything but how the file behaves in llama.cpp.
+"""The conversion record of a work folder: all that its report shows but the validation in llama.cpp.
 
 No checkpoint is needed: what planning has to know of tensors is in the plan and in what was measured.
 """
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 FRONTIER_POINTS = 12
 SHOWN_UNITS = 12
 STAGES = ("calibrate", "sensitivity", "unit-kl", "plan", "round", "export", "projector", "reference")
-"""In their order; the times of `validate` are in its report."""
+"""Stages in their order; the times of `validate` are in its report."""
 KEPT_TYPE = "F32"
-"""Of routers, norms and biases, and of nothing else in a plan that packs anything."""
+"""Type of routers, norms and biases, and of nothing else in a plan that packs anything."""
 LARGE_BLOCK, SMALL_BLOCK = 256, 32
 FULL_PRECISION = QUANT_TYPES["BF16"]
 UNIFORM_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -57,24 +57,24 @@ _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def conversion_record(folder: WorkFolder) -> ConversionRecord:
-    """What the artefacts in the folder say; a part whose artefact is missing or cannot be used is None."""
+    """The record of a conversion, from the folder's artefacts; a part whose artefact is missing or unusable is None."""
     missing: dict[str, str] = {}
     plan = _plan(folder, missing)
     statistics = _statistics(folder, missing)
     table = _table(folder, plan, missing)
     tensors = planned_tensors(plan, table) if plan else []
-    priced = _priced(folder, plan, tensors, table, statistics, missing)
+    plan_costs = _plan_costs(folder, plan, tensors, table, statistics, missing)
     found = StageCache(folder).entries()
     entries = {stage: found[stage] for stage in STAGES if stage in found}
     if not entries:
         missing["stages"] = "stages.json is not there: nothing in this folder remembers which command made it."
     return ConversionRecord(
         model=folder.name,
-        plan=_plan_facts(plan) if plan else None,
-        uniform=_uniform(plan, tensors, priced) if plan else [],
-        prediction=_prediction(priced, missing) if priced else None,
-        sensitivity=_sensitivity(priced, missing) if priced else None,
-        calibration=_calibration_facts(statistics) if statistics else None,
+        plan=_plan_record(plan) if plan else None,
+        uniform=_uniform(plan, tensors, plan_costs) if plan else [],
+        prediction=_prediction(plan_costs, missing) if plan_costs else None,
+        sensitivity=_sensitivity(plan_costs, missing) if plan_costs else None,
+        calibration=_calibration_record(statistics) if statistics else None,
         stages=[_stage_run(stage, entry) for stage, entry in entries.items()],
         versions=_versions(entries),
         missing=missing,
@@ -102,7 +102,7 @@ def work_folder(path: Path) -> WorkFolder:
 
 
 @dataclass(frozen=True, slots=True)
-class _Priced:
+class _PlanCosts:
     """A plan beside the costs that it was chosen by, corrected for how its weights are rounded."""
 
     plan: Plan
@@ -150,7 +150,7 @@ def split_name(tensor: str) -> tuple[int | None, str]:
 def _row_width(
     tensor: PlannedTensor, n_experts: int, table: "SensitivityTable | None", units: np.ndarray | None
 ) -> int:
-    """One that the blocks of all types divide in which the tensor was measured; all of them where it was not."""
+    """A row width that the blocks of all measured types divide; of all types where the tensor was not measured."""
     most = tensor.n_weights // n_experts
     if table is not None and tensor.name in table.fallback_types:
         return SMALL_BLOCK
@@ -204,15 +204,15 @@ def _statistics(folder: WorkFolder, missing: dict[str, str]) -> "CalibrationStat
         return None
 
 
-def _priced(
+def _plan_costs(
     folder: WorkFolder,
     plan: Plan | None,
     tensors: Sequence[SourceTensor],
     table: "SensitivityTable | None",
     statistics: "CalibrationStatistics | None",
     missing: dict[str, str],
-) -> _Priced | None:
-    """None, with the reason, where costs cannot be told."""
+) -> _PlanCosts | None:
+    """The costs of a plan; None, with the reason in `missing`, where an artefact is missing or unusable."""
     if plan is None or table is None or statistics is None:
         reasons = [missing[part] for part in ("plan", "sensitivity", "calibration") if part in missing]
         missing["prediction"] = " ".join(reasons)
@@ -227,10 +227,10 @@ def _priced(
         arrays = with_feedback_factor(measured.arrays, tensors, measured.expert_types, measured.dense_types)
         measured = replace(measured, arrays=arrays)
     expert, dense = (tuple(QUANT_TYPES[name] for name in names) for names in (table.expert_types, table.dense_types))
-    return _Priced(plan, tensors, table, measured, preset, CandidateTypes(expert, dense))
+    return _PlanCosts(plan, tensors, table, measured, preset, CandidateTypes(expert, dense))
 
 
-def _plan_facts(plan: Plan) -> PlanRecord:
+def _plan_record(plan: Plan) -> PlanRecord:
     n_weights = sum(tensor.n_weights for tensor in plan.tensors)
     return PlanRecord(
         preset=plan.preset,
@@ -258,39 +258,41 @@ def _tensor_types(tensor: PlannedTensor) -> TensorTypes:
     )
 
 
-def _uniform(plan: Plan, tensors: Sequence[SourceTensor], priced: _Priced | None) -> list[SizePoint]:
-    """Every expert in one type, and what that is predicted to cost where the type was measured."""
+def _uniform(plan: Plan, tensors: Sequence[SourceTensor], plan_costs: _PlanCosts | None) -> list[SizePoint]:
+    """Uniform plans, every expert in one type, with predicted damage where the type was measured."""
     points = []
     for name in UNIFORM_TYPES:
         one = uniform_plan(tensors, plan.made_from, QUANT_TYPES[name])
-        predicted = _predicted(priced, {t: (quant_type,) for t, quant_type in one.types.items()}) if priced else None
+        predicted = (
+            _predicted(plan_costs, {t: (quant_type,) for t, quant_type in one.types.items()}) if plan_costs else None
+        )
         points.append(SizePoint(name=name, size_bytes=one.size_bytes, bpw=one.bpw, predicted=predicted))
     return points
 
 
-def _predicted(priced: _Priced, chosen: Mapping[str, Sequence[QuantType]]) -> tuple[float, ...] | None:
+def _predicted(plan_costs: _PlanCosts, chosen: Mapping[str, Sequence[QuantType]]) -> tuple[float, ...] | None:
     """A number per kind of answer; None where some type was not measured."""
     # Where attention is fixed, planning does not count it.
-    counted = [t for t in priced.tensors if t.role is Role.EXPERT or priced.preset.dense == "measured"]
+    counted = [t for t in plan_costs.tensors if t.role is Role.EXPERT or plan_costs.preset.dense == "measured"]
     try:
         return tuple(
-            cost_of_types(counted, chosen, priced.measured, model)
-            for model in predicted_answers(priced.preset).values()
+            cost_of_types(counted, chosen, plan_costs.measured, model)
+            for model in predicted_answers(plan_costs.preset).values()
         )
     except InputError:
         return None
 
 
-def _prediction(priced: _Priced, missing: dict[str, str]) -> Prediction:
-    plan = priced.plan
+def _prediction(plan_costs: _PlanCosts, missing: dict[str, str]) -> Prediction:
+    plan = plan_costs.plan
     chosen = {tensor.name: plan.experts.get(tensor.name, (plan.types[tensor.name],)) for tensor in plan.tensors}
     try:
         found = frontier(
             plan.made_from.model,
-            priced.tensors,
-            priced.measured,
-            preset=priced.preset,
-            types=priced.types,
+            plan_costs.tensors,
+            plan_costs.measured,
+            preset=plan_costs.preset,
+            types=plan_costs.types,
             points=FRONTIER_POINTS,
         ).points
     except ModeGgufError as error:
@@ -301,19 +303,19 @@ def _prediction(priced: _Priced, missing: dict[str, str]) -> Prediction:
         for point in found
     ]
     return Prediction(
-        sensitivity="unit-kl" if plan.signals and plan.signals.unit_kl else priced.table.method,
-        answers=tuple(predicted_answers(priced.preset)),
-        this=_predicted(priced, chosen),
+        sensitivity="unit-kl" if plan.signals and plan.signals.unit_kl else plan_costs.table.method,
+        answers=tuple(predicted_answers(plan_costs.preset)),
+        this=_predicted(plan_costs, chosen),
         planned=planned,
     )
 
 
-def _sensitivity(priced: _Priced, missing: dict[str, str]) -> SensitivityRecord | None:
-    """Units by what their smallest type would cost."""
-    costs = priced.preset.costs
+def _sensitivity(plan_costs: _PlanCosts, missing: dict[str, str]) -> SensitivityRecord | None:
+    """The most sensitive units, by the cost of their smallest type."""
+    costs = plan_costs.preset.costs
     try:
-        by_tensor = tensor_units(priced.tensors, priced.types, priced.measured, costs)
-        together = expert_units(priced.tensors, priced.types, priced.measured, costs)
+        by_tensor = tensor_units(plan_costs.tensors, plan_costs.types, plan_costs.measured, costs)
+        together = expert_units(plan_costs.tensors, plan_costs.types, plan_costs.measured, costs)
     except ModeGgufError as error:
         missing["sensitivity"] = str(error)
         return None
@@ -322,10 +324,10 @@ def _sensitivity(priced: _Priced, missing: dict[str, str]) -> SensitivityRecord 
     for unit in by_expert:
         layers.setdefault(unit.layer or 0, []).append(_smallest(unit).cost)
     return SensitivityRecord(
-        method=priced.table.method,
-        positions=tuple(priced.table.positions),
-        tensors=[_unit(unit, priced.plan) for unit in _most_sensitive(by_tensor)],
-        experts=[_unit(unit, priced.plan) for unit in _most_sensitive(by_expert)],
+        method=plan_costs.table.method,
+        positions=tuple(plan_costs.table.positions),
+        tensors=[_unit(unit, plan_costs.plan) for unit in _most_sensitive(by_tensor)],
+        experts=[_unit(unit, plan_costs.plan) for unit in _most_sensitive(by_expert)],
         layers=list(layers),
         by_expert=list(layers.values()),
     )
@@ -358,7 +360,7 @@ def _unit(unit: AllocationUnit, plan: Plan) -> Unit:
     )
 
 
-def _calibration_facts(statistics: "CalibrationStatistics") -> CalibrationRecord:
+def _calibration_record(statistics: "CalibrationStatistics") -> CalibrationRecord:
     from mode_gguf.calibration.coverage import MIN_TOKENS_PER_EXPERT, calibration_warnings, rarely_routed_experts
     from mode_gguf.forward.modality import MODALITIES
 
@@ -404,6 +406,6 @@ def _stage_run(stage: str, entry: Mapping[str, Any]) -> StageRun:
 
 
 def _versions(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Of the last stage in their order that recorded them."""
+    """Package versions of the last stage, in their order, that recorded them."""
     recorded = [entry["versions"] for entry in entries.values() if isinstance(entry.get("versions"), dict)]
     return {str(name): str(number) for name, number in recorded[-1].items()} if recorded else {}

@@ -10,7 +10,7 @@ from mode_gguf.gguf.header import read_header
 from mode_gguf.pipeline.folder_lock import folder_lock
 from mode_gguf.pipeline.report_data import conversion_record, work_folder
 from mode_gguf.pipeline.stage_cache import StageCache, file_identity
-from mode_gguf.report.page import draw, is_of_plan, same_bpw
+from mode_gguf.report.page import matches_plan, render_page, same_bpw
 from mode_gguf.validation.conversion_record import ConversionRecord, unknown_conversion
 from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.questions import load_held_out
@@ -26,7 +26,7 @@ def run_report(path: Path, held_out: Path | None = None) -> Path:
     """Draw report.html again from the files in a work folder; what report.json says of the conversion is renewed, too.
 
     Args:
-        held_out: where the pictures of the questions are; None for the set that the folder was validated with.
+        held_out: the set with the questions' images; None for the one that the folder was validated with.
 
     Returns:
         The page.
@@ -36,14 +36,14 @@ def run_report(path: Path, held_out: Path | None = None) -> Path:
     """
     folder = work_folder(path)
     with folder_lock(folder):
-        facts = conversion_record(folder)
+        record = conversion_record(folder)
         report = ValidationReport.load(folder.report) if folder.report.exists() else None
-        if report and is_of_plan(report, facts) and report.conversion != facts:
+        if report and matches_plan(report, record) and report.conversion != record:
             before = file_identity(folder.report)
-            report = report.model_copy(update={"conversion": facts})
+            report = report.model_copy(update={"conversion": record})
             report.save(folder.report)
-            StageCache(folder).written_again("validate", folder.report, before)
-        return write_page(folder.page, facts, report, held_out or validated_with(folder))
+            StageCache(folder).update_output("validate", folder.report, before)
+        return write_page(folder.page, record, report, held_out or validated_with(folder))
 
 
 def draw_converted(folder: WorkFolder, held_out: Path | None, *, validated: bool) -> Path:
@@ -53,12 +53,12 @@ def draw_converted(folder: WorkFolder, held_out: Path | None, *, validated: bool
         validated: whether report.json is of this conversion, so that it has all that is to be said of it.
     """
     report = ValidationReport.load(folder.report) if folder.report.exists() else None
-    facts = report.conversion if report and validated else None
-    return write_page(folder.page, facts or conversion_record(folder), report, held_out)
+    record = report.conversion if report and validated else None
+    return write_page(folder.page, record or conversion_record(folder), report, held_out)
 
 
 def conversion_of(candidate: Path) -> ConversionRecord | None:
-    """How a file was made, where it lies in a work folder whose plan it was made from; None otherwise.
+    """The conversion record of a file in a work folder whose plan it was made from; None otherwise.
 
     Raises:
         InputError: the file is no GGUF.
@@ -76,13 +76,13 @@ def conversion_of(candidate: Path) -> ConversionRecord | None:
 def draw_validated(path: Path, report: ValidationReport, held_out: Path | None) -> Path:
     """The page of a validation alone, beside its JSON file `path`, with what that says of the conversion."""
     reason = "the file does not lie in the work folder that it was made in."
-    facts = report.conversion or unknown_conversion(report.candidate.name, reason)
-    return write_page(path.with_suffix(".html"), facts, report, held_out)
+    record = report.conversion or unknown_conversion(report.candidate.name, reason)
+    return write_page(path.with_suffix(".html"), record, report, held_out)
 
 
-def write_page(path: Path, facts: ConversionRecord, report: ValidationReport | None, held_out: Path | None) -> Path:
+def write_page(path: Path, record: ConversionRecord, report: ValidationReport | None, held_out: Path | None) -> Path:
     """Write the page to `path`, with the pictures of a held-out set (None for the built-in one) as far as they are."""
-    write_text(path, draw(facts, report, _pictures(report, held_out)))
+    write_text(path, render_page(record, report, _images(report, held_out)))
     return path
 
 
@@ -93,7 +93,7 @@ def validated_with(folder: WorkFolder) -> Path | None:
     return None if source == BUILT_IN else Path(str(entry.get("directory", "")), source)
 
 
-def _pictures(report: ValidationReport | None, held_out: Path | None) -> dict[tuple[str, str], Path]:
+def _images(report: ValidationReport | None, held_out: Path | None) -> dict[tuple[str, str], Path]:
     """Files by name and question; empty where the set is not what the report's answers are to."""
     if report is None or not report.answers:
         return {}

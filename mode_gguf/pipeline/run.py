@@ -1,4 +1,4 @@
-"""A run: one checkpoint worked on in one folder, where stages are ensured; and what a stage is."""
+"""A run of stages: one checkpoint and one work folder; and the base class of stages."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Stage(ABC):
     """One step of a conversion; made from its options, it reads and writes files of the run's folder."""
 
     name: ClassVar[str]
-    """As stages.json has it."""
+    """Key of the stage in stages.json."""
 
     @abstractmethod
     def key(self, run: Run) -> dict[str, Any]:
@@ -62,19 +62,19 @@ class Stage(ABC):
 
     @abstractmethod
     def execute(self, run: Run) -> None:
-        """Do it, writing within `run.recorded`."""
+        """Execute the stage, writing within `run.recorded`."""
 
     def state(self, run: Run) -> StageState:
-        """What stages.json keeps."""
+        """The state that stages.json keeps."""
         return StageState(self.name, self.key(run), self.outputs(run))
 
     def is_current(self, run: Run) -> bool:
-        """Whether it need not be executed."""
+        """Whether the outputs are current, so that the stage need not be executed."""
         return run.cache.is_current(self.state(run))
 
 
-def basis(checkpoint: Checkpoint, schema: str) -> dict[str, Any]:
-    """What every stage depends on: the model, the base that it comes from, and the method of this artefact.
+def base_key(checkpoint: Checkpoint, schema: str) -> dict[str, Any]:
+    """Settings that every stage depends on: the model, its base GGUF, and the schema number of the artefact.
 
     A change of method raises the artefact's number in `SCHEMAS`; the tool's version is not part of it, so that a
     release throws nothing away.

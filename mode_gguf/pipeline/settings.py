@@ -1,4 +1,4 @@
-"""What a recipe comes to for one model and one work folder: the settings that stages are made from."""
+"""Settings of stages, resolved from a recipe for one model and one work folder."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +27,13 @@ from mode_gguf.vocabulary import Granularity, Method, Rounding
 from mode_gguf.workfolder import WorkFolder
 
 DEFAULT_BPW: Final = 3.0
-BLIND_METHOD: Final[Method] = "imatrix-error"
-"""What measures where no model is run."""
+MODEL_FREE_METHOD: Final[Method] = "imatrix-error"
+"""Sensitivity method that runs no model."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """What a plan is made for.
+    """Settings of a plan.
 
     Attributes:
         granularity: what shares a type; stock llama.cpp cannot load a file with a type per expert.
@@ -76,7 +76,7 @@ class PlanSettings:
         )
 
     def target(self, checkpoint: Checkpoint) -> "Target":
-        """What the budget leaves for tensors of this model.
+        """The sizes that the budget leaves for tensors of this model.
 
         Raises:
             InfeasibleBudgetError: the budget is out of reach; where it is a GPU's memory, the message says what fits.
@@ -164,7 +164,7 @@ def measured_candidates(recipe: Recipe, folder: WorkFolder) -> CandidateTypes:
 
 
 def _measured_types(folder: WorkFolder) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """What `sensitivity` measured in the folder, of experts and of all other matrices; None if it has not run."""
+    """Types measured by `sensitivity` in the folder, of experts and of all other matrices; None if it has not run."""
     from mode_gguf.artifacts import read_metadata
 
     try:
@@ -184,16 +184,16 @@ def resolved(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
         recipe = _with_base(checkpoint, recipe)
     if recipe.calibration.from_imatrix is not None:
         recipe = _without_model(recipe, recipe.calibration, recipe.calibration.from_imatrix)
-    if recipe.sensitivity.method == BLIND_METHOD and recipe.plan.costs.combination != "sensitivity":
+    if recipe.sensitivity.method == MODEL_FREE_METHOD and recipe.plan.costs.combination != "sensitivity":
         raise UsageError(
-            f"plan.costs.combination {recipe.plan.costs.combination} and sensitivity {BLIND_METHOD}, which holds "
+            f"plan.costs.combination {recipe.plan.costs.combination} and sensitivity {MODEL_FREE_METHOD}, which holds "
             "frequency already, do not go together; leave it out"
         )
     return recipe
 
 
 def base_warnings(checkpoint: Checkpoint) -> list[str]:
-    """What is not known of a model that comes from a base GGUF."""
+    """Warnings about matrices of a base GGUF that match no matrix of the checkpoint."""
     base = checkpoint.base
     if base is None or not base.unmatched:
         return []
@@ -226,9 +226,9 @@ def _with_base(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
 
 def _without_model(recipe: Recipe, calibration: CalibrationOptions, imatrix: Path) -> Recipe:
     given = f"--calibration-from {imatrix}"
-    if recipe.preset != "mode" or recipe.sensitivity.method not in ("fisher", BLIND_METHOD):
+    if recipe.preset != "mode" or recipe.sensitivity.method not in ("fisher", MODEL_FREE_METHOD):
         raise UsageError(
-            f"{given}: costs are errors weighed by importance ({BLIND_METHOD}); leave --preset and "
+            f"{given}: costs are errors weighed by importance ({MODEL_FREE_METHOD}); leave --preset and "
             "sensitivity.method out, which need the model run"
         )
     if recipe.plan.rounding == "feedback":
@@ -241,6 +241,6 @@ def _without_model(recipe: Recipe, calibration: CalibrationOptions, imatrix: Pat
         raise UsageError(f"{given} and --calibration are two sources of statistics; give one of them")
     return replace(
         recipe,
-        sensitivity=replace(recipe.sensitivity, method=BLIND_METHOD),
+        sensitivity=replace(recipe.sensitivity, method=MODEL_FREE_METHOD),
         plan=replace(recipe.plan, rounding="nearest"),
     )

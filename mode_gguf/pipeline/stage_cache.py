@@ -1,4 +1,4 @@
-"""stages.json: with which settings each stage made what is in the work folder."""
+"""stages.json: the cache of stages, by settings and outputs."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from mode_gguf.workfolder import JOURNAL, WorkFolder
 DIGESTED_BYTES = 1 << 30
 """Files up to this size are known by their content, larger ones by their size: reading a model takes minutes."""
 
-COMPUTING = ("gguf", "numba", "numpy", "torch", "transformers", "xllamacpp")
+VERSIONED_PACKAGES = ("gguf", "numba", "numpy", "torch", "transformers", "xllamacpp")
 """Packages whose versions may change results."""
 
 journal = logging.getLogger(JOURNAL)
@@ -34,7 +34,7 @@ class StageState:
     """A stage as it is asked for.
 
     Attributes:
-        name: as its command is called.
+        name: of its command.
         settings: all that its outputs depend on, by names that people read; values that JSON can hold.
         outputs: the files it writes.
     """
@@ -48,19 +48,19 @@ class StageState:
 class RunningStage:
     """A stage that has begun; `StageCache.begin` makes it."""
 
-    ledger: "StageCache"
+    cache: "StageCache"
     stage: StageState
     started: float
 
     def finish(self) -> None:
         """Record that all outputs are there."""
         seconds = max(0.001, round(time.monotonic() - self.started, 3))
-        self.ledger.record(self.stage, seconds)
+        self.cache.record(self.stage, seconds)
         journal.info("%s: done in %.1f s", self.stage.name, seconds)
 
 
 class StageCache:
-    """Remembers with which settings each stage made its outputs, what they were, and how long it took.
+    """The cache of a work folder's stages: settings, identities of outputs and duration of each stage's last run.
 
     A stage that has begun and not finished is not remembered: whatever it may have left of its outputs is made again.
     """
@@ -71,16 +71,16 @@ class StageCache:
     def begin(self, stage: StageState) -> RunningStage:
         """Forget what is known of the stage's outputs, which are about to change."""
         self.forget(stage.name)
-        journal.info("%s: begins with %s", stage.name, json.dumps(_plain(stage.settings)))
+        journal.info("%s: begins with %s", stage.name, json.dumps(_as_json(stage.settings)))
         return RunningStage(self, stage, time.monotonic())
 
     def is_current(self, stage: StageState) -> bool:
-        """Whether all outputs are there, as they were made with just these settings."""
+        """Whether all outputs are there, unchanged and made with just these settings."""
         return self.has_settings(stage) and self._entry(stage.name)["outputs"] == self._identities(stage.outputs)
 
     def has_settings(self, stage: StageState) -> bool:
         """Whether the stage last ran with these settings, whatever became of its outputs."""
-        return self._entry(stage.name).get("settings") == _plain(stage.settings)
+        return self._entry(stage.name).get("settings") == _as_json(stage.settings)
 
     def edited(self, stage: StageState) -> list[Path]:
         """Outputs that are there, and are not what the stage left."""
@@ -89,21 +89,21 @@ class StageCache:
         names = {self._name(path): path for path in stage.outputs}
         return [path for name, path in names.items() if now[name] and left.get(name) not in (None, now[name])]
 
-    def left(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
+    def last_run(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
         """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished."""
         entry = self._entry(stage)
         outputs = {self._folder.path / name: str(found) for name, found in entry.get("outputs", {}).items()}
         return entry.get("settings", {}), outputs
 
     def seconds(self, stage: str) -> float:
-        """How long the stage took when it last ran."""
+        """Duration of the stage's last run."""
         return float(self._entry(stage).get("seconds", 0.0))
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """What is remembered, by stage."""
+        """All entries, by stage."""
         return {stage: entry for stage in self._read() if (entry := self._entry(stage))}
 
-    def written_again(self, stage: str, path: Path, before: str) -> None:
+    def update_output(self, stage: str, path: Path, before: str) -> None:
         """One of a stage's outputs, whose identity was `before`, has been rewritten to hold more than it did."""
         entries = self._read()
         outputs = self._entry(stage).get("outputs", {})
@@ -119,7 +119,7 @@ class StageCache:
         """
         for stage in stages:
             entry = self._entry(stage.name)
-            before, now = entry.get("settings", {}), _plain(stage.settings)
+            before, now = entry.get("settings", {}), _as_json(stage.settings)
             changes = [
                 f"{name}: {_shown(before.get(name))} then, {_shown(now.get(name))} now"
                 for name in dict.fromkeys([*before, *now])
@@ -145,18 +145,18 @@ class StageCache:
     def record(self, stage: StageState, seconds: float) -> None:
         """Remember a stage whose outputs are there."""
         entry = {
-            "settings": _plain(stage.settings),
+            "settings": _as_json(stage.settings),
             "outputs": self._identities(stage.outputs),
             "seconds": seconds,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command(),
+            "command": current_command(),
             "directory": str(Path.cwd()),
-            "versions": versions(),
+            "versions": package_versions(),
         }
         write_json(self._folder.stages, {**self._read(), stage.name: entry})
 
     def _entry(self, stage: str) -> dict[str, Any]:
-        """What is remembered of a stage; empty if nothing is, or nothing that can be trusted."""
+        """The entry of a stage; empty if there is none, or none that can be trusted."""
         entry = self._read().get(stage)
         fits = isinstance(entry, dict) and all(isinstance(entry.get(key), dict) for key in ("settings", "outputs"))
         return entry if fits and entry else {}
@@ -165,28 +165,28 @@ class StageCache:
         try:
             entries = json.loads(self._folder.stages.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return {}  # No ledger, or one that cannot be trusted: every stage runs.
+            return {}  # No stages.json, or one that cannot be trusted: every stage runs.
         return entries if isinstance(entries, dict) else {}
 
     def _identities(self, paths: Sequence[Path]) -> dict[str, str]:
         return {self._name(path): file_identity(path) for path in paths}
 
     def _name(self, path: Path) -> str:
-        """Within the folder, so that it may be moved."""
+        """Path relative to the folder, so that it may be moved."""
         return str(path.relative_to(self._folder.path)) if path.is_relative_to(self._folder.path) else str(path)
 
 
-def command() -> str:
-    """What runs, as it was typed, but for the place where the program is installed."""
+def current_command() -> str:
+    """The command line of this process as it was typed, without the program's folder."""
     program = Path(sys.argv[0]).name
     return shlex.join(["mode-gguf" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 @lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Of this package, of Python, and of the packages that compute."""
+def package_versions() -> dict[str, str]:
+    """Versions of this package, of Python, and of the packages that compute."""
     found = {"mode-gguf": __version__, "Python": platform.python_version()}
-    for name in COMPUTING:
+    for name in VERSIONED_PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -208,10 +208,10 @@ def _digest(path: Path, size: int, mtime_ns: int, inode: int) -> str:
     return file_fingerprint(path)
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As they come back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
-    return plain
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from JSON."""
+    restored: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
+    return restored
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Colours that all kinds of sight tell apart: viridis from little to much, and one outside of it."""
+"""The colour scale of reports, safe for colour blindness: viridis from little to much, and white for no value."""
 
 import math
 
@@ -14,7 +14,7 @@ RAMP: tuple[Rgb, ...] = tuple(
 NEVER: Rgb = (255, 255, 255)
 """No value at all: lighter than much, and the only one without a hue."""
 PLAIN: Rgb = (142, 150, 160)
-"""Of what is not packed."""
+"""Colour of types that are not packed."""
 _FEWEST, _MOST = 2.0, 9.0  # bits per weight at the ends of the ramp
 _DARK_BELOW = 0.18
 
@@ -29,7 +29,7 @@ def ramp(position: float) -> Rgb:
     return red, green, blue
 
 
-def of_type(name: str) -> Rgb:
+def type_colour(name: str) -> Rgb:
     """A type's colour: lighter the more bits; float types that nothing is packed in are grey."""
     bits = QUANT_TYPES[name].bits_per_weight
     if bits > _MOST:
@@ -37,8 +37,8 @@ def of_type(name: str) -> Rgb:
     return ramp(math.log(bits / _FEWEST) / math.log(_MOST / _FEWEST))
 
 
-def on(background: Rgb) -> str:
-    """Text that can be read on a background."""
+def text_colour(background: Rgb) -> str:
+    """Colour of text that can be read on a background."""
     return "#fff" if _luminance(background) < _DARK_BELOW else "#111"
 
 

@@ -1,4 +1,4 @@
-"""Pictures inside the page, as data URIs: heatmaps a pixel per cell, and small copies of photographs."""
+"""Images embedded in the page as data URIs: heatmaps with a pixel per cell, and thumbnails of photographs."""
 
 import base64
 import io
@@ -32,13 +32,13 @@ def heatmap(positions: Sequence[Sequence[float]]) -> str:
 
 
 def thumbnail(path: Path) -> str | None:
-    """A small copy of a picture; None where it is gone or cannot be read."""
+    """Thumbnail of an image as a data URI; None where the file is gone or cannot be read."""
     try:
-        picture = open_image_file(path, str(path))
+        image = open_image_file(path, str(path))
     except InputError:
         return None
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return _uri(picture, "WEBP", quality=75)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return _uri(image, "WEBP", quality=75)
 
 
 def _uri(image: Image.Image, kind: str, **options: object) -> str:

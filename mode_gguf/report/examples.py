@@ -1,4 +1,4 @@
-"""Which answers are shown."""
+"""Choice of the answers that a report shows."""
 
 from collections.abc import Sequence
 

@@ -9,10 +9,10 @@ from markupsafe import Markup, escape
 from mode_gguf.validation.conversion_record import SizePoint
 
 WIDTH, HEIGHT = 400, 300
-"""Of the drawing, in units that are pixels on a phone; letters grow with it on larger screens."""
+"""Size of the chart, in units that are pixels on a phone; letters grow with it on larger screens."""
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 40
 _TITLE = 22
-"""Height of a line of text above a chart in a picture of its own."""
+"""Height of a line of text above a chart in an SVG file of its own."""
 _STYLE = (
     "text{font-family:sans-serif}.grid{stroke:#dde2e8}.tick,.note,.title{font-size:11px;fill:#5b6776}"
     ".head{font-size:14px;fill:#16202c}.line{fill:none;stroke:#1a5fb4;stroke-width:2}.dot{fill:#1a5fb4}"
@@ -23,7 +23,7 @@ _STYLE = (
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point that stands out: what a screen reader says of it, and the class that the style sheet knows."""
+    """A highlighted point: its label for screen readers, and its class in the style sheet."""
 
     size_bytes: float
     value: float
@@ -62,10 +62,10 @@ def frontier_chart(
 
 
 def frontier_svg(planned: Sequence[SizePoint], uniform: Sequence[SizePoint], answers: Sequence[str], title: str) -> str:
-    """A picture of its own with a chart per kind of answer, side by side.
+    """An SVG file with a chart per kind of answer, side by side.
 
     Args:
-        answers: what the predicted numbers are of, in their order.
+        answers: kinds of answers of the predicted numbers, in their order.
     """
     width, height = WIDTH * len(answers), HEIGHT + 2 * _TITLE
     parts = [
@@ -88,7 +88,7 @@ def _value(point: SizePoint, index: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """Linear in size, logarithmic in damage."""
+    """Chart axes: linear in size, logarithmic in damage."""
 
     smallest: float
     largest: float
@@ -127,7 +127,7 @@ class _Axes:
         yield f'<text class="title" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{title}</text>'
 
     def _value_ticks(self) -> Iterator[float]:
-        """1, 2 and 5 times powers of ten where there is room, else powers alone."""
+        """1, 2 and 5 times powers of ten for up to three decades, else powers alone."""
         decades = range(math.floor(self.lowest), math.ceil(self.highest) + 1)
         steps = (1, 2, 5) if len(decades) <= 4 else (1,)
         for decade in decades:

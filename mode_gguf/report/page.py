@@ -25,52 +25,54 @@ SAME_BPW = 1e-6
 _HERE = Path(__file__).parent
 
 
-def draw(facts: ConversionRecord, validation: ValidationReport | None, pictures: Mapping[tuple[str, str], Path]) -> str:
-    """The page.
+def render_page(
+    record: ConversionRecord, validation: ValidationReport | None, images: Mapping[tuple[str, str], Path]
+) -> str:
+    """HTML of the report.
 
     Args:
         validation: None where nothing was measured. One of another file than the plan's is mentioned, and not shown.
-        pictures: files by name of the picture and question, as far as they can be found.
+        images: files by name of the image and question, as far as they can be found.
     """
-    other = validation if validation and not is_of_plan(validation, facts) else None
+    other = validation if validation and not matches_plan(validation, record) else None
     shown = None if other else validation
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= wording.FILTERS
     return environment.get_template("page.html.jinja").render(
-        facts=facts,
+        record=record,
         validation=shown,
         other=other,
         style=Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         warnings=dict.fromkeys(
-            [*(shown.warnings if shown else ()), *(facts.calibration.warnings if facts.calibration else ())]
+            [*(shown.warnings if shown else ()), *(record.calibration.warnings if record.calibration else ())]
         ),
         parts=[(name, part) for name, part in _divergences(shown)],
-        gaps=_gaps(facts, shown),
-        charts=_charts(facts, shown),
-        examples=[_example(answer, pictures) for answer in examples(shown.answers)] if shown else [],
-        type_map=_type_map(facts),
-        shares=_shares(facts),
-        routing=[_routing(one, facts) for one in facts.calibration.routing] if facts.calibration else [],
-        costs=_cost_map(facts),
-        stages=_stages(facts, shown),
-        commands=_commands(facts),
+        gaps=_gaps(record, shown),
+        charts=_charts(record, shown),
+        examples=[_example(answer, images) for answer in examples(shown.answers)] if shown else [],
+        type_map=_type_map(record),
+        shares=_shares(record),
+        routing=[_routing(one, record) for one in record.calibration.routing] if record.calibration else [],
+        costs=_cost_map(record),
+        stages=_stages(record, shown),
+        commands=_commands(record),
         colours=colours,
         version=__version__,
     )
 
 
-def is_of_plan(validation: ValidationReport, facts: ConversionRecord) -> bool:
-    """Whether a validation is of the file that the facts are about: its bits per weight are the plan's.
+def matches_plan(validation: ValidationReport, record: ConversionRecord) -> bool:
+    """Whether a validation is of the record's file: its bits per weight are the plan's.
 
     Without a plan there is nothing to tell them apart by.
     """
-    return facts.plan is None or same_bpw(validation.candidate.bpw, facts.plan.bpw)
+    return record.plan is None or same_bpw(validation.candidate.bpw, record.plan.bpw)
 
 
 def same_bpw(first: float, second: float) -> bool:
-    """Whether two sizes are one, but for how the sums were made."""
+    """Whether two values of bits per weight are equal up to rounding errors of the sums."""
     return abs(first - second) < SAME_BPW
 
 
@@ -94,45 +96,45 @@ class _Gap:
         return self.measured / self.predicted if self.predicted > 0 else math.nan
 
 
-def _gaps(facts: ConversionRecord, validation: ValidationReport | None) -> list[_Gap]:
-    if facts.prediction is None or facts.prediction.this is None:
+def _gaps(record: ConversionRecord, validation: ValidationReport | None) -> list[_Gap]:
+    if record.prediction is None or record.prediction.this is None:
         return []
     measured = dict(_divergences(validation))
     return [
         _Gap(answer, predicted, part.kl_mean, part.kl_mean_error or 0.0)
-        for answer, predicted in zip(facts.prediction.answers, facts.prediction.this, strict=True)
+        for answer, predicted in zip(record.prediction.answers, record.prediction.this, strict=True)
         if (part := measured.get(answer)) is not None and part.kl_mean is not None
     ]
 
 
-def _charts(facts: ConversionRecord, validation: ValidationReport | None) -> list[dict[str, Any]]:
+def _charts(record: ConversionRecord, validation: ValidationReport | None) -> list[dict[str, Any]]:
     """A frontier per kind of answer."""
-    if facts.prediction is None or facts.plan is None:
+    if record.prediction is None or record.plan is None:
         return []
-    measured = {gap.answer: gap.measured for gap in _gaps(facts, validation)}
+    measured = {gap.answer: gap.measured for gap in _gaps(record, validation)}
     charts = []
-    for index, answer in enumerate(facts.prediction.answers):
+    for index, answer in enumerate(record.prediction.answers):
         marks = []
-        if facts.prediction.this is not None and facts.prediction.this[index] > 0:
-            value = facts.prediction.this[index]
-            marks.append(Mark(facts.plan.size_bytes, value, f"this file, predicted: {value:.4g}", "this"))
+        if record.prediction.this is not None and record.prediction.this[index] > 0:
+            value = record.prediction.this[index]
+            marks.append(Mark(record.plan.size_bytes, value, f"this file, predicted: {value:.4g}", "this"))
         if measured.get(answer, 0) > 0:
             value = measured[answer]
-            marks.append(Mark(facts.plan.size_bytes, value, f"this file, measured: {value:.4g}", "measured"))
-        drawing = frontier_chart(facts.prediction.planned, facts.uniform, index, marks)
+            marks.append(Mark(record.plan.size_bytes, value, f"this file, measured: {value:.4g}", "measured"))
+        drawing = frontier_chart(record.prediction.planned, record.uniform, index, marks)
         if drawing:
             charts.append({"answer": answer, "drawing": drawing, "width": WIDTH, "height": HEIGHT})
     return charts
 
 
-def _example(answer: Answer, pictures: Mapping[tuple[str, str], Path]) -> dict[str, Any]:
-    path = pictures.get((answer.image, answer.question))
-    return {"answer": answer, "picture": thumbnail(path) if path else None}
+def _example(answer: Answer, images: Mapping[tuple[str, str], Path]) -> dict[str, Any]:
+    path = images.get((answer.image, answer.question))
+    return {"answer": answer, "image": thumbnail(path) if path else None}
 
 
-def _type_map(facts: ConversionRecord) -> dict[str, Any]:
-    """Rows of layers, columns of what is packed in them; tensors outside of all layers apart."""
-    packed = [tensor for tensor in (facts.plan.types if facts.plan else ()) if set(tensor.types) != {KEPT_TYPE}]
+def _type_map(record: ConversionRecord) -> dict[str, Any]:
+    """Types by layer (rows) and packed tensor (columns); tensors outside of all layers apart."""
+    packed = [tensor for tensor in (record.plan.types if record.plan else ()) if set(tensor.types) != {KEPT_TYPE}]
     layers: dict[int, dict[str, TensorTypes]] = {}
     for tensor in packed:
         if tensor.layer is not None:
@@ -151,12 +153,12 @@ def _type_map(facts: ConversionRecord) -> dict[str, Any]:
     }
 
 
-def _shares(facts: ConversionRecord) -> list[dict[str, Any]]:
+def _shares(record: ConversionRecord) -> list[dict[str, Any]]:
     """Weights and bytes by type."""
-    if facts.plan is None:
+    if record.plan is None:
         return []
     weights: dict[str, float] = {}
-    for tensor in facts.plan.types:
+    for tensor in record.plan.types:
         for name, count in tensor.types.items():
             part = tensor.n_weights * count / sum(tensor.types.values())
             weights[name] = weights.get(name, 0.0) + part
@@ -166,7 +168,7 @@ def _shares(facts: ConversionRecord) -> list[dict[str, Any]]:
         {
             "type": name,
             "bits": QUANT_TYPES[name].bits_per_weight,
-            "weights": weights[name] / facts.plan.n_weights,
+            "weights": weights[name] / record.plan.n_weights,
             "bytes": sizes[name],
             "share": sizes[name] / total,
         }
@@ -174,11 +176,11 @@ def _shares(facts: ConversionRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _routing(routing: Routing, facts: ConversionRecord) -> dict[str, Any]:
+def _routing(routing: Routing, record: ConversionRecord) -> dict[str, Any]:
     """A heatmap of use over average use, and each layer in numbers."""
-    assert facts.calibration is not None
+    assert record.calibration is not None
     positions, rows = [], []
-    for layer, tokens in zip(facts.calibration.layers, routing.tokens, strict=True):
+    for layer, tokens in zip(record.calibration.layers, routing.tokens, strict=True):
         average = sum(tokens) / len(tokens)
         use = [count / average if average else 0.0 for count in tokens]
         positions.append([(math.log2(one) / WIDEST_USE + 1) / 2 if one else math.nan for one in use])
@@ -193,38 +195,38 @@ def _routing(routing: Routing, facts: ConversionRecord) -> dict[str, Any]:
             }
         )
     total = sum(len(tokens) for tokens in routing.tokens)
-    return {"routing": routing, "picture": heatmap(positions) if total else None, "rows": rows, "experts": total}
+    return {"routing": routing, "image": heatmap(positions) if total else None, "rows": rows, "experts": total}
 
 
-def _cost_map(facts: ConversionRecord) -> dict[str, Any] | None:
+def _cost_map(record: ConversionRecord) -> dict[str, Any] | None:
     """A heatmap of what every expert's smallest type would cost, on a logarithmic scale."""
-    if facts.sensitivity is None:
+    if record.sensitivity is None:
         return None
-    costs = [cost for row in facts.sensitivity.by_expert for cost in row if cost > 0]
+    costs = [cost for row in record.sensitivity.by_expert for cost in row if cost > 0]
     if not costs:
         return None
     lowest, highest = math.log10(min(costs)), math.log10(max(costs))
     span = highest - lowest or 1.0
     positions = [
         [(math.log10(cost) - lowest) / span if cost > 0 else math.nan for cost in row]
-        for row in facts.sensitivity.by_expert
+        for row in record.sensitivity.by_expert
     ]
-    return {"picture": heatmap(positions), "lowest": min(costs), "highest": max(costs)}
+    return {"image": heatmap(positions), "lowest": min(costs), "highest": max(costs)}
 
 
-def _stages(facts: ConversionRecord, validation: ValidationReport | None) -> list[dict[str, Any]]:
+def _stages(record: ConversionRecord, validation: ValidationReport | None) -> list[dict[str, Any]]:
     """Stages with their seconds, those of validation last, and their share of the longest."""
-    rows = [(run.name, run.seconds) for run in facts.stages]
+    rows = [(run.name, run.seconds) for run in record.stages]
     if validation:
         rows += [(f"validate: {part}", seconds) for part, seconds in validation.seconds.items()]
     longest = max((seconds for _, seconds in rows), default=0.0) or 1.0
     return [{"name": name, "seconds": seconds, "part": seconds / longest} for name, seconds in rows]
 
 
-def _commands(facts: ConversionRecord) -> list[tuple[str, Sequence[str]]]:
+def _commands(record: ConversionRecord) -> list[tuple[str, Sequence[str]]]:
     """Commands in the order of the first stage that each ran, with all of them."""
     stages: dict[str, list[str]] = {}
-    for run in facts.stages:
+    for run in record.stages:
         if run.command:
             stages.setdefault(run.command, []).append(run.name)
     return list(stages.items())

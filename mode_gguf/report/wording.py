@@ -1,4 +1,4 @@
-"""Numbers and names as people read them; the template's filters."""
+"""The template's filters: numbers and names as text."""
 
 import math
 
@@ -84,8 +84,8 @@ def duration(seconds: float) -> str:
 
 def type_style(name: str) -> str:
     """Background and text of a cell with one type."""
-    colour = colours.of_type(name)
-    return f"background:{colours.css(colour)};color:{colours.on(colour)}"
+    colour = colours.type_colour(name)
+    return f"background:{colours.css(colour)};color:{colours.text_colour(colour)}"
 
 
 def mix_style(types: dict[str, int]) -> str:
@@ -93,7 +93,7 @@ def mix_style(types: dict[str, int]) -> str:
     total, start, stops = sum(types.values()), 0, []
     for name, number in types.items():
         end = start + number
-        stops.append(f"{colours.css(colours.of_type(name))} {100 * start / total:.4g}% {100 * end / total:.4g}%")
+        stops.append(f"{colours.css(colours.type_colour(name))} {100 * start / total:.4g}% {100 * end / total:.4g}%")
         start = end
     return f"background:linear-gradient(90deg,{','.join(stops)})"
 

@@ -1,4 +1,4 @@
-"""What a conversion measured and decided, apart from how its file then behaved: the part `conversion` of report.json.
+"""The record of a conversion, apart from its validation: the part `conversion` of report.json.
 
 report.html shows these numbers and those of the validation, and no others. A part whose artefact is not there is
 None, and `missing` says why.
@@ -8,7 +8,7 @@ from mode_gguf.artifacts import Record
 
 
 class SizePoint(Record):
-    """A text model of some size, real or thought of.
+    """A text model of some size, written or hypothetical.
 
     Attributes:
         name: what it is, such as `Q3_K` for all experts in that type.
@@ -60,7 +60,7 @@ class PlanRecord(Record):
 
 
 class Prediction(Record):
-    """What sensitivity predicts.
+    """Damage predicted from sensitivity.
 
     Attributes:
         answers: `text` and `image`, then numbers are KL in nats per token; or `cost` alone, of no unit.
@@ -89,7 +89,7 @@ class Unit(Record):
 
 
 class SensitivityRecord(Record):
-    """Which weights matter.
+    """Sensitivity of tensors and experts.
 
     Attributes:
         method, positions: scored positions by kind of answer.
@@ -107,7 +107,7 @@ class SensitivityRecord(Record):
 
 
 class Routing(Record):
-    """Where the tokens of one modality went.
+    """Routing of one modality's tokens to experts.
 
     Attributes:
         tokens: routed to every expert, layer by expert; a token counts once for each of its top-k experts.
@@ -122,7 +122,7 @@ class Routing(Record):
 
 
 class CalibrationRecord(Record):
-    """What the model was shown, and which experts that reached.
+    """Calibration data, and the experts that it reached.
 
     `hardly_seen`: experts with fewer than `hardly_seen_below` text and key vision tokens.
     """
@@ -175,7 +175,7 @@ PARTS = ("plan", "prediction", "sensitivity", "calibration", "stages")
 
 
 def unknown_conversion(model: str, reason: str) -> ConversionRecord:
-    """Of a file whose work folder is not there."""
+    """The record of a file whose work folder is not there."""
     return ConversionRecord(
         model=model,
         plan=None,

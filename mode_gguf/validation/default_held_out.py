@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.validation.questions import HeldOut, Question
+from mode_gguf.validation.questions import HeldOutSet, Question
 
 _TEXTS = (
     "The harbour had been silting up for a century before anyone thought to measure it. When the survey was finally "
@@ -53,7 +53,7 @@ _QUESTIONS = (
 )
 
 
-def default_held_out() -> HeldOut:
+def default_held_out() -> HeldOutSet:
     """Six texts, and questions about pictures that scikit-image carries.
 
     Raises:
@@ -65,12 +65,12 @@ def default_held_out() -> HeldOut:
             "the built-in questions use pictures of scikit-image, which is not installed: "
             "pip install scikit-image, or give a held-out folder"
         )
-    pictures = Path(spec.origin).parent / "data"
-    return HeldOut(
+    folder = Path(spec.origin).parent / "data"
+    return HeldOutSet(
         "built-in",
         _TEXTS,
         tuple(
-            Question(pictures / image, question, answer, "contains", kind, f"built-in question {number}")
+            Question(folder / image, question, answer, "contains", kind, f"built-in question {number}")
             for number, (image, question, answer, kind) in enumerate(_QUESTIONS, start=1)
         ),
     )

@@ -1,4 +1,4 @@
-"""How a reference's next-token distributions are kept on disk."""
+"""Storage format of a reference's next-token distributions."""
 
 from typing import Final, TypeAlias
 
@@ -25,7 +25,7 @@ def normalised(logits: Logits) -> Array:
 
 
 def pack_distributions(log_probs: Array) -> dict[str, Array]:
-    """What is stored of (positions, vocabulary) float32 log-probabilities; of those with NaN, what is known."""
+    """Stored arrays of (positions, vocabulary) float32 log-probabilities; NaN, which are unknown, are left out."""
     if np.isnan(log_probs).any():
         listed = ~np.isnan(log_probs)
         return {

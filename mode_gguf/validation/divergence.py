@@ -1,4 +1,4 @@
-"""How far one model's next-token distributions are from another's, position by position.
+"""KL divergence of one model's next-token distributions from another's, position by position.
 
 KL(p || q) = sum over the whole vocabulary of p (log p - log q), in nats; p is the reference. Computed in float64 from
 log-softmax, a few rows at a time, because a vocabulary of 152 k in float64 takes 1.2 MB a row.
@@ -22,9 +22,9 @@ LEAST_LOG_PROB: Final = -60.0
 
 _ROWS: Final = 16
 _LEAST_MASS: Final = 1e-9
-"""Of tokens that are not listed."""
+"""Probability mass of tokens that are not listed, at least."""
 _ROUNDING: Final = 1e-5
-"""By how much a server's probabilities, normalised in float32, may add up to more than 1 without meaning it."""
+"""Rounding error by which a server's probabilities, normalised in float32, may add up to more than 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def _divergence(log_p: Array, log_q: Array) -> Array:
 
 
 def _truncated(log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    """What the KL divergence is at least, and how much more it may be, where NaN are unknown."""
+    """Lower bound of the KL divergence, and the width up to its upper bound, where NaN are unknown."""
     known = ~np.isnan(log_p) & ~np.isnan(log_q)
     p = np.exp(log_p, where=~np.isnan(log_p), out=np.zeros_like(log_p))
     listed = _divergence(np.where(known, log_p, -np.inf), np.where(known, log_q, 0.0))

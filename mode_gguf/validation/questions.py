@@ -37,8 +37,8 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
-    """What a file is judged on; `name` goes into the report."""
+class HeldOutSet:
+    """A held-out set: texts and questions that a file is judged on; `name` goes into the report."""
 
     name: str
     texts: tuple[str, ...]
@@ -56,7 +56,7 @@ class Interval:
     high: float
 
 
-def load_held_out(path: Path) -> HeldOut:
+def load_held_out(path: Path) -> HeldOutSet:
     """Read a folder's `text.jsonl` ({"text"}) and `questions.jsonl` ({"image", "question", "answer", "match", "kind"}).
 
     Either file may be absent, not both; one JSONL file with lines of both kinds does as well. Images are named relative
@@ -77,11 +77,11 @@ def load_held_out(path: Path) -> HeldOut:
     questions = tuple(_question(row, origin, folder) for row, origin in _rows(folder / "questions.jsonl"))
     if not texts and not questions:
         raise InputError(f"{folder}: holds neither text.jsonl nor questions.jsonl with any line")
-    return HeldOut(folder.resolve().name, texts, questions)
+    return HeldOutSet(folder.resolve().name, texts, questions)
 
 
 def is_right(answer: str, expected: str, match: str) -> bool:
-    """Whether `answer` counts.
+    """Whether `answer` counts as right.
 
     Letter case, outer punctuation and runs of white space never matter. `exact`: the same text. `contains`: `expected`
     occurs in it as whole words. `number`: the first number in it has the value of `expected`.
@@ -105,7 +105,7 @@ def wilson_interval(right: int, asked: int) -> Interval:
     return Interval(right, asked, share, low, high)
 
 
-def _load_file(path: Path) -> HeldOut:
+def _load_file(path: Path) -> HeldOutSet:
     texts: list[str] = []
     questions: list[Question] = []
     for row, origin in read_json_lines(path):
@@ -115,7 +115,7 @@ def _load_file(path: Path) -> HeldOut:
             questions.append(_question(row, origin, path.parent))
     if not texts and not questions:
         raise InputError(f"{path}: holds no line")
-    return HeldOut(path.stem, tuple(texts), tuple(questions))
+    return HeldOutSet(path.stem, tuple(texts), tuple(questions))
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

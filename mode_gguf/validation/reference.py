@@ -26,18 +26,18 @@ from mode_gguf.errors import InputError
 from mode_gguf.gguf.header import read_header
 from mode_gguf.llama_cpp.engines import Engine, engine_for
 from mode_gguf.llama_cpp.gpu_offload import ON_CPU, Offload
-from mode_gguf.llama_cpp.http_model import TOP, Server, ServerModel
+from mode_gguf.llama_cpp.http_model import TOP, ServerModel, ServerUrl
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.llama_cpp.model_protocol import Logits, Model
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.distributions import normalised, pack_distributions, unpack_distributions
-from mode_gguf.validation.questions import HeldOut, Question
+from mode_gguf.validation.questions import HeldOutSet, Question
 from mode_gguf.validation.report import FileRecord
 from mode_gguf.validation.structure import experts_bpw
 
 Array: TypeAlias = np.ndarray
-Source: TypeAlias = Path | Server
-"""A model: a text GGUF to run in this process, or what a llama-server has loaded."""
+ModelSource: TypeAlias = Path | ServerUrl
+"""A model: a text GGUF to run in this process, or one behind a llama-server."""
 
 RECORD: Final = "reference.json"
 MAX_TEXT_TOKENS: Final = 256
@@ -45,8 +45,8 @@ MAX_ANSWER_TOKENS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """How models are run; the same for the reference and its candidates.
+class RunSettings:
+    """Settings of model runs; the same for the reference and its candidates.
 
     `context`, `threads`, `offload`, `exact` and `engine` are as in `LlamaModel`, `top_logprobs` as in `ServerModel`.
 
@@ -65,8 +65,8 @@ class Settings:
     engine: Engine | None = None
     top_logprobs: int = TOP
 
-    def open(self, source: Source, mmproj: Path | None) -> AbstractContextManager[Model]:
-        if isinstance(source, Server):
+    def open(self, source: ModelSource, mmproj: Path | None) -> AbstractContextManager[Model]:
+        if isinstance(source, ServerUrl):
             return nullcontext(ServerModel(source, self.top_logprobs))
         return self.load(source, mmproj)
 
@@ -81,8 +81,8 @@ class Settings:
             engine=self.engine,
         )
 
-    def that_matter(self) -> dict[str, Any]:
-        """What stored distributions depend on, but for rounding."""
+    def distribution_key(self) -> dict[str, Any]:
+        """Settings that stored distributions depend on, but for rounding."""
         names = ("context", "exact", "max_text_tokens", "max_answer_tokens", "answers")
         return {name: getattr(self, name) for name in names}
 
@@ -121,7 +121,7 @@ class ReferenceRecord(Record):
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Everything a reference model said about a held-out set; see `measure_reference`.
+    """A reference model's answers and distributions on a held-out set; see `measure_reference`.
 
     Attributes:
         paths: one per text, then one per question.
@@ -137,12 +137,12 @@ class Reference:
         )
 
 
-def text_tokens(model: Model, text: str, settings: Settings) -> list[int]:
+def text_tokens(model: Model, text: str, settings: RunSettings) -> list[int]:
     """The tokens of a held-out text; `tokens[1:]` are scored."""
     return [*model.beginning, *model.tokenize(text, special=False)][: settings.max_text_tokens]
 
 
-def score_text(model: Model, text: str, settings: Settings) -> tuple[list[int], Logits]:
+def score_text(model: Model, text: str, settings: RunSettings) -> tuple[list[int], Logits]:
     """The scored tokens of a text and the logits that predict them.
 
     Raises:
@@ -159,7 +159,7 @@ def question_prompt(model: Model, question: Question) -> str:
     return model.chat_template.question(question.question, model.image_marker)
 
 
-def scored_answer(model: Model, prompt: str, question: Question, settings: Settings) -> list[int]:
+def scored_answer(model: Model, prompt: str, question: Question, settings: RunSettings) -> list[int]:
     """The answer that is scored: the model's own, or the given one with its end token where `settings` want that."""
     if settings.answers == "reference" or question.answer is None:
         return model.generate(prompt, question.image, max_tokens=settings.max_answer_tokens)
@@ -167,7 +167,7 @@ def scored_answer(model: Model, prompt: str, question: Question, settings: Setti
 
 
 def greedy_answer(
-    model: Model, prompt: str, question: Question, settings: Settings, forced: Sequence[int], logits: Logits
+    model: Model, prompt: str, question: Question, settings: RunSettings, forced: Sequence[int], logits: Logits
 ) -> str:
     """The greedy answer to a question.
 
@@ -183,11 +183,11 @@ def greedy_answer(
 
 
 def measure_reference(
-    source: Source,
+    source: ModelSource,
     mmproj: Path | None,
-    held_out: HeldOut,
+    held_out: HeldOutSet,
     folder: Path,
-    settings: Settings,
+    settings: RunSettings,
     progress: Progress = silent,
 ) -> Reference:
     """Distributions of the reference at every scored position, and its greedy answers; kept in `folder`.
@@ -220,8 +220,8 @@ def measure_reference(
     return Reference(paths, record)
 
 
-def stored_reference(folder: Path, held_out: HeldOut, settings: Settings) -> Reference:
-    """What `measure_reference` left in `folder`, without the model.
+def stored_reference(folder: Path, held_out: HeldOutSet, settings: RunSettings) -> Reference:
+    """The reference that `measure_reference` left in `folder`, without the model.
 
     Raises:
         InputError: there is nothing, or it was measured on other samples or with other settings.
@@ -233,7 +233,7 @@ def stored_reference(folder: Path, held_out: HeldOut, settings: Settings) -> Ref
         if not _is_current(path, _made_from(record, settings, sample)):
             origin = "a text" if isinstance(sample, str) else sample.origin
             raise InputError(
-                f"{path}: was not measured on {origin} with these settings ({settings.that_matter()}); give the "
+                f"{path}: was not measured on {origin} with these settings ({settings.distribution_key()}); give the "
                 "samples and options that it was measured with, or the reference model itself"
             )
     return Reference(paths, record)
@@ -243,30 +243,30 @@ def _paths(folder: Path, count: int) -> tuple[Path, ...]:
     return tuple(folder / f"reference-{index:05d}.safetensors" for index in range(count))
 
 
-def _record(source: Source, mmproj: Path | None, settings: Settings) -> ReferenceRecord:
-    if isinstance(source, Server):
+def _record(source: ModelSource, mmproj: Path | None, settings: RunSettings) -> ReferenceRecord:
+    if isinstance(source, ServerUrl):
         model = ServerModel(source, settings.top_logprobs)
         identity = fingerprint(model.identity(), model.listed)
         return ReferenceRecord(
-            model=facts_of(source), runtime=model.runtime, text_identity=identity, image_identity=identity
+            model=file_record(source), runtime=model.runtime, text_identity=identity, image_identity=identity
         )
     assert settings.engine is not None
     text = _identity(source)
     return ReferenceRecord(
-        model=facts_of(source),
+        model=file_record(source),
         runtime=settings.engine.version,
         text_identity=fingerprint(text),
         image_identity=fingerprint(text, _identity(mmproj) if mmproj else None),
     )
 
 
-def facts_of(source: Source) -> FileRecord:
-    """Size and bits per weight of a model; a server tells no more of experts than of anything else.
+def file_record(source: ModelSource) -> FileRecord:
+    """Size and bits per weight of a model; None for the experts of a model behind a server.
 
     Raises:
         InputError: the file is missing or is not GGUF.
     """
-    if isinstance(source, Server):
+    if isinstance(source, ServerUrl):
         model = ServerModel(source)
         bpw = 8 * model.size_bytes / model.n_weights
         return FileRecord(name=model.alias, size_bytes=model.size_bytes, bpw=bpw, experts_bpw=None)
@@ -274,7 +274,7 @@ def facts_of(source: Source) -> FileRecord:
     return FileRecord(name=source.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=experts_bpw(header))
 
 
-def _measure(model: Model, sample: str | Question, settings: Settings) -> ScoredSample:
+def _measure(model: Model, sample: str | Question, settings: RunSettings) -> ScoredSample:
     if isinstance(sample, str):
         tokens, logits = score_text(model, sample, settings)
         return ScoredSample(tokens, normalised(logits), "")
@@ -288,12 +288,12 @@ def _measure(model: Model, sample: str | Question, settings: Settings) -> Scored
     return ScoredSample(tokens, normalised(logits), answer)
 
 
-def _made_from(record: ReferenceRecord, settings: Settings, sample: str | Question) -> str:
+def _made_from(record: ReferenceRecord, settings: RunSettings, sample: str | Question) -> str:
     if isinstance(sample, str):
         identity, contents = record.text_identity, sample
     else:
         identity, contents = record.image_identity, fingerprint(_contents(sample))
-    return fingerprint(identity, record.runtime, settings.that_matter(), contents)
+    return fingerprint(identity, record.runtime, settings.distribution_key(), contents)
 
 
 def _is_current(path: Path, made_from: str) -> bool:
@@ -305,7 +305,7 @@ def _is_current(path: Path, made_from: str) -> bool:
 
 
 def _identity(path: Path) -> list[Any]:
-    """What tells a GGUF file from another without reading gigabytes: its header, sizes and times of change."""
+    """Identity of a GGUF file without reading its data: its header, sizes and times of change."""
     header = read_header(path)
     stats = [file.stat() for file in header.files]
     tensors = [(info.name, info.type, info.shape, info.offset) for info in header.tensors.values()]

@@ -1,4 +1,4 @@
-"""report.json: what was measured about one file in llama.cpp."""
+"""report.json: measurements of one file in llama.cpp."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -86,7 +86,7 @@ class Accuracy(Record):
 
 
 class Answer(Record):
-    """One question about a picture, and what the models say."""
+    """One question about an image, and the models' answers."""
 
     image: str
     kind: str
@@ -98,7 +98,7 @@ class Answer(Record):
 
 
 class Smoke(Record):
-    """The answer of the smoke test, and what ran it."""
+    """The answer of the smoke test, and the runtime."""
 
     runtime: str
     question: str
@@ -111,7 +111,7 @@ class Smoke(Record):
 
 
 class Check(Record):
-    """A limit that was given on the command line, and what was found; `kept` is the verdict."""
+    """A limit that was given on the command line, and the measured value; `kept` is the verdict."""
 
     option: str
     limit: float
@@ -124,7 +124,7 @@ class ValidationReport(Record):
 
     `runtime` ran the candidate, `reference_runtime` the reference. `scored_answers` says which answers about pictures
     `image` is about: the reference's own (`reference`), or the right ones of the questions (`given`). `settings` is how
-    models were run (`reference.Settings`), `checks` are the limits that were given.
+    models were run (`reference.RunSettings`), `checks` are the limits that were given.
     `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now;
     `conversion` is how it was made, where that is known.
     """

@@ -40,7 +40,7 @@ def check_structure(path: Path, planned: Mapping[str, QuantType] | None = None) 
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a GGUF file is, as JSON-able values.
+    """Description of a GGUF file, as JSON-able values.
 
     Keys: `files`, `size_bytes`, `n_weights`, `bpw`, `experts_bpw` (None without experts), `types` (type -> tensors,
     weights, bytes), `metadata`, and `tensors` (name, shape in NumPy order, type, n_weights, size_bytes, bpw).

@@ -1,4 +1,4 @@
-"""Judges a finished file in real llama.cpp against its reference, on texts and on questions about pictures."""
+"""Validation of a file in llama.cpp against its reference, on texts and on questions about images."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from mode_gguf import __version__
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.gguf.header import read_header
 from mode_gguf.llama_cpp.engines import Engine, engine_for, has_expert_groups
-from mode_gguf.llama_cpp.http_model import Server, ServerModel
+from mode_gguf.llama_cpp.http_model import ServerModel, ServerUrl
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.llama_cpp.installed_tools import LlamaCppTools, find_llama_cpp, smoke_test
 from mode_gguf.llama_cpp.model_protocol import Logits, Model
@@ -26,13 +26,13 @@ from mode_gguf.quantization.types import QuantType
 from mode_gguf.validation.bounds import ALL_KINDS, check_measurable, checks_of
 from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
-from mode_gguf.validation.questions import HeldOut, Question, is_right, wilson_interval
+from mode_gguf.validation.questions import HeldOutSet, Question, is_right, wilson_interval
 from mode_gguf.validation.reference import (
+    ModelSource,
     Reference,
+    RunSettings,
     ScoredSample,
-    Settings,
-    Source,
-    facts_of,
+    file_record,
     greedy_answer,
     measure_reference,
     question_prompt,
@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """A file and what it is compared with.
+class ComparedModels:
+    """A candidate and the reference it is compared with.
 
     Attributes:
         candidate: the text model.
@@ -58,18 +58,18 @@ class Compared:
         planned: type of every tensor of the candidate, when it was made from a plan.
     """
 
-    candidate: Source
-    reference: Source | None = None
+    candidate: ModelSource
+    reference: ModelSource | None = None
     mmproj: Path | None = None
     planned: Mapping[str, QuantType] | None = None
 
 
 def validate(
-    compared: Compared,
-    held_out: HeldOut | None = None,
+    compared: ComparedModels,
+    held_out: HeldOutSet | None = None,
     *,
     tools: LlamaCppTools | None = None,
-    settings: Settings | None = None,
+    settings: RunSettings | None = None,
     reference_folder: Path | None = None,
     limits: Limits = Limits(),
     progress: Progress = silent,
@@ -96,13 +96,13 @@ def validate(
     """
     candidate, reference, mmproj = compared.candidate, compared.reference, compared.mmproj
     held_out = held_out or default_held_out()
-    settings = settings or Settings()
+    settings = settings or RunSettings()
     stored = isinstance(reference, Path) and reference.is_dir()
     loaded = [path for path in (candidate, None if stored else reference) if isinstance(path, Path)]
     with_images = _has_vision(candidate, mmproj) and (reference is None or stored or _has_vision(reference, mmproj))
     check_measurable(limits, held_out, with_reference=reference is not None, with_images=with_images)
     if not with_images:
-        held_out = HeldOut(held_out.name, held_out.texts, ())
+        held_out = HeldOutSet(held_out.name, held_out.texts, ())
     if loaded:
         settings = replace(settings, engine=_engine(settings.engine, loaded))
     seconds: dict[str, float] = {}
@@ -114,11 +114,11 @@ def validate(
                 check_structure(mmproj)
         if mmproj and held_out.questions:
             with _timed(seconds, "smoke"):
-                picture = held_out.questions[0].image
+                smoke_image = held_out.questions[0].image
                 if settings.engine and settings.engine.folder and has_tools(settings.engine.folder):
                     tools = find_llama_cpp(settings.engine.folder)
                 tools = tools or LlamaCppTools({}, None)
-                smoke = smoke_test(candidate, mmproj, picture, tools, threads=settings.threads)
+                smoke = smoke_test(candidate, mmproj, smoke_image, tools, threads=settings.threads)
     with ExitStack() as stack:
         measured = None
         with _timed(seconds, "reference"):
@@ -143,8 +143,8 @@ def validate(
         tool_version=__version__,
         runtime=runtime,
         held_out=held_out.name,
-        candidate=facts_of(candidate),
-        mmproj=_projector_facts(mmproj) if mmproj and isinstance(candidate, Path) else None,
+        candidate=file_record(candidate),
+        mmproj=_projector_record(mmproj) if mmproj and isinstance(candidate, Path) else None,
         reference=measured.record.model if measured else None,
         text=_divergence(text, measured),
         image=_divergence(image, measured),
@@ -155,14 +155,14 @@ def validate(
         seconds=seconds,
         reference_runtime=measured.record.runtime if measured else None,
         scored_answers=settings.answers if image else None,
-        settings=_told(settings),
+        settings=_settings_record(settings),
         warnings=_warnings(sum(judged.left_out)),
     )
     return report.model_copy(update={"checks": checks_of(limits, report)})
 
 
-def _has_vision(source: Source, mmproj: Path | None) -> bool:
-    return ServerModel(source).has_vision if isinstance(source, Server) else mmproj is not None
+def _has_vision(source: ModelSource, mmproj: Path | None) -> bool:
+    return ServerModel(source).has_vision if isinstance(source, ServerUrl) else mmproj is not None
 
 
 def _engine(chosen: Engine | None, models: list[Path]) -> Engine:
@@ -180,7 +180,7 @@ def _engine(chosen: Engine | None, models: list[Path]) -> Engine:
 
 
 def has_tools(folder: Path) -> bool:
-    """Whether there are programs beside the libraries."""
+    """Whether llama-mtmd-cli is beside the libraries."""
     try:
         return find_llama_cpp(folder)["llama-mtmd-cli"] is not None
     except InputError:
@@ -193,30 +193,30 @@ def _warnings(left_out: int) -> tuple[str, ...]:
     return (f"{left_out} tokens of answers were left out: they end within a character, where a server says nothing",)
 
 
-def _runtime(model: Model, settings: Settings) -> str:
+def _runtime(model: Model, settings: RunSettings) -> str:
     if isinstance(model, ServerModel):
         return model.runtime
     assert settings.engine is not None
     return settings.engine.version
 
 
-def _told(settings: Settings) -> dict[str, Any]:
-    """What a report says of the settings; engines have a field of their own."""
-    told = asdict(replace(settings, engine=None))
-    del told["engine"]
-    jsonable: dict[str, Any] = json.loads(json.dumps(told))
+def _settings_record(settings: RunSettings) -> dict[str, Any]:
+    """The settings as JSON values of the report; engines have a field of their own."""
+    fields = asdict(replace(settings, engine=None))
+    del fields["engine"]
+    jsonable: dict[str, Any] = json.loads(json.dumps(fields))
     return jsonable
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """The candidate, loaded, beside what the reference said; samples are numbered as in `Reference`."""
+    """The loaded candidate beside its reference; samples are numbered as in `Reference`."""
 
     model: Model
     reference: Reference | None
-    settings: Settings
+    settings: RunSettings
     left_out: list[int] = field(default_factory=list)
-    """Positions of each sample that a server could say nothing of."""
+    """Number of positions of each sample of which a server lists nothing."""
 
     def score_text(self, index: int, text: str) -> Scores:
         tokens, logits = score_text(self.model, text, self.settings)
@@ -259,7 +259,7 @@ class _Candidate:
 
 
 def _measure_candidate(
-    candidate: _Candidate, held_out: HeldOut, progress: Progress
+    candidate: _Candidate, held_out: HeldOutSet, progress: Progress
 ) -> tuple[list[Scores], list[Scores], list[Answer]]:
     """Scores of the texts, scores of the answers, and the answers themselves."""
     n_texts = len(held_out.texts)
@@ -282,7 +282,7 @@ def _divergence(parts: list[Scores], reference: Reference | None) -> Divergence 
     return Divergence.of(Scores.joined(parts), with_reference=reference is not None)
 
 
-def _accuracy(held_out: HeldOut, answers: list[str] | list[str | None]) -> dict[str, Accuracy]:
+def _accuracy(held_out: HeldOutSet, answers: list[str] | list[str | None]) -> dict[str, Accuracy]:
     hits: dict[str, list[bool]] = {}
     for question, answer in zip(held_out.questions, answers, strict=True):
         if question.answer is None or answer is None:
@@ -293,7 +293,7 @@ def _accuracy(held_out: HeldOut, answers: list[str] | list[str | None]) -> dict[
     return {kind: Accuracy.of(wilson_interval(sum(right), len(right))) for kind, right in sorted(hits.items())}
 
 
-def _projector_facts(mmproj: Path) -> FileRecord:
+def _projector_record(mmproj: Path) -> FileRecord:
     header = read_header(mmproj)
     return FileRecord(name=mmproj.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=None)
 

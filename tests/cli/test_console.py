@@ -1,4 +1,4 @@
-"""What the command line prints, and where."""
+"""Console output: texts, and which stream they go to."""
 
 import logging
 import sys

@@ -40,7 +40,7 @@ def base(olmoe: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def imatrix(base: Path) -> Path:
-    """As llama-imatrix writes it: no entry for the output head, an expert without tokens."""
+    """An importance matrix as llama-imatrix writes it: no entry for the output head, an expert without tokens."""
     rng = np.random.default_rng(0)
     entries = {}
     for tensor in open_base(base).tensors:

@@ -67,7 +67,7 @@ def test_another_way_of_running_it_is_another_plan(pico: Path, out: Path, run: R
     )
 
 
-def test_plan_shows_the_ledger(pico: Path, out: Path, run: Run) -> None:
+def test_plan_shows_the_memory_breakdown(pico: Path, out: Path, run: Run) -> None:
     memory = str(beside(run, pico) + 3 * 2**20)
     shown = run("plan", pico, "--out", out, "--fit", memory, *FIT)
     for name in ("KV cache: 2048 cells x 3 layers, q8_0", "text compute buffer", "image encoder", "reserve", "free"):

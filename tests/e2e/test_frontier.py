@@ -22,7 +22,7 @@ def out(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = pipeline.open_model(pico, tmp_path_factory.mktemp("frontier"))
     options = CalibrationOptions(image_samples=2, text_samples=2)
     calibrate = pipeline.Calibrate(options, ComputeOptions(device="cpu"))
-    run.ensure(calibrate, pipeline.Sensitivity.of(calibrate, SensitivityOptions(packing=EXACT), DEFAULT_TYPES))
+    run.ensure(calibrate, pipeline.MeasureSensitivity.of(calibrate, SensitivityOptions(packing=EXACT), DEFAULT_TYPES))
     return run.folder.path
 
 

@@ -46,7 +46,9 @@ def test_what_is_out_of_reach_is_said_before_anything_runs(narrow: Path, tmp_pat
     assert "rows of 96" in json.dumps(facts)
 
 
-def test_convert_chooses_stand_ins_and_llama_cpp_answers(narrow: Path, out: Path, tmp_path: Path, run: Run) -> None:
+def test_convert_chooses_fallback_types_and_llama_cpp_answers(
+    narrow: Path, out: Path, tmp_path: Path, run: Run
+) -> None:
     result = json.loads(run("convert", narrow, "--bpw", "4.5", "--out", out, "--no-validate", *SMALL))
     assert 4.5 * 0.995 <= result["bpw"] <= 4.5
     plan, model = Plan.load(out / "plan.json"), Path(result["model"])

@@ -1,4 +1,4 @@
-"""From the hub to files and back: `convert ORG/NAME`, `card`, `publish`, with a stand-in for the hub."""
+"""Round trip from and to the hub: `convert ORG/NAME`, `card`, `publish`, with a fake hub."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ def front_matter(card: str) -> dict[str, object]:
 
 
 def ggufs(folder: Path) -> list[Path]:
-    """What `convert` wrote of GGUF files for users."""
+    """The GGUF files for users that `convert` wrote."""
     return sorted(path for path in folder.glob("*.gguf") if "-BF16" not in path.name)
 
 

@@ -101,7 +101,7 @@ class Moments:
 
 
 def convert(model: Path, out: Path, data: Path, fatal: str | None, record: Path | None) -> None:
-    """In a process of its own: convert up to the fatal moment; record all moments."""
+    """Convert in a process of its own up to the fatal moment; record all moments."""
     moments = Moments(fatal)
     moments.watch_files()
     pipeline.convert(pipeline.open_model(model, out, progress=moments), options(data))
@@ -223,7 +223,7 @@ def convert_limited(model: Path, out: Path, data: Path, size: int, said: Path) -
 
 
 def test_a_full_disk(tmp_path: Path, limited: Callable[[int], str], pico: Path, data: Path) -> None:
-    """At three points of the way; then there is room again."""
+    """A full disk at three points of a conversion; then there is space again."""
     work = tmp_path / "work"
     for size, name in ((30_000, "calibration.safetensors"), (400_000, "blk.0.safetensors"), (2_000_000, "3.60bpw")):
         said = limited(size)

@@ -129,7 +129,7 @@ def test_a_server_that_dies_says_why(pair: Path, tmp_path: Path, run: Run) -> No
     assert "pico-Q8_0.gguf: its server ended with code 3: error: no more luck" in error
 
 
-def test_what_llama_server_is_told(pair: Path, tmp_path: Path, run: Run) -> None:
+def test_arguments_of_llama_server(pair: Path, tmp_path: Path, run: Run) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "llama-server").write_text('#!/bin/sh\necho "error: $*"\nexit 1\n')

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFWriter
 
 from mode_gguf.llama_cpp.runtime.installed import RECORD, cache_folder
-from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, Variant
+from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, BuildVariant
 
 Run = Callable[..., str]
 
@@ -33,7 +33,7 @@ def grouped(tmp_path: Path) -> Path:
 
 def pretend_build(patch: Path | None) -> Path:
     """A folder in the cache whose llama-bench prints its arguments."""
-    variant = Variant(patch)
+    variant = BuildVariant(patch)
     folder = cache_folder() / variant.name
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "llama-bench").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
@@ -77,7 +77,7 @@ def test_doctor(run: Run) -> None:
         json.loads(run("doctor", "--json"))["type per expert"] == "no runtime; build it with: mode-gguf runtime build"
     )
     patched = pretend_build(PATCH)
-    assert f"expert groups (patch {Variant().patch_digest}, cpu) in {patched}" in run("doctor")
+    assert f"expert groups (patch {BuildVariant().patch_digest}, cpu) in {patched}" in run("doctor")
 
 
 def test_run(grouped: Path, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""What a conversion is said to need, and what is refused for want of it."""
+"""Estimates of a conversion's resources, and refusals for want of them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,10 @@ from mode_gguf.errors import MissingResourceError
 from mode_gguf.estimate.free_resources import FreeResources, disk_use, free_resources, memory_warning, shortages
 from mode_gguf.estimate.machine import Machine, available_memory, measure_machine, total_memory
 from mode_gguf.estimate.stage_estimates import (
-    EstimatedWork,
     ModelSizes,
     StageEstimate,
     TokenCounts,
+    Workload,
     stage_estimates,
 )
 from mode_gguf.forward.inputs import InputBuilder
@@ -52,22 +52,22 @@ def test_sizes(pico_module: Path, sizes: ModelSizes) -> None:
 
 @pytest.mark.parametrize("folder", ["pico_module", "pico_internvl"])
 def test_work_is_about_what_the_model_sees(folder: str, request: pytest.FixtureRequest) -> None:
-    """Of images in patches, and of images in tiles."""
+    """Workloads of images in patches and in tiles."""
     checkpoint = Checkpoint.open(request.getfixturevalue(folder))
     sizes = ModelSizes.of(checkpoint)
     samples = load_samples(None, max_image_samples=6, max_text_samples=6)
-    said = TokenCounts.of(samples, sizes)
+    counts = TokenCounts.of(samples, sizes)
     builder = InputBuilder.open(checkpoint)
     seen = [builder.build(sample) for sample in samples]
     vision = sum(int(one.is_vision.sum()) for one in seen)
-    assert said.vision_tokens == pytest.approx(vision, rel=0.1)
+    assert counts.vision_tokens == pytest.approx(vision, rel=0.1)
     limit = TokenCounts.at_most(CalibrationOptions(image_samples=6, text_samples=6), sizes)
     assert limit.vision_tokens >= vision
-    assert limit.tokens >= said.tokens
+    assert limit.tokens >= counts.tokens
     assert limit.longest >= max(len(one.input_ids) for one in seen)
 
 
-WORK = EstimatedWork(
+WORKLOAD = Workload(
     counts=TokenCounts(10_000, 10_000, 512),
     model_bytes=GB,
     hidden_bytes=4 << 30,
@@ -80,29 +80,31 @@ WORK = EstimatedWork(
 
 
 def test_estimates_grow_with_samples_and_not_with_memory(sizes: ModelSizes) -> None:
-    few, many = (stage_estimates(sizes, replace(WORK, counts=TokenCounts(n, n, 512)), 2) for n in (1_000, 10_000_000))
+    few, many = (
+        stage_estimates(sizes, replace(WORKLOAD, counts=TokenCounts(n, n, 512)), 2) for n in (1_000, 10_000_000)
+    )
     assert [stage.stage for stage in few] == ["calibrate", "sensitivity", "round", "export", "projector", "validate"]
     assert all(stage.seconds is None for stage in few)
     assert all(small.memory <= large.memory for small, large in zip(few, many, strict=True))
     assert few[0].temporary == few[1].temporary == 0
     assert 0 < many[0].temporary < many[1].temporary
-    small = replace(WORK, counts=TokenCounts(10_000_000, 10_000_000, 512), hidden_bytes=1 << 20)
+    small = replace(WORKLOAD, counts=TokenCounts(10_000_000, 10_000_000, 512), hidden_bytes=1 << 20)
     tight = stage_estimates(sizes, small, 2)
     assert tight[1].memory < many[1].memory
     assert tight[1].temporary > many[1].temporary
 
 
 def test_nearest_rounding_and_no_validation_are_left_out(sizes: ModelSizes) -> None:
-    names = [stage.stage for stage in stage_estimates(sizes, replace(WORK, feedback=False, validate=False), 2)]
+    names = [stage.stage for stage in stage_estimates(sizes, replace(WORKLOAD, feedback=False, validate=False), 2)]
     assert names == ["calibrate", "sensitivity", "export", "projector"]
 
 
 def test_a_gpu_holds_the_weights(sizes: ModelSizes) -> None:
     machine = Machine(memory=GB, device_memory=24 * GB, flops=1e14, read_rate=1e9)
-    on_gpu = stage_estimates(sizes, WORK, 2, machine)
+    on_gpu = stage_estimates(sizes, WORKLOAD, 2, machine)
     assert on_gpu[0].device_memory > 0
     assert all(stage.seconds is not None and stage.seconds >= 0 for stage in on_gpu)
-    slower = stage_estimates(sizes, WORK, 2, replace(machine, flops=1e11))
+    slower = stage_estimates(sizes, WORKLOAD, 2, replace(machine, flops=1e11))
     assert sum(stage.seconds or 0 for stage in slower) > sum(stage.seconds or 0 for stage in on_gpu)
 
 

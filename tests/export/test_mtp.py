@@ -61,7 +61,7 @@ def test_llama_cpp_loads_it(checkpoint: Checkpoint, quant_type: str, tmp_path: P
     params = lib.llama_model_default_params()
     params.load_mtp = True
     model = lib.llama_model_load_from_file(str(path).encode(), params)
-    assert model, c_api.last_complaint()
+    assert model, c_api.last_errors()
     lib.llama_model_free(model)
 
 

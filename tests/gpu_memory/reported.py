@@ -53,7 +53,7 @@ def loaded(path: Path, *, weights: bool = True, lib: ctypes.CDLL | None = None) 
         params.no_alloc = True
         params.load_mode = 0
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
-    assert model, c_api.last_complaint()
+    assert model, c_api.last_errors()
     try:
         yield model
     finally:
@@ -71,7 +71,7 @@ def context_sizes(model: int, fit: FitSettings, lib: ctypes.CDLL | None = None) 
     params.type_k = params.type_v = GGML_TYPES[fit.kv_type]
     with lines_of_llama_cpp() as lines:
         context = lib.llama_init_from_model(model, params)
-        assert context, c_api.last_complaint()
+        assert context, c_api.last_errors()
         lib.llama_free(context)
     (cache,), (compute,), (output,) = (
         sizes(lines, text) for text in ("cells", "compute buffer size =", "output buffer size")
@@ -88,7 +88,7 @@ def encoder_sizes(mmproj: Path) -> tuple[float, float]:
     params.flash_attn_type = FLASH_ATTENTION_ON
     with lines_of_llama_cpp() as lines:
         encoder = lib.mtmd_init_from_file(os.fsencode(mmproj), None, params)
-        assert encoder, c_api.last_complaint()
+        assert encoder, c_api.last_errors()
         lib.mtmd_free(encoder)
     (compute,) = sizes(lines, "compute buffer size")
     (weights,) = (

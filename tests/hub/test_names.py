@@ -21,7 +21,7 @@ HUB_LABEL = re.compile(rf"({HUB_LABELS})(_[A-Z]+)?")
 
 
 def model_of(tag: str, files: list[str]) -> str | None:
-    """Which file llama.cpp takes for `-hf REPOSITORY:TAG`."""
+    """The file that llama.cpp takes for `-hf REPOSITORY:TAG`."""
     for file in files:
         if is_model_file(file) and re.search(tag + "[.-]", file, re.IGNORECASE):
             return file

@@ -1,4 +1,4 @@
-"""What a card says was run, and where things lie, which nothing says."""
+"""Commands on a model card, and local paths, which are removed."""
 
 from pathlib import Path
 

@@ -148,7 +148,7 @@ def test_models_without_safetensors(hub: Hub, tmp_path: Path, file: str, found: 
     assert [path for path in hub.asked("GET", "/resolve/") if path.endswith((".bin", ".gguf"))] == []
 
 
-def test_too_little_room(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "free_bytes", lambda folder: 1_000_000)
     with pytest.raises(MissingResourceError, match="HF_HOME"):
         checkpoint_folder(NAME)

@@ -1,4 +1,4 @@
-"""Which llama.cpp runs which file, and that both may run side by side in one process."""
+"""Choice of the engine for a file, and two engines side by side in one process."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ from mode_gguf.llama_cpp.command_line import command_line
 from mode_gguf.llama_cpp.engines import Engine, engine_for, named_engine
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.llama_cpp.runtime.installed import RECORD, BuildRecord, Runtime, cache_folder, find_runtime
-from mode_gguf.llama_cpp.runtime.pinned_release import Variant
+from mode_gguf.llama_cpp.runtime.pinned_release import BuildVariant
 from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE
 from mode_gguf.validation import reference
-from mode_gguf.validation.questions import HeldOut, Question, load_held_out
-from mode_gguf.validation.reference import ScoredSample, Settings, measure_reference
-from mode_gguf.validation.validate import Compared, validate
+from mode_gguf.validation.questions import HeldOutSet, Question, load_held_out
+from mode_gguf.validation.reference import RunSettings, ScoredSample, measure_reference
+from mode_gguf.validation.validate import ComparedModels, validate
 from tests.llama_cpp.runtime.grouped_files import Groups, random_groups, write_dequantized, write_grouped
 from tests.validation.conftest import Files
 
@@ -70,7 +70,7 @@ def pretend_tools(folder: Path) -> None:
 @pytest.fixture
 def runtime(no_programs: None) -> Runtime:
     """A folder that looks like a build of ours."""
-    folder = cache_folder() / Variant().name
+    folder = cache_folder() / BuildVariant().name
     pretend_tools(folder / "bin")
     write_json(folder / RECORD, BUILT.model_dump(mode="json"))
     return Runtime(folder, BUILT)
@@ -134,13 +134,13 @@ def test_no_program(stock_file: Path) -> None:
 
 
 def test_reference_is_measured_again_by_another_engine(
-    full: Files, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: Files, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held_out = HeldOut("one", ("The quick brown fox",), ())
+    held_out = HeldOutSet("one", ("The quick brown fox",), ())
     measured: list[str | Question] = []
     original = reference._measure
 
-    def counted(model: LlamaModel, sample: str | Question, settings: Settings) -> ScoredSample:
+    def counted(model: LlamaModel, sample: str | Question, settings: RunSettings) -> ScoredSample:
         measured.append(sample)
         return original(model, sample, settings)
 
@@ -173,7 +173,7 @@ def group_of(full: Files) -> Groups:
 
 @pytest.mark.runtime
 def test_same_logits_in_both_engines(
-    patched: Runtime, group_of: Groups, full: Files, settings: Settings, picture: Image.Image, tmp_path: Path
+    patched: Runtime, group_of: Groups, full: Files, settings: RunSettings, picture: Image.Image, tmp_path: Path
 ) -> None:
     """One process, both libraries at once, the same weights in groups and not: text, and an answer about a picture."""
     exact = replace(settings, exact=True)
@@ -198,7 +198,7 @@ def test_validate_in_our_build(
     full: Files,
     small: Files,
     held_out_folder: Path,
-    settings: Settings,
+    settings: RunSettings,
     tmp_path: Path,
 ) -> None:
     """Experts in Q2_K and F32 side by side, and the ordinary file of the same weights in the embedded llama.cpp."""
@@ -207,12 +207,15 @@ def test_validate_in_our_build(
     ordinary = write_dequantized(tmp_path / "ordinary.gguf", sources, group_of)
     held_out = load_held_out(held_out_folder)
     report = validate(
-        Compared(grouped, full.text, full.mmproj), held_out, settings=settings, reference_folder=tmp_path / "reference"
+        ComparedModels(grouped, full.text, full.mmproj),
+        held_out,
+        settings=settings,
+        reference_folder=tmp_path / "reference",
     )
     assert report.runtime == patched.version
     assert report.smoke is not None
     assert str(patched.bin) in report.smoke.runtime
-    expected = validate(Compared(ordinary, full.text, full.mmproj), held_out, settings=settings)
+    expected = validate(ComparedModels(ordinary, full.text, full.mmproj), held_out, settings=settings)
     for ours, embedded in ((report.text, expected.text), (report.image, expected.image)):
         assert ours is not None
         assert embedded is not None
@@ -294,6 +297,6 @@ def test_stock_build_is_read_as_it_is_laid_out(full: Files) -> None:
 
 @pytest.mark.usefixtures("no_programs")
 def test_a_type_per_expert_runs_in_no_other_build(grouped_file: Path, runtime: Runtime, tmp_path: Path) -> None:
-    settings = Settings(engine=named_engine(embedded_folder(tmp_path / "bin")))
+    settings = RunSettings(engine=named_engine(embedded_folder(tmp_path / "bin")))
     with pytest.raises(UsageError, match=r"grouped\.gguf: has one type per expert .*leave --library out"):
-        validate(Compared(grouped_file), HeldOut("one", ("The quick brown fox",), ()), settings=settings)
+        validate(ComparedModels(grouped_file), HeldOutSet("one", ("The quick brown fox",), ()), settings=settings)

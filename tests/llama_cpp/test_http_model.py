@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from mode_gguf.errors import InputError, MissingResourceError, ModeGgufError, ValidationError
-from mode_gguf.llama_cpp.http_model import Server, ServerModel
+from mode_gguf.llama_cpp.http_model import ServerModel, ServerUrl
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation.divergence import compare
-from mode_gguf.validation.questions import HeldOut, load_held_out
-from mode_gguf.validation.reference import Settings, measure_reference
-from mode_gguf.validation.validate import Compared, validate
+from mode_gguf.validation.questions import HeldOutSet, load_held_out
+from mode_gguf.validation.reference import RunSettings, measure_reference
+from mode_gguf.validation.validate import ComparedModels, validate
 from tests.validation.conftest import Files
 
 SERVE = Path(__file__).with_name("serve.py")
@@ -31,19 +31,19 @@ WHOLE = 1e-3
 
 
 @contextmanager
-def serving(files: Files) -> Iterator[Server]:
+def serving(files: Files) -> Iterator[ServerUrl]:
     command = [sys.executable, str(SERVE), str(files.text), str(files.mmproj)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdout is not None
         line = next(line for line in process.stdout if line.startswith("ADDRESS "))
-        yield Server(line.split()[1])
+        yield ServerUrl(line.split()[1])
         process.kill()
 
 
 @pytest.fixture(scope="module")
-def server(small: Files) -> Iterator[Server]:
+def server(small: Files) -> Iterator[ServerUrl]:
     with serving(small) as address:
         yield address
 
@@ -55,11 +55,11 @@ def model(small: Files) -> Iterator[LlamaModel]:
 
 
 @pytest.fixture(scope="module")
-def held_out(held_out_folder: Path) -> HeldOut:
+def held_out(held_out_folder: Path) -> HeldOutSet:
     return load_held_out(held_out_folder)
 
 
-def test_what_it_says_of_itself(server: Server, model: LlamaModel, small: Files) -> None:
+def test_what_it_says_of_itself(server: ServerUrl, model: LlamaModel, small: Files) -> None:
     remote = ServerModel(server)
     assert remote.n_vocab == model.n_vocab == VOCABULARY
     assert remote.has_vision
@@ -74,7 +74,7 @@ def test_what_it_says_of_itself(server: Server, model: LlamaModel, small: Files)
     assert "llama-server b" in remote.runtime
 
 
-def test_text_with_parts_of_characters(server: Server, model: LlamaModel) -> None:
+def test_text_with_parts_of_characters(server: ServerUrl, model: LlamaModel) -> None:
     """The pico vocabulary has bytes for what it never saw: no grammar takes those, no row comes for them by itself."""
     tokens = model.tokenize(TEXT)
     assert any("\ufffd" in model.detokenize([token]) for token in tokens)
@@ -85,7 +85,7 @@ def test_text_with_parts_of_characters(server: Server, model: LlamaModel) -> Non
     assert scores.kl.max() < WHOLE
 
 
-def test_long_texts_go_in_pieces(server: Server, model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_texts_go_in_pieces(server: ServerUrl, model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = model.tokenize(TEXT)
     whole = ServerModel(server).continuation_logits(tokens)
     monkeypatch.setattr("mode_gguf.llama_cpp.http_model.ENTRIES_PER_REQUEST", 7 * VOCABULARY)
@@ -93,7 +93,7 @@ def test_long_texts_go_in_pieces(server: Server, model: LlamaModel, monkeypatch:
     assert compare(whole, pieces, tokens[1:]).kl.max() < WHOLE
 
 
-def test_answers_about_pictures(server: Server, model: LlamaModel, picture: Image.Image) -> None:
+def test_answers_about_pictures(server: ServerUrl, model: LlamaModel, picture: Image.Image) -> None:
     remote = ServerModel(server)
     prompt, local = (
         loaded.chat_template.question("Which colour is it?", loaded.image_marker) for loaded in (remote, model)
@@ -114,16 +114,21 @@ def test_answers_about_pictures(server: Server, model: LlamaModel, picture: Imag
 
 
 def test_candidate_behind_http(
-    server: Server, small: Files, full: Files, held_out: HeldOut, settings: Settings, tmp_path: Path
+    server: ServerUrl, small: Files, full: Files, held_out: HeldOutSet, settings: RunSettings, tmp_path: Path
 ) -> None:
     """Whole lists give what the same file gives in this process, shorter ones a range around it."""
-    held_out = HeldOut("right", held_out.texts, held_out.questions[:2])  # this model's own answers are mostly bytes
+    held_out = HeldOutSet("right", held_out.texts, held_out.questions[:2])  # this model's own answers are mostly bytes
     settings = replace(settings, answers="given")
     embedded = validate(
-        Compared(small.text, full.text, full.mmproj), held_out, settings=settings, reference_folder=tmp_path / "kept"
+        ComparedModels(small.text, full.text, full.mmproj),
+        held_out,
+        settings=settings,
+        reference_folder=tmp_path / "kept",
     )
-    whole = validate(Compared(server, tmp_path / "kept", None), held_out, settings=settings)
-    part = validate(Compared(server, tmp_path / "kept", None), held_out, settings=replace(settings, top_logprobs=40))
+    whole = validate(ComparedModels(server, tmp_path / "kept", None), held_out, settings=settings)
+    part = validate(
+        ComparedModels(server, tmp_path / "kept", None), held_out, settings=replace(settings, top_logprobs=40)
+    )
     assert whole.candidate.bpw == pytest.approx(embedded.candidate.bpw, rel=0.05)
     assert "llama-server" in whole.runtime
     assert whole.reference_runtime == embedded.runtime
@@ -140,15 +145,15 @@ def test_candidate_behind_http(
 
 
 def test_reference_behind_http(
-    server: Server, small: Files, held_out: HeldOut, settings: Settings, tmp_path: Path
+    server: ServerUrl, small: Files, held_out: HeldOutSet, settings: RunSettings, tmp_path: Path
 ) -> None:
     """Lists are stored as lists, and used again."""
-    held_out = HeldOut("right", held_out.texts, held_out.questions[:2])
+    held_out = HeldOutSet("right", held_out.texts, held_out.questions[:2])
     settings = replace(settings, top_logprobs=100, answers="given")
     first = measure_reference(server, None, held_out, tmp_path, settings)
     times = [path.stat().st_mtime_ns for path in first.paths]
     report = validate(
-        Compared(small.text, server, small.mmproj), held_out, settings=settings, reference_folder=tmp_path
+        ComparedModels(small.text, server, small.mmproj), held_out, settings=settings, reference_folder=tmp_path
     )
     assert [path.stat().st_mtime_ns for path in first.paths] == times
     assert (~np.isnan(first.read(0).log_probs)).sum(axis=1).min() == 100
@@ -161,14 +166,14 @@ def test_reference_behind_http(
         assert divergence.top1_agreement > 0.95
 
 
-def test_what_a_server_cannot_say_is_told(
-    server: Server, model: LlamaModel, held_out: HeldOut, settings: Settings, tmp_path: Path
+def test_unlisted_tokens_are_reported(
+    server: ServerUrl, model: LlamaModel, held_out: HeldOutSet, settings: RunSettings, tmp_path: Path
 ) -> None:
     """Bytes that are no characters are left out behind a picture, and the report says how many."""
-    asked = HeldOut("bytes", held_out.texts[:1], held_out.questions[2:])
+    asked = HeldOutSet("bytes", held_out.texts[:1], held_out.questions[2:])
     assert model.mmproj is not None
-    full = validate(Compared(model.text_gguf, None, model.mmproj), asked, settings=settings)
-    report = validate(Compared(server), asked, settings=settings)
+    full = validate(ComparedModels(model.text_gguf, None, model.mmproj), asked, settings=settings)
+    report = validate(ComparedModels(server), asked, settings=settings)
     assert full.image is not None
     assert full.warnings == ()
     assert report.warnings
@@ -176,14 +181,14 @@ def test_what_a_server_cannot_say_is_told(
     assert left_out + (report.image.positions if report.image else 0) == full.image.positions
 
 
-def test_what_the_server_refuses(server: Server, picture: Image.Image) -> None:
+def test_what_the_server_refuses(server: ServerUrl, picture: Image.Image) -> None:
     with pytest.raises(ValidationError, match=r"/completion: the server says 400: .*context"):
         ServerModel(server).generate("fox " * 3000)
 
 
 def test_nobody_answers() -> None:
     with pytest.raises(MissingResourceError, match=r"127\.0\.0\.1:9/props: no llama-server answers .*mode-gguf run"):
-        ServerModel(Server("http://127.0.0.1:9/"))
+        ServerModel(ServerUrl("http://127.0.0.1:9/"))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +214,7 @@ def test_other_programs(body: str, error: type[ModeGgufError], message: str) -> 
         thread.start()
         try:
             with pytest.raises(error, match=message):
-                ServerModel(Server(f"http://127.0.0.1:{other.server_port}"))
+                ServerModel(ServerUrl(f"http://127.0.0.1:{other.server_port}"))
         finally:
             other.shutdown()
             thread.join()
@@ -234,7 +239,7 @@ def test_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.start()
         try:
             with pytest.raises(ValidationError, match=r"the server says 401: Invalid API Key$"):
-                ServerModel(Server(f"http://127.0.0.1:{guarded.server_port}"))
+                ServerModel(ServerUrl(f"http://127.0.0.1:{guarded.server_port}"))
         finally:
             guarded.shutdown()
             thread.join()

@@ -1,4 +1,4 @@
-"""How a model is served: settings from what memory was planned for, and what each llama-server is told."""
+"""Server settings from a plan's fit, and the arguments of each llama-server."""
 
 import json
 from dataclasses import asdict
@@ -8,7 +8,7 @@ import pytest
 
 from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.llama_cpp.embedded_server import parameters
-from mode_gguf.llama_cpp.llama_server import Serving, running, serving_of
+from mode_gguf.llama_cpp.llama_server import ServerSettings, running_server, server_settings
 from mode_gguf.options import ServingOptions
 from tests.validation.conftest import Files
 
@@ -16,24 +16,24 @@ FIT = FitSettings(context=3000, parallel=2, kv_type="q8_0", image_tokens=500)
 
 
 def test_defaults(full: Files) -> None:
-    serving = serving_of(full.text, None, None, ServingOptions(host="::1", port=7))
+    serving = server_settings(full.text, None, None, ServingOptions(host="::1", port=7))
     assert serving.url == "http://[::1]:7"
     assert serving.options == [*("--host", "::1", "--port", "7", "--jinja", "--ctx-size", "4096", "--parallel", "1")], (
         "pico was trained for 4096 tokens"
     )
-    assert serving_of(full.text, None, None, ServingOptions(host="0.0.0.0", port=7)).url == "http://127.0.0.1:7"
+    assert server_settings(full.text, None, None, ServingOptions(host="0.0.0.0", port=7)).url == "http://127.0.0.1:7"
 
 
 def test_as_planned(full: Files) -> None:
-    serving = serving_of(full.text, None, FIT, ServingOptions(host="127.0.0.1", port=0))
+    serving = server_settings(full.text, None, FIT, ServingOptions(host="127.0.0.1", port=0))
     assert serving.port > 0
-    told = " ".join(serving.options)
-    assert "--ctx-size 3000 --parallel 2 --cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on" in told
-    assert "--gpu-layers all --fit off --image-max-tokens 500" in told
+    options = " ".join(serving.options)
+    assert "--ctx-size 3000 --parallel 2 --cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on" in options
+    assert "--gpu-layers all --fit off --image-max-tokens 500" in options
 
 
 def test_more_context_than_planned_may_not_fit(full: Files) -> None:
-    serving = serving_of(full.text, None, FIT, ServingOptions(host="127.0.0.1", port=1, context=4000))
+    serving = server_settings(full.text, None, FIT, ServingOptions(host="127.0.0.1", port=1, context=4000))
     assert (serving.context, serving.planned) == (4000, False)
     assert "--fit off" not in " ".join(serving.options)
 
@@ -41,12 +41,13 @@ def test_more_context_than_planned_may_not_fit(full: Files) -> None:
 @pytest.mark.parametrize("extra", [("--port", "9"), ("--port=9",), ("--port", "8", "--port", "9")], ids=str)
 def test_a_port_given_to_llama_server_counts(full: Files, extra: tuple[str, ...]) -> None:
     assert (
-        serving_of(full.text, None, None, ServingOptions(host="127.0.0.1", port=1), extra).url == "http://127.0.0.1:9"
+        server_settings(full.text, None, None, ServingOptions(host="127.0.0.1", port=1), extra).url
+        == "http://127.0.0.1:9"
     )
 
 
-def test_the_embedded_server_is_told_the_same() -> None:
-    serving = Serving(Path("m"), Path("p"), "127.0.0.1", 5, 3000, 2, "q8_0", planned=True, image_tokens=500)
+def test_parameters_of_the_embedded_server() -> None:
+    serving = ServerSettings(Path("m"), Path("p"), "127.0.0.1", 5, 3000, 2, "q8_0", planned=True, image_tokens=500)
     params = parameters(json.loads(json.dumps(asdict(serving), default=str)))
     assert (params.model.path, params.mmproj.path, params.port, params.hostnames) == ("m", "p", 5, ["127.0.0.1"])
     assert (params.n_ctx, params.n_parallel, params.fit_params) == (3000, 2, False)
@@ -71,9 +72,9 @@ def test_a_server_that_does_not_want_to_end_is_made_to(
         "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Ok).serve_forever()\n"
     )
     stubborn.chmod(0o755)
-    serving = serving_of(full.text, None, None, ServingOptions(host="127.0.0.1", port=0))
+    serving = server_settings(full.text, None, None, ServingOptions(host="127.0.0.1", port=0))
     lines: list[str] = []
-    with running([str(stubborn), str(serving.port)], serving, lines.append) as server:
+    with running_server([str(stubborn), str(serving.port)], serving, lines.append) as server:
         assert server.process.poll() is None
     assert server.process.returncode == -9
     assert any("/health" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Which of a folder's files are served."""
+"""Choice of the files to serve from a folder."""
 
 import os
 from pathlib import Path

@@ -44,16 +44,16 @@ def test_a_folder_may_be_moved(folder: WorkFolder) -> None:
 
 
 def test_other_settings_or_outputs_make_it_run_again(folder: WorkFolder) -> None:
-    ledger = StageCache(folder)
-    assert not ledger.is_current(stage(folder, types=("Q2_K",)))
-    assert not ledger.is_current(stage(folder, "calibrate"))
-    assert ledger.edited(stage(folder)) == []
+    cache = StageCache(folder)
+    assert not cache.is_current(stage(folder, types=("Q2_K",)))
+    assert not cache.is_current(stage(folder, "calibrate"))
+    assert cache.edited(stage(folder)) == []
     folder.plan.write_text("[]")  # as long as before
-    assert not ledger.is_current(stage(folder))
-    assert ledger.edited(stage(folder)) == [folder.plan]
+    assert not cache.is_current(stage(folder))
+    assert cache.edited(stage(folder)) == [folder.plan]
     folder.plan.unlink()
-    assert not ledger.is_current(stage(folder))
-    assert ledger.edited(stage(folder)) == []
+    assert not cache.is_current(stage(folder))
+    assert cache.edited(stage(folder)) == []
 
 
 def test_a_stage_that_begins_is_forgotten_until_it_has_finished(folder: WorkFolder) -> None:
@@ -62,13 +62,13 @@ def test_a_stage_that_begins_is_forgotten_until_it_has_finished(folder: WorkFold
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": {"inputs": "abc"}}'])
-def test_unreadable_ledger_means_starting_over(folder: WorkFolder, text: str) -> None:
+def test_unreadable_cache_means_starting_over(folder: WorkFolder, text: str) -> None:
     folder.stages.write_text(text)
     assert not StageCache(folder).is_current(stage(folder))
     StageCache(folder).check_unchanged([stage(folder, seed=1)])
 
 
-def test_ledgers_of_one_folder_keep_each_others_entries(folder: WorkFolder) -> None:
+def test_caches_of_one_folder_keep_each_others_entries(folder: WorkFolder) -> None:
     outer = StageCache(folder).begin(stage(folder, "validate"))
     StageCache(folder).begin(stage(folder, "reference")).finish()
     outer.finish()
@@ -77,11 +77,11 @@ def test_ledgers_of_one_folder_keep_each_others_entries(folder: WorkFolder) -> N
 
 
 def test_changed_settings_are_named_with_both_values(folder: WorkFolder) -> None:
-    ledger = StageCache(folder)
-    ledger.check_unchanged([stage(folder), stage(folder, "sensitivity")])
+    cache = StageCache(folder)
+    cache.check_unchanged([stage(folder), stage(folder, "sensitivity")])
     changed = {"text samples": 64, "types": ("Q2_K",), "seed": 1}
     with pytest.raises(UsageError) as error:
-        ledger.check_unchanged([replace(stage(folder), settings=changed)])
+        cache.check_unchanged([replace(stage(folder), settings=changed)])
     said = "(text samples: 128 then, 64 now; types: Q2_K Q3_K then, Q2_K now; seed: none then, 1 now)"
     assert said in str(error.value)
     assert "--restart" in str(error.value)

@@ -73,7 +73,7 @@ def write_folder(
 
 
 def report(plan: Plan, bpw: float | None = None) -> ValidationReport:
-    """Of a file with the plan's bits per weight, or others."""
+    """A report on a file with the plan's bits per weight, or others."""
     divergence = Divergence(
         positions=1000,
         kl_mean=0.0321,

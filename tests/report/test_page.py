@@ -14,7 +14,7 @@ from mode_gguf.pipeline.report_data import conversion_record, work_folder
 from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.report.embedded_images import heatmap
 from mode_gguf.report.examples import examples
-from mode_gguf.report.page import draw
+from mode_gguf.report.page import render_page
 from mode_gguf.report.wording import duration, nats, size
 from mode_gguf.validation.conversion_record import ConversionRecord
 from mode_gguf.validation.report import Answer, Check, ValidationReport
@@ -49,17 +49,17 @@ def test_page_is_whole_and_alone(name: str, copied: Copied, request: pytest.Fixt
 def test_numbers_are_those_of_report_json(drawn: WorkFolder, copied: Copied) -> None:
     folder = copied(drawn)
     page, saved = page_of(folder), ValidationReport.load(folder.report)
-    facts = saved.conversion
-    assert facts == conversion_record(folder)
-    assert facts is not None
-    assert facts.plan is not None
-    assert facts.prediction is not None
-    assert facts.prediction.this is not None
+    record = saved.conversion
+    assert record == conversion_record(folder)
+    assert record is not None
+    assert record.plan is not None
+    assert record.prediction is not None
+    assert record.prediction.this is not None
     plan = Plan.load(folder.plan)
     assert plan.solver is not None
-    assert sum(facts.prediction.this) == pytest.approx(plan.solver.objective)
+    assert sum(record.prediction.this) == pytest.approx(plan.solver.objective)
     assert f"{plan.bpw:.3f}" in page.text("size")
-    for text in ("0.0321", "0.0123", "95.20 %", *map(nats, facts.prediction.this)):
+    for text in ("0.0321", "0.0123", "95.20 %", *map(nats, record.prediction.this)):
         assert text in page.text("quality")
     for tensor in plan.tensors:
         if "_exps" in tensor.name:
@@ -131,11 +131,11 @@ def test_types_per_expert_are_shown_as_shares(grouped: WorkFolder, copied: Copie
         f"{one.name} {types.count(one)}" for one in sorted(set(types), key=lambda one: one.bits_per_weight)
     )
     assert shares in page.text("types")
-    facts = conversion_record(folder)
-    assert facts.prediction is not None
-    assert facts.prediction.this is not None
+    record = conversion_record(folder)
+    assert record.prediction is not None
+    assert record.prediction.this is not None
     assert plan.solver is not None
-    assert sum(facts.prediction.this) == pytest.approx(plan.solver.objective)
+    assert sum(record.prediction.this) == pytest.approx(plan.solver.objective)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_damaged_artefacts_are_named(drawn: WorkFolder, copied: Copied) -> None:
 
 
 def test_everything_from_files_is_escaped(drawn: WorkFolder) -> None:
-    facts = conversion_record(drawn)
+    record = conversion_record(drawn)
     found = ValidationReport.load(drawn.report)
-    text = facts.model_dump_json()
+    text = record.model_dump_json()
     for plain in ("drawn", "Drawn-VL-MoE", "calibrate", "--bpw 3.4"):
         text = text.replace(f'"{plain}"', json.dumps(EVIL))
     evil = ConversionRecord.model_validate_json(text)
@@ -213,13 +213,13 @@ def test_everything_from_files_is_escaped(drawn: WorkFolder) -> None:
     report = found.model_copy(
         update={"warnings": (EVIL,), "answers": answers, "runtime": EVIL, "held_out": EVIL, "seconds": {EVIL: 1.0}}
     )
-    source = draw(evil, report, {})
+    source = render_page(evil, report, {})
     page = Page(source)
     assert page.faults == []
     assert "<script" not in source
     assert source.count("&lt;script&gt;") > 20
     assert all(found.get("src") != "x" for _, found in page.tags)
-    unknown = draw(evil.model_copy(update={"plan": None, "missing": {"plan": EVIL}}), report, {})
+    unknown = render_page(evil.model_copy(update={"plan": None, "missing": {"plan": EVIL}}), report, {})
     assert "<script" not in unknown
     assert Page(unknown).faults == []
 

@@ -14,7 +14,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
-from mode_gguf.validation.reference import Settings
+from mode_gguf.validation.reference import RunSettings
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def small(pico: Path, folder: Path) -> Files:
 
 
 @pytest.fixture(scope="session")
-def settings() -> Settings:
-    return Settings(context=1024, threads=1, max_text_tokens=48, max_answer_tokens=12)
+def settings() -> RunSettings:
+    return RunSettings(context=1024, threads=1, max_text_tokens=48, max_answer_tokens=12)
 
 
 @pytest.fixture(scope="session")

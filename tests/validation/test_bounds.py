@@ -7,9 +7,9 @@ import pytest
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.options import Limits
 from mode_gguf.validation.bounds import check_measurable, require_kept
-from mode_gguf.validation.questions import HeldOut, Question, load_held_out
-from mode_gguf.validation.reference import Settings
-from mode_gguf.validation.validate import Compared, validate
+from mode_gguf.validation.questions import HeldOutSet, Question, load_held_out
+from mode_gguf.validation.reference import RunSettings
+from mode_gguf.validation.validate import ComparedModels, validate
 from tests.validation.conftest import Files
 
 
@@ -17,7 +17,7 @@ def question(answer: str | None) -> Question:
     return Question(Path("a.png"), "What?", answer, "exact", "question", "a:1")
 
 
-SET = HeldOut("set", ("text",), (question("yes"),))
+SET = HeldOutSet("set", ("text",), (question("yes"),))
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,20 @@ SET = HeldOut("set", ("text",), (question("yes"),))
         (Limits(max_kl=1), SET, False, True, UsageError, "--max-kl: needs a --reference"),
         (Limits(max_image_kl_p99_9=1), SET, True, False, UsageError, "--max-image-kl-p99-9: needs the projector"),
         (Limits(min_accuracy=1), SET, False, False, UsageError, "--min-accuracy: needs the projector"),
-        (Limits(min_image_top1=1), HeldOut("s", ("a",), ()), True, True, InputError, "s has no questions"),
-        (Limits(min_top1=1), HeldOut("s", (), SET.questions), True, True, InputError, "s has no texts"),
-        (Limits(min_accuracy=1), HeldOut("s", (), (question(None),)), True, True, InputError, "no question .* right"),
+        (Limits(min_image_top1=1), HeldOutSet("s", ("a",), ()), True, True, InputError, "s has no questions"),
+        (Limits(min_top1=1), HeldOutSet("s", (), SET.questions), True, True, InputError, "s has no texts"),
+        (
+            Limits(min_accuracy=1),
+            HeldOutSet("s", (), (question(None),)),
+            True,
+            True,
+            InputError,
+            "no question .* right",
+        ),
     ],
 )
 def test_what_is_not_measured(
-    limits: Limits, held_out: HeldOut, with_reference: bool, with_images: bool, error: type[Exception], message: str
+    limits: Limits, held_out: HeldOutSet, with_reference: bool, with_images: bool, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         check_measurable(limits, held_out, with_reference=with_reference, with_images=with_images)
@@ -42,7 +49,7 @@ def test_accuracy_needs_no_reference() -> None:
     check_measurable(Limits(min_accuracy=0.5), SET, with_reference=False, with_images=True)
 
 
-def test_verdicts(full: Files, small: Files, held_out_folder: Path, settings: Settings) -> None:
+def test_verdicts(full: Files, small: Files, held_out_folder: Path, settings: RunSettings) -> None:
     limits = Limits(
         max_kl=1e-9,
         max_kl_p99=1e3,
@@ -55,7 +62,7 @@ def test_verdicts(full: Files, small: Files, held_out_folder: Path, settings: Se
         min_accuracy=0.0,
     )
     held_out = load_held_out(held_out_folder)
-    report = validate(Compared(small.text, full.text, full.mmproj), held_out, settings=settings, limits=limits)
+    report = validate(ComparedModels(small.text, full.text, full.mmproj), held_out, settings=settings, limits=limits)
     verdicts = {check.option: check.kept for check in report.checks}
     assert verdicts.pop("--min-top1") in (True, False)
     assert verdicts == {

@@ -42,14 +42,14 @@ def test_overlapping_tensors(small: Files, tmp_path: Path) -> None:
 
 
 def test_describe(small: Files) -> None:
-    facts = describe(small.text)
-    assert json.loads(json.dumps(facts)) == facts
-    assert facts["experts_bpw"] == 2.625
-    assert 2.625 < facts["bpw"] < 32
-    assert facts["types"]["Q2_K"]["tensors"] == 9
-    assert sum(kind["n_weights"] for kind in facts["types"].values()) == facts["n_weights"]
-    assert facts["metadata"]["general.architecture"] == "qwen3vlmoe"
-    assert facts["metadata"]["tokenizer.ggml.tokens"] == "array of 512 values"
+    description = describe(small.text)
+    assert json.loads(json.dumps(description)) == description
+    assert description["experts_bpw"] == 2.625
+    assert 2.625 < description["bpw"] < 32
+    assert description["types"]["Q2_K"]["tensors"] == 9
+    assert sum(kind["n_weights"] for kind in description["types"].values()) == description["n_weights"]
+    assert description["metadata"]["general.architecture"] == "qwen3vlmoe"
+    assert description["metadata"]["tokenizer.ggml.tokens"] == "array of 512 values"
     assert describe(small.mmproj)["experts_bpw"] is None
 
 

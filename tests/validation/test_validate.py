@@ -10,20 +10,20 @@ from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation import distributions, reference
 from mode_gguf.validation.divergence import compare
-from mode_gguf.validation.questions import HeldOut, Question, load_held_out
-from mode_gguf.validation.reference import ScoredSample, Settings, measure_reference
+from mode_gguf.validation.questions import HeldOutSet, Question, load_held_out
+from mode_gguf.validation.reference import RunSettings, ScoredSample, measure_reference
 from mode_gguf.validation.report import ValidationReport
-from mode_gguf.validation.validate import Compared, validate
+from mode_gguf.validation.validate import ComparedModels, validate
 from tests.validation.conftest import Files
 
 
 @pytest.fixture(scope="module")
-def held_out(held_out_folder: Path) -> HeldOut:
+def held_out(held_out_folder: Path) -> HeldOutSet:
     return load_held_out(held_out_folder)
 
 
-def test_file_against_itself(full: Files, held_out: HeldOut, settings: Settings) -> None:
-    report = validate(Compared(full.text, full.text, full.mmproj), held_out, settings=settings)
+def test_file_against_itself(full: Files, held_out: HeldOutSet, settings: RunSettings) -> None:
+    report = validate(ComparedModels(full.text, full.text, full.mmproj), held_out, settings=settings)
     for divergence in (report.text, report.image):
         assert divergence is not None
         assert divergence.kl_mean is not None
@@ -34,8 +34,8 @@ def test_file_against_itself(full: Files, held_out: HeldOut, settings: Settings)
     assert [answer.answer for answer in report.answers] == [answer.reference_answer for answer in report.answers]
 
 
-def test_quantized_file(full: Files, small: Files, held_out: HeldOut, settings: Settings, tmp_path: Path) -> None:
-    report = validate(Compared(small.text, full.text, small.mmproj, small.types), held_out, settings=settings)
+def test_quantized_file(full: Files, small: Files, held_out: HeldOutSet, settings: RunSettings, tmp_path: Path) -> None:
+    report = validate(ComparedModels(small.text, full.text, small.mmproj, small.types), held_out, settings=settings)
     assert report.text is not None
     assert report.text.kl_mean is not None
     assert report.text.kl_p99 is not None
@@ -56,13 +56,13 @@ def test_quantized_file(full: Files, small: Files, held_out: HeldOut, settings: 
     assert json.loads((tmp_path / "report.json").read_text())["schema_version"] == 1
 
 
-def _token_counts(full: Files, held_out: HeldOut) -> list[int]:
+def _token_counts(full: Files, held_out: HeldOutSet) -> list[int]:
     with LlamaModel(full.text, threads=1) as model:
         return [len(model.tokenize(text)) for text in held_out.texts]
 
 
-def test_without_reference_or_projector(small: Files, held_out: HeldOut, settings: Settings) -> None:
-    report = validate(Compared(small.text), held_out, settings=settings)
+def test_without_reference_or_projector(small: Files, held_out: HeldOutSet, settings: RunSettings) -> None:
+    report = validate(ComparedModels(small.text), held_out, settings=settings)
     assert report.text is not None
     assert report.text.kl_mean is None
     assert report.text.perplexity > 1
@@ -70,13 +70,13 @@ def test_without_reference_or_projector(small: Files, held_out: HeldOut, setting
     assert report.smoke is None
     assert report.accuracy == {}
     assert report.example is None
-    with_projector = validate(Compared(small.text, None, small.mmproj), held_out, settings=settings)
+    with_projector = validate(ComparedModels(small.text, None, small.mmproj), held_out, settings=settings)
     assert with_projector.image is not None
     assert with_projector.answers[0].reference_answer is None
 
 
 def test_reference_is_measured_once(
-    full: Files, held_out: HeldOut, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: Files, held_out: HeldOutSet, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = measure_reference(full.text, full.mmproj, held_out, tmp_path, settings)
     times = [path.stat().st_mtime_ns for path in first.paths]
@@ -84,7 +84,7 @@ def test_reference_is_measured_once(
     measured: list[str | Question] = []
     original = reference._measure
 
-    def counted(model: LlamaModel, sample: str | Question, settings: Settings) -> ScoredSample:
+    def counted(model: LlamaModel, sample: str | Question, settings: RunSettings) -> ScoredSample:
         measured.append(sample)
         return original(model, sample, settings)
 
@@ -94,7 +94,7 @@ def test_reference_is_measured_once(
     assert first == second
     assert [path.stat().st_mtime_ns for path in second.paths][::2] == times[::2]
     measure_reference(
-        full.text, full.mmproj, held_out, tmp_path, Settings(context=1024, threads=1, max_answer_tokens=5)
+        full.text, full.mmproj, held_out, tmp_path, RunSettings(context=1024, threads=1, max_answer_tokens=5)
     )
     assert len(measured) == 1 + len(first.paths)
 
@@ -107,24 +107,24 @@ def test_distributions_in_16_bits_add_next_to_nothing() -> None:
 
 
 def test_large_vocabularies_are_kept_in_16_bits(
-    full: Files, held_out: HeldOut, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    full: Files, held_out: HeldOutSet, settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributions, "FLOAT32_VOCABULARY", 0)
-    report = validate(Compared(full.text, full.text, full.mmproj), held_out, settings=settings)
+    report = validate(ComparedModels(full.text, full.text, full.mmproj), held_out, settings=settings)
     for divergence in (report.text, report.image):
         assert divergence is not None
         assert divergence.kl_mean is not None
         assert 0 < divergence.kl_mean < 1e-7
 
 
-def test_files_of_another_model(full: Files, small: Files, held_out: HeldOut, settings: Settings) -> None:
+def test_files_of_another_model(full: Files, small: Files, held_out: HeldOutSet, settings: RunSettings) -> None:
     with pytest.raises(ValidationError, match="the plan says F32"):
-        validate(Compared(small.text, None, None, full.types), held_out, settings=settings)
+        validate(ComparedModels(small.text, None, None, full.types), held_out, settings=settings)
 
 
-def test_too_short_text(full: Files, settings: Settings) -> None:
+def test_too_short_text(full: Files, settings: RunSettings) -> None:
     with pytest.raises(InputError, match="shorter than two tokens"):
-        validate(Compared(full.text), HeldOut("short", ("a",), ()), settings=settings)
+        validate(ComparedModels(full.text), HeldOutSet("short", ("a",), ()), settings=settings)
 
 
 def test_reports_that_cannot_be_read(tmp_path: Path) -> None:

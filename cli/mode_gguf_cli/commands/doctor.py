@@ -37,15 +37,15 @@ def command(
     from mode_gguf import __version__
     from mode_gguf.pipeline import environment, runtime_speed
 
-    facts: dict[str, object] = {"mode-gguf": __version__, "python": platform.python_version()}
-    facts |= {name: _installed(name) for name in PACKAGES}
-    facts |= environment(llama_cpp)
+    environment_rows: dict[str, object] = {"mode-gguf": __version__, "python": platform.python_version()}
+    environment_rows |= {name: _installed(name) for name in PACKAGES}
+    environment_rows |= environment(llama_cpp)
     if bench_runtime:
-        facts |= runtime_speed(progress())
+        environment_rows |= runtime_speed(progress())
     if json:
-        emit_json(facts)
+        emit_json(environment_rows)
         return
-    for name, value in facts.items():
+    for name, value in environment_rows.items():
         show(f"{name:<18} {value}")
 
 

@@ -29,7 +29,7 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
     else:
         settings = pipeline.PlanSettings.of(recipe, pipeline.measured_candidates(recipe, run.folder))
         with pipeline.folder_lock(run.folder):
-            run.ensure(pipeline.MakePlan(settings, pipeline.Sensitivity.of_folder(run, recipe.compute)))
+            run.ensure(pipeline.MakePlan(settings, pipeline.MeasureSensitivity.of_folder(run, recipe.compute)))
     made = Plan.load(run.folder.plan)
     types_file = None if made.has_expert_groups else run.folder.tensor_types
     if not json:

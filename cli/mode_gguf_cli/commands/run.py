@@ -71,14 +71,14 @@ def command(
 
 
 def _serve(files: "ModelFiles", mmproj: Path | None, extra: Sequence[str], options: ServingOptions) -> None:
-    from mode_gguf.llama_cpp.llama_server import running, server_command, serving_of
+    from mode_gguf.llama_cpp.llama_server import running_server, server_command, server_settings
 
-    serving = serving_of(files.model, mmproj, files.fit, options, extra)
+    serving = server_settings(files.model, mmproj, files.fit, options, extra)
     line, program = server_command(serving, extra, options.llama_cpp)
     say(f"loading {files.model.name} ({program}) ...".replace("[", r"\["))
     try:
-        said = _echo if options.verbose else lambda line: None
-        with _interrupted_by_all(), running(line, serving, said) as server:
+        on_line = _echo if options.verbose else lambda line: None
+        with _interrupted_by_all(), running_server(line, serving, on_line) as server:
             pictures = f"pictures through {mmproj.name}" if mmproj else "no pictures"
             show(f"{serving.url}  {files.model.name}, {pictures}, {serving.context} tokens of context; Ctrl-C ends it")
             show(f"ask it  {_example(serving.url, with_picture=mmproj is not None)}")

@@ -41,10 +41,10 @@ def build(
     """
     from mode_gguf.llama_cpp.runtime.builder import build_runtime
     from mode_gguf.llama_cpp.runtime.installed import installed
-    from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, Variant
+    from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, BuildVariant
     from mode_gguf.llama_cpp.runtime.speed import check_runs
 
-    variant = Variant(None if stock else PATCH, "cuda" if cuda else "cpu")
+    variant = BuildVariant(None if stock else PATCH, "cuda" if cuda else "cpu")
     runtime = None if rebuild else installed(variant)
     if runtime:
         say(f"{runtime.version} is there, built at {runtime.record.built}; --rebuild builds it again")

@@ -16,7 +16,7 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
     from mode_gguf import pipeline
 
     run = pipeline.open_model(model, out, recipe, progress())
-    stage = pipeline.Sensitivity.of(
+    stage = pipeline.MeasureSensitivity.of(
         pipeline.Calibrate.of_folder(run, recipe.compute),
         recipe.sensitivity,
         pipeline.candidates_of(recipe, run.folder),

@@ -20,10 +20,10 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
     from mode_gguf.importance.unit_kl_table import UnitKl, compare_kl
 
     run = pipeline.open_model(model, out, recipe, progress())
-    sensitivity = pipeline.Sensitivity.of_folder(run, recipe.compute)
+    sensitivity = pipeline.MeasureSensitivity.of_folder(run, recipe.compute)
     sensitivity = replace(sensitivity, types=pipeline.measured_candidates(recipe, run.folder))
     with pipeline.folder_lock(run.folder):
-        run.ensure(pipeline.UnitKl(sensitivity, recipe.sensitivity.measured_samples))
+        run.ensure(pipeline.MeasureUnitKl(sensitivity, recipe.sensitivity.measured_samples))
     measured, table = UnitKl.load(run.folder.unit_kl), SensitivityTable.load(run.folder.sensitivity)
     rows = compare_kl(measured, table) if table.method == "fisher" else []
     if json:

@@ -13,7 +13,7 @@ from mode_gguf_cli.console import emit_json, progress, show
 from mode_gguf_cli.generated import with_recipe
 
 if TYPE_CHECKING:
-    from mode_gguf.validation.reference import Source
+    from mode_gguf.validation.reference import ModelSource
     from mode_gguf.validation.report import ValidationReport
 
 
@@ -68,7 +68,7 @@ def command(
     """
     from mode_gguf import pipeline
     from mode_gguf.validation.bounds import require_kept
-    from mode_gguf.validation.validate import Compared
+    from mode_gguf.validation.validate import ComparedModels
 
     if report.suffix == ".html":
         raise UsageError(
@@ -76,7 +76,7 @@ def command(
         )
     source, options = _source(candidate), recipe.validation
     result = pipeline.validate_file(
-        Compared(source, _source(reference) if reference else None, mmproj),
+        ComparedModels(source, _source(reference) if reference else None, mmproj),
         report,
         options,
         pipeline.Notes((), pipeline.conversion_of(source) if isinstance(source, Path) else None),
@@ -92,10 +92,10 @@ def command(
     require_kept(result)
 
 
-def _source(text: str) -> "Source":
-    from mode_gguf.llama_cpp.http_model import Server
+def _source(text: str) -> "ModelSource":
+    from mode_gguf.llama_cpp.http_model import ServerUrl
 
-    return Server(text) if text.startswith(("http://", "https://")) else Path(text)
+    return ServerUrl(text) if text.startswith(("http://", "https://")) else Path(text)
 
 
 def _show(result: "ValidationReport", page: Path) -> None:

@@ -12,7 +12,7 @@ from mode_gguf.artifacts import write_json
 from mode_gguf.errors import InputError
 from mode_gguf.llama_cpp.runtime.cmake import compile_targets, configure, find_tools, options_of
 from mode_gguf.llama_cpp.runtime.installed import RECORD, BuildRecord, Runtime, cache_folder
-from mode_gguf.llama_cpp.runtime.pinned_release import Variant
+from mode_gguf.llama_cpp.runtime.pinned_release import BuildVariant
 from mode_gguf.llama_cpp.runtime.source import apply_patch, check_source, copy_source, download_source
 from mode_gguf.progress import Progress, silent
 
@@ -21,7 +21,7 @@ _A_DAY: Final = 24 * 3600
 
 
 def build_runtime(
-    variant: Variant, source: Path | None = None, *, jobs: int | None = None, progress: Progress = silent
+    variant: BuildVariant, source: Path | None = None, *, jobs: int | None = None, progress: Progress = silent
 ) -> Runtime:
     """Build `variant` and put it in the cache, in the place of an earlier build of it.
 

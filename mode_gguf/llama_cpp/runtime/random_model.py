@@ -1,4 +1,4 @@
-"""Models of drawn weights to measure speed on: any widths, experts in one type or in groups of several."""
+"""GGUF models with random weights, for speed measurements: any widths, experts in one type or in groups of several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from mode_gguf.quantization.expert_groups import ARCHITECTURE_SUFFIX, VERSION, V
 _ARCHITECTURE: Final = "qwen3moe"
 _DENSE: Final = "Q6_K"
 _SCALES: Final = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q6_K": (208,)}
-"""Where a block has its float16 scales; any other byte may have any value."""
+"""Byte offsets of a block's float16 scales; any other byte may have any value."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Of a text model; widths are multiples of 256."""
+class RandomModelShape:
+    """Shape of a text model; widths are multiples of 256."""
 
     hidden: int
     width: int
@@ -31,14 +31,14 @@ class Shape:
     vocabulary: int = 1024
 
 
-def random_groups(shape: Shape, counts: Sequence[int], seed: int = 0) -> list[np.ndarray]:
+def random_groups(shape: RandomModelShape, counts: Sequence[int], seed: int = 0) -> list[np.ndarray]:
     """Experts at random in groups of `counts`, in ascending order in each."""
     order = np.random.default_rng(seed).permutation(shape.experts)
     return [np.sort(part) for part in np.split(order, np.cumsum(counts)[:-1])]
 
 
 def write_random_model(
-    path: Path, shape: Shape, types: Sequence[str], groups: Sequence[np.ndarray], seed: int = 0
+    path: Path, shape: RandomModelShape, types: Sequence[str], groups: Sequence[np.ndarray], seed: int = 0
 ) -> Path:
     """Write a text model with the experts groups[g] in types[g], in all layers alike; one group is an ordinary file."""
     rng = np.random.default_rng(seed)

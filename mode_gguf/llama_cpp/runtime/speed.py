@@ -1,4 +1,4 @@
-"""What a type per expert costs in speed on this machine, measured by llama-bench on a model of drawn weights.
+"""Speed of a type per expert on this machine, measured by llama-bench on a model with random weights.
 
 Two ways of computing are built in (docs/design/per-expert-layout.md): "skip", where a product passes over experts of
 other groups, which only the CPU does, and "mask", which works anywhere and computes such rows for nothing.
@@ -15,14 +15,14 @@ from typing import Final
 
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.llama_cpp.runtime.installed import Runtime
-from mode_gguf.llama_cpp.runtime.random_model import Shape, random_groups, write_random_model
+from mode_gguf.llama_cpp.runtime.random_model import RandomModelShape, random_groups, write_random_model
 from mode_gguf.progress import Progress, silent
 
-SHAPE: Final = Shape(hidden=1024, width=512, experts=32, used=4, layers=2, heads=8, kv_heads=2)
+SHAPE: Final = RandomModelShape(hidden=1024, width=512, experts=32, used=4, layers=2, heads=8, kv_heads=2)
 GROUPS: Final = ("Q2_K", "Q3_K", "Q4_K")
 ROUNDS: Final = 3
 _MIDDLE: Final = GROUPS[1]
-_TINY: Final = Shape(hidden=256, width=256, experts=4, used=2, layers=1, heads=4, kv_heads=2)
+_TINY: Final = RandomModelShape(hidden=256, width=256, experts=4, used=2, layers=1, heads=4, kv_heads=2)
 _WITHOUT_AMX: Final = "CXXFLAGS=-U__AMX_INT8__ "
 """Some virtual machines offer these instructions and fail at them; llama.cpp tests this macro."""
 _COUNTS: Final = (11, 11, 10)
@@ -87,8 +87,8 @@ def _measure(runtime: Runtime, model: Path, way: str | None = None) -> Speed:
             timeout=_SECONDS,
             check=False,
         )
-        said = done.stderr.decode("utf-8", "replace").split("\n")
-        failure = f"exit code {done.returncode}: {' / '.join(said[-4:-1])}" if done.returncode else None
+        lines = done.stderr.decode("utf-8", "replace").split("\n")
+        failure = f"exit code {done.returncode}: {' / '.join(lines[-4:-1])}" if done.returncode else None
     except (OSError, subprocess.TimeoutExpired) as error:
         failure = str(error)
     if failure:

@@ -13,7 +13,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.options import CalibrationOptions, ComputeOptions
-from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.stage_cache import file_identity
 from mode_gguf.workfolder import WorkFolder
 
@@ -44,7 +44,7 @@ class Calibrate(Stage):
         return cls(statistics.options, ComputeOptions(statistics.device, compute.threads, compute.hidden_memory))
 
     def key(self, run: Run) -> dict[str, Any]:
-        options, common = self.options, basis(run.checkpoint, "calibration")
+        options, common = self.options, base_key(run.checkpoint, "calibration")
         if options.from_imatrix is not None:
             content = file_identity(options.from_imatrix)
             return {**common, "calibration from": options.from_imatrix.name, "its content": content}
@@ -70,9 +70,9 @@ class Calibrate(Stage):
         """
         with run.recorded(self):
             if self.options.from_imatrix is not None:
-                from mode_gguf.pipeline.from_imatrix import take_statistics
+                from mode_gguf.pipeline.from_imatrix import write_statistics
 
-                take_statistics(run.checkpoint, run.folder, self.options)
+                write_statistics(run.checkpoint, run.folder, self.options)
             else:
                 self._measure(run)
 
@@ -83,7 +83,7 @@ class Calibrate(Stage):
         from mode_gguf.forward.modality import KeyTokens
         from mode_gguf.importance.imatrix import balanced_imatrix
 
-        with any_form_of_model(run.checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
+        with unknown_model_errors(run.checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
             statistics = on_all_ranks(
                 calibrate,
                 run.checkpoint,
@@ -113,7 +113,7 @@ def calibration_samples(options: CalibrationOptions) -> "Sequence[Sample]":
 
 
 def stored_statistics(run: Run) -> "CalibrationStatistics":
-    """What `calibrate` left in the folder.
+    """The statistics that `calibrate` left in the folder.
 
     Raises:
         InputError: nothing, or of another model.
@@ -126,7 +126,7 @@ def stored_statistics(run: Run) -> "CalibrationStatistics":
 
 
 def stored_warnings(folder: WorkFolder) -> list[str]:
-    """What a user should know of the calibration in a folder."""
+    """Warnings of the calibration in a folder."""
     from mode_gguf.calibration.coverage import calibration_warnings
     from mode_gguf.calibration.statistics import CalibrationStatistics
 
@@ -160,8 +160,8 @@ def save_imatrix(path: Path, entries: "Imatrix", statistics: "CalibrationStatist
 
 
 @contextmanager
-def any_form_of_model(checkpoint: Checkpoint, way_out: str) -> Iterator[None]:
-    """A model without a family may be of a form that nobody has seen: then an error of its code is one of input.
+def unknown_model_errors(checkpoint: Checkpoint, way_out: str) -> Iterator[None]:
+    """Context that raises errors of an unknown model's code as InputError: it may have a form that no family covers.
 
     Raises:
         InputError: with a way out.

@@ -10,7 +10,7 @@ from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import projector_tensors, text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.estimate.machine import leaves_half, total_memory
+from mode_gguf.estimate.machine import fits_half_of_memory, total_memory
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.export.metadata import imatrix_keys
 from mode_gguf.export.mtp import write_mtp
@@ -18,7 +18,7 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, text_model_files, write_text_model
 from mode_gguf.options import ComputeOptions, ExportOptions
 from mode_gguf.pipeline.planning import make_uniform_plan
-from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.stages.calibrate import Calibrate, check_same_model
 from mode_gguf.pipeline.stages.feedback import RoundWithFeedback, forget_rounded, packed_sources
 from mode_gguf.pipeline.stages.packed_key import packed_key
@@ -29,7 +29,7 @@ from mode_gguf.workfolder import WorkFolder, model_file_name, mtp_file_name, pro
 log = logging.getLogger(__name__)
 
 REFERENCE_TYPE = QUANT_TYPES["BF16"]
-"""What a result is compared with: the checkpoint's own weights, unless they are stored in more."""
+"""Type of the full-precision reference: the checkpoint's own weights, unless they are stored in more bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class ExportText(Stage):
     name: ClassVar[str] = "export"
 
     def key(self, run: Run) -> dict[str, Any]:
-        plan = self.followed(run)
+        plan = self.resolved_plan(run)
         settings = packed_key(run, plan, self.imatrix, self.rounding or plan.rounding)
         if not projector_tensors(run.checkpoint):
             settings["projector"] = "none"
@@ -69,11 +69,11 @@ class ExportText(Stage):
         Raises:
             UsageError: there would be more shards than llama.cpp loads.
         """
-        plan = self.followed(run)
+        plan = self.resolved_plan(run)
         path = model_path(run.folder, plan)
         return tuple(text_model_files(path, run.checkpoint, plan.types, plan.experts, self.options.shard_size))
 
-    def followed(self, run: Run) -> Plan:
+    def resolved_plan(self, run: Run) -> Plan:
         """The plan that the file is made by."""
         return self.plan or Plan.load(run.folder.plan)
 
@@ -83,7 +83,7 @@ class ExportText(Stage):
         InputError: the plan belongs to another model, or a weight cannot be packed.
         MissingResourceError: not enough disk space, or an importance matrix or token weights are not there.
         """
-        plan = self.followed(run)
+        plan = self.resolved_plan(run)
         if (self.rounding or plan.rounding) == "feedback":
             calibrate = self.calibrate or Calibrate.of_folder(run, self.compute)
             run.ensure(RoundWithFeedback(plan, calibrate, self.imatrix))
@@ -92,8 +92,8 @@ class ExportText(Stage):
         forget_rounded(run.folder)
 
     def write(self, run: Run) -> None:
-        """The writing alone, which nothing remembers."""
-        plan, folder = self.followed(run), run.folder
+        """Write the text model, without recording it in the stage cache."""
+        plan, folder = self.resolved_plan(run), run.folder
         check_same_model(run.checkpoint, folder.plan, plan.made_from.model_fingerprint)
         kind = self.imatrix or plan.made_from.imatrix_kind
         packed_with = folder.imatrix_of(kind)
@@ -126,7 +126,7 @@ class ExportProjector(Stage):
     name: ClassVar[str] = "projector"
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {**basis(run.checkpoint, "projector"), "type": self.type}
+        return {**base_key(run.checkpoint, "projector"), "type": self.type}
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
         return (projector_path(run.folder, self.type),)
@@ -146,7 +146,7 @@ class ExportMtp(Stage):
 
     def key(self, run: Run) -> dict[str, Any]:
         return {
-            **basis(run.checkpoint, "mtp"),
+            **base_key(run.checkpoint, "mtp"),
             "type": self.type,
             "pre-tokenizer": run.checkpoint.pre_tokenizer,
         }
@@ -172,7 +172,7 @@ class ExportReference(Stage):
     name: ClassVar[str] = "reference"
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {**basis(run.checkpoint, "text model"), "pre-tokenizer": run.checkpoint.pre_tokenizer}
+        return {**base_key(run.checkpoint, "text model"), "pre-tokenizer": run.checkpoint.pre_tokenizer}
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
         return (model_path(run.folder, self._plan(run)),)
@@ -186,7 +186,7 @@ class ExportReference(Stage):
 
 
 def model_path(folder: WorkFolder, plan: Plan) -> Path:
-    """Where the text model of `plan` goes."""
+    """Path of the text model of `plan`."""
     if plan.budget is None:
         return folder.path / f"{folder.name}-{plan.main_type}.gguf"
     bpw = plan.budget.value if plan.budget.kind == "bpw" else plan.bpw
@@ -194,15 +194,15 @@ def model_path(folder: WorkFolder, plan: Plan) -> Path:
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:
-    """Where the projector goes."""
+    """Path of the projector."""
     return folder.path / projector_file_name(folder.name, projector_type)
 
 
 def reference_fits(checkpoint: Checkpoint) -> bool:
-    """Whether the full-precision file would leave half of this machine's memory free; says so when it would not."""
+    """Whether the full-precision file would leave half of this machine's memory free; logs a warning if not."""
     needed = sum(tensor.n_weights for tensor in text_tensors(checkpoint)) * REFERENCE_TYPE.type_size
     memory = total_memory()
-    fits = leaves_half(needed)
+    fits = fits_half_of_memory(needed)
     if not fits:
         log.warning(
             "the %s file to compare with would take %.0f GiB of this machine's %.0f GiB of memory, so the result is "

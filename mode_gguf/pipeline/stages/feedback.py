@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class RoundingReport(Record):
-    """rounding.json: what became of the matrices that were to be rounded with feedback.
+    """rounding.json: counts of the matrices that were to be rounded with feedback.
 
     Attributes:
         matrices: how many there were, by tensor.
@@ -42,7 +42,7 @@ class RoundingReport(Record):
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know."""
+        """Warning about matrices that were rounded to nearest, if there are any."""
         left = sum(self.nearest.values())
         if not left:
             return []
@@ -125,10 +125,10 @@ class RoundWithFeedback(Stage):
 
 
 def rounded_tensors(run: Run, plan: Plan, imatrix: ImatrixKind | None = None) -> RoundedTensors:
-    """Where the plan's rounded tensors are, or go.
+    """The folder of the plan's rounded tensors.
 
     Raises:
-        MissingResourceError: what they are made from is not in the folder.
+        MissingResourceError: a file that they are made from is not in the folder.
     """
     kind = imatrix or plan.made_from.imatrix_kind
     folder = run.folder
@@ -150,7 +150,7 @@ def rounded_tensors(run: Run, plan: Plan, imatrix: ImatrixKind | None = None) ->
 def packed_sources(
     run: Run, plan: Plan, imatrix: ImatrixKind | None = None
 ) -> dict[str, Callable[[], Iterator[np.ndarray]]]:
-    """Where the export takes the plan's rounded tensors from, by name.
+    """Iterators over the plan's rounded tensors for the export, by name.
 
     Raises:
         MissingResourceError: some of them are not there.
@@ -174,7 +174,7 @@ def forget_rounded(folder: WorkFolder) -> None:
 
 
 def warnings_of_rounding(folder: WorkFolder) -> list[str]:
-    """What the last rounding in a folder had to say; nothing once its report was removed."""
+    """Warnings of the last rounding in a folder; none once its report was removed."""
     if not folder.rounding.exists():
         return []
     return read_record(folder.rounding, RoundingReport, "rounding report").warnings

@@ -1,10 +1,10 @@
-"""What packed weights depend on, rounded with feedback or exported."""
+"""The cache key of packed weights, rounded with feedback or exported."""
 
 from typing import Any
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import fingerprint
-from mode_gguf.pipeline.run import Run, basis
+from mode_gguf.pipeline.run import Run, base_key
 from mode_gguf.pipeline.stage_cache import file_identity
 from mode_gguf.vocabulary import ImatrixKind, Rounding
 
@@ -17,7 +17,7 @@ def packed_key(run: Run, plan: Plan, imatrix: ImatrixKind | None, rounding: Roun
     """
     folder, kind = run.folder, imatrix or plan.made_from.imatrix_kind
     settings = {
-        **basis(run.checkpoint, "text model"),
+        **base_key(run.checkpoint, "text model"),
         "plan": fingerprint(plan.model_dump(mode="json")),
         "imatrix": kind,
         "imatrix file": file_identity(folder.imatrix_of(kind)),

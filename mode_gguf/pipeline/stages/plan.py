@@ -1,4 +1,4 @@
-"""Planning: from what was measured to plan.json and tensor-types.txt."""
+"""Planning: plan.json and tensor-types.txt, from measured costs."""
 
 import logging
 from dataclasses import asdict, dataclass, field, replace
@@ -12,10 +12,10 @@ from mode_gguf.export.tensor_types import tensor_types_text
 from mode_gguf.pipeline.gpu_budget import with_breakdown
 from mode_gguf.pipeline.planning import PlanningProblem, planning_problem
 from mode_gguf.pipeline.refinement import measure_plans, refine
-from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.settings import PlanSettings, Target
 from mode_gguf.pipeline.stage_cache import file_identity
-from mode_gguf.pipeline.stages.sensitivity import Sensitivity
+from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
 from mode_gguf.pipeline.stages.unit_kl import kl_measurement
 from mode_gguf.workfolder import WorkFolder
 
@@ -28,11 +28,11 @@ class MakePlan(Stage):
 
     Attributes:
         sensitivity: the stage whose samples and packing a refined plan is measured with; None where none is refined.
-        target: what the budget leaves, where that is known already.
+        target: the sizes that the budget leaves, where they are known already.
     """
 
     settings: PlanSettings
-    sensitivity: Sensitivity | None = None
+    sensitivity: MeasureSensitivity | None = None
     target: Target | None = field(default=None, compare=False)
     name: ClassVar[str] = "plan"
 
@@ -43,7 +43,7 @@ class MakePlan(Stage):
             measured.append(folder.unit_kl)
         budget = settings.budget
         return {
-            **basis(run.checkpoint, "plan"),
+            **base_key(run.checkpoint, "plan"),
             "measured": {path.name: file_identity(path) for path in measured},
             "budget": f"{budget.kind} {budget.value:.15g}",
             **({"fit": budget.fit.model_dump()} if budget.fit else {}),
@@ -58,7 +58,7 @@ class MakePlan(Stage):
         }
 
     def _refinement(self, run: Run) -> dict[str, Any]:
-        """What a refined plan depends on beside what every plan does."""
+        """Settings that only a refined plan depends on."""
         assert self.sensitivity is not None
         calibrated = self.sensitivity.calibrate.key(run)
         return {
@@ -71,7 +71,7 @@ class MakePlan(Stage):
         return run.folder.plan, run.folder.tensor_types
 
     def is_current(self, run: Run) -> bool:
-        """Whether the plan that is there is for these settings, be it edited."""
+        """Whether the plan in the folder is for these settings, even if it was edited."""
         state, cache, plan = self.state(run), run.cache, run.folder.plan
         if plan not in cache.edited(state):
             return cache.is_current(state)

@@ -1,4 +1,4 @@
-"""Sensitivity: what quantization in every candidate type would do, measured or from an importance matrix."""
+"""Sensitivity: damage of quantization in every candidate type, measured or from an importance matrix."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,14 @@ from mode_gguf.allocation.units import CandidateTypes, candidate_types
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.importance.imatrix_kind import chosen_imatrix
 from mode_gguf.options import ComputeOptions, Packing, SensitivityOptions
-from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.stages.calibrate import (
     Calibrate,
-    any_form_of_model,
     calibration_samples,
     check_same_model,
     save_imatrix,
     stored_statistics,
+    unknown_model_errors,
 )
 from mode_gguf.vocabulary import ImatrixKind, Method
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Sensitivity(Stage):
+class MeasureSensitivity(Stage):
     """Writes sensitivity.safetensors, and where there are gradients the Fisher importance matrix and token weights.
 
     Attributes:
@@ -43,7 +43,7 @@ class Sensitivity(Stage):
     name: ClassVar[str] = "sensitivity"
 
     @classmethod
-    def of(cls, calibrate: Calibrate, options: SensitivityOptions, types: CandidateTypes) -> "Sensitivity":
+    def of(cls, calibrate: Calibrate, options: SensitivityOptions, types: CandidateTypes) -> "MeasureSensitivity":
         """The stage that options ask for.
 
         Raises:
@@ -53,7 +53,7 @@ class Sensitivity(Stage):
         return cls(calibrate, types, options.method, imatrix, options.packing, calibrate.compute)
 
     @classmethod
-    def of_folder(cls, run: Run, compute: ComputeOptions) -> "Sensitivity":
+    def of_folder(cls, run: Run, compute: ComputeOptions) -> "MeasureSensitivity":
         """The stage as it ran in the folder.
 
         Raises:
@@ -67,7 +67,7 @@ class Sensitivity(Stage):
     def key(self, run: Run) -> dict[str, Any]:
         return {
             **self.calibrate.key(run),
-            **basis(run.checkpoint, "sensitivity"),
+            **base_key(run.checkpoint, "sensitivity"),
             "sensitivity": self.method,
             "imatrix": self.imatrix,
             "packing": self.packing.mode,
@@ -106,7 +106,7 @@ class Sensitivity(Stage):
         seed = self.calibrate.options.seed
         request = SensitivityRequest(types.expert, types.dense, self.method, self.imatrix, self.packing, seed=seed)
         way_out = "plan by errors weighed with calibration's importance: --set sensitivity.method=imatrix-error"
-        with any_form_of_model(run.checkpoint, way_out):
+        with unknown_model_errors(run.checkpoint, way_out):
             measured = on_all_ranks(
                 measure_sensitivity,
                 run.checkpoint,
@@ -124,7 +124,7 @@ class Sensitivity(Stage):
 
 
 def stored_table(run: Run) -> "SensitivityTable":
-    """What `sensitivity` left in the folder.
+    """The table that `sensitivity` left in the folder.
 
     Raises:
         InputError: nothing, or of another model.

