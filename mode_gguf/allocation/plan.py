@@ -1,4 +1,4 @@
-"""plan.json: the types of one file's tensors. People may edit it; `export` obeys it and needs nothing else to decide."""
+"""plan.json: the types of a file's tensors. People may edit it; `export` obeys it and needs nothing else to decide."""
 
 from pathlib import Path
 from typing import Annotated, Literal
