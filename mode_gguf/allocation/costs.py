@@ -1,4 +1,4 @@
-"""From what was measured to what the programme minimises: the cost of every unit at every candidate type.
+"""Costs: the objective of the integer programme, per unit and candidate type, from sensitivity and expert use.
 
 Fisher sensitivity is already a KL divergence, summed over the tokens each expert really serves, so it is used as it
 is. The paper's recipe multiplies the mean squared error of an expert's output by the frequency of its use (MODE
@@ -25,10 +25,10 @@ PMQ_WEIGHT_POWER = 1.5
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """How a sensitivity table becomes costs.
+    """Weights and formula that make costs of a sensitivity table.
 
     Attributes:
-        combination: what an expert's cost is made of.
+        combination: the formula of an expert's cost.
         answer_weights: importance of text answers and of image answers.
         modality_weights: importance of text, key vision and redundant vision tokens.
         pooled: frequencies count all tokens of weighted modalities alike instead of each modality by itself.
@@ -57,7 +57,7 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True)
 class ExpertUse:
-    """How one layer's experts were used: routed tokens and sums of routing weights, both (M, E)."""
+    """Use of one layer's experts: routed tokens and sums of routing weights, both (M, E)."""
 
     counts: np.ndarray
     weights: np.ndarray
@@ -109,7 +109,7 @@ def expert_units(
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     for layer in sorted({tensor.layer for tensor in experts if tensor.layer is not None}):
         projections = [tensor for tensor in experts if tensor.layer == layer]
-        offered = _together(projections, types)
+        offered = _tied_candidates(projections, types)
         axis = [QUANT_TYPES[asked] for asked in measured.expert_types]
         costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
         sizes = [
@@ -154,10 +154,10 @@ def cost_of_types(
             experts = [tensor for tensor in members if tensor.name in by_expert]
             # Projections in the types that go together were measured together.
             of_experts = list(zip(*by_expert.values(), strict=True))
-            together = list(zip(*(_stored(tensor, measured.expert_types) for tensor in experts), strict=True))
-            if set(of_experts) <= set(together):
+            tied_types = list(zip(*(_stored(tensor, measured.expert_types) for tensor in experts), strict=True))
+            if set(of_experts) <= set(tied_types):
                 costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
-                total += _sum_at(costs, [together.index(types) for types in of_experts], experts[0].name)
+                total += _sum_at(costs, [tied_types.index(types) for types in of_experts], experts[0].name)
             else:
                 for tensor in experts:
                     costs = _combined(tensor.name, layer, measured, model)
@@ -184,13 +184,13 @@ def _sum_at(costs: np.ndarray, columns: Sequence[int], name: str) -> float:
 
 
 def _stored(tensor: SourceTensor, axis: Sequence[str]) -> list[QuantType]:
-    """What the columns of a tensor's costs are measured in, by the names of the types asked for."""
+    """Types that the columns of a tensor's costs were measured in, from the names of the types asked for."""
     asked = [QUANT_TYPES[name] for name in axis]
     return [stored_as(tensor, one) or one for one in asked]
 
 
-def _together(projections: Sequence[SourceTensor], types: CandidateTypes) -> dict[QuantType, QuantType]:
-    """What an expert's projections can take together: candidates, and the types that they were measured by.
+def _tied_candidates(projections: Sequence[SourceTensor], types: CandidateTypes) -> dict[QuantType, QuantType]:
+    """Candidates of an expert's tied projections, each with the type that it was measured by.
 
     Two differ only where projections' rows do not fit the type that all of them were asked for.
     """

@@ -21,7 +21,7 @@ _MAX_COUNT = 2**24
 
 @dataclass(frozen=True, slots=True)
 class ImatrixHeader:
-    """What an importance matrix says about itself; `chunk_size` in tokens."""
+    """Metadata of an importance matrix; `chunk_size` in tokens."""
 
     datasets: tuple[str, ...]
     chunk_count: int

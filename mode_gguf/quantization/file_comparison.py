@@ -1,4 +1,4 @@
-"""Two files of one model beside each other: types, sizes, and how far the weights of one are from the other's."""
+"""Comparison of two files of one model: types, sizes, and the error of one's weights relative to the other's."""
 
 import math
 import os
@@ -57,7 +57,7 @@ class PairTotal(Total):
 
 
 class Comparison(Record):
-    """What `mode-gguf inspect A B` found; `only` names tensors that one file alone has, the first file's first."""
+    """The result of `mode-gguf inspect A B`; `only` names tensors that one file alone has, the first file's first."""
 
     files: tuple[ComparedFile, ComparedFile]
     tensors: list[TensorDifference]
@@ -68,7 +68,7 @@ class Comparison(Record):
 
 @dataclass(slots=True)
 class _Sums:
-    """What chunks of one tensor add up to."""
+    """Sums over the chunks of one tensor."""
 
     difference: float = 0.0
     square: float = 0.0

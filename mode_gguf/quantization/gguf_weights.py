@@ -63,7 +63,7 @@ class ModelTensor:
 
     @property
     def types(self) -> dict[str, int]:
-        """How many pieces have each type; one piece unless experts are in groups."""
+        """Number of pieces by type; one piece unless experts are in groups."""
         found: dict[str, int] = {}
         for piece in self.pieces:
             found[piece.info.type] = found.get(piece.info.type, 0) + 1

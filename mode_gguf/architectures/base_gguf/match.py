@@ -29,7 +29,7 @@ _ROWS: Final = 4
 """The number of rows of a matrix that are compared."""
 
 
-def compared(checkpoint: Checkpoint, base: BaseGguf) -> BaseGguf:
+def matched_base(checkpoint: Checkpoint, base: BaseGguf) -> BaseGguf:
     """The base with statistics for those dense matrices that the checkpoint is known to have.
 
     Raises:
@@ -42,7 +42,7 @@ def compared(checkpoint: Checkpoint, base: BaseGguf) -> BaseGguf:
 
 
 def _text_config(checkpoint: Checkpoint) -> dict[str, object]:
-    """config.json with what it says of the text model, wherever that is."""
+    """config.json merged with its section on the text model, wherever that is."""
     settings = dict(checkpoint.config)
     for part in ("thinker_config", "text_config", "llm_config", "language_config"):
         nested = settings.get(part)
