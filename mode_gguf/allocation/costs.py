@@ -83,9 +83,9 @@ def tensor_units(
             continue
         offered = types.of(tensor)
         is_expert = tensor.role is Role.EXPERT
-        axis = _stored(tensor, measured.expert_types if is_expert else measured.dense_types)
+        axis = _measured_types(tensor, measured.expert_types if is_expert else measured.dense_types)
         if tensor.is_measured:
-            costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name, always=is_expert)
+            costs = _offered_costs(_tensor_costs(tensor, measured, model), axis, offered, tensor.name, always=is_expert)
         else:
             costs = [0.0]
         candidates = tuple(
@@ -118,7 +118,7 @@ def expert_units(
         ]
         for expert in range(projections[0].n_experts):
             name = f"blk.{layer}.expert.{expert}"
-            own = _offered(costs[expert], axis, [*offered.values()], name, always=True)
+            own = _offered_costs(costs[expert], axis, [*offered.values()], name, always=True)
             candidates = tuple(
                 Candidate(offer, size, cost) for offer, size, cost in zip(offered, sizes, own, strict=True)
             )
@@ -154,7 +154,7 @@ def cost_of_types(
             experts = [tensor for tensor in members if tensor.name in by_expert]
             # Projections in the types that go together were measured together.
             of_experts = list(zip(*by_expert.values(), strict=True))
-            tied_types = list(zip(*(_stored(tensor, measured.expert_types) for tensor in experts), strict=True))
+            tied_types = list(zip(*(_measured_types(tensor, measured.expert_types) for tensor in experts), strict=True))
             if set(of_experts) <= set(tied_types):
                 costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
                 total += _sum_at(costs, [tied_types.index(types) for types in of_experts], experts[0].name)
@@ -169,7 +169,7 @@ def _cost_at(costs: np.ndarray, types: Sequence[QuantType], tensor: SourceTensor
     """Sum of costs (E, T) or (T,) at the types of the experts, or at that of the tensor."""
     if not np.isfinite(costs).any():
         return 0.0
-    axis = _stored(tensor, measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types)
+    axis = _measured_types(tensor, measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types)
     if not set(types) <= set(axis):
         raise InputError(f"sensitivity: {tensor.name} was not measured at {', '.join(sorted({t.name for t in types}))}")
     return _sum_at(costs, [axis.index(one) for one in types], tensor.name)
@@ -183,7 +183,7 @@ def _sum_at(costs: np.ndarray, columns: Sequence[int], name: str) -> float:
     return float(np.maximum(found, 0).sum())
 
 
-def _stored(tensor: SourceTensor, axis: Sequence[str]) -> list[QuantType]:
+def _measured_types(tensor: SourceTensor, axis: Sequence[str]) -> list[QuantType]:
     """Types that the columns of a tensor's costs were measured in, from the names of the types asked for."""
     asked = [QUANT_TYPES[name] for name in axis]
     return [stored_as(tensor, one) or one for one in asked]
@@ -271,7 +271,7 @@ def _array(measured: MeasuredCosts, name: str) -> np.ndarray:
     return measured.arrays[name]
 
 
-def _offered(
+def _offered_costs(
     costs: np.ndarray, axis: Sequence[QuantType], offered: Sequence[QuantType], name: str, *, always: bool
 ) -> list[float]:
     """Costs of the offered types; where there is no choice the cost decides nothing and need not be known.

@@ -82,7 +82,7 @@ def write_text_model(
     if without := ignored_tensors(checkpoint):
         more = f"{without[0]} and {len(without) - 1} more tensors are left out"
         log.info("%s%s", more, MTP_WAY_OUT if find_family(checkpoint).text.mtp else "")
-    layout, stored = _stored(model_tensors, stored_as.types, stored_as.experts)
+    layout, stored = _stored_layout(model_tensors, stored_as.types, stored_as.experts)
     tensors, packed = layout.tensors, stored_as.packed
     importance_of = partial(layout.rows_of, arrays=stored_as.importance or {})
     _check_fit(tensors, stored)
@@ -120,7 +120,7 @@ def text_model_files(
     """The files that `write_text_model` writes with these arguments, the one that users open first; raises as it."""
     if shard_bytes is None:
         return [path]
-    layout, stored = _stored(text_tensors(checkpoint), types, experts or {})
+    layout, stored = _stored_layout(text_tensors(checkpoint), types, experts or {})
     sizes = [
         tensor.n_weights // tensor.row_width * stored[tensor.name].row_bytes(tensor.row_width)
         for tensor in layout.tensors
@@ -128,7 +128,7 @@ def text_model_files(
     return shard_paths(path, len(assign_to_shards(sizes, shard_bytes)))
 
 
-def _stored(
+def _stored_layout(
     tensors: Sequence[SourceTensor], types: Mapping[str, QuantType], experts: ExpertTypes
 ) -> tuple[StoredTensors, dict[str, QuantType]]:
     """The tensors of the file, and their types by name."""

@@ -1,4 +1,4 @@
-"""Which tensor goes into which file, and what the files are called."""
+"""Assignment of tensors to shards, and the shards' names."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +12,7 @@ from mode_gguf.gguf.shards import MAX_SHARDS, assign_to_shards, earlier_shards, 
 
 
 def padded(n_bytes: int) -> int:
-    """What a tensor takes in the file."""
+    """Bytes of a tensor in the file, padding included."""
     return n_bytes + -n_bytes % 32
 
 

@@ -1,4 +1,4 @@
-"""What is listed beside the text model, and how it follows from the settings."""
+"""Lines of the memory breakdown, and their dependence on the settings."""
 
 from dataclasses import replace
 

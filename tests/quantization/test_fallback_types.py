@@ -1,4 +1,4 @@
-"""What rows take that no K-quant fits."""
+"""Fallback types of rows that no K-quant fits."""
 
 import pytest
 

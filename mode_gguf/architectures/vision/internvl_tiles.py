@@ -22,18 +22,18 @@ def tiles(image: Image.Image, side: int, fewest: int, most: int) -> list[Image.I
     whole = _resized(image, (side, side))
     if max(image.size) <= side:
         return [whole]
-    columns, rows = grid(image.size, side, fewest, most)
+    columns, rows = tile_grid(image.size, side, fewest, most)
     canvas = _padded(image, (columns * side, rows * side))
     boxes = [(x * side, y * side, (x + 1) * side, (y + 1) * side) for y in range(rows) for x in range(columns)]
     return [*(canvas.crop(box) for box in boxes), whole]
 
 
-def count(size: tuple[int, int], side: int, fewest: int, most: int) -> int:
+def tile_count(size: tuple[int, int], side: int, fewest: int, most: int) -> int:
     """The number of `tiles` of a picture of `size`."""
-    return 1 if max(size) <= side else 1 + math.prod(grid(size, side, fewest, most))
+    return 1 if max(size) <= side else 1 + math.prod(tile_grid(size, side, fewest, most))
 
 
-def grid(size: tuple[int, int], side: int, fewest: int, most: int) -> tuple[int, int]:
+def tile_grid(size: tuple[int, int], side: int, fewest: int, most: int) -> tuple[int, int]:
     """Columns and rows that keep most pixels of a picture of `size`, and of those that waste fewest."""
     best, kept, wasted = (1, 1), 0, math.inf
     for columns in range(fewest, most + 1):
