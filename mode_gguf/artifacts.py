@@ -1,4 +1,4 @@
-"""What lies between the stages: files that appear whole or not at all, and say what they were made from.
+"""Artefacts of the stages: files that appear whole or not at all, with fingerprints of their inputs.
 
 Every artefact carries a schema number of its own and the fingerprints of its inputs, so that a later stage can refuse a
 file that belongs to another model, and `convert` can skip a stage whose inputs have not changed.
@@ -40,7 +40,7 @@ SCHEMAS: Final[Mapping[str, int]] = {
 """The schema number of every artefact: raised with its form, and with the method that makes it. A higher number of one
 artefact has its stage run again, and those that build on it; nothing else does, the tool's version included."""
 MAX_SAMPLE_BYTES = 2**30
-"""Of a file of samples, of which a few hundred are used."""
+"""Size limit of a sample file in bytes; a few hundred samples are used."""
 _METADATA_KEY = "mode_gguf"
 _PART = ".mode-gguf.part"
 
@@ -85,7 +85,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Of the disk that `path` is on, or would be."""
+    """Free bytes of the disk that `path` is on, or would be."""
     return shutil.disk_usage(existing_parent(path)).free
 
 
@@ -219,7 +219,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 class Record(BaseModel):
-    """A JSON file that people read and may edit: unknown fields are refused, so that a slip of the pen is seen."""
+    """Base of the JSON files that people may edit: unknown fields are refused, so that a slip of the pen is seen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -253,7 +253,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def samples_fingerprint(source: str | Path | None) -> str:
-    """Changes when `source`, a file or a folder, is edited, added to or removed from; any other name stands for itself.
+    """A digest of `source` that changes when the file or folder is edited, added to or removed from, or of its name.
 
     Sizes and times are looked at, not contents: a set of samples may hold gigabytes of pictures.
     """

@@ -1,4 +1,4 @@
-"""Opening pictures that users name, which may be damaged or made to do harm."""
+"""Decoding of image files that users name, which may be damaged or made to do harm."""
 
 import io
 from pathlib import Path
@@ -8,13 +8,13 @@ from PIL import Image
 from mode_gguf.errors import InputError
 
 MAX_PIXELS = 2**26
-"""A picture takes 200 MB decoded then; every model looks at far fewer."""
+"""Size limit of an image, which takes 200 MB decoded then; every model looks at far fewer pixels."""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow knows more, among them some for which it starts other programs."""
+"""Formats that are decoded; for some others Pillow starts other programs."""
 
 
 def open_image_file(source: Path | bytes | Image.Image, name: str) -> Image.Image:
-    """The picture in RGB; `name` is what messages call it. Its size is checked before it is decoded.
+    """The image in RGB; `name` is what messages call it. Its size is checked before it is decoded.
 
     Raises:
         InputError: it cannot be read, or has more than `MAX_PIXELS`.

@@ -1,4 +1,4 @@
-"""Where llama.cpp may be on this machine: inside the package `xllamacpp`, and in a folder that the user names."""
+"""Places of llama.cpp on this machine: inside the package `xllamacpp`, and in a folder that the user names."""
 
 import importlib.machinery
 import importlib.util
@@ -8,7 +8,7 @@ from typing import Final
 
 ENVIRONMENT_VARIABLE: Final = "MODE_GGUF_LLAMA_CPP"
 SUBFOLDERS: Final = (".", "bin", "build/bin")
-"""Where an installation, a build tree, or its `bin` have programs, and a build its libraries."""
+"""Subfolders of an installation or a build tree that hold programs and libraries."""
 
 
 def embedded_library() -> Path | None:

@@ -120,7 +120,7 @@ _Shares: TypeAlias = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 DEFAULT_EXPERT_TYPES: Final = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 DEFAULT_DENSE_TYPES: Final = (*DEFAULT_EXPERT_TYPES, "Q8_0")
 GROUP_EXPERT_TYPES: Final = ("IQ2_XXS", *DEFAULT_EXPERT_TYPES)
-"""With a type per expert: rarely used ones in two bits leave room for the others (docs/experiments)."""
+"""Candidates with a type per expert: rarely used ones in two bits leave room for the others (docs/experiments)."""
 
 
 def _existing(source: Any) -> Any:
@@ -130,7 +130,7 @@ def _existing(source: Any) -> Any:
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointOptions:
-    """How the checkpoint is opened."""
+    """Options for opening the checkpoint."""
 
     base_gguf: Annotated[Path | None, BeforeValidator(_existing), Flag(BASE, metavar="FILE", everyday=True)] = None
     """Take names, metadata and tensors of the text model from a GGUF in full precision that llama.cpp's converter made
@@ -143,7 +143,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class CalibrationOptions:
-    """What the model is run on."""
+    """Calibration samples, and the choice of key vision tokens."""
 
     source: Annotated[
         str | None,
@@ -164,7 +164,7 @@ class CalibrationOptions:
     text_samples: Annotated[int, Field(ge=0), Flag(CALIBRATION, everyday=True)] = 128
     """Text samples to use at most."""
     key_tokens: KeyTokenRule = "text-attention"
-    """Which of an image's tokens are key vision tokens. text-attention: those the text looks at (the paper's choice);
+    """Rule that chooses an image's key vision tokens. text-attention: those the text looks at (the paper's choice);
     received-attention: those that all later tokens look at; max-min-diversity: those that differ most; for comparison:
     all, redundant (those the text looks at least), random."""
     key_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -175,10 +175,10 @@ class CalibrationOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class ComputeOptions:
-    """What computes."""
+    """Device, threads and memory."""
 
     device: Annotated[Device, Flag(COMPUTE, everyday=True)] = "auto"
-    """Where torch computes."""
+    """Device that torch computes on."""
     threads: Annotated[int | None, Field(ge=1), Flag(COMPUTE, everyday=True)] = None
     """Threads that pack; default: all cores."""
     hidden_memory: Annotated[Size, Flag(COMPUTE, metavar="SIZE", everyday=True)] = 4 << 30
@@ -187,12 +187,12 @@ class ComputeOptions:
 
 @dataclass(frozen=True, slots=True, config=STRICT)
 class Packing:
-    """How types are packed that leave a choice. Searching is for K-quants; libggml's types are scaled at most."""
+    """Packing of the types that leave a choice. Searching is for K-quants; libggml's types are scaled at most."""
 
     mode: Annotated[PackingMode, Flag(MEASURING, "--packing")] = "refined"
-    """How K-quants are packed. refined: with less error; exact: byte for byte as llama-quantize would."""
+    """Packing of K-quants. refined: with less error; exact: byte for byte as llama-quantize would."""
     effort: Annotated[Effort, Flag(MEASURING)] = "default"
-    """How long refined packing searches."""
+    """Search effort of refined packing."""
     size_power: Annotated[float, Field(ge=0, le=4), AfterValidator(_half_steps)] = 0.0
     """Refined packing counts a weight's squared error importance * (variance + x^2) ^ size_power, with x the weight and
     variance the mean square of its super-block: 0, 0.5, 1, ...; 0 is the importance alone."""
@@ -206,18 +206,18 @@ class Packing:
 
     @property
     def default_rounding(self) -> Rounding:
-        """With feedback, unless the bytes are to be libggml's."""
+        """Rounding with feedback, unless the bytes are to be libggml's."""
         return "feedback" if self.mode == "refined" else "nearest"
 
 
 @dataclass(frozen=True, config=STRICT)
 class SensitivityOptions:
-    """What quantization is measured by, and how candidates are packed."""
+    """Measure of quantization damage, and packing of the candidates."""
 
     method: Annotated[Method, Flag(MEASURING)] = "fisher"
-    """What damage is measured by."""
+    """Measure of the damage that quantization does."""
     imatrix: Annotated[ImatrixKind | None, Flag(MEASURING)] = None
-    """What packing weighs a matrix's columns with. plain: mean squares of its inputs; fisher: those weighed by
+    """Importance of a matrix's columns in packing. plain: mean squares of its inputs; fisher: those weighed by
     gradients; default: fisher where there are gradients."""
     types: Annotated[Names | None, Flag(CANDIDATES, metavar="TYPE,TYPE")] = None
     """Candidate types of expert tensors; default: Q2_K to Q6_K, with granularity expert IQ2_XXS, too, or what was
@@ -225,7 +225,7 @@ class SensitivityOptions:
     dense_types: Annotated[Names | None, Flag(CANDIDATES, metavar="TYPE,TYPE")] = None
     """Candidate types of attention, embedding and output; default: Q2_K to Q6_K and Q8_0."""
     packing: Packing = Packing()
-    """How candidates, and then the file, are packed."""
+    """Packing of the candidates, and then of the file."""
     measured_samples: Annotated[int, Field(ge=1), Flag(MEASURING)] = 64
     """Calibration samples that KL is measured on where it is measured (`unit-kl`, refine), half of them with an
     image."""
@@ -233,7 +233,7 @@ class SensitivityOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class FitOptions:
-    """What a text model shares a GPU's memory with."""
+    """Inference settings that decide what a text model shares a GPU's memory with."""
 
     context: Annotated[int | None, Field(gt=0, le=1 << 24), Flag(BUDGET, "--ctx", everyday=True)] = None
     """With --fit: tokens of context, of all parallel sequences together (llama-server's -c)."""
@@ -250,7 +250,7 @@ class FitOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class BudgetOptions:
-    """How large the text model may be: one of four."""
+    """Size budget of the text model: one of four."""
 
     bpw: Annotated[float | None, Field(gt=0, allow_inf_nan=False), Flag(BUDGET, everyday=True)] = None
     """Bits per weight of the whole text model, all its tensor bits over all its weights."""
@@ -262,15 +262,15 @@ class BudgetOptions:
     """The memory of the GPU that the model is going to run on, such as 24GiB; the text model gets what KV cache,
     projector, compute buffers and the reserve leave of it."""
     gpu: FitOptions = FitOptions()
-    """What shares that memory."""
+    """Inference settings that share that memory."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CostOptions:
-    """How a sensitivity table becomes costs."""
+    """Weights and formula that make costs of a sensitivity table."""
 
     combination: Combination = "sensitivity"
-    """What an expert's cost is made of: sensitivity alone, its product with frequency (the paper's), frequency times
+    """Formula of an expert's cost: sensitivity alone, its product with frequency (the paper's), frequency times
     weight error, PMQ's, or random."""
     answer_weights: _Weights2 = (1.0, 1.0)
     """Importance of text answers and of image answers; none negative, one positive."""
@@ -284,10 +284,10 @@ class CostOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class PlanOptions:
-    """How types are chosen."""
+    """Budget, candidates and costs of the plan."""
 
     budget: BudgetOptions = BudgetOptions()
-    """How large the text model may be."""
+    """Size budget of the text model."""
     granularity: Annotated[Granularity, Flag(OUTPUT, everyday=True)] = "tensor"
     """tensor: a type per tensor, as stock llama.cpp loads it; expert: a type per expert, for which `mode-gguf runtime
     build` makes a llama.cpp."""
@@ -301,7 +301,7 @@ class PlanOptions:
     ] = Field(default_factory=dict)
     """Offer tensors of a role (expert, dense, embedding, output) nothing below a type."""
     costs: CostOptions = CostOptions()
-    """How what was measured becomes costs."""
+    """Costs of the integer programme."""
     scope: BudgetScope = "model"
     """One budget for the model, or one of equal bits per layer's experts."""
     dense: DenseRule | None = None
@@ -318,7 +318,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class ExportOptions:
-    """Which files are written."""
+    """Types and splits of the files."""
 
     mmproj_type: Annotated[ProjectorType, Flag(OUTPUT, everyday=True)] = "F16"
     """Type of the projector's matrices."""
@@ -359,12 +359,12 @@ class Limits:
 
 @dataclass(frozen=True, config=STRICT)
 class PlacementOptions:
-    """Where llama.cpp computes and stores a model; everything else than the default needs one with a GPU backend."""
+    """Placement of a model in llama.cpp; everything else than the default needs one with a GPU backend."""
 
     n_gpu_layers: Annotated[int, Field(ge=-1), Flag(PLACEMENT, short="-ngl")] = 0
     """Layers in GPU memory; -1 means all."""
     split_mode: Annotated[SplitMode, Flag(PLACEMENT)] = "layer"
-    """How several GPUs share a model."""
+    """Split of the model over several GPUs."""
     main_gpu: Annotated[int, Field(ge=0), Flag(PLACEMENT)] = 0
     """The GPU of split mode none, or for results of row."""
     tensor_split: Annotated[_Shares, Flag(PLACEMENT, metavar="N,N")] = ()
@@ -372,7 +372,7 @@ class PlacementOptions:
     devices: Annotated[Names, Flag(PLACEMENT, "--device", metavar="NAME,NAME")] = ()
     """Devices to use, such as CUDA0; default: all GPUs."""
     override_tensors: Annotated[Names, Flag(PLACEMENT, "--override-tensor", metavar="REGEX=BUFFER")] = ()
-    """Where tensors of matching names are stored, such as exps=CPU; the first that matches decides."""
+    """Buffers for tensors of matching names, such as exps=CPU; the first that matches decides."""
     kv_offload: Annotated[bool, Flag(PLACEMENT)] = True
     """Whether the KV cache is where its layers are."""
     mmproj_offload: Annotated[bool, Flag(PLACEMENT)] = True
@@ -381,7 +381,7 @@ class PlacementOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class ValidationOptions:
-    """How a file is compared with its reference."""
+    """Comparison of a file with its reference."""
 
     validate: Annotated[bool, Flag(VALIDATION, everyday=True)] = True
     """Compare the result with a BF16 file of the same model in llama.cpp; writes that file too."""
@@ -393,7 +393,7 @@ class ValidationOptions:
     )
     """Folder of your llama.cpp tools; default: MODE_GGUF_LLAMA_CPP, then PATH, then the embedded build."""
     answers: Annotated[ScoredAnswers, Flag(VALIDATION)] = "reference"
-    """Which answers about pictures KL is measured on: the reference's own greedy ones, or the right ones that questions
+    """Answers about pictures that KL is measured on: the reference's own greedy ones, or the right ones that questions
     come with."""
     context: Annotated[int, Field(ge=16), Flag(VALIDATION)] = 4096
     """Tokens that a prompt and its answer may take."""
@@ -408,12 +408,12 @@ class ValidationOptions:
     limits: Limits = Limits()
     """Limits that the file must keep."""
     placement: PlacementOptions = PlacementOptions()
-    """Where llama.cpp computes."""
+    """Placement of a model in llama.cpp."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class PublishingOptions:
-    """What goes to the hub."""
+    """Publishing on the hub."""
 
     yes: Annotated[bool, Flag(PUBLISHING)] = False
     """Upload. Without it, what would be uploaded is shown and nothing is sent."""
@@ -422,7 +422,7 @@ class PublishingOptions:
     replace_card: Annotated[bool, Flag(PUBLISHING)] = False
     """With --card-only: replace a README.md that was edited, or comes from elsewhere."""
     private: Annotated[bool | None, Flag(PUBLISHING, "--private/--public")] = None
-    """Who sees it; default: a new repository is private, another one stays as it is."""
+    """Visibility of the repository; default: a new one is private, another one stays as it is."""
     unvalidated: Annotated[bool, Flag(PUBLISHING)] = False
     """Publish files that were not validated as they are now."""
     base_model: Annotated[str | None, Flag(PUBLISHING, metavar="ORG/NAME")] = None
@@ -431,7 +431,7 @@ class PublishingOptions:
 
 @dataclass(frozen=True, config=STRICT)
 class ServingOptions:
-    """How a finished model is served."""
+    """Serving of a finished model."""
 
     tool: Annotated[Tool, Flag(SERVING)] = "llama-server"
     """The program to start."""

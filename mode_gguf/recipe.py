@@ -35,12 +35,12 @@ MAX_RECIPE_BYTES: Final = 1 << 20
 _COMMENT_WIDTH: Final = 118
 
 KeyPath: TypeAlias = tuple[str, ...]
-"""Where an option stands in a recipe, such as ("plan", "budget", "bpw")."""
+"""Keys that lead to an option in a recipe, such as ("plan", "budget", "bpw")."""
 
 
 @checked_dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """All options of a conversion."""
+    """The options of a conversion."""
 
     preset: PresetName = "mode"
     """The shipped recipe that this one builds on."""
@@ -53,7 +53,7 @@ class Recipe:
     compute: ComputeOptions = ComputeOptions()
 
     @classmethod
-    def of(cls, *layers: "Layer") -> "Recipe":
+    def of(cls, *layers: "OptionLayer") -> "Recipe":
         """Options from layers that each override those before; the first preset that is named from the end is the
         base.
 
@@ -63,7 +63,7 @@ class Recipe:
         for layer in layers:
             layer.check_keys()
         preset = next((layer.values["preset"] for layer in reversed(layers) if layer.values.get("preset")), "mode")
-        base = [shipped(preset)] if preset in PRESET_NAMES else []
+        base = [preset_layer(preset)] if preset in PRESET_NAMES else []
         merged: dict[str, Any] = {}
         for layer in (*base, *layers):
             merged = _merged(merged, layer.values)
@@ -75,17 +75,17 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write everything, with what it means, atomically."""
-        write_text(path, "".join(f"{line}\n" for line in commented(self)))
+        write_text(path, "".join(f"{line}\n" for line in commented_lines(self)))
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class OptionLayer:
     """Options from one source.
 
     Attributes:
         values: as in a recipe file, sections within each other.
         source: the file; None for a command line.
-        labels: what a key is called there, such as --bpw; others are called by their place in a recipe.
+        labels: the source's names of keys, such as --bpw; others are named by their place in a recipe.
     """
 
     values: Mapping[str, Any]
@@ -111,12 +111,12 @@ class Layer:
             raise self.error(key, f"no such option; {hint}")
 
 
-def shipped(name: str) -> Layer:
+def preset_layer(name: str) -> OptionLayer:
     """The recipe of a preset."""
     return read_recipe(SHIPPED / f"{name}.yaml")
 
 
-def read_recipe(path: Path) -> Layer:
+def read_recipe(path: Path) -> OptionLayer:
     """A recipe file.
 
     Raises:
@@ -136,10 +136,10 @@ def read_recipe(path: Path) -> Layer:
         values = {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: options by name expected, {type(values).__name__} found; see `mode-gguf recipe`")
-    return Layer(values, path)
+    return OptionLayer(values, path)
 
 
-def settings_layer(settings: Sequence[str]) -> Layer:
+def settings_layer(settings: Sequence[str]) -> OptionLayer:
     """Options from `section.option=value` each, with values as YAML writes them.
 
     Raises:
@@ -155,7 +155,7 @@ def settings_layer(settings: Sequence[str]) -> Layer:
         except yaml.YAMLError:
             value = text
         values = _merged(values, nested(tuple(name.split(".")), value))
-    return Layer(values)
+    return OptionLayer(values)
 
 
 def nested(key: KeyPath, value: Any) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def nested(key: KeyPath, value: Any) -> dict[str, Any]:
     return value
 
 
-def commented(recipe: Recipe) -> Iterator[str]:
+def commented_lines(recipe: Recipe) -> Iterator[str]:
     """The lines of a recipe file with all options, each below what it means."""
     yield "# A recipe of mode-gguf: convert MODEL --recipe FILE. What is left out is as in the preset."
     yield from _section(recipe, "")
@@ -224,8 +224,8 @@ def _unknown_keys(values: Mapping[str, Any], options: Any, at: KeyPath = ()) -> 
             yield from _unknown_keys(value, section, (*at, key))
 
 
-def _explained(error: ValidationError, layers: Sequence[Layer]) -> ModeGgufError:
-    """What pydantic found, said by the layer whose value it is."""
+def _explained(error: ValidationError, layers: Sequence[OptionLayer]) -> ModeGgufError:
+    """The error of the layer whose value pydantic refused."""
     first = error.errors()[0]
     place = tuple(str(part) for part in first["loc"])
     for layer in reversed(layers):

@@ -1,4 +1,4 @@
-"""Words that options, files and messages share: every closed set of names the tool knows, written once.
+"""Closed sets of names that options, files and messages share, each written once.
 
 Free of everything else, so that the command line knows them without loading the library.
 """
@@ -6,7 +6,7 @@ Free of everything else, so that the command line knows them without loading the
 from typing import Final, Literal, TypeAlias, get_args
 
 Device: TypeAlias = Literal["auto", "cuda", "cpu"]
-"""Where torch computes; `auto` is CUDA where torch finds it."""
+"""Devices that torch computes on; `auto` is CUDA where torch finds it."""
 
 KeyTokenRule: TypeAlias = Literal[
     "text-attention", "all", "redundant", "random", "received-attention", "max-min-diversity"
@@ -27,7 +27,7 @@ ImatrixKind: TypeAlias = Literal["plain", "fisher"]
 IMATRIX_KINDS: Final[tuple[ImatrixKind, ...]] = get_args(ImatrixKind)
 
 Combination: TypeAlias = Literal["sensitivity", "product", "frequency", "pmq", "random"]
-"""How an expert's cost is made of sensitivity d, frequency f and weight error (relative, squared) e, per modality:
+"""Formulas of an expert's cost from sensitivity d, frequency f and weight error (relative, squared) e, per modality:
 
 `sensitivity`: d; `product`: f d, the paper's; `frequency`: f e; `pmq`: f w^1.5 d with w the share of routing weight,
 both over all tokens alike (MC-MoE's PMQ, whose squared error is d of expert-mse); `random`: a random number times e.
@@ -42,14 +42,14 @@ DenseRule: TypeAlias = Literal["measured", "fixed"]
 allows."""
 
 Granularity: TypeAlias = Literal["tensor", "expert"]
-"""What shares a type: all experts of a layer's projection, as stock llama.cpp loads it, or an expert's projections."""
+"""Weights of one type: all experts of a layer's projection, as stock llama.cpp loads it, or an expert's projections."""
 
 PackingMode: TypeAlias = Literal["exact", "refined"]
-PACKING_MODES: Final[tuple[PackingMode, ...]] = get_args(PackingMode)
 """`exact`: the bytes that libggml would write; `refined`: scales, mins and levels of less error."""
+PACKING_MODES: Final[tuple[PackingMode, ...]] = get_args(PackingMode)
 
 Effort: TypeAlias = Literal["fast", "default", "max"]
-"""How long refined packing searches."""
+"""Search effort of refined packing."""
 
 Rounding: TypeAlias = Literal["nearest", "feedback"]
 """`nearest`: every weight by itself, as llama.cpp does; `feedback`: a row's errors make up for each other (GPTQ)."""
@@ -64,10 +64,10 @@ KvType: TypeAlias = Literal["f16", "q8_0", "q4_0"]
 """Types of the KV cache that every build of llama.cpp has flash attention for."""
 
 SplitMode: TypeAlias = Literal["none", "layer", "row", "tensor"]
-"""How several GPUs share a model (`-sm`)."""
+"""Splits of a model over several GPUs (`-sm`)."""
 
 ScoredAnswers: TypeAlias = Literal["reference", "given"]
-"""Which answers about pictures are scored: the reference's own greedy ones, or the right ones of the questions."""
+"""Answers about pictures that are scored: the reference's own greedy ones, or the right ones of the questions."""
 
 Tool: TypeAlias = Literal["llama-server", "llama-mtmd-cli", "llama-bench", "llama-perplexity"]
 """llama.cpp's programs that take a model."""

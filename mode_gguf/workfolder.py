@@ -1,10 +1,10 @@
-"""The work folder of one conversion: what its files are called."""
+"""The work folder of one conversion: names and paths of its files."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 JOURNAL = "mode_gguf.journal"
-"""Logger of what goes to a work folder's log file and nowhere else."""
+"""Name of the logger that writes to a work folder's log file and nowhere else."""
 
 
 def model_file_name(name: str, bpw: float, main_type: str, *, groups: bool = False) -> str:
@@ -35,8 +35,8 @@ def imatrix_file_name(name: str, kind: str = "plain") -> str:
     return f"imatrix-{name}.gguf" if kind == "plain" else f"imatrix-{kind}-{name}.gguf"
 
 
-def failure_beside(report: Path) -> Path:
-    """What says why there is no report: validation failed."""
+def failure_path(report: Path) -> Path:
+    """The path of the text that says why validation failed, in place of a report."""
     return report.with_name(f"{report.stem}-failed.txt")
 
 

@@ -34,7 +34,7 @@ def write_family_base(checkpoint: Checkpoint, folder: Path, quant_type: str = "B
 
 
 def permuted_rows(rows: int) -> np.ndarray:
-    """As llama.cpp's converter orders rows of Llama's Q and K."""
+    """The order in which llama.cpp's converter writes rows of Llama's Q and K."""
     return np.arange(rows).reshape(HEADS, 2, rows // HEADS // 2).swapaxes(1, 2).reshape(-1)
 
 

@@ -136,7 +136,7 @@ def _of_bytes(path: Path) -> str:
 
 
 def _of_arrays(path: Path) -> str:
-    """Of the numbers of a safetensors file, whatever its header says about them."""
+    """Digest of the numbers in a safetensors file, whatever its header says about them."""
     digest = hashlib.sha256()
     with safe_open(path, "numpy") as file:
         for name in sorted(file.keys()):

@@ -29,7 +29,7 @@ FOUNDATION = {
     "sizes",
     "vocabulary",
 }
-"""What every stage may build on."""
+"""Packages and modules that every stage may import."""
 STAGE_MAY_IMPORT = {
     "allocation": FOUNDATION | {"gpu_memory", "quantization"},
     "architectures": FOUNDATION | {"gpu_memory"},

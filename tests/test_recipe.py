@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.options import CalibrationOptions, Packing
-from mode_gguf.recipe import PRESET_NAMES, Layer, Recipe, commented, nested, read_recipe, settings_layer, shipped
+from mode_gguf.recipe import (
+    PRESET_NAMES,
+    OptionLayer,
+    Recipe,
+    commented_lines,
+    nested,
+    preset_layer,
+    read_recipe,
+    settings_layer,
+)
 
 PRINTABLE = st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs"))
 
@@ -26,7 +35,7 @@ def test_the_last_layer_wins_and_the_others_keep_the_rest(tmp_path: Path) -> Non
     assert (recipe.preset, recipe.plan.refine, recipe.calibration.seed) == ("paper", 3, 5)
     assert (recipe.plan.costs.pooled, recipe.plan.costs.combination, recipe.plan.scope) == (True, "product", "layer")
     assert recipe.sensitivity.packing == Packing("exact")
-    assert Recipe.of(Layer({"preset": "mode"})) == Recipe()
+    assert Recipe.of(OptionLayer({"preset": "mode"})) == Recipe()
 
 
 def test_values_as_people_write_them() -> None:
@@ -89,14 +98,14 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 
 
 def test_the_label_of_a_command_line_is_said(tmp_path: Path) -> None:
-    layer = Layer(nested(("plan", "budget", "bpw"), 0), labels={("plan", "budget", "bpw"): "--bpw"})
+    layer = OptionLayer(nested(("plan", "budget", "bpw"), 0), labels={("plan", "budget", "bpw"): "--bpw"})
     with pytest.raises(UsageError, match=r"^--bpw: "):
-        Recipe.of(Layer({}, written(tmp_path, "")), layer)
+        Recipe.of(OptionLayer({}, written(tmp_path, "")), layer)
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
 def test_shipped_recipes_are_read_as_written(name: str, tmp_path: Path) -> None:
-    recipe = Recipe.of(shipped(name))
+    recipe = Recipe.of(preset_layer(name))
     assert recipe.preset == name
     recipe.save(tmp_path / "whole.yaml")
     assert Recipe.of(read_recipe(tmp_path / "whole.yaml")) == recipe
@@ -128,14 +137,14 @@ def test_any_recipe_is_read_as_written(tmp_path_factory: pytest.TempPathFactory,
         for part in parts:
             section = section.setdefault(part, {})
         section[last] = value
-    recipe = Recipe.of(Layer(merged))
+    recipe = Recipe.of(OptionLayer(merged))
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     recipe.save(path)
     assert Recipe.of(read_recipe(path)) == recipe
 
 
 def test_every_option_is_explained() -> None:
-    lines = list(commented(Recipe()))
+    lines = list(commented_lines(Recipe()))
     for number, line in enumerate(lines):
         if ":" in line and not line.lstrip().startswith("#"):
             assert lines[number - 1].lstrip().startswith("#"), line

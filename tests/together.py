@@ -50,7 +50,7 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, st
 
 
 def called_together(calls: Sequence[Callable[[], Any]], n: int, folder: Path) -> list[Any]:
-    """What `calls` return, or the text of what they raise, in the first of `n` processes; the others are silent."""
+    """Results of `calls`, or the texts of their exceptions, in the first of `n` processes; the others are silent."""
     paths = folder / "calls.pickle", folder / "results.pickle"
     paths[0].write_bytes(pickle.dumps(list(calls)))
     first, *others = ended(start_together(["-m", "tests.together", *paths], n))

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from mode_gguf.errors import UsageError
 from mode_gguf.options import PANELS, RECIPE, RUN, Flag
-from mode_gguf.recipe import KeyPath, Layer, PresetName, Recipe, nested, read_recipe, settings_layer
+from mode_gguf.recipe import KeyPath, OptionLayer, PresetName, Recipe, nested, read_recipe, settings_layer
 from mode_gguf.sizes import size_text
 from mode_gguf_cli.console import be_quiet
 
@@ -79,7 +79,7 @@ def with_recipe(*sections: str, everyday: bool = False) -> Callable[[Callable[..
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            layers = [Layer({})]
+            layers = [OptionLayer({})]
             if (file := given.pop("recipe")) is not None:
                 layers.append(read_recipe(file))
             settings: Sequence[str] = given.pop("settings") or ()
@@ -198,7 +198,7 @@ def _default_sentence(default: Any, flag: Flag) -> list[str]:
     return [f"Default: {size_text(default) if flag.metavar == 'SIZE' else default}."]
 
 
-def _layer(values: dict[KeyPath, Any], flags: dict[KeyPath, Flag], preset: str | None) -> Layer:
+def _layer(values: dict[KeyPath, Any], flags: dict[KeyPath, Flag], preset: str | None) -> OptionLayer:
     """The options that were given on the command line."""
     merged: dict[str, Any] = {"preset": preset} if preset else {}
     for path, value in values.items():
@@ -210,7 +210,7 @@ def _layer(values: dict[KeyPath, Any], flags: dict[KeyPath, Flag], preset: str |
         for part in path[:-1]:
             section = section.setdefault(part, {})
         section |= nested(path[-1:], value)
-    return Layer(merged, labels={path: flag_name(path, flag) for path, flag in flags.items()})
+    return OptionLayer(merged, labels={path: flag_name(path, flag) for path, flag in flags.items()})
 
 
 def _mapping(pairs: Sequence[str], option: str) -> dict[str, str]:

@@ -153,5 +153,5 @@ def _refine_block(x: Tile, w: Tile, k: int, highest: int, weighted: bool, search
 
 @device
 def _signed_half(value: Floats) -> Floats:
-    """What is read back after storing as float16; of what is too large, the largest of its sign."""
+    """The value rounded to float16; the largest of its sign where it is too large."""
     return select(value < F(0), negative(as_half(negative(value))), as_half(value))

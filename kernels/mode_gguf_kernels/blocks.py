@@ -19,7 +19,7 @@ SEARCHES: dict[str, Search] = {
     "default": Search(15, 0, 0, 4),
     "max": Search(41, 0, 0, 10),
 }
-"""For most of them."""
+"""Search settings by effort, for most of the types."""
 
 
 def block_kernels(
@@ -41,7 +41,7 @@ def block_kernels(
         refine: refine(x, w, k, weighted, search, level) chooses levels of block k with less error and returns its
             halves.
         decode: decode(halves, level, x) gives the weights of one block per lane.
-        searches: what `refine` is told, for each effort.
+        searches: the settings of `refine` by effort.
         uses_row_squares: whether `encode` reads mean_squares.
     """
     header_bytes = min(field.first for field in layout.fields)

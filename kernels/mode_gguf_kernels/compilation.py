@@ -34,7 +34,7 @@ def sources_digest(package: Path = _PACKAGE) -> str:
 
 
 def user_cache_folder() -> Path:
-    """Where this platform wants a user's caches."""
+    """The platform's folder for a user's caches."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
     if sys.platform == "darwin":

@@ -34,7 +34,7 @@ class Field(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a type keeps its levels; `width` weights in a row share scale and min.
+    """Places of a type's levels in a block; `width` weights in a row share scale and min.
 
     `uneven`: what levels stand for, in steps above the lowest; none for 0, 1, 2, ...
     """

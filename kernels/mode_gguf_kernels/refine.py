@@ -70,14 +70,14 @@ def error_weights(x: Tile, w: Tile, first: int, n: int, weighted: bool, half_pow
 
 @device
 def limited(level: Floats, lowest: np.float32, highest: np.float32) -> Floats:
-    """Each level limited to [lowest, highest]."""
+    """Levels limited to [lowest, highest]."""
     level = select(level < highest, level, splat(highest))
     return select(level > lowest, level, splat(lowest))
 
 
 @device
 def as_half(value: Floats) -> Floats:
-    """What is read back after storing as float16; of what is too large, the largest."""
+    """The value rounded to float16; the largest where it is too large."""
     return half_value(half_bits(select(absolute(value) < F(65504), value, splat(F(65504)))))
 
 
@@ -89,7 +89,7 @@ def reciprocal(value: Floats) -> Floats:
 
 @device
 def lost_gain(sum_xx: Floats, sum_xq: Floats) -> Floats:
-    """What stored weights q are to be multiplied with for <q, x> = <x, x>, from the weighted sums of x * x and x * q.
+    """The factor g of stored weights q that makes <g q, x> = <x, x>, from the weighted sums of x * x and x * q.
 
     No more than 2 and no less than 1/2, for super-blocks that cannot be stored well anyhow.
     """

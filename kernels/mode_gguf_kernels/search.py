@@ -56,7 +56,7 @@ def nearest_int(value: Floats) -> Ints:
 
 @device
 def clamped(level: Ints, lowest: int, highest: int) -> Ints:
-    """Each level limited to [lowest, highest]."""
+    """Levels limited to [lowest, highest]."""
     return larger(smaller(level, highest), lowest)
 
 
@@ -366,7 +366,7 @@ def make_qp_quants(values: Tile, w: Tile, code: Tile, n: int, highest: int) -> F
 
 @device
 def scale_to_largest(values: Tile, code: Tile, n: int, highest: int) -> Floats:
-    """How the `_ref` quantizers code scales and mins: the largest becomes `highest`. Codes may be any int.
+    """Codes of scales and mins as in the `_ref` quantizers: the largest becomes `highest`. Codes may be any int.
 
     Returns the scale.
     """

@@ -35,7 +35,7 @@ SEARCHES: dict[str, Search] = {
 
 
 class Codes(NamedTuple):
-    """How a type stores its codes.
+    """Storage of a type's codes.
 
     Attributes:
         highest: the highest one.
@@ -51,7 +51,7 @@ class Codes(NamedTuple):
 
 
 class GgmlSearch(NamedTuple):
-    """What ggml's search for a type's scales and mins is told.
+    """Settings of ggml's search for a type's scales and mins.
 
     Attributes:
         variance_factor: of the super-block's mean square in the error weights, with importance.

@@ -24,7 +24,7 @@ from mode_gguf_kernels.simd import (
 )
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
-"""What the bytes of a source matrix are."""
+"""dtypes of a source matrix."""
 
 _LINE = 16  # 32-bit words in a cache line
 _INFINITY_BITS = 0x7F800000
@@ -32,25 +32,25 @@ _INFINITY_BITS = 0x7F800000
 
 @device
 def float_tile(items: int) -> Tile:
-    """Room for `items` floats per lane."""
+    """An uninitialised tile of `items` floats per lane."""
     return _from_cache_line(np.empty(items * LANES + _LINE, np.float32))[: items * LANES]
 
 
 @device
 def int_tile(items: int) -> Tile:
-    """Room for `items` ints per lane."""
+    """An uninitialised tile of `items` ints per lane."""
     return _from_cache_line(np.empty(items * LANES + _LINE, np.int32))[: items * LANES]
 
 
 @device
-def _from_cache_line(room: Tile) -> Tile:
-    """`room` from its first whole cache line on: a register's lanes in two lines would take two accesses."""
-    return room[-(room.ctypes.data // 4) % _LINE :]
+def _from_cache_line(buffer: Tile) -> Tile:
+    """`buffer` from its first whole cache line on: a register's lanes in two lines would take two accesses."""
+    return buffer[-(buffer.ctypes.data // 4) % _LINE :]
 
 
 @device
 def lane_starts(first: int, n_blocks: int, stride: int) -> np.ndarray:
-    """Where each lane's block begins when blocks are `stride` apart."""
+    """Start of each lane's block when blocks are `stride` apart."""
     starts = np.empty(LANES, np.int64)
     for lane in range(LANES):
         starts[lane] = min(first + lane, n_blocks - 1) * stride
@@ -78,7 +78,7 @@ def load_weights(
 def load_run(
     source: np.ndarray, source_dtype: int, starts: np.ndarray, column: int, tile: Tile, first_item: int
 ) -> None:
-    """Fill 16 items of `tile` with what follows value starts[lane] + column of `source`."""
+    """Fill 16 items of `tile` with the values from starts[lane] + column on of `source`."""
     if source_dtype == FLOAT32:
         gather(source.view(np.float32), starts, column, tile, first_item)
     else:

@@ -1,4 +1,4 @@
-"""Budgets, in the units people think in, as bytes of tensors; and which budgets can be reached at all."""
+"""Budgets as bytes of tensors, from bpw, file size or GPU memory; and the range of budgets that can be reached."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from mode_gguf.quantization.types import QuantType
 
 
 class Budget(Record):
-    """How large the text model may be.
+    """A size budget for the text model.
 
     `bpw`: bits per weight of the whole text model; `size`: bytes of its file; `expert-bpw`: bits per weight of the
     routed experts alone, everything else taking the largest of its candidate types; `fit`: bytes of the GPU that it is
@@ -36,7 +36,7 @@ class Budget(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class ReachableSizes:
     """Bytes of all tensors when each takes its smallest or largest candidate, and the budget's in between."""
 
     lowest: int
@@ -44,7 +44,7 @@ class Reach:
     budget: int
     n_weights: int
     limits: tuple[str, ...]
-    """What keeps the range where it is, in words: fixed tensors, rows that fit no candidate's block."""
+    """Reasons for the ends of the range, in words: fixed tensors, rows that fit no candidate's block."""
 
     @property
     def lowest_bpw(self) -> float:
@@ -76,7 +76,7 @@ def budget_bytes(tensors: Sequence[SourceTensor], types: CandidateTypes, budget:
         case "size":
             return int(budget.value) - overhead
         case "fit":
-            left = int(budget.value) - overhead + in_system_memory(tensors, types)
+            left = int(budget.value) - overhead + system_memory_bytes(tensors, types)
             return min(left, sum(max(_sizes(t, types)) for t in tensors))
         case "expert-bpw":
             experts = sum(tensor.n_weights for tensor in tensors if tensor.role is Role.EXPERT)
@@ -84,15 +84,17 @@ def budget_bytes(tensors: Sequence[SourceTensor], types: CandidateTypes, budget:
             return int(budget.value * experts / 8) + sum(others)
 
 
-def in_system_memory(tensors: Sequence[SourceTensor], types: CandidateTypes) -> int:
-    """What the token embedding takes at least: llama.cpp keeps it there, unless it is the output head, too."""
+def system_memory_bytes(tensors: Sequence[SourceTensor], types: CandidateTypes) -> int:
+    """Least bytes of the token embedding, which llama.cpp keeps there; 0 where it is the output head, too."""
     if all(tensor.role is not Role.OUTPUT for tensor in tensors):
         return 0
     return sum(min(_sizes(tensor, types)) for tensor in tensors if tensor.role is Role.EMBEDDING)
 
 
-def check_reachable(tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, overhead: int = 0) -> Reach:
-    """What the candidates can reach, after checking that the budget lies in it; needs shapes only.
+def check_reachable(
+    tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, overhead: int = 0
+) -> ReachableSizes:
+    """The sizes that the candidates can reach, once the budget is known to lie among them; needs shapes only.
 
     Raises:
         InfeasibleBudgetError: it does not; the message gives the range and what limits it.
@@ -100,7 +102,7 @@ def check_reachable(tensors: Sequence[SourceTensor], types: CandidateTypes, budg
     types = effective_types(types, budget)
     sizes = [_sizes(tensor, types) for tensor in tensors]
     n_weights = sum(tensor.n_weights for tensor in tensors)
-    reach = Reach(
+    reach = ReachableSizes(
         lowest=sum(map(min, sizes)),
         highest=sum(map(max, sizes)),
         budget=budget_bytes(tensors, types, budget, overhead),
@@ -120,7 +122,7 @@ def _sizes(tensor: SourceTensor, types: CandidateTypes) -> list[int]:
     return [tensor_bytes(tensor, candidate) for candidate in types.of(tensor)]
 
 
-def _range(reach: Reach, budget: Budget, overhead: int) -> str:
+def _range(reach: ReachableSizes, budget: Budget, overhead: int) -> str:
     if budget.kind in ("size", "fit"):
         return f"{(reach.lowest + overhead) / 2**20:.2f} to {(reach.highest + overhead) / 2**20:.2f} MiB"
     return f"{reach.lowest_bpw:.3f} to {reach.highest_bpw:.3f} bits per weight"

@@ -1,4 +1,4 @@
-"""From what was measured to what the programme minimises: the cost of every unit at every candidate type.
+"""Costs: the objective of the integer programme, per unit and candidate type, from sensitivity and expert use.
 
 Fisher sensitivity is already a KL divergence, summed over the tokens each expert really serves, so it is used as it
 is. The paper's recipe multiplies the mean squared error of an expert's output by the frequency of its use (MODE
@@ -25,10 +25,10 @@ PMQ_WEIGHT_POWER = 1.5
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """How a sensitivity table becomes costs.
+    """Weights and formula that make costs of a sensitivity table.
 
     Attributes:
-        combination: what an expert's cost is made of.
+        combination: the formula of an expert's cost.
         answer_weights: importance of text answers and of image answers.
         modality_weights: importance of text, key vision and redundant vision tokens.
         pooled: frequencies count all tokens of weighted modalities alike instead of each modality by itself.
@@ -57,7 +57,7 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True)
 class ExpertUse:
-    """How one layer's experts were used: routed tokens and sums of routing weights, both (M, E)."""
+    """Use of one layer's experts: routed tokens and sums of routing weights, both (M, E)."""
 
     counts: np.ndarray
     weights: np.ndarray
@@ -83,9 +83,9 @@ def tensor_units(
             continue
         offered = types.of(tensor)
         is_expert = tensor.role is Role.EXPERT
-        axis = _stored(tensor, measured.expert_types if is_expert else measured.dense_types)
+        axis = _measured_types(tensor, measured.expert_types if is_expert else measured.dense_types)
         if tensor.is_measured:
-            costs = _offered(_tensor_costs(tensor, measured, model), axis, offered, tensor.name, always=is_expert)
+            costs = _offered_costs(_tensor_costs(tensor, measured, model), axis, offered, tensor.name, always=is_expert)
         else:
             costs = [0.0]
         candidates = tuple(
@@ -109,7 +109,7 @@ def expert_units(
     experts = [tensor for tensor in tensors if tensor.role is Role.EXPERT]
     for layer in sorted({tensor.layer for tensor in experts if tensor.layer is not None}):
         projections = [tensor for tensor in experts if tensor.layer == layer]
-        offered = _together(projections, types)
+        offered = _tied_candidates(projections, types)
         axis = [QUANT_TYPES[asked] for asked in measured.expert_types]
         costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
         sizes = [
@@ -118,7 +118,7 @@ def expert_units(
         ]
         for expert in range(projections[0].n_experts):
             name = f"blk.{layer}.expert.{expert}"
-            own = _offered(costs[expert], axis, [*offered.values()], name, always=True)
+            own = _offered_costs(costs[expert], axis, [*offered.values()], name, always=True)
             candidates = tuple(
                 Candidate(offer, size, cost) for offer, size, cost in zip(offered, sizes, own, strict=True)
             )
@@ -154,10 +154,10 @@ def cost_of_types(
             experts = [tensor for tensor in members if tensor.name in by_expert]
             # Projections in the types that go together were measured together.
             of_experts = list(zip(*by_expert.values(), strict=True))
-            together = list(zip(*(_stored(tensor, measured.expert_types) for tensor in experts), strict=True))
-            if set(of_experts) <= set(together):
+            tied_types = list(zip(*(_measured_types(tensor, measured.expert_types) for tensor in experts), strict=True))
+            if set(of_experts) <= set(tied_types):
                 costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
-                total += _sum_at(costs, [together.index(types) for types in of_experts], experts[0].name)
+                total += _sum_at(costs, [tied_types.index(types) for types in of_experts], experts[0].name)
             else:
                 for tensor in experts:
                     costs = _combined(tensor.name, layer, measured, model)
@@ -169,7 +169,7 @@ def _cost_at(costs: np.ndarray, types: Sequence[QuantType], tensor: SourceTensor
     """Sum of costs (E, T) or (T,) at the types of the experts, or at that of the tensor."""
     if not np.isfinite(costs).any():
         return 0.0
-    axis = _stored(tensor, measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types)
+    axis = _measured_types(tensor, measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types)
     if not set(types) <= set(axis):
         raise InputError(f"sensitivity: {tensor.name} was not measured at {', '.join(sorted({t.name for t in types}))}")
     return _sum_at(costs, [axis.index(one) for one in types], tensor.name)
@@ -183,14 +183,14 @@ def _sum_at(costs: np.ndarray, columns: Sequence[int], name: str) -> float:
     return float(np.maximum(found, 0).sum())
 
 
-def _stored(tensor: SourceTensor, axis: Sequence[str]) -> list[QuantType]:
-    """What the columns of a tensor's costs are measured in, by the names of the types asked for."""
+def _measured_types(tensor: SourceTensor, axis: Sequence[str]) -> list[QuantType]:
+    """Types that the columns of a tensor's costs were measured in, from the names of the types asked for."""
     asked = [QUANT_TYPES[name] for name in axis]
     return [stored_as(tensor, one) or one for one in asked]
 
 
-def _together(projections: Sequence[SourceTensor], types: CandidateTypes) -> dict[QuantType, QuantType]:
-    """What an expert's projections can take together: candidates, and the types that they were measured by.
+def _tied_candidates(projections: Sequence[SourceTensor], types: CandidateTypes) -> dict[QuantType, QuantType]:
+    """Candidates of an expert's tied projections, each with the type that it was measured by.
 
     Two differ only where projections' rows do not fit the type that all of them were asked for.
     """
@@ -271,7 +271,7 @@ def _array(measured: MeasuredCosts, name: str) -> np.ndarray:
     return measured.arrays[name]
 
 
-def _offered(
+def _offered_costs(
     costs: np.ndarray, axis: Sequence[QuantType], offered: Sequence[QuantType], name: str, *, always: bool
 ) -> list[float]:
     """Costs of the offered types; where there is no choice the cost decides nothing and need not be known.

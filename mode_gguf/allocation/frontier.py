@@ -1,4 +1,4 @@
-"""The frontier: what damage is predicted at every size, from measurements that are there already."""
+"""The frontier: predicted damage at every size, from measurements that are there already."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ KL_ANSWERS = ("text", "image")
 """Kinds of answers whose KL, in nats per scored position, Fisher sensitivity predicts."""
 
 COST = ("cost",)
-"""All that other sensitivities predict: one number, of no unit, that orders plans."""
+"""The one prediction of other sensitivities: a number of no unit that orders plans."""
 
 
 class FrontierPoint(Record):
@@ -31,7 +31,7 @@ class FrontierPoint(Record):
         size_bytes: of all tensors of the text model.
         predicted: one number for each of the frontier's `answers`.
         expert_shares: type to its share of the experts' bytes.
-        gap: how far from the optimum the plan may be, relative to its cost; None for a uniform one.
+        gap: relative optimality gap; None for a uniform one.
     """
 
     uniform: str | None = None
@@ -108,7 +108,7 @@ def frontier(
 
 
 def predicted_answers(preset: Preset) -> Mapping[str, CostModel]:
-    """What can be predicted, each with the costs that predict it."""
+    """Predictions by name, each with the costs that it is made from."""
     if preset.costs.combination != "sensitivity" or not (preset.method == "fisher" or preset.unit_kl):
         return {COST[0]: preset.costs}
     weights = ((1.0, 0.0), (0.0, 1.0))
@@ -162,7 +162,7 @@ class _Predictor:
         return cls(tensors, costs, len(answers))
 
     def point(self, chosen: Mapping[str, QuantType]) -> FrontierPoint:
-        """What a choice for all tensors but those that stay F32 comes to."""
+        """Size and prediction of a choice for all tensors but those that stay F32."""
         predicted = np.zeros(self.n_answers)
         size_bytes, experts = 0, dict[str, int]()
         for tensor in self.tensors:

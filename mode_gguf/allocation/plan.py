@@ -32,7 +32,7 @@ class PlannedTensor(Record):
 
 
 class SolverRecord(Record):
-    """What was proven about the choice; costs are nats of KL for Fisher sensitivity."""
+    """The solver's proof of the choice; costs are nats of KL for Fisher sensitivity."""
 
     solver: str
     objective: float
@@ -51,13 +51,13 @@ class RefinementTrial(Record):
 
 
 class Provenance(Record):
-    """What the plan was made from."""
+    """Inputs of a plan: tool version, model, importance matrix and sensitivity."""
 
     tool_version: str
     model: str
     model_fingerprint: str
     repository: str | None = None
-    """On the hub, `owner/name`, and its commit; None for a folder that does not say."""
+    """`owner/name` on the hub; None, like the commit, for a folder that does not say."""
     revision: str | None = None
     imatrix: str | None = None
     """Fingerprint of the importance matrix; `imatrix_kind` says which of the folder's it is."""
@@ -75,15 +75,15 @@ class Plan(Record):
     signals: Preset | None = None
     """The preset with all its parts, as options may have changed them; None for a plan that weighs nothing."""
     budget: Budget | None = None
-    """What it was chosen for; None for a plan that was not."""
+    """The budget it was chosen for; None for a plan without."""
     memory: MemoryBreakdown | None = None
-    """Where the GPU's memory goes, of a plan that was made to fit into it."""
+    """GPU memory by use, for a plan made to fit into it."""
     bpw: float
     experts_bpw: float
     size_bytes: int
     packing: Packing = EXACT
     rounding: Rounding = "nearest"
-    """How K-quants are packed; costs were measured so."""
+    """Rounding of K-quants; costs were measured with it."""
     main_type: str
     """The expert type that holds most weights; names the file."""
     solver: SolverRecord | None = None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mode_gguf.allocation.budget import Budget, Reach, check_reachable, effective_types
+from mode_gguf.allocation.budget import Budget, ReachableSizes, check_reachable, effective_types
 from mode_gguf.allocation.costs import MeasuredCosts, expert_units, tensor_units
 from mode_gguf.allocation.plan import (
     Plan,
@@ -31,25 +31,25 @@ from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import INDEX, QUANT_TYPES, QuantType, bits_per_weight, type_of_most_weights
 
 UNDERSHOOT = 0.005
-"""A plan uses at least this close to all of its budget, so that files of one name have one size."""
+"""Largest part of its budget that a plan leaves unused, so that files of one name have one size."""
 
 DENSE_FLOOR = QUANT_TYPES["Q4_K"]
 """Uniform plans never store attention, embedding and output in less: they serve every token and weigh little."""
 
 FIXED_DENSE = tuple(QUANT_TYPES[name] for name in ("Q4_K", "Q3_K", "Q2_K"))
-"""What attention, embedding and output all take where they are not measured: the first with which the budget is met.
+"""Types of attention, embedding and output where they are not measured: all take the first that meets the budget.
 MODE keeps attention at 4 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a plan is chosen for: candidates as the budget and the preset leave them, and bytes for all tensors."""
+    """A planning problem: candidates as the budget and the preset leave them, and bytes for all tensors."""
 
     tensors: Sequence[SourceTensor]
     measured: MeasuredCosts
     preset: Preset
     types: CandidateTypes
-    reach: Reach
+    reach: ReachableSizes
 
     @classmethod
     def of(
@@ -62,7 +62,7 @@ class Problem:
         preset: Preset,
         overhead: int = 0,
     ) -> "Problem":
-        """Settle the candidates.
+        """The problem of a budget and a preset.
 
         Raises:
             InfeasibleBudgetError: the budget is out of reach for these tensors and candidates.
@@ -111,13 +111,13 @@ class Problem:
         return solve_layers(units, self._layer_ranges(units, self.unit_bytes - reserved))
 
     def _range(self, units: Sequence[AllocationUnit], budget: int) -> SizeRange:
-        """What units with this budget may take: at most all of it, or exactly the most there is to take."""
+        """Range of bytes of units with this budget: at most all of it, or exactly the most there is to take."""
         if self.preset.equality and (most := greatest_size(units, budget)) is not None:
             return SizeRange(most, most)
         return SizeRange(0, budget)
 
     def _layer_ranges(self, units: Sequence[AllocationUnit], budget: int) -> dict[int | None, SizeRange]:
-        """A range per layer: what its other tensors take, and as many bits per weight for its experts as everywhere."""
+        """A range per layer: the size of its other tensors, and equal bits per weight for all layers' experts."""
         layers: dict[int | None, list[AllocationUnit]] = {}
         for unit in units:
             layers.setdefault(unit.layer, []).append(unit)
@@ -138,7 +138,7 @@ class Problem:
 
 def reachable_candidates(
     tensors: Sequence[SourceTensor], types: CandidateTypes, budget: Budget, preset: Preset, overhead: int = 0
-) -> tuple[CandidateTypes, Reach]:
+) -> tuple[CandidateTypes, ReachableSizes]:
     """The candidates that a preset leaves under a budget, and what they reach; needs shapes only.
 
     Raises:
@@ -254,7 +254,7 @@ def _planned(tensor: SourceTensor, choice: Candidate | None) -> PlannedTensor:
 
 
 def uniform_dense(quant_type: QuantType) -> QuantType:
-    """What attention, embedding and output take in a uniform plan."""
+    """The type of attention, embedding and output in a uniform plan."""
     return max(quant_type, DENSE_FLOOR, key=lambda candidate: candidate.bits_per_weight)
 
 
@@ -304,7 +304,7 @@ def _record(solution: Solution) -> SolverRecord:
 
 
 def _sizes(tensors: Sequence[SourceTensor], planned: list[PlannedTensor]) -> dict[str, Any]:
-    """What a plan says of sizes; maps of experts count as bytes, not as weights."""
+    """Fields of a plan that follow from its tensors' sizes; maps of experts count as bytes, not as weights."""
     experts = [p for t, p in zip(tensors, planned, strict=True) if t.role is Role.EXPERT]
     by_expert = {p.name: [QUANT_TYPES[name] for name in p.experts] for p in planned if p.experts}
     maps = [t for t in stored_tensors(tensors, by_expert).tensors if t.role is Role.INDEX]

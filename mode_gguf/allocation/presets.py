@@ -7,7 +7,7 @@ from typing import Final
 from mode_gguf.allocation.costs import CostModel
 from mode_gguf.errors import UsageError
 from mode_gguf.options import PlanOptions
-from mode_gguf.recipe import PRESET_NAMES, Recipe, shipped
+from mode_gguf.recipe import PRESET_NAMES, Recipe, preset_layer
 from mode_gguf.vocabulary import BudgetScope, DenseRule, Method
 
 
@@ -57,4 +57,4 @@ def preset_of(recipe: Recipe) -> Preset:
     )
 
 
-PRESETS: Final[Mapping[str, Preset]] = {name: preset_of(Recipe.of(shipped(name))) for name in PRESET_NAMES}
+PRESETS: Final[Mapping[str, Preset]] = {name: preset_of(Recipe.of(preset_layer(name))) for name in PRESET_NAMES}

@@ -1,4 +1,4 @@
-"""Which sizes a set of units can have exactly: what an equality budget can ask for."""
+"""Sizes that a set of units can have exactly, for equality budgets."""
 
 import math
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ def greatest_size(units: Sequence[AllocationUnit], budget: int) -> int | None:
     sizes = [{candidate.size_bytes for candidate in unit.candidates} for unit in units]
     smallest = sum(map(min, sizes))
     growths = [{size - min(own) for size in own} for own in sizes]
-    room, step = budget - smallest, math.gcd(*set().union(*growths)) or 1
-    if room < 0 or room // step > MAX_STEPS:
+    span, step = budget - smallest, math.gcd(*set().union(*growths)) or 1
+    if span < 0 or span // step > MAX_STEPS:
         return None
-    reachable, mask = 1, (1 << (room // step + 1)) - 1  # bit n: a sum n steps above the smallest
+    reachable, mask = 1, (1 << (span // step + 1)) - 1  # bit n: a sum n steps above the smallest
     for own in growths:
         reachable = mask & reduce(or_, (reachable << growth // step for growth in own))
     return smallest + (reachable.bit_length() - 1) * step

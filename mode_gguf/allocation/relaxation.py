@@ -91,9 +91,9 @@ def _best_price(
 def _between(sizes: np.ndarray, source: np.ndarray, destination: np.ndarray, target: int) -> np.ndarray:
     """`source` with its first units moved to `destination` as far as that does not cross `target`."""
     steps = _picked(sizes, destination) - _picked(sizes, source)
-    room = target - int(_picked(sizes, source).sum())
+    distance = target - int(_picked(sizes, source).sum())
     reached = np.cumsum(steps)
-    n = int(np.argmax(np.append(np.sign(reached - room) == np.sign(steps.sum()), True)))
+    n = int(np.argmax(np.append(np.sign(reached - distance) == np.sign(steps.sum()), True)))
     return np.concatenate([destination[:n], source[n:]])
 
 

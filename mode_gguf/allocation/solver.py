@@ -25,16 +25,16 @@ from mode_gguf.allocation.units import AllocationUnit, Candidate
 from mode_gguf.errors import InfeasibleBudgetError, ModeGgufError
 
 RELATIVE_GAP = 1e-4
-"""How far from the proven optimum the solution may be, relative to its cost."""
+"""Relative optimality gap at which the solver may stop."""
 
 CORE_MOVES = 128
-"""Candidates that the first core offers besides the start."""
+"""Number of moves in the first core."""
 
 CORE_GROWTH = 4
-"""How many times as many the next one offers where a core did not prove enough."""
+"""Factor by which a core grows that did not prove enough."""
 
 TOLERANCE = 1e-6
-"""How far from the truth a solver's bound may be, relative to the dearest move."""
+"""Error of a solver's bound, relative to the dearest move."""
 
 HIGHS_OPTIONS = {
     "random_seed": 0,
@@ -179,7 +179,7 @@ def _moves(relaxation: Relaxation, base: np.ndarray, cost: float, n_moves: int) 
 
 @dataclass(frozen=True, slots=True)
 class _Core:
-    """The best choice a core offers, and what no choice it offers can cost less than."""
+    """The best choice of a core, and a lower bound of all its choices' costs."""
 
     chosen: np.ndarray
     bound: float

@@ -1,4 +1,4 @@
-"""What the integer programme chooses between: units, each with its candidate types, their sizes and their costs."""
+"""Units of the integer programme, each with its candidate types, their sizes and their costs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError, UsageError
 from mode_gguf.options import DEFAULT_DENSE_TYPES, DEFAULT_EXPERT_TYPES
-from mode_gguf.quantization.fallback_types import STAND_INS, nearest_in_bits, stored_as
+from mode_gguf.quantization.fallback_types import FALLBACK_TYPES, nearest_in_bits, stored_as
 from mode_gguf.quantization.libggml import check_available
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType, parse_types, quant_type
 
@@ -14,11 +14,11 @@ ABSORBED_TYPES = (QUANT_TYPES["Q8_0"], QUANT_TYPES["BF16"])
 """Matrices of latent attention that cannot be measured take the first whose blocks fit. llama.cpp's own quantizer gives
 them the type of everything else, which they are too small to be worth the risk of: well below 1 % of the weights."""
 
-FALLBACK = QUANT_TYPES["Q8_0"]
-"""Takes over where no candidate can store a tensor because all need an importance that it does not have."""
+TYPE_WITHOUT_IMPORTANCE = QUANT_TYPES["Q8_0"]
+"""The type of a tensor without importance where all candidates need one."""
 
 UNMEASURED = QUANT_TYPES["Q6_K"]
-"""Of dense matrices that calibration says nothing about: nearly what full precision is, and there are few."""
+"""The type of dense matrices without statistics: nearly as good as full precision, and there are few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,15 @@ def tensor_bytes(tensor: SourceTensor, quant_type: QuantType) -> int:
 
 
 def fitting_types(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tuple[QuantType, ...]:
-    """What the tensor can be stored in, smallest first: candidates, and stand-ins for those that its rows do not fit.
+    """Types that can store the tensor, smallest first: candidates, and fallback types for those its rows do not fit.
 
     Raises:
         InfeasibleBudgetError: not even 32-weight blocks divide the rows.
     """
     stored = [stored_as(tensor, candidate) for candidate in candidates]
     fitting = [quant_type for quant_type in dict.fromkeys(stored) if quant_type is not None]
-    if not fitting and FALLBACK.fits(tensor.row_width):
-        fitting = [FALLBACK]
+    if not fitting and TYPE_WITHOUT_IMPORTANCE.fits(tensor.row_width):
+        fitting = [TYPE_WITHOUT_IMPORTANCE]
     if not fitting:
         raise InfeasibleBudgetError(
             f"{tensor.name}: rows of {tensor.row_width} weights are not a multiple of any candidate's block "
@@ -70,7 +70,7 @@ def fitting_types(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tupl
 
 
 def absorbed_type(tensor: SourceTensor) -> QuantType:
-    """What a matrix that cannot be measured is stored as."""
+    """The type of a matrix that cannot be measured."""
     return next(quant_type for quant_type in ABSORBED_TYPES if quant_type.fits(tensor.row_width))
 
 
@@ -87,7 +87,7 @@ class CandidateTypes:
     floors: Mapping[Role, QuantType] = field(default_factory=dict)
 
     def of(self, tensor: SourceTensor) -> tuple[QuantType, ...]:
-        """What `tensor` may be stored as: F32 alone for routers, norms and biases, one for what is not measured."""
+        """Candidates of `tensor`: F32 alone for routers, norms and biases, one type for what is not measured."""
         if tensor.role is Role.KEEP:
             return (QUANT_TYPES["F32"],)
         if tensor.role is Role.ABSORBED:
@@ -97,17 +97,17 @@ class CandidateTypes:
         fitting, floor = fitting_types(tensor, self.offered(tensor.role)), self.floors.get(tensor.role)
         if floor is None:
             return fitting
-        # What stands in for a candidate may have fewer bits than it.
+        # A fallback type may have fewer bits than the candidate.
         least = floor.bits_per_weight
         enough = tuple(one for one in fitting if one.bits_per_weight >= least)
-        return enough or tuple(one for one in STAND_INS if one.bits_per_weight >= least)[:1] or fitting
+        return enough or tuple(one for one in FALLBACK_TYPES if one.bits_per_weight >= least)[:1] or fitting
 
     def offered(self, role: Role) -> tuple[QuantType, ...]:
         """The candidates of a role that are not below its floor; the floor itself where none is."""
         return self._above_floor(role, self.expert if role is Role.EXPERT else self.dense)
 
     def stored_as(self, tensor: SourceTensor, quant_type: QuantType) -> QuantType:
-        """What `tensor` takes where `quant_type` is chosen for it and others together."""
+        """The type that `tensor` takes where `quant_type` is chosen for it and others together."""
         offered = self.of(tensor)
         stored = stored_as(tensor, quant_type)
         return stored if stored in offered else nearest_in_bits(quant_type, offered)

@@ -1,4 +1,4 @@
-"""Model families: which checkpoints can be converted, and how their tensors become GGUF tensors.
+"""The table of model families that can be converted, and a checkpoint's GGUF tensors by its family.
 
 A family is one module of data in `families/`, made of a text model (`text/`) and a vision tower (`vision/`); to add
 one, write it and list it in `FAMILIES`.
@@ -18,7 +18,7 @@ from mode_gguf.architectures.families import (
 )
 from mode_gguf.architectures.family import ModelFamily
 from mode_gguf.architectures.hparams import has_experts
-from mode_gguf.architectures.source_tensors import check_all_used, left_out_beginnings, source_tensors
+from mode_gguf.architectures.source_tensors import check_all_used, ignored_prefixes, source_tensors
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.checkpoint.folder import Checkpoint
@@ -32,7 +32,7 @@ __all__ = [
     "ModelFamily",
     "checkpoint_with_base",
     "find_family",
-    "left_out",
+    "ignored_tensors",
     "mtp_tensors",
     "projector_tensors",
     "text_tensors",
@@ -52,7 +52,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
 )
 
 TOKENIZERS: tuple[Tokenizer, ...] = tuple(dict.fromkeys(family.tokenizer for family in FAMILIES))
-"""All that a checkpoint's tokenizer may be, whatever its family."""
+"""The tokenizers of all families."""
 
 
 def find_family(checkpoint: Checkpoint) -> ModelFamily:
@@ -81,10 +81,10 @@ def find_family(checkpoint: Checkpoint) -> ModelFamily:
     )
 
 
-def left_out(checkpoint: Checkpoint) -> list[str]:
+def ignored_tensors(checkpoint: Checkpoint) -> list[str]:
     """Tensors that its family leaves out of both files on purpose, such as blocks for multi-token prediction."""
     family = find_family(checkpoint)
-    ignored = left_out_beginnings(family, family.ranges(checkpoint))
+    ignored = ignored_prefixes(family, family.ranges(checkpoint))
     return [name for name in checkpoint.tensors if name.startswith(ignored)]
 
 
@@ -110,7 +110,7 @@ def mtp_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
     family = find_family(checkpoint)
     if family.text.mtp is None:
         raise InputError(f"{checkpoint.path}: multi-token prediction of {family.hf_class} is not supported")
-    block = left_out(checkpoint)
+    block = ignored_tensors(checkpoint)
     if not block:
         raise InputError(
             f"{checkpoint.path}: no tensor's name begins with {' or '.join(family.ignored)}; these weights were "

@@ -1,4 +1,4 @@
-"""Routed experts: rules for their tensors, and how the fused ones of transformers are taken apart.
+"""Routed experts: rules for their tensors, and views of single projections in the fused tensors of transformers.
 
 H is the hidden size, I the width of an expert, E their number.
 """
@@ -16,13 +16,13 @@ Projection = Literal["gate", "up", "gate_up", "down"]
 
 
 class FusedTransform(Protocol):
-    """A `Transform` of fused experts, once it is told which projection to take out of them."""
+    """A `Transform` of fused experts, given the projection to take out of them."""
 
     def __call__(self, checkpoint: Checkpoint, source: str, /, projection: Projection) -> View: ...
 
 
 def fused_shape(checkpoint: Checkpoint, projection: Projection) -> tuple[int, int, int]:
-    """(E, 2I, H) of gate_up_proj, or (E, H, I) of down_proj: how transformers multiplies with them."""
+    """The shape that transformers multiplies with: (E, 2I, H) of gate_up_proj, or (E, H, I) of down_proj."""
     experts, hidden, width = expert_sizes(text_hparams(checkpoint))
     return (experts, hidden, width) if projection == "down" else (experts, 2 * width, hidden)
 

@@ -17,7 +17,7 @@ Values: TypeAlias = Mapping[str, int]
 """One value for each placeholder of a rule."""
 
 Ranges: TypeAlias = Mapping[str, Sequence[Values]]
-"""All values of a placeholder, or of a subset that rules are confined to, by its name."""
+"""The values of a placeholder, or of a subset that rules are confined to, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +183,6 @@ OUTPUT = TensorRule("lm_head.weight", "output.weight", Role.OUTPUT, activation="
 
 
 def text_rules(*layer: TensorRule, norm: Transform = as_stored) -> tuple[TensorRule, ...]:
-    """All tensors of a text model: embedding, those of its layers, the last norm, and the output head."""
+    """Rules for the tensors of a text model: embedding, those of its layers, the last norm, and the output head."""
     last = TensorRule("model.language_model.norm.weight", "output_norm.weight", Role.KEEP, norm)
     return EMBEDDING, *layer, last, OUTPUT

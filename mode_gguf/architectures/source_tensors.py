@@ -42,7 +42,7 @@ def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint:
     return tensors
 
 
-def left_out_beginnings(family: ModelFamily, ranges: Ranges) -> tuple[str, ...]:
+def ignored_prefixes(family: ModelFamily, ranges: Ranges) -> tuple[str, ...]:
     """`family.ignored` under the checkpoint's names, with placeholders filled."""
     names = map(family.layout.stored_name, family.ignored)
     return tuple(name.format_map(values) for name in names for values in _repetitions(name, ranges))
@@ -59,7 +59,7 @@ def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
     known = {
         source for rule, values in _repeated(rules, ranges) for source in _sources(rule, values, ranges, checkpoint)
     }
-    ignored = left_out_beginnings(family, ranges)
+    ignored = ignored_prefixes(family, ranges)
     for name in checkpoint.tensors:
         if name not in known and not name.startswith(ignored):
             raise InputError(

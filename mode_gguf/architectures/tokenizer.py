@@ -1,4 +1,4 @@
-"""Tokenizers by what llama.cpp calls them, and how one is recognised in a checkpoint's tokenizer.json."""
+"""Tokenizers by llama.cpp's names, and their recognition in a checkpoint's tokenizer.json."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -34,8 +34,8 @@ def packed_name(name: str) -> str | None:
     return name.removesuffix(_SUFFIXES[0]) if name.endswith(f".weight{_SUFFIXES[0]}") else None
 
 
-def parts(name: str) -> tuple[str, str, str]:
-    """Names of what W is made of."""
+def part_names(name: str) -> tuple[str, str, str]:
+    """Names of the three tensors that W is stored as."""
     packed, scale, shape = (name + suffix for suffix in _SUFFIXES)
     return packed, scale, shape
 

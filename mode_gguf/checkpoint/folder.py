@@ -35,7 +35,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     fp8.DTYPE: np.dtype("u1"),
 }
 _INTEGERS = ("I32", "I64")
-"""Parts of packed weights."""
+"""dtypes of parts of packed weights."""
 _MAX_HEADER_BYTES = 2**25
 """The format allows 100 MB; 100,000 tensors in one file take 15 MB, and as Python objects twenty times as much."""
 _MAX_JSON_BYTES = 2**26
@@ -47,14 +47,14 @@ _SAMPLE_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """The place of a tensor in a safetensors file.
 
     Attributes:
         shape: of the weights, unpacked.
         dtype: safetensors' name of what is stored.
         offset: counts from the file's start.
-        scale: of weights in FP8 or packed in four bits (`packed_weights`), where their scales lie.
-        blocks: of weights in FP8, how many indices of every dimension a scale is for.
+        scale: of weights in FP8 or packed in four bits (`packed_weights`), the tensor of their scales.
+        blocks: of weights in FP8, the size of a scale's block in every dimension.
     """
 
     file: Path
@@ -107,7 +107,7 @@ class Checkpoint:
 
     @property
     def files(self) -> set[Path]:
-        """Where weights are."""
+        """The files of the weights."""
         return {stored.file for stored in self.tensors.values()} or set(self.base.files if self.base else ())
 
     @classmethod
@@ -307,7 +307,7 @@ def _sharded(folder: Path, index_path: Path) -> dict[str, StoredTensor]:
 
 
 def _shard_path(folder: Path, index_path: Path, file: str) -> Path:
-    """Only files below the folder: an index comes from the network and must not name others.
+    """The path of a shard, below the folder only: an index comes from the network and must not name others.
 
     Symbolic links are followed, wherever they lead: the hub's cache consists of them, and an index cannot make one.
     """
@@ -406,7 +406,7 @@ def _with_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[st
         name = compressed_tensors.packed_name(packed)
         if name is None:
             continue
-        _, scale, shape = (found.pop(part, None) for part in compressed_tensors.parts(name))
+        _, scale, shape = (found.pop(part, None) for part in compressed_tensors.part_names(name))
         stored, broken = tensors[packed], f"{folder}: tensor {packed:.200} cannot be unpacked"
         if scale is None or shape is None:
             raise InputError(f"{broken}, its _scale or _shape is missing; download the checkpoint again")

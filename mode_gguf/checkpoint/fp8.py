@@ -15,10 +15,10 @@ METHOD = "fp8"
 """`quant_method` in config.json."""
 
 SCALE = "_scale_inv"
-"""Ends the name of a tensor of scales."""
+"""Suffix of the name of a tensor of scales."""
 
 ACTIVATION_SCALE = "activation_scale"
-"""Ends the names of what only arithmetic in FP8 needs."""
+"""Suffix of the names of tensors that only arithmetic in FP8 needs."""
 
 
 def _values() -> np.ndarray:
@@ -34,7 +34,7 @@ _VALUES = _values()
 
 
 def scaling_blocks(shape: Sequence[int], scales: Sequence[int], block: Sequence[int] | None) -> tuple[int, ...] | None:
-    """How many indices of each dimension share a scale; None where the shapes do not belong together.
+    """Size in each dimension of the block that shares a scale; None where the shapes do not belong together.
 
     Args:
         block: of the last two dimensions, as `weight_block_size` in config.json gives it.

@@ -37,8 +37,8 @@ KIMI_SPLIT = "|".join(
 Merge = tuple[str, str]
 
 
-def is_published_so(folder: Path) -> bool:
-    """Whether this is the only tokenizer in `folder`."""
+def has_tiktoken_model(folder: Path) -> bool:
+    """Whether a tiktoken.model is the only tokenizer in `folder`."""
     return (folder / FILE).exists() and not (folder / "tokenizer.json").exists()
 
 
@@ -77,7 +77,7 @@ def special_tokens(folder: Path) -> dict[str, int]:
     return {named.get(n, f"<|reserved_token_{n}|>"): n for n in range(first, first + SPECIAL_TOKENS)}
 
 
-def visible(token: bytes) -> str:
+def byte_level_text(token: bytes) -> str:
     """A token as byte-level BPE writes it: a letter for every byte."""
     return "".join(_letters()[byte] for byte in token)
 
@@ -87,13 +87,13 @@ def last_merges(ranks: Mapping[bytes, int]) -> Iterator[Merge]:
     for token, rank in ranks.items():
         parts = _merged(ranks, token, rank)
         if len(parts) == 2:
-            yield visible(parts[0]), visible(parts[1])
+            yield byte_level_text(parts[0]), byte_level_text(parts[1])
 
 
 def all_merges(ranks: Mapping[bytes, int]) -> list[Merge]:
     """Every way to complete each token, by its rank: what the rule in this module's description allows."""
     return [
-        (visible(token[:i]), visible(token[i:]))
+        (byte_level_text(token[:i]), byte_level_text(token[i:]))
         for token in sorted(ranks, key=ranks.__getitem__)
         for i in sorted(range(1, len(token)), key=lambda i: (ranks.get(token[:i], -1), ranks.get(token[i:], -1)))
         if token[:i] in ranks and token[i:] in ranks
@@ -115,7 +115,7 @@ def tokenizer_json(folder: Path) -> dict[str, Any]:
         "decoder": letters,
         "model": {
             "type": "BPE",
-            "vocab": {visible(token): rank for token, rank in ranks.items()},
+            "vocab": {byte_level_text(token): rank for token, rank in ranks.items()},
             "merges": [list(merge) for merge in all_merges(ranks)],
             "ignore_merges": True,
         },

@@ -23,7 +23,7 @@ from mode_gguf.quantization.types import QuantType
 log = logging.getLogger(__name__)
 
 _METADATA_BYTES = 64 * 2**20
-"""Room for everything but weights; a vocabulary of 250,000 tokens with its merges takes a quarter of it."""
+"""Most bytes of everything but weights; a vocabulary of 250,000 tokens with its merges takes a quarter of it."""
 
 
 @dataclass(frozen=True, slots=True)

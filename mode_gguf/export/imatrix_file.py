@@ -19,7 +19,7 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 @dataclass(frozen=True, slots=True)
 class ImatrixHeader:
-    """What an importance matrix says about itself; `chunk_size` in tokens."""
+    """Metadata of an importance matrix; `chunk_size` in tokens."""
 
     datasets: tuple[str, ...]
     chunk_count: int

@@ -1,4 +1,4 @@
-"""general.* and quantize.* keys: how hubs and front ends find out what a file is."""
+"""general.* and quantize.* keys, by which hubs and front ends recognise a file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,7 +64,7 @@ def size_label(tensors: Sequence[SourceTensor]) -> str:
 
 
 def add_general_keys(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequence[SourceTensor], kind: str) -> None:
-    """general.*: what the model card, the generation settings and the folder's name say about the model.
+    """Add general.* keys, from the model card, the generation settings and the folder's name.
 
     Args:
         kind: general.type, `model` or `mmproj`.
@@ -91,9 +91,9 @@ def add_general_keys(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequen
 
 
 def add_base_keys(writer: GGUFWriter, checkpoint: Checkpoint, base: GgufHeader) -> None:
-    """All keys of a base GGUF, but for those that say how its own weights are stored, and what it was made from."""
-    for key, value, kinds in copied_keys(base):
-        writer.add_key_value(key, value, *map(GGUFValueType, kinds))
+    """Add a base GGUF's keys, except those on its own weights' types, and the checkpoint as base model."""
+    for key, value, value_types in copied_keys(base):
+        writer.add_key_value(key, value, *map(GGUFValueType, value_types))
     about = _base_model(checkpoint)
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, about["name"])
@@ -105,7 +105,7 @@ def add_base_keys(writer: GGUFWriter, checkpoint: Checkpoint, base: GgufHeader) 
 
 
 def _base_model(checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint itself is what the file was made from."""
+    """general.base_model entry of the checkpoint itself."""
     entry = {"name": checkpoint.name}
     if checkpoint.repository:
         entry["organization"] = checkpoint.repository.partition("/")[0]

@@ -15,7 +15,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import UsageError
 from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, write_gguf
 from mode_gguf.export.metadata import add_general_keys, file_type
-from mode_gguf.export.text_model import kept
+from mode_gguf.export.text_model import f32_chunks
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.packer import n_chunks, packed_chunks
@@ -71,6 +71,6 @@ def _stored_type(tensor: SourceTensor, file_quant_type: QuantType) -> QuantType:
 
 def _outgoing(checkpoint: Checkpoint, tensor: SourceTensor, quant_type: QuantType, threads: int) -> OutgoingTensor:
     if tensor.role is Role.KEEP:
-        return OutgoingTensor(tensor.name, tensor.shape, quant_type, partial(kept, checkpoint, tensor))
+        return OutgoingTensor(tensor.name, tensor.shape, quant_type, partial(f32_chunks, checkpoint, tensor))
     packed = partial(packed_chunks, tensor, quant_type, None, threads, DEFAULT_PACKING)
     return OutgoingTensor(tensor.name, tensor.shape, quant_type, packed, n_chunks(tensor))

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from gguf import GGUFWriter
 
-from mode_gguf.architectures import Metadata, find_family, left_out, text_tensors
+from mode_gguf.architectures import Metadata, find_family, ignored_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -37,15 +37,15 @@ ImportanceOf: TypeAlias = Callable[[str], np.ndarray | None]
 
 @dataclass(frozen=True, slots=True)
 class TensorPacking:
-    """How the tensors of a text model are stored.
+    """Types, importance and packing of a text model's tensors.
 
     Attributes:
         types: of every matrix by GGUF name; norms and routers may be left out, they stay F32.
         importance: float32 (E, n) by GGUF name, as `read_imatrix` gives it; a tensor without is packed plainly.
         experts: types of single experts, where they differ within a tensor; stock llama.cpp cannot load such a file.
-        packing: how matrices are packed.
-        packed: by name of the stored tensor, where matrices come from that are packed already, as `packed_chunks`
-            would yield them.
+        packing: search settings of the packing.
+        packed: sources of matrices that are packed already, by name of the stored tensor, as `packed_chunks` would
+            yield them.
     """
 
     types: Mapping[str, QuantType]
@@ -79,10 +79,10 @@ def write_text_model(
         MissingResourceError: not enough disk space, or no libggml for a type that it packs.
     """
     model_tensors = text_tensors(checkpoint)
-    if without := left_out(checkpoint):
+    if without := ignored_tensors(checkpoint):
         more = f"{without[0]} and {len(without) - 1} more tensors are left out"
         log.info("%s%s", more, MTP_WAY_OUT if find_family(checkpoint).text.mtp else "")
-    layout, stored = _stored(model_tensors, stored_as.types, stored_as.experts)
+    layout, stored = _stored_layout(model_tensors, stored_as.types, stored_as.experts)
     tensors, packed = layout.tensors, stored_as.packed
     importance_of = partial(layout.rows_of, arrays=stored_as.importance or {})
     _check_fit(tensors, stored)
@@ -120,7 +120,7 @@ def text_model_files(
     """The files that `write_text_model` writes with these arguments, the one that users open first; raises as it."""
     if shard_bytes is None:
         return [path]
-    layout, stored = _stored(text_tensors(checkpoint), types, experts or {})
+    layout, stored = _stored_layout(text_tensors(checkpoint), types, experts or {})
     sizes = [
         tensor.n_weights // tensor.row_width * stored[tensor.name].row_bytes(tensor.row_width)
         for tensor in layout.tensors
@@ -128,10 +128,10 @@ def text_model_files(
     return shard_paths(path, len(assign_to_shards(sizes, shard_bytes)))
 
 
-def _stored(
+def _stored_layout(
     tensors: Sequence[SourceTensor], types: Mapping[str, QuantType], experts: ExpertTypes
 ) -> tuple[StoredTensors, dict[str, QuantType]]:
-    """What the file holds, and in which types, by name."""
+    """The tensors of the file, and their types by name."""
     layout = stored_tensors(tensors, experts)
     return layout, expert_groups.stored_types(checked_types(tensors, types), experts)
 
@@ -158,7 +158,7 @@ def metadata_bytes(checkpoint: Checkpoint, groups: int = 1) -> int:
 
 
 _FURTHER_KEYS_BYTES = 1024
-"""Room for the keys that name the importance matrix and its data sets, and for those of expert groups."""
+"""Most bytes of the keys that name the importance matrix and its data sets, and of those of expert groups."""
 
 
 def _add_keys(
@@ -234,8 +234,8 @@ def _check_importance(
             )
 
 
-def kept(checkpoint: Checkpoint, tensor: SourceTensor) -> Iterator[np.ndarray]:
-    """A tensor that stays F32, in one chunk; raises like `finite`."""
+def f32_chunks(checkpoint: Checkpoint, tensor: SourceTensor) -> Iterator[np.ndarray]:
+    """The one chunk of a tensor that stays F32; raises like `finite`."""
     yield finite(checkpoint, tensor, as_float32(tensor.read(0)))
 
 
@@ -250,5 +250,5 @@ def _packed(
     if tensor.role is Role.INDEX:
         return iter([tensor.read(0)])
     if tensor.role is Role.KEEP:
-        return kept(checkpoint, tensor)
+        return f32_chunks(checkpoint, tensor)
     return packed_chunks(tensor, quant_type, importance_of(tensor.name), threads, packing)

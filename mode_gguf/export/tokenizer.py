@@ -23,10 +23,10 @@ _NO_SCORE = -1000.0
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Tokens and their kinds by id, and the tokenizer that they belong to."""
+    """Tokens and their types by id, and the tokenizer that they belong to."""
 
     tokens: list[str]
-    kinds: list[TokenType]
+    token_types: list[TokenType]
     tokenizer: Tokenizer
 
     @property
@@ -53,7 +53,7 @@ def add_tokenizer_keys(
         InputError: a tokenizer file cannot be used, or the pre-tokenizer is not known and not given.
     """
     vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer)
-    tiktoken = tiktoken_model.is_published_so(folder)
+    tiktoken = tiktoken_model.has_tiktoken_model(folder)
     post_processor = {} if tiktoken else _read_tokenizer(folder).get("post_processor") or {}
     try:
         special = SpecialVocab(folder, load_merges=not tiktoken, n_vocab=vocabulary_size)
@@ -79,7 +79,7 @@ def add_tokenizer_keys(
         writer.add_add_space_prefix(False)
         special.add_special_token["bos"] = True  # llama.cpp insists on it
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.kinds)
+    writer.add_token_types(vocabulary.token_types)
     if post_processor.get("type") == "ByteLevel":  # it adds no token, which gguf's reader does not conclude
         for kind in ("bos", "eos"):
             special.add_special_token.setdefault(kind, False)
@@ -91,21 +91,21 @@ def add_tokenizer_keys(
 
 def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -> Vocabulary:
     """Tokens 0 to `size` - 1; raises like `add_tokenizer_keys`."""
-    tiktoken = tiktoken_model.is_published_so(folder)
+    tiktoken = tiktoken_model.has_tiktoken_model(folder)
     path = folder / (tiktoken_model.FILE if tiktoken else "tokenizer.json")
     tokenizer = tiktoken_model.tokenizer_json(folder) if tiktoken else _read_tokenizer(folder)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise InputError(f"{path}: expected a BPE model with a vocabulary; other tokenizers are not supported")
     kind = _named(pre_tokenizer) if pre_tokenizer else _recognised(path, tokenizer)
-    kinds = dict.fromkeys(model["vocab"], TokenType.NORMAL)
+    token_types = dict.fromkeys(model["vocab"], TokenType.NORMAL)
     ids = dict(model["vocab"])
     for token, number, special in added_tokens(folder, tokenizer):
         ids[token] = number
-        kinds[token] = TokenType.CONTROL if special or _looks_special(token) else TokenType.USER_DEFINED
+        token_types[token] = TokenType.CONTROL if special or _looks_special(token) else TokenType.USER_DEFINED
     if not kind.is_byte_level:
-        kinds |= {token: TokenType.BYTE for token in kinds if _BYTE_TOKEN.fullmatch(token)}
-    kinds |= {token: TokenType.USER_DEFINED for token in kinds if token in kind.visible}
+        token_types |= {token: TokenType.BYTE for token in token_types if _BYTE_TOKEN.fullmatch(token)}
+    token_types |= {token: TokenType.USER_DEFINED for token in token_types if token in kind.visible}
     by_id: dict[int, str] = {}
     for token, number in ids.items():
         if not isinstance(number, int) or not 0 <= number < size:
@@ -118,13 +118,13 @@ def read_vocabulary(folder: Path, size: int, pre_tokenizer: str | None = None) -
         by_id[number] = token
     return Vocabulary(
         tokens=[by_id.get(i, f"[PAD{i}]") for i in range(size)],
-        kinds=[kinds[by_id[i]] if i in by_id else TokenType.UNUSED for i in range(size)],
+        token_types=[token_types[by_id[i]] if i in by_id else TokenType.UNUSED for i in range(size)],
         tokenizer=kind,
     )
 
 
 def _read_tokenizer(folder: Path) -> Mapping[str, Any]:
-    """tokenizer.json, or what it would say of a tokenizer that vocab.json and merges.txt are enough for."""
+    """The content of tokenizer.json, or its equivalent where vocab.json and merges.txt are enough."""
     path, vocabulary, config = (folder / name for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json"))
     if not path.exists() and vocabulary.exists() and config.exists():
         slow_class = str(read_json(config).get("tokenizer_class")).removesuffix("Fast")

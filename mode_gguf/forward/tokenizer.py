@@ -20,7 +20,7 @@ def open_tokenizer(checkpoint: Checkpoint, family: ModelFamily) -> Any:
         InputError: as above, of a `tiktoken.model`.
     """
     folder = checkpoint.path
-    if not tiktoken_model.is_published_so(folder):
+    if not tiktoken_model.has_tiktoken_model(folder):
         return AutoTokenizer.from_pretrained(folder, config=model_config(checkpoint, family), trust_remote_code=False)
     config, template = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
     named = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}

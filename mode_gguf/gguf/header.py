@@ -1,4 +1,4 @@
-"""What stands at the head of a GGUF file, read in milliseconds: metadata and tensor infos, no tensor data.
+"""The head of a GGUF file, read in milliseconds: metadata and tensor infos, no tensor data.
 
 gguf-py's reader maps the whole file and builds an object per metadata value, seconds for a vocabulary of 150 k tokens,
 and believes what a file says: a count of 2^60 elements keeps it busy for ever. Here nothing is allocated for what the
@@ -14,21 +14,21 @@ from typing import Any, BinaryIO, Final
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mode_gguf.errors import InputError
-from mode_gguf.gguf.shards import COUNT_KEY, MAX_SHARDS, NUMBER_KEY, TENSORS_KEY, paths_beside
+from mode_gguf.gguf.shards import COUNT_KEY, MAX_SHARDS, NUMBER_KEY, TENSORS_KEY, sibling_shards
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
 MAX_DIMENSIONS: Final = 4
 MAX_HEAD_BYTES: Final = 2**27
-"""Of metadata and tensor infos; a vocabulary of 250,000 tokens with its merges takes 16 MB."""
+"""Size limit of metadata and tensor infos; a vocabulary of 250,000 tokens with its merges takes 16 MB."""
 MAX_ELEMENTS: Final = 2**22
-"""Of an array in the metadata."""
+"""Limit of an array in the metadata."""
 MAX_KEYS: Final = 2**16
 MAX_TENSORS: Final = 2**20
 MAX_ALIGNMENT: Final = 2**16
 NUMBERS_TYPE: Final = "I32"
-"""Of tensors that hold numbers of experts rather than weights."""
+"""Type of the tensors that map experts to groups; they hold no weights."""
 
 _STRING, _ARRAY = 8, 9
 _SCALARS: Final = {
@@ -67,27 +67,27 @@ class TensorInfo:
 class GgufHeader:
     """Metadata and tensors of one GGUF file; of all its shards when it is split.
 
-    `kinds` has the number of GGUF's type of every value, followed by that of its elements for an array.
+    `value_types` has GGUF's type number of every value, for an array followed by that of its elements.
     """
 
     files: tuple[Path, ...]
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    kinds: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    value_types: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
-        """Of the files on disk."""
+        """Size of the files on disk."""
         return sum(path.stat().st_size for path in self.files)
 
     @property
     def n_weights(self) -> int:
-        """Of the model; integers that say where experts are stored are none."""
+        """Number of the model's weights; the integers of expert maps are none."""
         return sum(tensor.n_weights for tensor in self.tensors.values() if tensor.type != NUMBERS_TYPE)
 
     @property
     def bpw(self) -> float:
-        """All bits of all tensors over all weights; 0 where there are none."""
+        """Bits of all tensors per weight; 0 where there are no weights."""
         return 8 * sum(tensor.size_bytes for tensor in self.tensors.values()) / max(1, self.n_weights)
 
 
@@ -97,13 +97,13 @@ def read_header(path: Path) -> GgufHeader:
     Raises:
         InputError: missing, not GGUF, truncated, or damaged; the message names the file and what was found.
     """
-    metadata, tensors, kinds = _read_file(path)
+    metadata, tensors, value_types = _read_file(path)
     count = metadata.get(COUNT_KEY, 1)
     if not isinstance(count, int) or not 0 < count <= MAX_SHARDS:
         raise InputError(f"{path}: damaged GGUF header: {COUNT_KEY} is {count!r}")
     if count == 1:
-        return GgufHeader((path,), metadata, tensors, kinds)
-    files = paths_beside(path, count)
+        return GgufHeader((path,), metadata, tensors, value_types)
+    files = sibling_shards(path, count)
     if files is None:
         raise InputError(f"{path}: one of {count} shards; give the first one, named ...-00001-of-{count:05d}.gguf")
     for number, shard in enumerate(files[1:], start=1):
@@ -116,7 +116,7 @@ def read_header(path: Path) -> GgufHeader:
         raise InputError(
             f"{path}: its {count} shards hold {len(tensors)} tensors, expected {expected}; export them again"
         )
-    return GgufHeader(tuple(files), metadata, tensors, kinds)
+    return GgufHeader(tuple(files), metadata, tensors, value_types)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, tuple[int, ...]]]:
@@ -128,7 +128,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[
 
 
 class _Reader:
-    """Reads one file front to back; every length is checked against the file's size before it is believed."""
+    """A reader of one file, front to back; every length is checked against the file's size before it is believed."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
@@ -142,12 +142,12 @@ class _Reader:
             raise InputError(f"{self.path}: GGUF version {version} found, {VERSIONS} can be read")
         n_tensors, n_keys = self._count("tensors", MAX_TENSORS), self._count("keys", MAX_KEYS)
         metadata: dict[str, Any] = {}
-        kinds: dict[str, tuple[int, ...]] = {}
+        value_types: dict[str, tuple[int, ...]] = {}
         for _ in range(n_keys):
             key = self._string()
             if key in metadata:
                 raise self._damaged(f"key {key} twice")
-            kinds[key], metadata[key] = self._value(self._number(_U32))
+            value_types[key], metadata[key] = self._value(self._number(_U32))
         infos = [self._tensor_info() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -165,7 +165,7 @@ class _Reader:
                     f"{self.size}; download or export it again"
                 )
             tensors[name] = TensorInfo(name, shape, quant_type.name, start + offset, n_bytes, self.path)
-        return metadata, tensors, kinds
+        return metadata, tensors, value_types
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._string()
@@ -213,10 +213,10 @@ class _Reader:
         return self._bytes(self._number(_U64)).decode("utf-8", "backslashreplace")
 
     def _bytes(self, count: int) -> bytes:
-        place = self.file.tell()
-        if place + count > self.size:
+        position = self.file.tell()
+        if position + count > self.size:
             raise InputError(f"{self.path}: truncated: its header ends after {self.size} bytes")
-        if place + count > MAX_HEAD_BYTES:
+        if position + count > MAX_HEAD_BYTES:
             raise self._damaged(f"a head of more than {MAX_HEAD_BYTES} bytes")
         return self.file.read(count)
 

@@ -13,16 +13,16 @@ from mode_gguf.errors import UsageError
 NUMBER_KEY: Final = "split.no"
 """uint16, from 0."""
 COUNT_KEY: Final = "split.count"
-"""uint16, how many files there are."""
+"""uint16, the number of files."""
 TENSORS_KEY: Final = "split.tensors.count"
-"""int32, how many tensors all files have together."""
+"""int32, the number of tensors in all files together."""
 MAX_SHARDS: Final = 2**16 - 1
 _ALIGNMENT: Final = 32
 _NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 def assign_to_shards(tensor_bytes: Sequence[int], limit: int) -> list[range]:
-    """Which tensors each shard holds, from their bytes: their indices, in order, as many as `limit` has room for.
+    """Indices of the tensors of each shard, from their bytes: in order, as many as fit into `limit`.
 
     Like llama-gguf-split's, the limit is on the tensors with their padding; the first file has the metadata besides.
     A tensor is never split: one that is larger than the limit has a shard of its own.
@@ -54,8 +54,8 @@ def shard_paths(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
-def paths_beside(first: Path, count: int) -> list[Path] | None:
-    """All `count` files of the model whose first one is `first`; None where its name says that it is another one."""
+def sibling_shards(first: Path, count: int) -> list[Path] | None:
+    """Paths of the `count` shards of the model whose first one is `first`; None where its name is another shard's."""
     match = _NAME.fullmatch(first.name)
     if match is None or (int(match["number"]), int(match["count"])) != (1, count):
         return None

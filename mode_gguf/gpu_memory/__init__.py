@@ -1,1 +1,1 @@
-"""What a converted model takes in a GPU's memory, computed from the checkpoint's metadata."""
+"""GPU memory of a converted model, computed from the checkpoint's metadata."""

@@ -1,7 +1,7 @@
-"""What a model takes on a GPU beside its text model's tensors, line by line.
+"""GPU memory breakdown of a model, beside its text model's tensors.
 
 All of it is computed from metadata: llama.cpp's KV cache has a size per cell, and its compute buffers are those of its
-graphs, which are walked as it walks them (`graph.py`). What was checked, and against what: docs/design/gpu-memory.md.
+graphs, which are walked as it walks them (`graph_allocator`). Checks of the result: docs/design/gpu-memory.md.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _PADDING_PER_TENSOR = 128 + 512 * 34 // 32
 
 
 class MemoryLine(Record):
-    """One thing that takes memory; what is not on the GPU is there for completeness."""
+    """One line of the breakdown; those that are not on the GPU are there for completeness."""
 
     name: str
     bytes: int
@@ -31,12 +31,12 @@ class MemoryLine(Record):
 
 
 class MemoryBreakdown(Record):
-    """Where a GPU's memory goes.
+    """GPU memory by use.
 
     Attributes:
         memory: bytes of the GPU.
         settings: that lines depend on.
-        lines: everything, the text model last of what is on the GPU, then what is not.
+        lines: those on the GPU, the text model last, then the others.
     """
 
     memory: int
@@ -51,7 +51,7 @@ class MemoryBreakdown(Record):
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """All of a model that memory depends on, tensors' types aside."""
+    """Sizes and graphs of a model that memory depends on, tensors' types aside."""
 
     graphs: ModelGraphs
     text: TextShape
@@ -72,7 +72,7 @@ class ModelShape:
         text_tensors: int,
         projector_bytes: int,
     ) -> "ModelShape":
-        """From the metadata of the two GGUF files.
+        """The shape given by the metadata of the two GGUF files.
 
         Args:
             graphs: the family's; None where they are not known.
@@ -93,8 +93,8 @@ class ModelShape:
         )
 
 
-def needs(model: ModelShape, fit: FitSettings, groups: int = 1) -> list[MemoryLine]:
-    """Everything beside the text model's tensors.
+def memory_lines(model: ModelShape, fit: FitSettings, groups: int = 1) -> list[MemoryLine]:
+    """Lines of the breakdown for all but the text model's tensors.
 
     Args:
         groups: most groups that a layer's experts are stored in, where they have a type each.
@@ -104,7 +104,7 @@ def needs(model: ModelShape, fit: FitSettings, groups: int = 1) -> list[MemoryLi
     """
     text, batch = model.text, text_batch(model.text, fit, groups)
     image_tokens = min(fit.image_tokens or model.graphs.image_tokens, fit.cells_per_stream)
-    side = picture_side(model.encoder, image_tokens)
+    side = image_side(model.encoder, image_tokens)
     buffers = {
         "KV cache": (
             kv_bytes(text, fit),
@@ -134,7 +134,7 @@ def _beyond(model: ModelShape, fit: FitSettings) -> str:
 
 
 def kv_bytes(text: TextShape, fit: FitSettings) -> int:
-    """Of K and V, all layers.
+    """Bytes of K and V in all layers.
 
     Raises:
         UsageError: their rows are no multiple of the type's block.
@@ -160,8 +160,8 @@ def text_batch(text: TextShape, fit: FitSettings, groups: int = 1, *, gpu: bool 
     return Batch(tokens, fit.cells, fit.parallel, fit.parallel, quantized, quantized and gpu, groups)
 
 
-def picture_side(encoder: EncoderShape, tokens: int) -> int:
-    """Patches along each side of the smallest square picture of at least so many tokens."""
+def image_side(encoder: EncoderShape, tokens: int) -> int:
+    """Patches along each side of the smallest square image of at least so many tokens."""
     return encoder.merge * (isqrt(tokens - 1) + 1)
 
 

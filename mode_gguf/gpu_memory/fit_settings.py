@@ -1,4 +1,4 @@
-"""How a model is going to be run, as far as memory depends on it."""
+"""Inference settings that memory depends on."""
 
 from dataclasses import fields
 from typing import Annotated, Final
@@ -14,13 +14,13 @@ BATCH: Final = 512
 
 
 class FitSettings(Record):
-    """What a text model shares a GPU's memory with.
+    """Inference settings that decide what a text model shares a GPU's memory with.
 
     Attributes:
         context: tokens of the KV cache, llama-server's `--ctx-size`: all parallel sequences have them together.
         parallel: sequences answered at the same time, llama-server's `--parallel`.
         kv_type: of both halves of the cache.
-        image_tokens: of the largest picture; None for as many as llama.cpp lets through.
+        image_tokens: of the largest image; None for llama.cpp's limit.
         reserve: bytes.
         projector_type: of the projector's matrices.
     """
@@ -35,13 +35,13 @@ class FitSettings(Record):
 
     @classmethod
     def of(cls, options: FitOptions, projector_type: str) -> "FitSettings":
-        """From the options, which have a context."""
+        """Settings from the options, which have a context."""
         values = {one.name: getattr(options, one.name) for one in fields(options)}
         return cls(projector_type=projector_type, **values)
 
     @property
     def cells_per_stream(self) -> int:
-        """Of the KV cache, for one sequence: llama.cpp rounds up to 256, and gives parallel sequences equal parts."""
+        """Cells of one sequence's KV cache: llama.cpp rounds up to 256, and gives parallel sequences equal parts."""
         return _padded(_padded(self.context) // self.parallel)
 
     @property

@@ -1,4 +1,4 @@
-"""What memory a compute graph takes in ggml: its tensors laid out one after the other as ggml's graph allocator does.
+"""Buffer size of a compute graph in ggml: its tensors laid out one after the other as ggml's graph allocator does.
 
 That allocator walks the graph once before anything is computed. A tensor takes the smallest free block that holds it,
 or grows the buffer; its block is free again when the last operation that reads it is done; an operation that can write
@@ -23,7 +23,7 @@ class Node:
     Attributes:
         shape: ne, the fastest dimension first.
         bytes_per_value: 4 of F32, 2 of F16.
-        sources: what it is computed from, weights left out.
+        sources: operands, weights left out.
         in_place: whether the operation may write over a source of the same shape.
         view_of: the tensor whose memory this one is.
         extra: bytes beside the values, for the operation's own use.
@@ -48,13 +48,13 @@ class Node:
 
 @dataclass(slots=True)
 class Graph:
-    """Operations in the order in which they run."""
+    """A compute graph: operations in the order in which they run."""
 
     inputs: list[Node] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
 
     def input(self, *shape: int, bytes_per_value: int = 4) -> Node:
-        """What is written from outside before the graph runs."""
+        """An input, written from outside before the graph runs."""
         node = Node(shape, bytes_per_value)
         self.inputs.append(node)
         return node
@@ -68,7 +68,7 @@ class Graph:
         extra: int = 0,
         kept: bool = False,
     ) -> Node:
-        """An operation; what is `kept` is read after the graph has run."""
+        """An operation; a `kept` result is read after the graph has run."""
         node = Node(tuple(shape), bytes_per_value, sources, in_place, extra=extra, kept=kept)
         self.nodes.append(node)
         return node
@@ -93,7 +93,7 @@ class Graph:
         """Size of the buffer that the graph is computed in."""
         buffer = _Buffer()
         for node in self.inputs:
-            node.offset = buffer.take(node.size)
+            node.offset = buffer.allocate(node.size)
         for node in self.nodes:
             if node.view_of:
                 node.view_of.views += 1
@@ -120,12 +120,12 @@ def _place(node: Node, buffer: "_Buffer") -> None:
         if same and parent.offset is not None and parent.readers == 1 and parent.views == 0 and not parent.kept:
             node.offset, parent.offset = parent.offset, None
             return
-    node.offset = buffer.take(node.size)
+    node.offset = buffer.allocate(node.size)
 
 
 def _release(node: Node, buffer: "_Buffer") -> None:
     if node.offset is not None and node.readers == node.views == 0 and not node.kept:
-        buffer.give(node.offset, node.size)
+        buffer.free(node.offset, node.size)
         node.offset = None
 
 
@@ -137,7 +137,7 @@ class _Buffer:
         self._free: list[tuple[int, int]] = []
         self._end = 0
 
-    def take(self, size: int) -> int:
+    def allocate(self, size: int) -> int:
         """Offset of a block: of the smallest that is large enough, of several the last, else at the end."""
         fitting = [block for block in self._free if block[1] >= size]
         if not fitting:
@@ -150,7 +150,7 @@ class _Buffer:
             insort(self._free, (block[0] + size, block[1] - size))
         return block[0]
 
-    def give(self, offset: int, size: int) -> None:
+    def free(self, offset: int, size: int) -> None:
         """Free a block, which joins its free neighbours."""
         if not size:
             return

@@ -1,4 +1,4 @@
-"""The graphs of a model family, as far as the memory they take depends on them: sizes, and what computes with them."""
+"""Sizes of a model family that memory depends on, and the graphs that compute with them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,8 +69,8 @@ class ModelGraphs:
         text_shape: sizes of the text model, from its GGUF metadata and the rows of its vocabulary.
         encoder_shape: sizes of the image encoder, from the projector's metadata.
         text: all layers over one batch.
-        encoder: the image encoder over one picture of so many columns and rows of patches.
-        image_tokens: the most tokens of a picture, unless llama.cpp is told otherwise.
+        encoder: the image encoder over one image of so many columns and rows of patches.
+        image_tokens: llama.cpp's default limit of an image's tokens.
     """
 
     text_shape: Callable[[Mapping[str, Any], int], TextShape]

@@ -16,13 +16,13 @@ from mode_gguf.gpu_memory.model_graphs import Batch, EncoderShape, ModelGraphs, 
 
 ARCHITECTURE: Final = "qwen3vlmoe"
 IMAGE_TOKENS: Final = 4096
-"""The most tokens of a picture, unless llama.cpp is told otherwise."""
+"""llama.cpp's default limit of an image's tokens."""
 F16: Final = 2
 I64: Final = 8
 
 
 def text_shape(metadata: Mapping[str, Any], vocabulary: int) -> TextShape:
-    """From the text model's GGUF metadata."""
+    """Sizes given by the text model's GGUF metadata."""
 
     def key(name: str) -> int:
         return int(metadata[name.format(arch=ARCHITECTURE)])
@@ -42,7 +42,7 @@ def text_shape(metadata: Mapping[str, Any], vocabulary: int) -> TextShape:
 
 
 def encoder_shape(metadata: Mapping[str, Any]) -> EncoderShape:
-    """From the projector's GGUF metadata."""
+    """Sizes given by the projector's GGUF metadata."""
     keys = Keys.ClipVision
     patch = int(metadata[keys.PATCH_SIZE])
     taps = metadata[keys.IS_DEEPSTACK_LAYERS]
@@ -60,7 +60,7 @@ def encoder_shape(metadata: Mapping[str, Any]) -> EncoderShape:
 
 
 def text_graph(shape: TextShape, batch: Batch) -> Graph:
-    """All layers over one batch."""
+    """The graph of all layers over one batch."""
     graph = Graph()
     hidden, tokens = shape.hidden, batch.tokens
     stacked, embedded = _embeddings(graph, shape, tokens)
@@ -68,14 +68,14 @@ def text_graph(shape: TextShape, batch: Batch) -> Graph:
     k_cells, v_cells = graph.input(tokens, bytes_per_value=I64), graph.input(tokens, bytes_per_value=I64)
     mask = graph.input(batch.cells // batch.streams, tokens, bytes_per_value=F16)
     attention = _Attention(shape, batch, positions, k_cells, v_cells, mask, *_rotations(graph, shape, batch))
-    wanted = graph.input(batch.outputs)
+    output_ids = graph.input(batch.outputs)
     current = embedded
     for layer in range(shape.layers):
         residual = current
         current = attention.add(graph, _norm(graph, current))
         if layer == shape.layers - 1:
-            current = graph.add((hidden, batch.outputs), current, wanted)
-            residual = graph.add((hidden, batch.outputs), residual, wanted)
+            current = graph.add((hidden, batch.outputs), current, output_ids)
+            residual = graph.add((hidden, batch.outputs), residual, output_ids)
         residual = graph.add(current.shape, current, residual, in_place=True)
         mixed = _experts(graph, shape, _norm(graph, residual), batch.groups)
         current = graph.add(mixed.shape, mixed, residual, in_place=True)
@@ -87,9 +87,9 @@ def text_graph(shape: TextShape, batch: Batch) -> Graph:
 
 
 def _embeddings(graph: Graph, shape: TextShape, tokens: int) -> tuple[Node, Node]:
-    """What enters, with room for DeepStack features: of tokens, of pictures, and mixed; the graph holds all three.
+    """Embeddings with space for DeepStack features: of tokens, of images, and mixed; the graph holds all three.
 
-    The first is what the layers read.
+    The layers read the first.
     """
     width = (1 + shape.deepstack) * shape.hidden
     ids, mixed_ids = graph.input(tokens), graph.input(tokens)
@@ -174,8 +174,8 @@ def _experts(graph: Graph, shape: TextShape, normed: Node, groups: int) -> Node:
     weights = graph.add((used, tokens), weights, total, in_place=True)
     weights = graph.view(weights, 1, used, tokens)
     product = _Groups(graph, shape, chosen, groups).product if groups > 1 else _chosen_product(graph, shape, chosen)
-    entering = graph.view(normed, hidden, 1, tokens)
-    gate, up = product(width, entering), product(width, entering)
+    inputs = graph.view(normed, hidden, 1, tokens)
+    gate, up = product(width, inputs), product(width, inputs)
     activated = graph.add(gate.shape, gate, up)
     down = product(hidden, activated)
     weighted = graph.add((hidden, used, tokens), down, weights, in_place=True)
@@ -189,8 +189,8 @@ def _experts(graph: Graph, shape: TextShape, normed: Node, groups: int) -> Node:
 def _chosen_product(graph: Graph, shape: TextShape, chosen: Node) -> Callable[[int, Node], Node]:
     """One product with the chosen experts' matrices."""
 
-    def product(width: int, entering: Node) -> Node:
-        return graph.add((width, shape.experts_used, chosen.shape[1]), entering, chosen)
+    def product(width: int, inputs: Node) -> Node:
+        return graph.add((width, shape.experts_used, chosen.shape[1]), inputs, chosen)
 
     return product
 
@@ -206,7 +206,7 @@ class _Groups:
         self._chosen, self._table = chosen, (shape.experts, groups)
 
     def _ids(self) -> list[tuple[Node, Node]]:
-        """Per group the places of the chosen experts, and which rows are its own."""
+        """Per group the places of the chosen experts, and a mask of its own rows."""
         if not self._groups:
             graph, one = self._graph, (1, self._n_rows)
             flat = graph.view(graph.add(self._chosen.shape, self._chosen), self._n_rows)
@@ -218,10 +218,10 @@ class _Groups:
                 self._groups.append((ids, graph.view(mask, 1, 1, self._n_rows)))
         return self._groups
 
-    def product(self, width: int, entering: Node) -> Node:
-        graph, inner = self._graph, entering.shape[0]
+    def product(self, width: int, inputs: Node) -> Node:
+        graph, inner = self._graph, inputs.shape[0]
         groups = self._ids()
-        rows = graph.add((inner, self._used, self._tokens), entering)
+        rows = graph.add((inner, self._used, self._tokens), inputs)
         rows = graph.view(rows, inner, 1, self._n_rows)
         result: Node | None = None
         for ids, mask in groups:
@@ -232,12 +232,12 @@ class _Groups:
 
 
 def encoder_graph(shape: EncoderShape, columns: int, rows: int) -> Graph:
-    """The image encoder over one picture of `columns` x `rows` patches."""
+    """The image encoder over one image of `columns` x `rows` patches."""
     graph = Graph()
     patches = columns * rows
-    picture = graph.input(columns * shape.patch, rows * shape.patch, 3)
+    image = graph.input(columns * shape.patch, rows * shape.patch, 3)
     positions = graph.input(4 * patches)
-    current = _patches(graph, shape, columns, rows, picture)
+    current = _patches(graph, shape, columns, rows, image)
     tapped = []
     for block in range(shape.blocks):
         current = _encoder_block(graph, shape, current, positions)
@@ -253,24 +253,26 @@ def encoder_graph(shape: EncoderShape, columns: int, rows: int) -> Graph:
     return graph
 
 
-def _patches(graph: Graph, shape: EncoderShape, columns: int, rows: int, picture: Node) -> Node:
+def _patches(graph: Graph, shape: EncoderShape, columns: int, rows: int, image: Node) -> Node:
     """Patches of both time steps, convolved and added, in the order in which they are merged, plus their positions."""
     hidden = shape.hidden
     steps = []
     for _ in range(2):
-        unrolled = graph.add((3 * shape.patch**2, columns, rows), picture, bytes_per_value=F16)
+        unrolled = graph.add((3 * shape.patch**2, columns, rows), image, bytes_per_value=F16)
         convolved = graph.add((columns * rows, hidden), graph.view(unrolled, 3 * shape.patch**2, columns * rows))
         steps.append(graph.add((columns, rows, hidden), graph.view(convolved, columns, rows, hidden)))
     current = _reordered(graph, graph.add(steps[0].shape, *steps, in_place=True), hidden, columns, rows)
     current = graph.add(current.shape, current, in_place=True)
     if columns * rows == shape.positions and columns == rows:
-        where = graph.add((2 * hidden, columns // 2, rows))
+        position_embeddings = graph.add((2 * hidden, columns // 2, rows))
     else:
-        where = graph.add((columns, rows, hidden))
-        where = graph.add((hidden, columns * rows), graph.view(where, hidden, columns, rows))
-        where = graph.add((2 * hidden, columns // 2, rows), where)
-    where = graph.add((hidden, columns * rows), graph.view(where, hidden, columns * rows))
-    return graph.add(current.shape, current, where, in_place=True)
+        position_embeddings = graph.add((columns, rows, hidden))
+        position_embeddings = graph.add(
+            (hidden, columns * rows), graph.view(position_embeddings, hidden, columns, rows)
+        )
+        position_embeddings = graph.add((2 * hidden, columns // 2, rows), position_embeddings)
+    position_embeddings = graph.add((hidden, columns * rows), graph.view(position_embeddings, hidden, columns * rows))
+    return graph.add(current.shape, current, position_embeddings, in_place=True)
 
 
 def _reordered(graph: Graph, current: Node, hidden: int, columns: int, rows: int) -> Node:
@@ -295,7 +297,7 @@ def _encoder_block(graph: Graph, shape: EncoderShape, residual: Node, positions:
 
 
 def _merged(graph: Graph, shape: EncoderShape, current: Node, patches: int, *, normed: bool) -> Node:
-    """Patches that make one token, through a merger."""
+    """The merger's output: patches that make one token, through its feed-forward network."""
     width = shape.hidden * shape.merge**2
     current = graph.view(current, width, patches // shape.merge**2)
     if normed:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from mode_gguf.allocation.budget import Reach
+from mode_gguf.allocation.budget import ReachableSizes
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.estimate.free_resources import FreeResources, free_resources
@@ -35,7 +35,7 @@ class ConversionEstimate:
 
     model_name: str
     family: str
-    reach: Reach
+    reach: ReachableSizes
     model_bytes: int
     n_weights: int
     expert_weights: int

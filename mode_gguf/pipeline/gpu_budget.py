@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
-from mode_gguf.allocation.budget import Budget, Reach, effective_types, in_system_memory
+from mode_gguf.allocation.budget import Budget, ReachableSizes, effective_types, system_memory_bytes
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.planner import FIXED_DENSE, reachable_candidates
 from mode_gguf.allocation.presets import Preset
@@ -15,7 +15,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InfeasibleBudgetError
 from mode_gguf.export.projector import projector_bytes
 from mode_gguf.export.text_model import metadata_bytes
-from mode_gguf.gpu_memory.breakdown import MemoryBreakdown, MemoryLine, ModelShape, needs
+from mode_gguf.gpu_memory.breakdown import MemoryBreakdown, MemoryLine, ModelShape, memory_lines
 from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.quantization.expert_groups import layer_groups
 from mode_gguf.vocabulary import Granularity
@@ -30,7 +30,7 @@ def reachable_sizes(
     types: CandidateTypes,
     preset: Preset,
     granularity: Granularity = "tensor",
-) -> tuple[CandidateTypes, Reach, int]:
+) -> tuple[CandidateTypes, ReachableSizes, int]:
     """The candidates that preset and budget leave, what they reach, and what the budget pays for beside tensors.
 
     Raises:
@@ -53,11 +53,11 @@ def reachable_sizes(
 
 
 def breakdown_of_reach(
-    checkpoint: Checkpoint, budget: Budget, types: CandidateTypes, reach: Reach
+    checkpoint: Checkpoint, budget: Budget, types: CandidateTypes, reach: ReachableSizes
 ) -> MemoryBreakdown | None:
     """Memory breakdown of a text model of the budget's size; None for a budget that is no GPU memory."""
     tensors = text_tensors(checkpoint)
-    embedding = in_system_memory(tensors, types)
+    embedding = system_memory_bytes(tensors, types)
     return _breakdown(checkpoint, budget, reach.budget - embedding, embedding, 8 * reach.budget / reach.n_weights)
 
 
@@ -80,7 +80,7 @@ def _breakdown(
 ) -> MemoryBreakdown | None:
     if budget.fit is None:
         return None
-    others = needs(model_shape(checkpoint, budget.fit), budget.fit, groups)
+    others = memory_lines(model_shape(checkpoint, budget.fit), budget.fit, groups)
     text = MemoryLine(name="text model", bytes=on_gpu, what=f"{bpw:.3f} bits per weight")
     lines = [*(line for line in others if line.on_gpu), text, *(line for line in others if not line.on_gpu)]
     if embedding:
@@ -98,7 +98,7 @@ def _overhead(checkpoint: Checkpoint, budget: Budget, groups: int) -> int:
 
 
 def _claimed(checkpoint: Checkpoint, fit: FitSettings, groups: int) -> int:
-    return sum(line.bytes for line in needs(model_shape(checkpoint, fit), fit, groups) if line.on_gpu)
+    return sum(line.bytes for line in memory_lines(model_shape(checkpoint, fit), fit, groups) if line.on_gpu)
 
 
 def model_shape(checkpoint: Checkpoint, fit: FitSettings) -> ModelShape:
@@ -130,7 +130,7 @@ def _infeasible_message(
     """Error message with settings that fit: this context in more memory, or a smaller one in this."""
     claimed = _claimed(checkpoint, fit, groups)
     smallest = sum(min(tensor_bytes(tensor, candidate) for candidate in types.of(tensor)) for tensor in tensors)
-    least = smallest - in_system_memory(tensors, types)
+    least = smallest - system_memory_bytes(tensors, types)
     bpw = 8 * smallest / sum(tensor.n_weights for tensor in tensors)
     left = max(0, int(budget.value) - claimed)
     message = (
@@ -150,7 +150,7 @@ def _largest_context(checkpoint: Checkpoint, budget: Budget, fit: FitSettings, l
 
     def fits(steps: int) -> bool:
         smaller = fit.model_copy(update={"context": steps * _STEP * fit.parallel})
-        claimed = sum(line.bytes for line in needs(shape, smaller, groups) if line.on_gpu)
+        claimed = sum(line.bytes for line in memory_lines(shape, smaller, groups) if line.on_gpu)
         return claimed + least <= budget.value
 
     low, high = 0, -(-fit.context // (_STEP * fit.parallel))

@@ -21,7 +21,7 @@ from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.structure import describe
-from mode_gguf.workfolder import WorkFolder, failure_beside
+from mode_gguf.workfolder import WorkFolder, failure_path
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
     Raises:
         ValidationError: they failed.
     """
-    path, failure = folder.report, failure_beside(folder.report)
+    path, failure = folder.report, failure_path(folder.report)
     first = files[0].path
     if failure.exists() and failure.stat().st_mtime >= first.stat().st_mtime:
         message = without_local_paths(failure.read_text(encoding="utf-8").strip(), [folder.path])

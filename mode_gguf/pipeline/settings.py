@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from mode_gguf.allocation.budget import Budget, Reach
+from mode_gguf.allocation.budget import Budget, ReachableSizes
 from mode_gguf.allocation.presets import Preset, preset_of
 from mode_gguf.allocation.units import UNMEASURED, CandidateTypes, candidate_types
 from mode_gguf.architectures import projector_tensors, text_tensors
@@ -96,7 +96,7 @@ class Target:
     """
 
     types: CandidateTypes
-    reach: Reach
+    reach: ReachableSizes
     overhead: int
 
 

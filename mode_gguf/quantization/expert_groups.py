@@ -20,7 +20,7 @@ from mode_gguf.quantization.types import INDEX, QuantType
 VERSION: Final = 1
 VERSION_KEY: Final = "expert_groups.version"
 ARCHITECTURE_SUFFIX: Final = "+expert_groups"
-"""At the end of general.architecture: a llama.cpp that does not know groups refuses the file and names this."""
+"""Suffix of general.architecture: a llama.cpp that does not know groups refuses the file and names this."""
 
 ExpertTypes: TypeAlias = Mapping[str, Sequence[QuantType]]
 """Type of every expert, in order, by name of the whole tensor; all expert tensors of a layer, or none."""
@@ -54,11 +54,11 @@ class StoredTensors:
     members: Mapping[str, tuple[str, tuple[int, ...]]]
 
     def experts_of(self, tensor: SourceTensor) -> Sequence[int]:
-        """Which of the layer's experts an expert tensor holds, in its order."""
+        """Numbers of the experts that an expert tensor holds, in its order."""
         return self.members[tensor.name][1] if tensor.name in self.members else range(tensor.n_experts)
 
     def rows_of(self, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        """Of arrays (E, ...) by name of the whole tensor, such as importance, that of a stored one; None without."""
+        """A stored tensor's rows of arrays (E, ...) by name of the whole tensor, such as importance; None without."""
         whole, experts = self.members.get(name, (name, None))
         if whole not in arrays:
             return None
@@ -143,7 +143,7 @@ def group_name(name: str, number: int) -> str:
 
 
 def map_name(layer: int) -> str:
-    """The tensor that says where a layer's experts are."""
+    """The name of the tensor that maps a layer's experts to their places."""
     return f"blk.{layer}.ffn_exps_map.weight"
 
 

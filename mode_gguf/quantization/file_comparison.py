@@ -1,4 +1,4 @@
-"""Two files of one model beside each other: types, sizes, and how far the weights of one are from the other's."""
+"""Comparison of two files of one model: types, sizes, and the error of one's weights relative to the other's."""
 
 import math
 import os
@@ -57,7 +57,7 @@ class PairTotal(Total):
 
 
 class Comparison(Record):
-    """What `mode-gguf inspect A B` found; `only` names tensors that one file alone has, the first file's first."""
+    """The result of `mode-gguf inspect A B`; `only` names tensors that one file alone has, the first file's first."""
 
     files: tuple[ComparedFile, ComparedFile]
     tensors: list[TensorDifference]
@@ -68,7 +68,7 @@ class Comparison(Record):
 
 @dataclass(slots=True)
 class _Sums:
-    """What chunks of one tensor add up to."""
+    """Sums over the chunks of one tensor."""
 
     difference: float = 0.0
     square: float = 0.0
@@ -102,19 +102,19 @@ def compare(first: Path, second: Path, *, threads: int | None = None, progress: 
         InputError: one is no GGUF file, or they have no tensor in common.
     """
     headers = read_header(first), read_header(second)
-    before, after = (model_tensors(header) for header in headers)
-    shared = [name for name in before if name in after]
+    first_tensors, second_tensors = (model_tensors(header) for header in headers)
+    shared = [name for name in first_tensors if name in second_tensors]
     if not shared:
         raise InputError(f"{first} and {second} have no tensor of the same name; give two files of one model")
-    sums = [_Sums(note=_unlike(before[name], after[name])) for name in shared]
+    sums = [_Sums(note=_mismatch(first_tensors[name], second_tensors[name])) for name in shared]
     chunks = [
         chunk
         for number, name in enumerate(shared)
         if sums[number].note is None
-        for chunk in _chunks(number, before[name], after[name])
+        for chunk in _chunks(number, first_tensors[name], second_tensors[name])
     ]
-    with progress.step("comparing", sum(before[name].n_weights for name in shared), "weights") as advance:
-        advance(sum(before[name].n_weights for name, one in zip(shared, sums, strict=True) if one.note))
+    with progress.step("comparing", sum(first_tensors[name].n_weights for name in shared), "weights") as advance:
+        advance(sum(first_tensors[name].n_weights for name, one in zip(shared, sums, strict=True) if one.note))
         for chunk, (difference, square, note) in zip(
             chunks,
             ordered_parallel(lambda index: _compared(chunks[index]), len(chunks), threads or os.cpu_count() or 1),
@@ -128,17 +128,20 @@ def compare(first: Path, second: Path, *, threads: int | None = None, progress: 
     for one in sums:
         if one.note is None and not one.square and one.difference:
             one.note = f"all zero in {first.name}"
-    pairs = [(before[name], after[name]) for name in shared]
+    pairs = [(first_tensors[name], second_tensors[name]) for name in shared]
     return Comparison(
         files=(_file(first, headers[0]), _file(second, headers[1])),
         tensors=[_difference(*pair, one) for pair, one in zip(pairs, sums, strict=True)],
-        only=([name for name in before if name not in after], [name for name in after if name not in before]),
+        only=(
+            [name for name in first_tensors if name not in second_tensors],
+            [name for name in second_tensors if name not in first_tensors],
+        ),
         by_types=_by_types(pairs, sums),
         total=_total(pairs, sums),
     )
 
 
-def _unlike(first: ModelTensor, second: ModelTensor) -> str | None:
+def _mismatch(first: ModelTensor, second: ModelTensor) -> str | None:
     if first.shape != second.shape:
         return f"shapes {first.shape} and {second.shape}"
     return None
@@ -153,15 +156,15 @@ def _chunks(number: int, first: ModelTensor, second: ModelTensor) -> Iterable[_C
 def _compared(chunk: _Chunk) -> tuple[float, float, str | None]:
     """Sums of squared differences and of squared weights, or why there are none."""
     try:
-        before = chunk.first.rows(chunk.start, chunk.stop)
-        after = chunk.second.rows(chunk.start, chunk.stop)
+        first_weights = chunk.first.rows(chunk.start, chunk.stop)
+        second_weights = chunk.second.rows(chunk.start, chunk.stop)
     except MissingResourceError:
         raise
     except InputError as error:
         return 0.0, 0.0, str(error)
     with np.errstate(over="ignore", invalid="ignore"):
-        difference = (after - before).ravel()
-        sums = float(np.dot(difference, difference)), float(np.dot(before.ravel(), before.ravel()))
+        difference = (second_weights - first_weights).ravel()
+        sums = float(np.dot(difference, difference)), float(np.dot(first_weights.ravel(), first_weights.ravel()))
     if not all(map(math.isfinite, sums)):
         return 0.0, 0.0, "weights that are not finite"
     return *sums, None

@@ -63,7 +63,7 @@ class ModelTensor:
 
     @property
     def types(self) -> dict[str, int]:
-        """How many pieces have each type; one piece unless experts are in groups."""
+        """Number of pieces by type; one piece unless experts are in groups."""
         found: dict[str, int] = {}
         for piece in self.pieces:
             found[piece.info.type] = found.get(piece.info.type, 0) + 1
@@ -115,7 +115,7 @@ def model_tensors(header: GgufHeader) -> dict[str, ModelTensor]:
         match = _EXPERTS.fullmatch(name) if grouped else None
         places = header.tensors.get(map_name(int(match[1]))) if match else None
         if places is not None:
-            found[name] = _put_together(name, _read_map(places), header.tensors)
+            found[name] = _joined_groups(name, _read_map(places), header.tensors)
         elif not (grouped and (info.type == INDEX.name or _LATER_GROUP.fullmatch(name))):
             rows = info.n_weights // info.shape[-1]
             found[name] = ModelTensor(name, info.shape, (Piece(info, 0, rows),))
@@ -129,7 +129,7 @@ def _read_map(info: TensorInfo) -> np.ndarray:
     return np.fromfile(info.file, np.int32, info.n_weights, offset=info.offset).reshape(-1, info.shape[-1])
 
 
-def _put_together(name: str, places: np.ndarray, stored: Mapping[str, TensorInfo]) -> ModelTensor:
+def _joined_groups(name: str, places: np.ndarray, stored: Mapping[str, TensorInfo]) -> ModelTensor:
     groups = [stored.get(group_name(name, number)) for number in range(len(places))]
     sizes = [0 if group is None or len(group.shape) != 3 else group.shape[0] for group in groups]
     inside = (places >= 0) & (places < np.array(sizes)[:, None])

@@ -99,7 +99,7 @@ def library() -> ctypes.CDLL:
 
 
 def status() -> str:
-    """Which libggml is used, or in words why none can be."""
+    """The path of the libggml in use, or in words why none can be."""
     try:
         library()
     except MissingResourceError as error:

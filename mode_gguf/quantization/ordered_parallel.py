@@ -1,4 +1,4 @@
-"""Work that threads do ahead of whoever takes the results."""
+"""A thread pool that yields results in order."""
 
 from collections import deque
 from collections.abc import Callable, Iterator

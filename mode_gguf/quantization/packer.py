@@ -44,7 +44,7 @@ def pack_matrix(
             importance does not fit.
         MissingResourceError: libggml packs this type, and cannot be used.
     """
-    packed = _room_for(matrix, quant_type, name)
+    packed = _empty_packed(matrix, quant_type, name)
     _pack_into(packed, matrix, quant_type, importance, packing, name)
     return packed
 
@@ -98,14 +98,14 @@ def packed_chunks(
             f"{tensor.name}: importance of shape {(tensor.n_experts, tensor.row_width)} (experts, columns) expected, "
             f"{importance.shape} found; use an importance matrix of this model"
         )
-    together = _rows_together(tensor)
+    rows_per_chunk = _rows_per_chunk(tensor)
 
     def pack_chunk(number: int) -> np.ndarray:
         expert = number if tensor.role is Role.EXPERT else 0
-        rows = ALL_ROWS if together is None else slice(number * together, (number + 1) * together)
+        rows = ALL_ROWS if rows_per_chunk is None else slice(number * rows_per_chunk, (number + 1) * rows_per_chunk)
         weights = None if importance is None else importance[expert]
         matrix, name = read_matrix(tensor, expert, rows), matrix_name(tensor, expert)
-        packed = _room_for(matrix, quant_type, name)
+        packed = _empty_packed(matrix, quant_type, name)
         _pack_into(packed, matrix, quant_type, weights, packing, name, rows.start or 0)
         return packed
 
@@ -113,12 +113,12 @@ def packed_chunks(
 
 
 def n_chunks(tensor: SourceTensor) -> int:
-    """How many arrays `packed_chunks` yields."""
-    together = _rows_together(tensor)
-    return tensor.n_experts if together is None else -(-tensor.shape[0] // together)
+    """Number of arrays that `packed_chunks` yields."""
+    rows_per_chunk = _rows_per_chunk(tensor)
+    return tensor.n_experts if rows_per_chunk is None else -(-tensor.shape[0] // rows_per_chunk)
 
 
-def _rows_together(tensor: SourceTensor) -> int | None:
+def _rows_per_chunk(tensor: SourceTensor) -> int | None:
     """Rows of a large matrix that make a chunk; None for tensors whose chunks are whole matrices."""
     if tensor.role not in (Role.DENSE, Role.EMBEDDING, Role.OUTPUT) or len(tensor.shape) != 2:
         return None
@@ -126,7 +126,7 @@ def _rows_together(tensor: SourceTensor) -> int | None:
 
 
 def matrix_name(tensor: SourceTensor, index: int) -> str:
-    """What errors call one of a tensor's matrices."""
+    """The name of one of a tensor's matrices in errors."""
     return f"{tensor.name}, expert {index}" if tensor.role is Role.EXPERT else tensor.name
 
 
@@ -159,10 +159,10 @@ def pack_by_rows(
     """`pack_matrix` with the rows spread over threads.
 
     Args:
-        feedback: what the rows read; levels are chosen again with error feedback (`mode_gguf_kernels.round_again`).
+        feedback: measure of the rows' errors; levels are chosen again with it (`mode_gguf_kernels.round_again`).
             Only for types that `has_feedback`.
     """
-    packed = _room_for(matrix, quant_type, name)
+    packed = _empty_packed(matrix, quant_type, name)
     rows = matrix.shape[0]
 
     def pack_some(first: int, end: int) -> None:
@@ -186,7 +186,7 @@ def has_feedback(quant_type: QuantType) -> bool:
     return quant_type.name in FEEDBACK_TYPES
 
 
-def _room_for(matrix: Array, quant_type: QuantType, name: str) -> np.ndarray:
+def _empty_packed(matrix: Array, quant_type: QuantType, name: str) -> np.ndarray:
     """An uninitialised array for the packed matrix, once it is known to fit."""
     if matrix.dtype not in _SOURCE_DTYPES:
         raise InputError(f"{name}: dtype {matrix.dtype} found, float32, float16 or bfloat16 (as uint16) expected")

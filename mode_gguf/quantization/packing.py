@@ -1,4 +1,4 @@
-"""How weights are packed to the types that leave a choice: like ggml, or with less error."""
+"""Packing settings of the types that leave a choice: like ggml, or with less error."""
 
 from typing import Final
 
@@ -10,5 +10,5 @@ EXACT: Final = Packing("exact")
 
 
 def refinement_of(packing: Packing) -> Refinement | None:
-    """What the kernels are told; None for libggml's own search."""
+    """The kernels' refinement settings; None for libggml's own search."""
     return Refinement(packing.effort, packing.size_power, packing.unbiased) if packing.mode == "refined" else None

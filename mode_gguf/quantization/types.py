@@ -1,4 +1,4 @@
-"""The one table of GGUF tensor types: how many weights a block holds, how many bytes it takes, and who packs it.
+"""The one table of GGUF tensor types: weights and bytes of a block, and the code that packs it.
 
 Sizes are spelled as ggml's structs read (`ggml-common.h`), so that the arithmetic can be checked by eye.
 """
@@ -15,7 +15,7 @@ from mode_gguf.errors import UsageError
 
 
 class Packer(StrEnum):
-    """Who turns weights into a type's bytes and back."""
+    """The code that turns weights into a type's bytes and back."""
 
     NUMPY = "NumPy"
     KERNELS = "our kernels"
@@ -80,7 +80,7 @@ QUANT_TYPES: dict[str, QuantType] = {
 
 
 INDEX = QuantType("I32", 1, 4, Packer.NUMPY)
-"""Of tensors that hold numbers of experts; not in the table, because no weight is stored in it."""
+"""The type of expert maps; not in the table, because no weight is stored in it."""
 
 
 def quant_type(name: str) -> QuantType:
@@ -112,8 +112,8 @@ def parse_types(names: str) -> tuple[QuantType, ...]:
     return parsed
 
 
-class Stored(Protocol):
-    """A tensor somewhere in a plan or a file."""
+class SizedTensor(Protocol):
+    """A tensor of a plan or a file."""
 
     @property
     def n_weights(self) -> int: ...
@@ -121,8 +121,8 @@ class Stored(Protocol):
     def size_bytes(self) -> int: ...
 
 
-def bits_per_weight(tensors: Iterable[Stored]) -> float:
-    """All bits of the tensors over all their weights."""
+def bits_per_weight(tensors: Iterable[SizedTensor]) -> float:
+    """Bits of the tensors per weight."""
     listed = list(tensors)
     return 8 * sum(tensor.size_bytes for tensor in listed) / sum(tensor.n_weights for tensor in listed)
 

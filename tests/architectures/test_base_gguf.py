@@ -110,7 +110,7 @@ def test_keys_keep_their_types(olmoe: Checkpoint, folder: Path, tmp_path: Path) 
     write_text_model(tmp_path / "text.gguf", based, TensorPacking(types))
     before, after = base.text, read_header(tmp_path / "text.gguf")
     for key in ("olmoe.of_bytes", "olmoe.a_byte", "tokenizer.ggml.tokens", "olmoe.rope.freq_base"):
-        assert (after.metadata[key], after.kinds[key]) == (before.metadata[key], before.kinds[key])
+        assert (after.metadata[key], after.value_types[key]) == (before.metadata[key], before.value_types[key])
     assert after.metadata["general.quantized_by"] == "mode-gguf"
     assert after.metadata["general.file_type"] == 7
 

@@ -2,21 +2,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mode_gguf.architectures.vision.internvl_tiles import grid, tiles
+from mode_gguf.architectures.vision.internvl_tiles import tile_grid, tiles
 
 SIDE = 56
 
 
-def picture(width: int, height: int) -> Image.Image:
+def image(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("size", [(56, 56), (10, 50)])
-def test_a_small_picture_is_one_tile(size: tuple[int, int]) -> None:
-    (tile,) = tiles(picture(*size), SIDE, 1, 12)
+def test_a_small_image_is_one_tile(size: tuple[int, int]) -> None:
+    (tile,) = tiles(image(*size), SIDE, 1, 12)
     assert tile.size == (SIDE, SIDE)
     if size == (SIDE, SIDE):
-        assert tile.tobytes() == picture(*size).tobytes()
+        assert tile.tobytes() == image(*size).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,12 @@ def test_a_small_picture_is_one_tile(size: tuple[int, int]) -> None:
         ((1000, 1000), 3, (1, 1)),  # of the grids that keep as much, the one that wastes nothing
     ],
 )
-def test_grid(size: tuple[int, int], most: int, expected: tuple[int, int]) -> None:
-    assert grid(size, SIDE, 1, most) == expected
+def test_tile_grid(size: tuple[int, int], most: int, expected: tuple[int, int]) -> None:
+    assert tile_grid(size, SIDE, 1, most) == expected
 
 
 def test_tiles_are_cut_row_by_row_and_the_whole_comes_last() -> None:
-    large = picture(3 * SIDE, 2 * SIDE)
+    large = image(3 * SIDE, 2 * SIDE)
     cut = tiles(large, SIDE, 1, 12)
     assert len(cut) == 7
     pixels = np.asarray(large)

@@ -43,7 +43,7 @@ def test_keys(pico_kimi_vl: Path) -> None:
     assert vocabulary.pre_tokenizer == "kimi-k2"
     assert vocabulary.tokens[RANKS : RANKS + 2] == ["[BOS]", "[EOS]"]
     assert vocabulary.tokens[VOCAB - 1] == f"<|reserved_token_{VOCAB - 1}|>"
-    assert vocabulary.kinds == [TokenType.NORMAL] * RANKS + [TokenType.CONTROL] * 256
+    assert vocabulary.token_types == [TokenType.NORMAL] * RANKS + [TokenType.CONTROL] * 256
     writer = GGUFWriter(None, "test")
     add_tokenizer_keys(writer, pico_kimi_vl, VOCAB)
     keys = {key: value.value for key, value in writer.kv_data[0].items()}

@@ -19,7 +19,7 @@ from tests.e2e.conftest import settings
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"), "--json")
-STAND_INS = {"IQ4_NL", "Q5_0", "Q5_1"}
+FALLBACK_TYPES = {"IQ4_NL", "Q5_0", "Q5_1"}
 
 Run = Callable[..., str]
 
@@ -53,7 +53,7 @@ def test_convert_chooses_fallback_types_and_llama_cpp_answers(
     assert 4.5 * 0.995 <= result["bpw"] <= 4.5
     plan, model = Plan.load(out / "plan.json"), Path(result["model"])
     down = {name: one.name for name, one in plan.types.items() if "ffn_down_exps" in name}
-    assert set(down.values()) <= STAND_INS
+    assert set(down.values()) <= FALLBACK_TYPES
     assert all("_K" in one.name for name, one in plan.types.items() if "ffn_up_exps" in name)
     check_structure(model, plan.stored_types)
     table = SensitivityTable.load(out / "sensitivity.safetensors")
@@ -70,7 +70,7 @@ def test_convert_chooses_fallback_types_and_llama_cpp_answers(
     assert facts.prediction is not None
     assert facts.prediction.this is not None
     assert sum(facts.prediction.this) > 0
-    assert {name for one in facts.plan.types if one.part == "ffn_down_exps" for name in one.types} <= STAND_INS
+    assert {name for one in facts.plan.types if one.part == "ffn_down_exps" for name in one.types} <= FALLBACK_TYPES
 
     picture = tmp_path / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)).save(picture)

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from mode_gguf import artifacts, pipeline
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.progress import Advance
-from mode_gguf.recipe import Layer, Recipe
+from mode_gguf.recipe import OptionLayer, Recipe
 
 KILLS = 24
 IGNORED = {"mode-gguf.log", ".mode-gguf.lock", "report.html"}  # the page shows times
@@ -53,7 +53,7 @@ def options(data: Path) -> Recipe:
         "compute": {"threads": 1},
         "validation": {"samples": str(data / "held-out")},
     }
-    return Recipe.of(Layer(values))
+    return Recipe.of(OptionLayer(values))
 
 
 class Moments:

@@ -22,7 +22,7 @@ from mode_gguf.workfolder import WorkFolder
 from tests.export.test_text_model import all_in
 
 SIZES = (10_000, 1_000_000, 4_000_000)
-"""From a file per tensor to a few files."""
+"""Shard sizes, from a file per tensor to a few files."""
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +106,10 @@ def test_the_first_shard_stands_for_all(
     whole: Path, checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path
 ) -> None:
     files = write(tmp_path, checkpoint, types, 1_000_000)
-    facts, of_whole = describe(files[0]), describe(whole)
-    assert facts["files"] == [str(file) for file in files]
-    assert facts["size_bytes"] == sum(file.stat().st_size for file in files)
-    assert (facts["bpw"], facts["types"], facts["n_weights"]) == tuple(
+    description, of_whole = describe(files[0]), describe(whole)
+    assert description["files"] == [str(file) for file in files]
+    assert description["size_bytes"] == sum(file.stat().st_size for file in files)
+    assert (description["bpw"], description["types"], description["n_weights"]) == tuple(
         of_whole[key] for key in ("bpw", "types", "n_weights")
     )
     kept = {name: QUANT_TYPES[info.type] for name, info in read_header(whole).tensors.items()}

@@ -36,7 +36,7 @@ def test_vocabulary(pico: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(pico)
     assert vocabulary.tokens[:407] == tokenizer.convert_ids_to_tokens(range(407))
-    assert vocabulary.kinds[399:408] == [TokenType.NORMAL, *[TokenType.CONTROL] * 7, TokenType.UNUSED]
+    assert vocabulary.token_types[399:408] == [TokenType.NORMAL, *[TokenType.CONTROL] * 7, TokenType.UNUSED]
     assert vocabulary.tokens[407:] == [f"[PAD{i}]" for i in range(407, pico_tokenizer.VOCAB)]
     assert vocabulary.pre_tokenizer == "qwen2"
 
@@ -83,7 +83,7 @@ def test_tokens_that_are_added_but_not_special(folder: Path) -> None:
     edit(folder, change)
     vocabulary = read_vocabulary(folder, pico_tokenizer.VOCAB)
     assert vocabulary.tokens[407:409] == ["<tool_call>", "<|fim_prefix|>"]
-    assert vocabulary.kinds[407:409] == [TokenType.USER_DEFINED, TokenType.CONTROL]
+    assert vocabulary.token_types[407:409] == [TokenType.USER_DEFINED, TokenType.CONTROL]
 
 
 class TestPreTokenizer:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from mode_gguf.architectures import find_family, left_out, projector_tensors, text_tensors
+from mode_gguf.architectures import find_family, ignored_tensors, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.tokenizer import read_vocabulary
@@ -69,7 +69,7 @@ def test_settings_as_transformers_saves_them(checkpoint: Checkpoint, tmp_path: P
 
 def test_kinds_of_tokens(checkpoint: Checkpoint) -> None:
     vocabulary = read_vocabulary(checkpoint.path, VOCAB)
-    kinds = {token: kind.name for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)}
+    kinds = {token: kind.name for token, kind in zip(vocabulary.tokens, vocabulary.token_types, strict=True)}
     assert [kinds[token] for token in ("<bos>", "<|image>", "<0x0A>", "<|channel>", "\n", "<unused511>")] == [
         *("CONTROL", "CONTROL", "BYTE", "USER_DEFINED", "NORMAL", "NORMAL")
     ]
@@ -85,7 +85,7 @@ def test_tokens_of_a_picture_at_most(checkpoint: Checkpoint, tmp_path: Path) -> 
 
 
 def test_an_audio_tower_is_left_out(checkpoint: Checkpoint) -> None:
-    assert left_out(checkpoint) == ["model.audio_tower.output_proj.weight"]
+    assert ignored_tensors(checkpoint) == ["model.audio_tower.output_proj.weight"]
     assert find_family(checkpoint).layout.model_config(checkpoint)["audio_config"] is None
 
 

@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFReader
 from gguf.constants import TokenType
 
-from mode_gguf.architectures import find_family, left_out, text_tensors
+from mode_gguf.architectures import find_family, ignored_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -37,10 +37,10 @@ def write_q8_0(checkpoint: Checkpoint, path: Path) -> Path:
 
 
 def test_block_for_multi_token_prediction_is_left_out(pico_glm4v: Path, pico_glm4v_fused: Path, tmp_path: Path) -> None:
-    block = left_out(Checkpoint.open(pico_glm4v))
+    block = ignored_tensors(Checkpoint.open(pico_glm4v))
     assert len(block) == 3
     assert all(name.startswith(f"model.language_model.layers.{LAYERS}.") for name in block)
-    assert not left_out(Checkpoint.open(pico_glm4v_fused))
+    assert not ignored_tensors(Checkpoint.open(pico_glm4v_fused))
     # A layer too many that is no such block is not left out.
     fewer = changed(pico_glm4v_fused, tmp_path / "fewer", "text_config", num_hidden_layers=LAYERS - 1)
     with pytest.raises(InputError, match=rf"layers\.{LAYERS - 1}\.\S+ .* has no place"):
@@ -48,7 +48,7 @@ def test_block_for_multi_token_prediction_is_left_out(pico_glm4v: Path, pico_glm
 
 
 def test_special_tokens(pico_glm4v: Path, tmp_path: Path) -> None:
-    assert read_vocabulary(pico_glm4v, VOCAB).kinds[token_id("[gMASK]")] is TokenType.CONTROL
+    assert read_vocabulary(pico_glm4v, VOCAB).token_types[token_id("[gMASK]")] is TokenType.CONTROL
     fields = GGUFReader(write_q8_0(Checkpoint.open(pico_glm4v), tmp_path / "pico.gguf")).fields
     for role, token in {
         "bos": "[gMASK]",

@@ -77,7 +77,7 @@ def test_fp8_streams_as_the_weights_it_stands_for(tmp_path: Path, families: Fami
 def test_tokenizer(checkpoint: Checkpoint) -> None:
     vocabulary = read_vocabulary(checkpoint.path, VOCAB)
     assert vocabulary.tokens[10:14] == ["[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"]
-    assert vocabulary.kinds[12:15] == [TokenType.CONTROL, TokenType.CONTROL, TokenType.NORMAL]
+    assert vocabulary.token_types[12:15] == [TokenType.CONTROL, TokenType.CONTROL, TokenType.NORMAL]
     writer = GGUFWriter(None, "test")
     add_tokenizer_keys(writer, checkpoint.path, VOCAB)
     keys = {key: value.value for key, value in writer.kv_data[0].items()}

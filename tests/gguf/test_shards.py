@@ -1,4 +1,4 @@
-"""Which tensor goes into which file, and what the files are called."""
+"""Assignment of tensors to shards, and the shards' names."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mode_gguf.errors import UsageError
-from mode_gguf.gguf.shards import MAX_SHARDS, assign_to_shards, earlier_shards, paths_beside, shard_paths
+from mode_gguf.gguf.shards import MAX_SHARDS, assign_to_shards, earlier_shards, shard_paths, sibling_shards
 
 
 def padded(n_bytes: int) -> int:
-    """What a tensor takes in the file."""
+    """Bytes of a tensor in the file, padding included."""
     return n_bytes + -n_bytes % 32
 
 
@@ -40,10 +40,10 @@ def test_more_shards_than_can_be_numbered() -> None:
 def test_names_are_those_of_llama_cpp() -> None:
     paths = shard_paths(Path("out/M-3.00bpw-Q3_K_MODE.gguf"), 3)
     assert [path.name for path in paths] == [f"M-3.00bpw-Q3_K_MODE-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
-    assert paths_beside(paths[0], 3) == paths
-    assert paths_beside(paths[0], 4) is None
-    assert paths_beside(paths[1], 3) is None
-    assert paths_beside(Path("out/M.gguf"), 3) is None
+    assert sibling_shards(paths[0], 3) == paths
+    assert sibling_shards(paths[0], 4) is None
+    assert sibling_shards(paths[1], 3) is None
+    assert sibling_shards(Path("out/M.gguf"), 3) is None
     assert shard_paths(Path("out/M.gguf"), 1) == [Path("out/M.gguf")]
 
 

@@ -1,4 +1,4 @@
-"""What llama.cpp itself says that it allocates: the lines of its log, in MiB."""
+"""Allocations that llama.cpp itself reports: lines of its log, in MiB."""
 
 import ctypes
 import logging

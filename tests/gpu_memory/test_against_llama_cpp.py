@@ -13,7 +13,7 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, write_text_model
-from mode_gguf.gpu_memory.breakdown import ModelShape, kv_bytes, picture_side, text_batch
+from mode_gguf.gpu_memory.breakdown import ModelShape, image_side, kv_bytes, text_batch
 from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.gpu_memory.model_graphs import EncoderShape, TextShape
 from mode_gguf.gpu_memory.qwen3_vl_moe import encoder_graph, text_graph
@@ -58,7 +58,7 @@ def check_contexts(model: int, shape: TextShape, runs: list[FitSettings]) -> Non
 
 
 def encoder_bytes(shape: EncoderShape, tokens: int) -> int:
-    side = picture_side(shape, tokens)
+    side = image_side(shape, tokens)
     return encoder_graph(shape, side, side).buffer_bytes()
 
 

@@ -1,11 +1,11 @@
-"""What is listed beside the text model, and how it follows from the settings."""
+"""Lines of the memory breakdown, and their dependence on the settings."""
 
 from dataclasses import replace
 
 import pytest
 
 from mode_gguf.errors import UsageError
-from mode_gguf.gpu_memory.breakdown import ModelShape, needs, text_batch
+from mode_gguf.gpu_memory.breakdown import ModelShape, memory_lines, text_batch
 from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.gpu_memory.model_graphs import EncoderShape, TextShape
 from mode_gguf.gpu_memory.qwen3_vl_moe import GRAPHS, text_graph
@@ -22,7 +22,7 @@ FIT = FitSettings(context=32768)
 
 
 def lines(fit: FitSettings, model: ModelShape = MODEL, groups: int = 1) -> dict[str, int]:
-    return {line.name: line.bytes for line in needs(model, fit, groups)}
+    return {line.name: line.bytes for line in memory_lines(model, fit, groups)}
 
 
 def changed(**settings: object) -> dict[str, int]:
@@ -69,13 +69,13 @@ def test_a_picture_is_no_larger_than_the_context() -> None:
 
 
 def test_a_context_beyond_the_trained_one_is_said() -> None:
-    cache, *_ = needs(replace(MODEL, trained_context=4096), FIT)
+    cache, *_ = memory_lines(replace(MODEL, trained_context=4096), FIT)
     assert "trained for 4096 tokens" in cache.what
-    assert "trained" not in needs(MODEL, FIT)[0].what
+    assert "trained" not in memory_lines(MODEL, FIT)[0].what
 
 
 def test_only_the_output_buffer_is_not_on_the_gpu() -> None:
-    assert [line.name for line in needs(MODEL, FIT) if not line.on_gpu] == ["output buffer"]
+    assert [line.name for line in memory_lines(MODEL, FIT) if not line.on_gpu] == ["output buffer"]
 
 
 def test_heads_that_no_block_fits() -> None:

@@ -41,7 +41,7 @@ def matrix() -> np.ndarray:
     spread = hashed(count, 2)
     bits = spread.astype(np.uint32)
     bits = np.where(bits & 0x7F800000 == 0x7F800000, bits ^ 0x40000000, bits).astype(np.uint32)
-    kinds = (
+    sections = (
         np.ldexp(bell, -22),
         np.ldexp(bell, (spread % np.uint64(24)).astype(np.int32) - 30),
         np.ldexp(bell, -17) * (spread % np.uint64(16) == 0),
@@ -50,7 +50,7 @@ def matrix() -> np.ndarray:
         np.ldexp(bell, (hashed(count // 16, 3) % np.uint64(220)).astype(np.int32).repeat(16) - 120),
         bits.view(F),
     )
-    return np.concatenate(kinds).astype(F).reshape(-1, COLUMNS)
+    return np.concatenate(sections).astype(F).reshape(-1, COLUMNS)
 
 
 def importance() -> np.ndarray:
@@ -65,7 +65,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def digests(mode: Mode, type_name: str) -> dict[str, str]:
-    """What the kernels make of the fixed weights: packed without and with importance; the latter unpacked."""
+    """Digests of the fixed weights: packed without and with importance; the latter unpacked."""
     weighted = mode.pack(matrix(), type_name, importance())
     return {
         PLAIN: digest(mode.pack(matrix(), type_name)),

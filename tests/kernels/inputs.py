@@ -41,7 +41,7 @@ def _two_valued(generator: np.random.Generator, rows: int, columns: int) -> np.n
 
 
 def _one_outlier(generator: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """In every block one weight is larger by two to eight orders of magnitude."""
+    """Weights of which one in every block is larger by two to eight orders of magnitude."""
     matrix = _normal(generator, rows, columns).astype(np.float64).reshape(-1, 256)
     where = generator.integers(0, 256, len(matrix))
     matrix[np.arange(len(matrix)), where] *= 10.0 ** generator.uniform(2, 8, len(matrix))
@@ -55,7 +55,7 @@ def _ramps(generator: np.random.Generator, rows: int, columns: int) -> np.ndarra
 
 
 def _exponents(generator: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Each run of 16 weights has an exponent of its own, from subnormal to huge."""
+    """Weights in runs of 16 with an exponent of their own, from subnormal to huge."""
     exponents = generator.uniform(-44, 38, (rows, columns // 16)).repeat(16, axis=1)
     return _normal(generator, rows, columns) * 10.0**exponents
 

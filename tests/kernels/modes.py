@@ -37,20 +37,20 @@ class Mode:
 
 
 EXACT = Mode("exact", tuple(TYPES), {})
-"""Byte for byte what libggml writes."""
+"""The mode of exact packing, byte for byte what libggml writes."""
 
 EFFORTS: tuple[tuple[str, Effort], ...] = (("refined, fast", "fast"), ("refined", "default"), ("refined, max", "max"))
 REFINED = tuple(
     Mode(name, tuple(name for name in TYPES if TYPES[name].searches), {"refinement": Refinement(effort)})
     for name, effort in EFFORTS
 )
-"""With less error than libggml's."""
+"""Modes of refined packing, of less error than libggml's."""
 
 MODES = (EXACT, *REFINED)
 MODES_AND_TYPES = [(mode, type_name) for mode in MODES for type_name in mode.types]
-"""For `pytest.mark.parametrize`, with `ids=mode_id`."""
+"""Arguments of `pytest.mark.parametrize`, with `ids=mode_id`."""
 
 
 def mode_id(value: object) -> str:
-    """How a test's parameters are shown."""
+    """A test parameter's id."""
     return value.name if isinstance(value, Mode) else str(value)

@@ -1,4 +1,4 @@
-"""When kernels are compiled, where they are kept, and what makes them stale."""
+"""Compilation of kernels: time, cache folder, and staleness."""
 
 import json
 import shutil

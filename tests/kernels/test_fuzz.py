@@ -29,7 +29,7 @@ def draw(seed: int, distribution: str, number: int) -> tuple[np.ndarray, str, np
 
 
 def difference(packed: np.ndarray, expected: np.ndarray, type_name: str) -> str | None:
-    """Where two packed matrices first differ, in words; None where they do not."""
+    """The first difference of two packed matrices, in words; None where they do not."""
     differs = np.flatnonzero(packed.ravel() != expected.ravel())
     if not differs.size:
         return None

@@ -28,9 +28,9 @@ def test_libggml_gives_the_digests_on_file(type_name: str) -> None:
 
 
 def test_the_fixed_weights_are_as_described() -> None:
-    kinds = golden.matrix().reshape(7, -1)
-    assert np.isfinite(kinds).all()
-    bell, heavy, sparse, ties, byte_ties, exponents, bits = kinds.astype(np.float64)
+    sections = golden.matrix().reshape(7, -1)
+    assert np.isfinite(sections).all()
+    bell, heavy, sparse, ties, byte_ties, exponents, bits = sections.astype(np.float64)
     assert abs(bell.mean()) < 0.05 * bell.std() < 0.01
     assert np.abs(heavy).max() > 1000 * np.median(np.abs(heavy))
     assert 0.03 < np.count_nonzero(sparse) / sparse.size < 0.1

@@ -1,4 +1,4 @@
-"""What is packed and unpacked, in what shapes and dtypes, and what is refused; `test_fuzz` has the hard weights."""
+"""Packing and unpacking: shapes, dtypes, and refused arguments; `test_fuzz` has the hard weights."""
 
 import gguf
 import numpy as np
@@ -26,7 +26,7 @@ HALVES = {
     "Q5_1": (0, 2),
     "IQ4_NL": (0,),
 }
-"""Where a block keeps its float16 numbers: first bytes."""
+"""First bytes of a block's float16 numbers."""
 
 
 def normal(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What packing loses: no weight is farther from its own than the nearest value that its block can express."""
+"""Round-trip error: no weight is farther from its own than the nearest value that its block can express."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ LEVEL_FIELDS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "Q5_1": ((8, 24, 4), (4, 8, 1)),
     "IQ4_NL": ((2, 18, 4),),
 }
-"""Where a block keeps levels: first byte, last byte + 1, bits per weight; lowest bits of the level first."""
+"""Fields of a block's levels: first byte, last byte + 1, bits per weight; lowest bits of the level first."""
 
 
 SETTLED_BY_SEARCH = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")

@@ -33,7 +33,7 @@ def drawn(seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def moments() -> np.ndarray:
-    """Of inputs that are strongly correlated, as real ones are: rank 40 and a little of everything."""
+    """Second moments of inputs that are strongly correlated, as real ones are: rank 40 and a little of everything."""
     generator = np.random.default_rng(5)
     inputs = generator.standard_normal((2000, 40)) @ generator.standard_normal((40, COLUMNS))
     inputs += 0.3 * generator.standard_normal((2000, COLUMNS))

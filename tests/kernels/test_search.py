@@ -13,7 +13,7 @@ F = np.float32
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def wrong_quotients(dividend: np.float32) -> int:
-    """In how many runs of LANES significands, of all 2**23, `divided` is not the rounded quotient."""
+    """Number of runs of LANES significands, of all 2**23, for which `divided` is not the rounded quotient."""
     tile = float_tile(1)
     wrong = 0
     for first in range(0, 1 << 23, LANES):

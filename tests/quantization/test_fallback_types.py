@@ -1,9 +1,9 @@
-"""What rows take that no K-quant fits."""
+"""Fallback types of rows that no K-quant fits."""
 
 import pytest
 
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role, SourceTensor
-from mode_gguf.quantization.fallback_types import STAND_INS, fallback_types_of, stored_as
+from mode_gguf.quantization.fallback_types import FALLBACK_TYPES, fallback_types_of, stored_as
 from mode_gguf.quantization.types import QUANT_TYPES, parse_types
 
 
@@ -39,9 +39,9 @@ def test_rows_that_nothing_fits_and_types_without_their_importance() -> None:
     assert stored_as(tensor(256, activation=None), QUANT_TYPES["IQ2_XXS"]) is None
 
 
-def test_stand_ins_are_small_blocks_in_order() -> None:
-    assert {one.block_size for one in STAND_INS} == {32}
-    assert list(STAND_INS) == sorted(STAND_INS, key=lambda one: one.bits_per_weight)
+def test_fallback_types_are_small_blocks_in_order() -> None:
+    assert {one.block_size for one in FALLBACK_TYPES} == {32}
+    assert list(FALLBACK_TYPES) == sorted(FALLBACK_TYPES, key=lambda one: one.bits_per_weight)
 
 
 def test_only_tensors_that_need_them_are_named() -> None:

@@ -45,7 +45,7 @@ def write(path: Path, tensors: Weights, types: Mapping[str, str] | str = "F32", 
 
 
 def packed(values: np.ndarray, quant_type: gguf.GGMLQuantizationType) -> np.ndarray:
-    """By gguf-py, or by us what it cannot pack."""
+    """Weights packed by gguf-py, or by us where it cannot."""
     try:
         return np.asarray(gguf.quantize(values, quant_type))
     except NotImplementedError:

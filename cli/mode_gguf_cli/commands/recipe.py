@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mode_gguf.options import OUTPUT
-from mode_gguf.recipe import Recipe, commented
+from mode_gguf.recipe import Recipe, commented_lines
 from mode_gguf_cli.console import show
 from mode_gguf_cli.generated import with_recipe
 
@@ -27,5 +27,5 @@ def command(
         recipe.save(out)
         show(f"recipe   {out}")
         return
-    for line in commented(recipe):
+    for line in commented_lines(recipe):
         show(line)

@@ -43,7 +43,7 @@ def checkpoint_with_base(checkpoint: Checkpoint | None, base: BaseGguf, *, compa
         )
     both = f"{checkpoint.fingerprint} {base.fingerprint}".encode()
     if compared:
-        base = match.compared(checkpoint, base)
+        base = match.matched_base(checkpoint, base)
     return replace(checkpoint, base=base, fingerprint=hashlib.sha256(both).hexdigest()[:16])
 
 

@@ -105,7 +105,7 @@ class BaseGguf:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files, the text model's first one first."""
+        """Paths of the GGUF files, the text model's first one first."""
         return (*self.text.files, *(self.projector.files if self.projector else ()))
 
     @property
@@ -162,7 +162,7 @@ def open_base(path: Path, mmproj: Path | None = None) -> BaseGguf:
 def copied_keys(header: GgufHeader) -> list[tuple[str, Any, tuple[int, ...]]]:
     """Keys, values and their types that a file made from this one has, too."""
     return [
-        (key, value, header.kinds[key])
+        (key, value, header.value_types[key])
         for key, value in header.metadata.items()
         if key not in _NOT_COPIED and not key.startswith(("quantize.", "general.base_model.")) and value != []
     ]

@@ -23,13 +23,13 @@ Match = tuple[str, Order | None]
 
 _EXPERT_COUNTS: Final = (*EXPERT_COUNTS, "moe_num_experts")
 _IN_LAYER: Final = re.compile(r"(?:^|.*\.)layers\.(\d+)\.(.+)")
-_ELSEWHERE: Final = ("vision", "visual", "audio", "projector", "mm_", "connector", "vit", "vq")
+_NON_TEXT_NAMES: Final = ("vision", "visual", "audio", "projector", "mm_", "connector", "vit", "vq")
 """Parts of the names of tensors beside the text model, whose layers are numbered, too."""
 _ROWS: Final = 4
 """The number of rows of a matrix that are compared."""
 
 
-def compared(checkpoint: Checkpoint, base: BaseGguf) -> BaseGguf:
+def matched_base(checkpoint: Checkpoint, base: BaseGguf) -> BaseGguf:
     """The base with statistics for those dense matrices that the checkpoint is known to have.
 
     Raises:
@@ -42,7 +42,7 @@ def compared(checkpoint: Checkpoint, base: BaseGguf) -> BaseGguf:
 
 
 def _text_config(checkpoint: Checkpoint) -> dict[str, object]:
-    """config.json with what it says of the text model, wherever that is."""
+    """config.json merged with its section on the text model, wherever that is."""
     settings = dict(checkpoint.config)
     for part in ("thinker_config", "text_config", "llm_config", "language_config"):
         nested = settings.get(part)
@@ -176,7 +176,7 @@ def _order_of_rows(checkpoint: Checkpoint, base: BaseGguf, tensor: SourceTensor,
 
 def _gguf_name(base: BaseGguf, source: str) -> str | None:
     """GGUF's name for a checkpoint tensor of the text model, by gguf's tables; None if they have none."""
-    if any(part in source for part in _ELSEWHERE):
+    if any(part in source for part in _NON_TEXT_NAMES):
         return None
     table = _name_table(base.architecture, int(base.setting(Keys.LLM.BLOCK_COUNT) or 0))
     if table is None:
@@ -207,7 +207,7 @@ def _name_table(architecture: str, blocks: int) -> "gguf.TensorNameMap | None":
 
 def _is_in_layer(source: str, layer: int) -> bool:
     inside = _IN_LAYER.match(source)
-    return inside is not None and int(inside[1]) == layer and not any(part in source for part in _ELSEWHERE)
+    return inside is not None and int(inside[1]) == layer and not any(part in source for part in _NON_TEXT_NAMES)
 
 
 def _sampled(rows: int) -> list[int]:

@@ -56,8 +56,8 @@ def ranges(text: Hparams, *, dense: int, biased: bool) -> Ranges:
         biased: whether a bias chooses the experts.
     """
     layers = range(text.int("num_hidden_layers"))
-    kinds = {DENSE: layers[:dense], SPARSE: layers[dense:], BIASED: layers[dense:] if biased else ()}
-    return text_ranges(text, {**kinds, **mla.subsets(text)})
+    subsets = {DENSE: layers[:dense], SPARSE: layers[dense:], BIASED: layers[dense:] if biased else ()}
+    return text_ranges(text, {**subsets, **mla.subsets(text)})
 
 
 def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:

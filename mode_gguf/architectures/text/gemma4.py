@@ -113,13 +113,13 @@ def full_attention(text: Hparams) -> tuple[int, int]:
 
 
 def _full_attention_by_layer(text: Hparams) -> tuple[int, int]:
-    by_layer, kinds = text.get("per_layer_config"), layer_types(text)
+    by_layer, types = text.get("per_layer_config"), layer_types(text)
     found = set()
-    for layer, kind in enumerate(kinds):
+    for layer, kind in enumerate(types):
         if kind == FULL and isinstance(own := by_layer.get(str(layer), {}), dict):
             of_layer = replace(text, values={**text.values, **own})
             found.add((of_layer.int("head_dim"), of_layer.int("num_key_value_heads")))
-    if len(found) != 1 or any(kinds[int(layer)] != FULL for layer in by_layer):
+    if len(found) != 1 or any(types[int(layer)] != FULL for layer in by_layer):
         text.refuse("per_layer_config", "the same for every layer of full attention and nothing else")
     return found.pop()
 
@@ -141,20 +141,20 @@ def _ranges(text: Hparams) -> Ranges:
 
 
 def _keys(text: Hparams) -> Metadata:
-    kinds = layer_types(text)
+    types = layer_types(text)
     head_dim, (full_dim, full_heads) = text.int("head_dim"), full_attention(text)
     heads = text.int("num_key_value_heads")
     keys: dict[str, MetadataValue] = {
         **common_text_keys(text, *SIZES),
         Keys.LLM.EMBD_LENGTH_PER_LAYER_INP: 0,
         **common_text_keys(text, Keys.LLM.FEED_FORWARD_LENGTH, *EXPERTS, Keys.Attention.HEAD_COUNT),
-        Keys.Attention.HEAD_COUNT_KV: [full_heads if kind == FULL else heads for kind in kinds],
+        Keys.Attention.HEAD_COUNT_KV: [full_heads if kind == FULL else heads for kind in types],
         Keys.Attention.KEY_LENGTH: full_dim,
         Keys.Attention.VALUE_LENGTH: full_dim,
         Keys.Attention.KEY_LENGTH_SWA: head_dim,
         Keys.Attention.VALUE_LENGTH_SWA: head_dim,
         Keys.Attention.SLIDING_WINDOW: text.int("sliding_window"),
-        Keys.Attention.SLIDING_WINDOW_PATTERN: [kind == SLIDING for kind in kinds],
+        Keys.Attention.SLIDING_WINDOW_PATTERN: [kind == SLIDING for kind in types],
         Keys.Attention.SHARED_KV_LAYERS: 0,
         **common_text_keys(text, Keys.Attention.LAYERNORM_RMS_EPS),
         Keys.Rope.DIMENSION_COUNT: full_dim,

@@ -79,8 +79,8 @@ def _ranges(text: Hparams) -> Ranges:
     drafting = takewhile(
         lambda i: f"{LAYER.source.format(layer=i)}.eh_proj.weight" in text.checkpoint.tensors, count(len(layers))
     )
-    kinds = {DENSE: layers[:n_dense], SPARSE: layers[n_dense:], BIASED: biased}
-    return {**text_ranges(text, kinds), "mtp": numbered("mtp", drafting)}
+    subsets = {DENSE: layers[:n_dense], SPARSE: layers[n_dense:], BIASED: biased}
+    return {**text_ranges(text, subsets), "mtp": numbered("mtp", drafting)}
 
 
 def _keys(text: Hparams) -> Metadata:

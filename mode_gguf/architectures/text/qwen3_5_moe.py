@@ -202,16 +202,16 @@ def layer_types(text: Hparams) -> list[str]:
         has_interval = text.has("full_attention_interval")
         interval = text.int("full_attention_interval") if has_interval else FULL_ATTENTION_INTERVAL
         return [LINEAR if (layer + 1) % interval else FULL for layer in range(layers)]
-    kinds = text.list("layer_types")
-    if len(kinds) != layers or not set(kinds) <= {LINEAR, FULL}:
+    types = text.list("layer_types")
+    if len(types) != layers or not set(types) <= {LINEAR, FULL}:
         text.refuse("layer_types", f"{LINEAR} or {FULL} for each of {layers} layers")
-    return kinds
+    return types
 
 
 def _ranges(text: Hparams) -> Ranges:
-    kinds = layer_types(text)
+    types = layer_types(text)
     return text_ranges(
-        text, {kind: [layer for layer, found in enumerate(kinds) if found == kind] for kind in (LINEAR, FULL)}
+        text, {kind: [layer for layer, found in enumerate(types) if found == kind] for kind in (LINEAR, FULL)}
     )
 
 

@@ -38,7 +38,7 @@ def experts_either_way(checkpoint: Checkpoint, source: str, projection: Projecti
 
 
 def _saved_by_transformers_5(checkpoint: Checkpoint, source: str) -> bool:
-    """Who saved square matrices, whose layout no shape tells apart."""
+    """Whether transformers 5 saved square matrices, whose layout no shape tells apart."""
     version = str(checkpoint.config.get("transformers_version", ""))
     major = version.partition(".")[0]
     if not major.isdecimal():

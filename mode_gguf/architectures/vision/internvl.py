@@ -253,11 +253,11 @@ def place_image(place: ImagePlace) -> PlacedImage:
 
 def image_tokens(checkpoint: Checkpoint, size: ImageSize | None) -> int:
     """Tokens of a picture's tiles; of the most that there can be where its size is not known."""
-    from mode_gguf.architectures.vision.internvl_tiles import count
+    from mode_gguf.architectures.vision.internvl_tiles import tile_count
 
     fewest, most = tile_limits(checkpoint)
     side = tower_hparams(checkpoint).int("image_size")
-    n_tiles = most + 1 if size is None else count(size, side, fewest, most)
+    n_tiles = most + 1 if size is None else tile_count(size, side, fewest, most)
     return n_tiles * tokens_per_tile(checkpoint)
 
 

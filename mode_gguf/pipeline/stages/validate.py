@@ -32,7 +32,7 @@ from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.validate import ComparedModels, validate
-from mode_gguf.workfolder import WorkFolder, failure_beside
+from mode_gguf.workfolder import WorkFolder, failure_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def _warnings(folder: WorkFolder, plan: Plan) -> list[str]:
 @contextmanager
 def _failure_noted(report: Path) -> Iterator[None]:
     """Leave no report of an earlier run where validation fails, but a note of what failed."""
-    failure = failure_beside(report)
+    failure = failure_path(report)
     StageCache(WorkFolder(report.parent, "")).forget("validate")  # if `convert` put its report there
     for before in (report, failure):
         before.unlink(missing_ok=True)
