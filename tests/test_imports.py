@@ -69,6 +69,7 @@ HEAVY_ONLY_IN = {
     "typer": {"mode_gguf_cli"},
     "rich": {"mode_gguf_cli"},
     "xllamacpp": {"llama_cpp"},
+    "matplotlib": set(),
 }
 
 
