@@ -19,7 +19,7 @@ from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.validation.structure import check_structure, describe
 from mode_gguf.workfolder import WorkFolder
-from tests.export.test_text_model import all_in
+from tests.export.uniform import all_in
 
 SIZES = (10_000, 1_000_000, 4_000_000)
 """Shard sizes, from a file per tensor to a few files."""

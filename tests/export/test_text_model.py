@@ -15,20 +15,16 @@ from mode_gguf.llama_cpp.engines import Engine
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.expert_groups import group_name
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from tests.export.uniform import all_in, write_all_in
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 EXPERTS = "blk.0.ffn_down_exps.weight"
 
 
-def all_in(checkpoint: Checkpoint, name: str) -> dict[str, QuantType]:
-    """The plan that gives every matrix one type."""
-    return {tensor.name: QUANT_TYPES[name] for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP}
-
-
 def test_full_precision_is_the_checkpoint(pico: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pico)
     path = tmp_path / "model.gguf"
-    write_text_model(path, checkpoint, TensorPacking(all_in(checkpoint, "F32")), metadata={"mode.plan": "test"})
+    write_all_in(path, checkpoint, "F32", metadata={"mode.plan": "test"})
     reader = GGUFReader(path)
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     assert list(found) == [tensor.name for tensor in text_tensors(checkpoint)]
@@ -47,7 +43,7 @@ def test_both_layouts_give_the_same_tensors(pico: Path, pico_module: Path, tmp_p
     for folder in (pico, pico_module):
         checkpoint = Checkpoint.open(folder)
         path = tmp_path / folder.name
-        write_text_model(path, checkpoint, TensorPacking(all_in(checkpoint, "BF16")), threads=2)
+        write_all_in(path, checkpoint, "BF16", threads=2)
         files.append({tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors})
     assert files[0] == files[1]
 
@@ -153,5 +149,5 @@ class TestRefusals:
             file.write(b"\xc0\x7f")
         gguf_name = next(t.name for t in text_tensors(checkpoint) if tensor in t.sources)
         with pytest.raises(InputError, match=f"{tensor}|{gguf_name}".replace(".", r"\.")):
-            write_text_model(tmp_path / "out" / "m.gguf", checkpoint, TensorPacking(all_in(checkpoint, "F32")))
+            write_all_in(tmp_path / "out" / "m.gguf", checkpoint, "F32")
         assert list((tmp_path / "out").iterdir()) == []

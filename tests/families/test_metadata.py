@@ -60,7 +60,7 @@ def test_changed_settings(case: FamilyCase, change: Change, families: Families, 
 def test_vocabulary(case: FamilyCase, layout: str, families: Families) -> None:
     checkpoint = families.checkpoint(layout)
     vocabulary = read_vocabulary(checkpoint.path, case.pico.VOCAB)
-    assert vocabulary.pre_tokenizer == case.pre_tokenizer
+    assert vocabulary.tokenizer.pre_tokenizer == case.pre_tokenizer
     assert vocabulary.tokens[find_family(checkpoint).vision.image_token(checkpoint)] == case.image_token
 
 
