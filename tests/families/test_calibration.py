@@ -73,7 +73,6 @@ def test_sums_are_those_of_the_whole_model(case: FamilyCase, families: Families)
     for layer in case.moe_layers:
         x, chosen, experts = seen.experts[layer]
         counts = statistics.counts(layer)
-        assert counts.sum() == len(x) * case.pico.TOP_K
         for expert in range(case.pico.EXPERTS):
             routed = (chosen == expert).any(-1)
             assert counts[0, expert] == routed.numpy()[is_text].sum()

@@ -1,6 +1,7 @@
 """What only Gemma 4 has: two kinds of attention, image tokens that see each other, an audio tower, clipped layers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from tests.families.pico.tokenizer import VOCAB
 from tests.families.pictures import waves
 from tests.families.prompts import Reference
 from tests.families.test_logits import image_scores
+from tests.families.whole_way import convert_and_answer
 from tests.importance.conftest import answered_samples
 
 CPU = torch.device("cpu")
@@ -144,3 +146,10 @@ def test_errors_of_experts_with_gate_and_up_in_one(checkpoint: Checkpoint) -> No
     assert (errors[1] > errors[0]).all()
     experts = [tensor for tensor in text_tensors(checkpoint) if tensor.role is Role.EXPERT and tensor.layer == 0]
     assert [tensor.shape for tensor in experts] == [(EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)]
+
+
+def test_convert_and_answer_about_a_picture(
+    pico_gemma4: Path, tmp_path: Path, run: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With default types."""
+    convert_and_answer(GEMMA4, pico_gemma4, tmp_path, run, caplog)

@@ -6,7 +6,7 @@ import pytest
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.errors import InputError
-from tests.families.cases import CASES, every_layout
+from tests.families.cases import each_of, every_layout
 from tests.families.changed import changed
 from tests.families.conftest import Families
 from tests.families.family_case import FamilyCase
@@ -15,10 +15,7 @@ from tests.families.refusal import Refusal
 N_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-@pytest.mark.parametrize(
-    ("case", "refusal"),
-    [pytest.param(case, refusal, id=f"{case.name}-{refusal.name}") for case in CASES for refusal in case.refusals],
-)
+@each_of("refusals", "refusal")
 def test_refused(case: FamilyCase, refusal: Refusal, families: Families, tmp_path: Path) -> None:
     folder = families.checkpoint(refusal.layout or case.layouts[0]).path
     with pytest.raises(InputError, match=refusal.says):

@@ -74,7 +74,6 @@ INTERNVL = FamilyCase(
     layouts=("pico_internvl", "pico_internvl_hf"),
     transformers_layout="pico_internvl_hf",
     tied=True,
-    hf_class="InternVLChatModel",
     gguf_arch="qwen3moe",
     projector_type="internvl",
     outside=OUTSIDE,

@@ -58,7 +58,6 @@ token_id = partial(tokenizer.token_id, special_tokens=SPECIAL_TOKENS)
 def write_pico_glm4v_moe(
     folder: Path,
     *,
-    seed: int = 0,
     layout: Layout = "public",
     mtp: bool = False,
     tied: bool = False,
@@ -69,7 +68,6 @@ def write_pico_glm4v_moe(
     """Write a random checkpoint into `folder` (created) and return it.
 
     Args:
-        seed: of the weights.
         layout: "public" stores one tensor per expert and projection, like the checkpoints on the hubs; "fused"
             (E, 2I, H) and (E, H, I), as transformers 5 holds them.
         mtp: with a block for multi-token prediction behind the last layer, three tensors of it.
@@ -91,7 +89,7 @@ def write_pico_glm4v_moe(
         normalised=False,
     )
     write_readme(folder, "mit")
-    draw = Draw(torch.Generator().manual_seed(seed))
+    draw = Draw()
     weights = dict(_weights(draw, layout, tied, biased, dense_layers))
     if mtp:
         block = f"model.language_model.layers.{LAYERS}"
