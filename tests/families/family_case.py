@@ -175,9 +175,6 @@ class FamilyCase:
         rounded: makes transformers round as llama.cpp's vision tower does; None where that was not taken apart.
         rounded_kl: largest KL that is left then.
         stock: what llama.cpp's converter writes otherwise.
-        measured: see `MeasuredChange`.
-        conversion: see `Conversion`.
-        refusals: see `Refusal`.
     """
 
     name: str

@@ -83,9 +83,7 @@ def test_images_are_scaled_down_to_their_area(families: Families) -> None:
     """The image processor counts the pixels of two frames."""
     limit = 13 * (2 * PATCH) ** 2
     builder = InputBuilder.open(families.checkpoint("pico_glm4v"), max_image_pixels=limit)
-    assert int(builder.build(families.samples[2]).is_vision.sum()) == 12  # 4 x 3
-    whole = families.inputs("pico_glm4v")[2]
-    assert int(whole.is_vision.sum()) == int(whole.image["image_grid_thw"].prod()) // 4 == 15  # 5 x 3
+    assert int(builder.build(families.samples[2]).is_vision.sum()) == 12, "4 x 3 of 5 x 3"
 
 
 @pytest.mark.parametrize("settings", [{"n_group": 3, "topk_group": 2}, {"biased": False, "dense_layers": 0}])

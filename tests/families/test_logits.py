@@ -11,8 +11,7 @@ from tests.families.cases import cases_with, each_of, every_case
 from tests.families.conftest import Families, exact
 from tests.families.family_case import FamilyCase, StockDifference
 from tests.families.gguf_copy import gguf_copy
-from tests.families.pictures import waves
-from tests.families.prompts import ANSWER, QUESTION, TEXT, Reference
+from tests.families.prompts import ANSWER, QUESTION, TEXT, Reference, waves
 
 SPELLINGS = {
     "marks": "नमस्ते दुनिया! ก็ได้ ‏שָׁלוֹם",

@@ -35,7 +35,7 @@ from tests.families.conftest import Families, exact
 from tests.families.gguf_copy import gguf_copy
 from tests.families.pico.mistral4 import MERGE, PATCH, token_id, write_pico_mistral4
 from tests.families.pico.tokenizer import VOCAB
-from tests.families.whole_way import convert_and_answer
+from tests.families.test_convert import convert_and_answer
 from tests.forward.test_streaming import assert_streamed_is_plain
 from tests.importance.conftest import answered_samples
 
