@@ -1,21 +1,12 @@
 """Qwen3-VL-MoE."""
 
 from mode_gguf.architectures import text_tensors
-from tests.families.case.shared import (
-    FRAMES,
-    QWEN,
-    QWEN3_LAYER,
-    QWEN3_PARAMETERS,
-    QWEN_VISION,
-    table_gelu,
-)
+from tests.families.case.shared import FRAMES, QWEN, QWEN3_LAYER, QWEN3_PARAMETERS, QWEN_VISION, table_gelu
 from tests.families.family_case import FamilyCase, weights
 from tests.families.pico import qwen3_vl_moe as pico
 from tests.families.refusal import TEXT, Refusal, of_rope, unlike
 
 DEEPSTACK = weights(" ".join(f"v.deepstack.{tap}.{part}.*" for tap in (0, 2) for part in ("norm", "fc1", "fc2")))
-
-
 QWEN3_VL = FamilyCase(
     name="qwen3-vl",
     refusals=(
