@@ -13,7 +13,7 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from tests.families import prompts
 from tests.families.case.shared import DENSE_FFN, FEW, OUTSIDE, SHARED_EXPERTS, absorbed
-from tests.families.family_case import Conversion, Converted, FamilyCase, StockDifference, block, weights
+from tests.families.family_case import Conversion, FamilyCase, StockDifference, block, weights
 from tests.families.pico import kimi as pico
 from tests.families.refusal import TEXT, VISION, Refusal, of_rope, unlike
 
@@ -28,21 +28,10 @@ def columns_with_rows(array: np.ndarray) -> np.ndarray:
     return array.reshape(pico.VISION_HEADS, 2, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def moon_vit(*, apart: bool) -> dict[str, Converted]:
-    """Queries and keys, in tensors of their own or in one with the values."""
-
-    def together(array: np.ndarray) -> np.ndarray:
-        q, k, v = np.split(array, 3)
-        return np.concatenate([columns_then_rows(q), columns_then_rows(k), v])
-
-    if not apart:
-        return {r"v\.blk\.\d+\.attn_qkv\..*": together}
-    return {
-        r"v\.blk\.\d+\.attn_q\..*": lambda array: columns_then_rows(np.split(array, 3)[0]),
-        r"v\.blk\.\d+\.attn_k\..*": lambda array: columns_then_rows(np.split(array, 3)[1]),
-        r"v\.blk\.\d+\.attn_v\..*": lambda array: np.split(array, 3)[2],
-        r"v\.position_embd\.weight": lambda table: table.reshape(pico.POSITIONS**2, pico.VISION_HIDDEN),
-    }
+def queries_and_keys_turned(array: np.ndarray) -> np.ndarray:
+    """MoonViT's three in one, with the values."""
+    q, k, v = np.split(array, 3)
+    return np.concatenate([columns_then_rows(q), columns_then_rows(k), v])
 
 
 def kimi_layer(queries: str, feed_forward: str, kept: str = "", experts: str = "") -> dict[str, Role]:
@@ -102,7 +91,13 @@ KIMI_VL = FamilyCase(
     projector_type="kimivl",
     layers=kimi_layers("attn_q"),
     vision_block=weights(f"attn_q.* attn_k.* attn_v.* {KIMI_VISION_BLOCK}"),
-    converted={**absorbed(pico.ATTENTION), **moon_vit(apart=True)},
+    converted={
+        **absorbed(pico.ATTENTION),
+        r"v\.blk\.\d+\.attn_q\..*": lambda array: columns_then_rows(np.split(array, 3)[0]),
+        r"v\.blk\.\d+\.attn_k\..*": lambda array: columns_then_rows(np.split(array, 3)[1]),
+        r"v\.blk\.\d+\.attn_v\..*": lambda array: np.split(array, 3)[2],
+        r"v\.position_embd\.weight": lambda table: table.reshape(pico.POSITIONS**2, pico.VISION_HIDDEN),
+    },
     # Only models of 26 or 27 layers may leave the rank out.
     text_keys={**KIMI_TEXT_KEYS, "attention.q_lora_rank": 0},
     projector_keys={"vision.image_max_pixels": None},
@@ -135,7 +130,7 @@ KIMI_K25 = FamilyCase(
     projector_type="kimik25",
     layers=kimi_layers("attn_q_a attn_q_b"),
     vision_block=weights(f"attn_qkv.* {KIMI_VISION_BLOCK}"),
-    converted={**absorbed(pico.ATTENTION), **moon_vit(apart=False)},
+    converted={**absorbed(pico.ATTENTION), r"v\.blk\.\d+\.attn_qkv\..*": queries_and_keys_turned},
     text_keys={
         **KIMI_TEXT_KEYS,
         "attention.q_lora_rank": pico.ATTENTION.query_rank,

@@ -19,15 +19,11 @@ def neighbours(array: np.ndarray) -> np.ndarray:
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(array.shape)
 
 
-RMS_NORM_EPSILON = 1e-5
-"""Of all norms of Pixtral's projector in llama.cpp."""
-
-
 def pixtral(model: nn.Module) -> None:
-    """The projector's activation, and one epsilon for its norms."""
+    """The projector's activation, and the one epsilon that llama.cpp has for its norms."""
     projector = model.get_submodule("model.multi_modal_projector")
     projector.act = TableGelu()
-    projector.get_submodule("norm").variance_epsilon = RMS_NORM_EPSILON  # type: ignore[assignment]
+    projector.get_submodule("norm").variance_epsilon = 1e-5  # type: ignore[assignment]
 
 
 MISTRAL_LAYER = block(

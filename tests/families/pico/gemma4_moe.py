@@ -93,9 +93,8 @@ def write_tokenizer(folder: Path) -> None:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     rebuilt = Tokenizer.from_str(json.dumps(trained))
     rebuilt.decoder = decoders.Sequence(steps)
-    bos = ("<bos>", token_id("<bos>"))
     rebuilt.post_processor = processors.TemplateProcessing(
-        single=[bos[0], "$A"], pair=[bos[0], "$A", bos[0], "$B"], special_tokens=[bos]
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", token_id("<bos>"))]
     )
     rebuilt.save(str(folder / "tokenizer.json"))
     write_json(

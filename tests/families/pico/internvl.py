@@ -135,8 +135,7 @@ def _original(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, tensor in weights.items():
         if ".attention.q_proj." in name:
-            parts = [tensor, *(weights[name.replace("q_proj", other)] for other in ("k_proj", "v_proj"))]
-            tensor = torch.cat(parts)
+            tensor = torch.cat([weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
         elif ".attention.k_proj." in name or ".attention.v_proj." in name:
             continue
         for piece, original in _ORIGINAL_PIECES:
