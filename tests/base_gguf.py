@@ -7,14 +7,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
 from safetensors.torch import load_file
 
-from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.base_gguf import open_base
-from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.export.tokenizer import add_tokenizer_keys
-from mode_gguf.quantization.types import QUANT_TYPES
+from tests.export.uniform import write_all_in
 from tests.families.pico.base import EXPERTS, LAYERS, TOP_K, WIDTH
 from tests.families.pico.qwen3_vl_moe import HIDDEN
 from tests.families.pico.tokenizer import VOCAB
@@ -27,8 +24,7 @@ HEADS = 4
 def write_family_base(checkpoint: Checkpoint, folder: Path, quant_type: str = "BF16") -> tuple[Path, Path]:
     """Text model and projector of a family's checkpoint."""
     text, projector = folder / f"{checkpoint.name}-{quant_type}.gguf", folder / f"mmproj-{checkpoint.name}-F16.gguf"
-    types = {t.name: QUANT_TYPES[quant_type] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
-    write_text_model(text, checkpoint, TensorPacking(types))
+    write_all_in(text, checkpoint, quant_type)
     write_projector(projector, checkpoint)
     return text, projector
 

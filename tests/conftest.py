@@ -42,7 +42,7 @@ pico_mistral4_module = checkpoint("pico-mistral4-module", write_pico_mistral4, l
 pico_kimi_vl = checkpoint("pico-kimi-vl", write_pico_kimi, "kimi_vl")
 pico_kimi_k25 = checkpoint("pico-kimi-k25", write_pico_kimi, "kimi_k25")
 pico_kimi_k25_packed = checkpoint("pico-kimi-k25-packed", write_pico_kimi, "kimi_k25_packed")
-pico_kimi_vl_as_k25 = checkpoint("pico-kimi-vl-as-k25", write_pico_kimi, "kimi_k25", low_rank=False, yarn=False)
+pico_kimi_vl_as_k25 = checkpoint("pico-kimi-vl-as-k25", write_pico_kimi, "kimi_vl_as_k25")
 """Kimi-VL's weights and settings with Kimi K2.5's names, which transformers can read."""
 
 

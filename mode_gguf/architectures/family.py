@@ -16,9 +16,14 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.gpu_memory.model_graphs import ModelGraphs
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head is the token embedding (transformers reads the outermost setting, default False)."""
-    return bool(checkpoint.config.get("tie_word_embeddings", False))
+def is_tied(checkpoint: Checkpoint, default: bool = False) -> bool:
+    """Whether the output head is the token embedding: transformers reads the outermost setting."""
+    return bool(checkpoint.config.get("tie_word_embeddings", default))
+
+
+def config_with_tied(checkpoint: Checkpoint, tied: Callable[[Checkpoint], bool] = is_tied) -> Mapping[str, Any]:
+    """config.json, saying whether embeddings are tied."""
+    return {**checkpoint.config, "tie_word_embeddings": tied(checkpoint)}
 
 
 def no_parameter(checkpoint: Checkpoint, parameter: str) -> Array | None:

@@ -44,6 +44,12 @@ class ImagePlace:
     image_token: int
     max_pixels: int
 
+    @property
+    def scaled_image(self) -> "Image":
+        """The image, no larger than `max_pixels`."""
+        size = scaled_size(self.image.size, self.max_pixels)
+        return self.image if size == self.image.size else self.image.resize(size)
+
 
 @dataclass(frozen=True, slots=True)
 class PlacedImage:

@@ -161,16 +161,13 @@ def header_bytes(
         writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"
-        try:
-            writer.write_header_to_file(path)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
+        _write(writer, path)
         return path.stat().st_size + (len(tensors) + 1) * int(writer.data_alignment)
 
 
-def _write(writer: GGUFWriter, path: Path, tensors: Sequence[OutgoingTensor], advance: Advance) -> None:
+def _write(
+    writer: GGUFWriter, path: Path, tensors: Sequence[OutgoingTensor] = (), advance: Advance = lambda _: None
+) -> None:
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()

@@ -144,8 +144,6 @@ def _array(mapped: np.ndarray, info: TensorInfo) -> np.ndarray:
 
 
 def _check(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> None:
-    if sums.dtype != np.float32 or counts.dtype != np.float32:
-        raise InputError(f"{path}: sums and counts of {name} are {sums.dtype} and {counts.dtype}, expected float32")
     if sums.ndim != 2 or len(sums) != len(counts):
         raise InputError(f"{path}: {name} has sums {sums.shape} and {len(counts)} counts; expected one count per row")
     for what, values in (("sums", sums), ("counts", counts)):

@@ -15,10 +15,10 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import UsageError
 from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, write_gguf
 from mode_gguf.export.metadata import add_general_keys, file_type
-from mode_gguf.export.text_model import f32_chunks
+from mode_gguf.export.text_model import tensor_chunks
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.packer import n_chunks, packed_chunks
+from mode_gguf.quantization.packer import n_chunks
 from mode_gguf.quantization.packing import DEFAULT_PACKING
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
@@ -58,7 +58,11 @@ def write_mtp(
         special = family.tokenizer.special_tokens
         add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, special)
 
-    outgoing = [_outgoing(checkpoint, tensor, _stored_type(tensor, file_quant_type), threads) for tensor in tensors]
+    outgoing = []
+    for tensor in tensors:
+        stored = _stored_type(tensor, file_quant_type)
+        chunks = partial(tensor_chunks, checkpoint, tensor, stored, threads, DEFAULT_PACKING)
+        outgoing.append(OutgoingTensor(tensor.name, tensor.shape, stored, chunks, n_chunks(tensor)))
     write_gguf(path, family.gguf_arch, add_keys, outgoing, description="packing", progress=progress)
 
 
@@ -67,10 +71,3 @@ def _stored_type(tensor: SourceTensor, file_quant_type: QuantType) -> QuantType:
         return QUANT_TYPES["F32"]
     fallbacks = (file_quant_type, QUANT_TYPES["Q8_0"], QUANT_TYPES["BF16"])
     return next(quant_type for quant_type in fallbacks if quant_type.fits(tensor.row_width))
-
-
-def _outgoing(checkpoint: Checkpoint, tensor: SourceTensor, quant_type: QuantType, threads: int) -> OutgoingTensor:
-    if tensor.role is Role.KEEP:
-        return OutgoingTensor(tensor.name, tensor.shape, quant_type, partial(f32_chunks, checkpoint, tensor))
-    packed = partial(packed_chunks, tensor, quant_type, None, threads, DEFAULT_PACKING)
-    return OutgoingTensor(tensor.name, tensor.shape, quant_type, packed, n_chunks(tensor))

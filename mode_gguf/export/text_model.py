@@ -94,7 +94,9 @@ def write_text_model(
             tensor.shape,
             stored[tensor.name],
             packed.get(tensor.name)
-            or partial(_packed, checkpoint, tensor, stored[tensor.name], importance_of, stored_as.packing, threads),
+            or partial(
+                tensor_chunks, checkpoint, tensor, stored[tensor.name], threads, stored_as.packing, importance_of
+            ),
             tensor.n_experts if tensor.name in packed else n_chunks(tensor),
         )
         for tensor in tensors
@@ -234,21 +236,18 @@ def _check_importance(
             )
 
 
-def f32_chunks(checkpoint: Checkpoint, tensor: SourceTensor) -> Iterator[np.ndarray]:
-    """The one chunk of a tensor that stays F32; raises like `finite`."""
-    yield finite(checkpoint, tensor, as_float32(tensor.read(0)))
-
-
-def _packed(
+def tensor_chunks(
     checkpoint: Checkpoint,
     tensor: SourceTensor,
     quant_type: QuantType,
-    importance_of: ImportanceOf,
-    packing: Packing,
     threads: int,
+    packing: Packing,
+    importance_of: ImportanceOf = lambda _: None,
 ) -> Iterator[np.ndarray]:
+    """A tensor's bytes, packed unless it stays F32; raises like `finite` and `packed_chunks`."""
     if tensor.role is Role.INDEX:
-        return iter([tensor.read(0)])
-    if tensor.role is Role.KEEP:
-        return f32_chunks(checkpoint, tensor)
-    return packed_chunks(tensor, quant_type, importance_of(tensor.name), threads, packing)
+        yield tensor.read(0)
+    elif tensor.role is Role.KEEP:
+        yield finite(checkpoint, tensor, as_float32(tensor.read(0)))
+    else:
+        yield from packed_chunks(tensor, quant_type, importance_of(tensor.name), threads, packing)

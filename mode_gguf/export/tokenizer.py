@@ -29,11 +29,6 @@ class Vocabulary:
     token_types: list[TokenType]
     tokenizer: Tokenizer
 
-    @property
-    def pre_tokenizer(self) -> str:
-        """llama.cpp's name of the pre-tokenizer."""
-        return self.tokenizer.pre_tokenizer
-
 
 def add_tokenizer_keys(
     writer: GGUFWriter,
@@ -73,7 +68,7 @@ def add_tokenizer_keys(
         special.special_token_ids[role] = vocabulary.tokens.index(token)
     writer.add_tokenizer_model(vocabulary.tokenizer.model)
     if vocabulary.tokenizer.is_byte_level:
-        writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
+        writer.add_tokenizer_pre(vocabulary.tokenizer.pre_tokenizer)
     else:
         writer.add_token_scores([_NO_SCORE] * len(vocabulary.tokens))
         writer.add_add_space_prefix(False)

@@ -1,10 +1,10 @@
 """A base GGUF beside the checkpoint it was made from, and beside others."""
 
-import json
 import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,10 @@ from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.projector import write_projector
-from mode_gguf.export.text_model import TensorPacking, write_text_model
-from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
-from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.gguf.header import read_header
 from tests.base_gguf import open_base, permuted_rows, write_family_base, write_olmoe_base
+from tests.export.uniform import write_all_in
+from tests.families.changed import changed
 from tests.families.pico.base import write_pico_olmoe
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
@@ -72,8 +72,7 @@ def test_tensors_are_those_of_the_family(family: tuple[Checkpoint, Path, Path]) 
 def test_a_file_made_from_a_base_is_the_base_again(family: tuple[Checkpoint, Path, Path], tmp_path: Path) -> None:
     checkpoint, text, projector = family
     based = checkpoint_with_base(checkpoint, open_base(text, projector))
-    types = {t.name: QUANT_TYPES["BF16"] for t in text_tensors(based) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "text.gguf", based, TensorPacking(types))
+    write_all_in(tmp_path / "text.gguf", based, "BF16")
     write_projector(tmp_path / "projector.gguf", based)
     for made, original in ((tmp_path / "text.gguf", text), (tmp_path / "projector.gguf", projector)):
         ours, theirs = GGUFReader(made), GGUFReader(original)
@@ -88,8 +87,7 @@ def test_a_file_made_from_a_base_is_the_base_again(family: tuple[Checkpoint, Pat
 
 def test_shards_are_one_base(family: tuple[Checkpoint, Path, Path], tmp_path: Path) -> None:
     checkpoint, text, projector = family
-    types = {t.name: QUANT_TYPES["BF16"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "pico-BF16.gguf", checkpoint, TensorPacking(types), shard_bytes=3_000_000)
+    write_all_in(tmp_path / "pico-BF16.gguf", checkpoint, "BF16", shard_bytes=3_000_000)
     first, *others = sorted(tmp_path.glob("*.gguf"))
     assert len(others) > 2
     split, whole = open_base(first, projector), open_base(text, projector)
@@ -97,8 +95,7 @@ def test_shards_are_one_base(family: tuple[Checkpoint, Path, Path], tmp_path: Pa
     assert [tensor.name for tensor in split.tensors] == [tensor.name for tensor in whole.tensors]
     based = checkpoint_with_base(checkpoint, split)
     np.testing.assert_array_equal(text_tensors(based)[-1].read(0), whole.tensors[-1].read(0))
-    types = {t.name: QUANT_TYPES["Q8_0"] for t in text_tensors(based) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "out.gguf", based, TensorPacking(types))
+    write_all_in(tmp_path / "out.gguf", based, "Q8_0")
     assert not any(key.startswith("split.") for key in read_header(tmp_path / "out.gguf").metadata)
 
 
@@ -106,8 +103,7 @@ def test_keys_keep_their_types(olmoe: Checkpoint, folder: Path, tmp_path: Path) 
     base = open_base(write_olmoe_base(olmoe.path, folder / "typed-BF16.gguf"))
     assert base.name == "typed"
     based = checkpoint_with_base(None, base)
-    types = {t.name: QUANT_TYPES["Q8_0"] for t in text_tensors(based) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "text.gguf", based, TensorPacking(types))
+    write_all_in(tmp_path / "text.gguf", based, "Q8_0")
     before, after = base.text, read_header(tmp_path / "text.gguf")
     for key in ("olmoe.of_bytes", "olmoe.a_byte", "tokenizer.ggml.tokens", "olmoe.rope.freq_base"):
         assert (after.metadata[key], after.value_types[key]) == (before.metadata[key], before.value_types[key])
@@ -145,28 +141,18 @@ def test_rows_may_be_in_another_order_and_columns_may_not(olmoe: Checkpoint, fol
     assert by_name["blk.0.attn_output.weight"].activation is None
 
 
-def other_weights(folder: Path, olmoe: Checkpoint) -> Path:
-    return write_pico_olmoe(folder / "other", seed=1)
+def other_weights(olmoe: Path, folder: Path) -> Checkpoint:
+    return Checkpoint.open(write_pico_olmoe(folder, seed=1))
 
 
-def other_expert(folder: Path, olmoe: Checkpoint) -> Path:
+def other_expert(olmoe: Path, folder: Path) -> Checkpoint:
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(olmoe.path, folder / "expert")
-    stored = load_file(olmoe.path / "model.safetensors")
+    shutil.copytree(olmoe, folder)
+    stored = load_file(olmoe / "model.safetensors")
     stored["model.layers.2.mlp.experts.3.up_proj.weight"] *= 2
-    save_file(stored, folder / "expert" / "model.safetensors", {"format": "pt"})
-    return folder / "expert"
-
-
-def other_setting(name: str, value: int) -> Callable[[Path, Checkpoint], Path]:
-    def change(folder: Path, olmoe: Checkpoint) -> Path:
-        shutil.copytree(olmoe.path, folder / name)
-        config = json.loads((folder / name / "config.json").read_text())
-        (folder / name / "config.json").write_text(json.dumps({**config, name: value}))
-        return folder / name
-
-    return change
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    return Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize(
@@ -174,23 +160,22 @@ def other_setting(name: str, value: int) -> Callable[[Path, Checkpoint], Path]:
     [
         (other_weights, "weights of token_embd.weight and model.embed_tokens.weight differ"),
         (other_expert, "blk.2.ffn_up_exps.weight, expert 3: weights differ"),
-        (other_setting("num_hidden_layers", 5), "layers 3 there, 5 here"),
-        (other_setting("num_experts", 8), "experts per layer: 4 there, 8 here"),
-        (other_setting("hidden_size", 512), "a hidden size of 256 there, 512 here"),
+        (partial(changed, num_hidden_layers=5), "layers 3 there, 5 here"),
+        (partial(changed, num_experts=8), "experts per layer: 4 there, 8 here"),
+        (partial(changed, hidden_size=512), "a hidden size of 256 there, 512 here"),
     ],
 )
 def test_the_base_of_another_model_is_refused(
-    change: Callable[[Path, Checkpoint], Path], message: str, olmoe: Checkpoint, folder: Path, tmp_path: Path
+    change: Callable[[Path, Path], Checkpoint], message: str, olmoe: Checkpoint, folder: Path, tmp_path: Path
 ) -> None:
     base = open_base(write_olmoe_base(olmoe.path, folder / "olmoe-BF16.gguf"))
     with pytest.raises(InputError, match=message):
-        checkpoint_with_base(Checkpoint.open(change(tmp_path, olmoe)), base)
+        checkpoint_with_base(change(olmoe.path, tmp_path / "other"), base)
 
 
 def test_what_is_no_base_is_refused(family: tuple[Checkpoint, Path, Path], tmp_path: Path) -> None:
     checkpoint, text, projector = family
-    types = {t.name: QUANT_TYPES["Q8_0"] for t in text_tensors(checkpoint) if t.role is not Role.KEEP}
-    write_text_model(tmp_path / "packed.gguf", checkpoint, TensorPacking(types))
+    write_all_in(tmp_path / "packed.gguf", checkpoint, "Q8_0")
     with pytest.raises(InputError, match=r"packed.gguf: tensor \S+ has type Q8_0; expected a base in full precision"):
         open_base(tmp_path / "packed.gguf")
     with pytest.raises(InputError, match="a projector found, expected the text model's file"):
@@ -206,15 +191,10 @@ def test_missing_experts_are_named(olmoe: Checkpoint, folder: Path, monkeypatch:
     header = read_header(path)
     for left_out, message in (("_up_exps", "layer 0 has experts' down, gate alone"), ("_exps", "no routed experts")):
         kept = {name: info for name, info in header.tensors.items() if left_out not in name}
-        monkeypatch.setattr(
-            "mode_gguf.architectures.base_gguf.files.read_header", lambda _, kept=kept: with_only(path, kept)
-        )
+        found = replace(header, tensors=kept)
+        monkeypatch.setattr("mode_gguf.architectures.base_gguf.files.read_header", lambda _, found=found: found)
         with pytest.raises(InputError, match=message):
             open_base(path)
-
-
-def with_only(path: Path, tensors: dict[str, TensorInfo]) -> GgufHeader:
-    return replace(read_header(path), tensors=tensors)
 
 
 def test_a_supported_checkpoint_of_other_seeds_is_another_model(folder: Path, tmp_path: Path) -> None:

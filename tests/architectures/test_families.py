@@ -1,20 +1,11 @@
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from mode_gguf.architectures import FAMILIES, find_family
-from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-
-
-def checkpoint_of(folder: Path, **config: Any) -> Checkpoint:
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({"w": np.zeros(2, np.float32)}, folder / "model.safetensors")
-    return Checkpoint.open(folder)
+from tests.architectures.test_hparams import checkpoint_of
 
 
 @pytest.mark.parametrize("config", [{}, {"architectures": ["LlamaForCausalLM"]}, {"text_config": {"num_experts": 0}}])

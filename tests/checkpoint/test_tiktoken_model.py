@@ -40,7 +40,7 @@ def test_pieces(pico_kimi_vl: Path) -> None:
 
 def test_keys(pico_kimi_vl: Path) -> None:
     vocabulary = read_vocabulary(pico_kimi_vl, VOCAB)
-    assert vocabulary.pre_tokenizer == "kimi-k2"
+    assert vocabulary.tokenizer.pre_tokenizer == "kimi-k2"
     assert vocabulary.tokens[RANKS : RANKS + 2] == ["[BOS]", "[EOS]"]
     assert vocabulary.tokens[VOCAB - 1] == f"<|reserved_token_{VOCAB - 1}|>"
     assert vocabulary.token_types == [TokenType.NORMAL] * RANKS + [TokenType.CONTROL] * 256

@@ -19,10 +19,12 @@ from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.validation.structure import check_structure, describe
 from mode_gguf.workfolder import WorkFolder
-from tests.export.test_text_model import all_in
+from tests.export.uniform import all_in
 
 SIZES = (10_000, 1_000_000, 4_000_000)
 """Shard sizes, from a file per tensor to a few files."""
+
+Write = Callable[[int], list[Path]]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,16 @@ def whole(checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path_factory:
     return path
 
 
-def write(folder: Path, checkpoint: Checkpoint, types: dict[str, QuantType], shard_bytes: int) -> list[Path]:
-    """The files of the model in `folder`, first one first."""
-    path = folder / "model.gguf"
-    write_text_model(path, checkpoint, TensorPacking(types), shard_bytes=shard_bytes)
-    return text_model_files(path, checkpoint, types, shard_bytes=shard_bytes)
+@pytest.fixture
+def write(checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path) -> Write:
+    """Writes the model in files of some size, and gives their paths, first one first."""
+    path = tmp_path / "model.gguf"
+
+    def write(shard_bytes: int) -> list[Path]:
+        write_text_model(path, checkpoint, TensorPacking(types), shard_bytes=shard_bytes)
+        return text_model_files(path, checkpoint, types, shard_bytes=shard_bytes)
+
+    return write
 
 
 def tensors_of(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
@@ -55,10 +62,8 @@ def tensors_of(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 
 @pytest.mark.parametrize("shard_bytes", SIZES)
-def test_shards_hold_the_tensors_of_one_file(
-    whole: Path, checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path, shard_bytes: int
-) -> None:
-    files = write(tmp_path, checkpoint, types, shard_bytes)
+def test_shards_hold_the_tensors_of_one_file(whole: Path, write: Write, tmp_path: Path, shard_bytes: int) -> None:
+    files = write(shard_bytes)
     assert sorted(tmp_path.iterdir()) == files
     assert len(files) > 1
     expected = tensors_of(whole)
@@ -69,10 +74,8 @@ def test_shards_hold_the_tensors_of_one_file(
         assert sum(len(data) for _, _, data in part.values()) <= shard_bytes or len(part) == 1
 
 
-def test_keys_are_those_that_llama_cpp_reads(
-    whole: Path, checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path
-) -> None:
-    files = write(tmp_path, checkpoint, types, 1_000_000)
+def test_keys_are_those_that_llama_cpp_reads(whole: Path, write: Write) -> None:
+    files = write(1_000_000)
     split_types = {
         "split.no": GGUFValueType.UINT16,
         "split.count": GGUFValueType.UINT16,
@@ -91,10 +94,8 @@ def test_keys_are_those_that_llama_cpp_reads(
 
 
 @pytest.mark.parametrize("shard_bytes", SIZES[:2])
-def test_llama_cpp_computes_the_same_from_shards(
-    whole: Path, checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path, shard_bytes: int
-) -> None:
-    first = write(tmp_path, checkpoint, types, shard_bytes)[0]
+def test_llama_cpp_computes_the_same_from_shards(whole: Path, write: Write, shard_bytes: int) -> None:
+    first = write(shard_bytes)[0]
     logits = []
     for path in (whole, first):
         with LlamaModel(path, threads=1, context=64) as model:
@@ -102,10 +103,8 @@ def test_llama_cpp_computes_the_same_from_shards(
     np.testing.assert_array_equal(logits[1], logits[0])
 
 
-def test_the_first_shard_stands_for_all(
-    whole: Path, checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path
-) -> None:
-    files = write(tmp_path, checkpoint, types, 1_000_000)
+def test_the_first_shard_stands_for_all(whole: Path, write: Write) -> None:
+    files = write(1_000_000)
     description, of_whole = describe(files[0]), describe(whole)
     assert description["files"] == [str(file) for file in files]
     assert description["size_bytes"] == sum(file.stat().st_size for file in files)
@@ -119,10 +118,8 @@ def test_the_first_shard_stands_for_all(
         check_structure(files[0], kept)
 
 
-def test_one_file_where_that_is_enough(
-    whole: Path, checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path
-) -> None:
-    assert write(tmp_path, checkpoint, types, 10**9) == [tmp_path / "model.gguf"]
+def test_one_file_where_that_is_enough(whole: Path, write: Write, tmp_path: Path) -> None:
+    assert write(10**9) == [tmp_path / "model.gguf"]
     assert (tmp_path / "model.gguf").read_bytes() == whole.read_bytes()
 
 
@@ -140,32 +137,30 @@ def test_groups_of_experts_in_shards(checkpoint: Checkpoint, types: dict[str, Qu
     assert has_expert_groups(read_header(files[0]).metadata)
 
 
-def test_a_tensor_beyond_the_limit_is_said(
-    checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tensor_beyond_the_limit_is_said(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        write(tmp_path, checkpoint, types, 10_000)
+        write(10_000)
     assert [record.levelname for record in caplog.records if "tensors are not split" in record.message] == ["WARNING"]
 
 
-def test_shards_of_another_number_are_removed(
-    checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path
-) -> None:
+def test_shards_of_another_number_are_removed(write: Write, tmp_path: Path) -> None:
     other = tmp_path / "other-00001-of-00002.gguf"
     other.touch()
-    many = write(tmp_path, checkpoint, types, 1_000_000)
-    few = write(tmp_path, checkpoint, types, 4_000_000)
+    many = write(1_000_000)
+    few = write(4_000_000)
     assert len(few) < len(many)
     assert sorted(tmp_path.iterdir()) == [*few, other]
-    one = write(tmp_path, checkpoint, types, 10**9)
+    one = write(10**9)
     assert sorted(tmp_path.iterdir()) == [*one, other]
 
 
 class TestStopped:
     """Before all shards are complete none has its name, and afterwards the first appears last."""
 
-    def test_while_packing(self, checkpoint: Checkpoint, types: dict[str, QuantType], tmp_path: Path) -> None:
-        older = {file: file.read_bytes() for file in write(tmp_path, checkpoint, types, 1_000_000)}
+    def test_while_packing(
+        self, checkpoint: Checkpoint, types: dict[str, QuantType], write: Write, tmp_path: Path
+    ) -> None:
+        older = {file: file.read_bytes() for file in write(1_000_000)}
 
         def stopped() -> Any:
             raise KeyboardInterrupt
@@ -182,6 +177,7 @@ class TestStopped:
         self,
         checkpoint: Checkpoint,
         types: dict[str, QuantType],
+        write: Write,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         renamed: int,
@@ -192,7 +188,7 @@ class TestStopped:
         outputs = text_model_files(tmp_path / "model.gguf", checkpoint, types, None, 10**6)
         stage = StageState("export", {}, tuple(outputs))
         running = ledger.begin(stage)
-        files = write(tmp_path, checkpoint, types, 10**6)
+        files = write(10**6)
         running.finish()
         assert ledger.is_current(stage)
         assert len(files) > 3
@@ -207,7 +203,7 @@ class TestStopped:
 
         monkeypatch.setattr(Path, "replace", stops)
         with pytest.raises(KeyboardInterrupt):
-            write(tmp_path, checkpoint, types, 10**6)
+            write(10**6)
         assert done == files[::-1][:renamed]
         assert not files[0].exists()
         assert not ledger.is_current(stage)

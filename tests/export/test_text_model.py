@@ -14,21 +14,17 @@ from mode_gguf.gguf.header import read_header
 from mode_gguf.llama_cpp.engines import Engine
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.expert_groups import group_name
-from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.quantization.types import QUANT_TYPES
+from tests.export.uniform import all_in, write_all_in
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 EXPERTS = "blk.0.ffn_down_exps.weight"
 
 
-def all_in(checkpoint: Checkpoint, name: str) -> dict[str, QuantType]:
-    """The plan that gives every matrix one type."""
-    return {tensor.name: QUANT_TYPES[name] for tensor in text_tensors(checkpoint) if tensor.role is not Role.KEEP}
-
-
 def test_full_precision_is_the_checkpoint(pico: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pico)
     path = tmp_path / "model.gguf"
-    write_text_model(path, checkpoint, TensorPacking(all_in(checkpoint, "F32")), metadata={"mode.plan": "test"})
+    write_all_in(path, checkpoint, "F32", metadata={"mode.plan": "test"})
     reader = GGUFReader(path)
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     assert list(found) == [tensor.name for tensor in text_tensors(checkpoint)]
@@ -47,7 +43,7 @@ def test_both_layouts_give_the_same_tensors(pico: Path, pico_module: Path, tmp_p
     for folder in (pico, pico_module):
         checkpoint = Checkpoint.open(folder)
         path = tmp_path / folder.name
-        write_text_model(path, checkpoint, TensorPacking(all_in(checkpoint, "BF16")), threads=2)
+        write_all_in(path, checkpoint, "BF16", threads=2)
         files.append({tensor.name: tensor.data.tobytes() for tensor in GGUFReader(path).tensors})
     assert files[0] == files[1]
 
@@ -103,26 +99,28 @@ def test_experts_with_types_of_their_own(pico: Path, tmp_path: Path) -> None:
 
 
 class TestRefusals:
-    def refused(self, pico: Path, tmp_path: Path, words: str, **changes: QuantType | None) -> None:
+    @pytest.mark.parametrize(
+        ("name", "quant_type", "words"),
+        [
+            ("output.weight", None, r"no type for output\.weight"),
+            ("other.weight", "F32", r"other\.weight, which the model does not have"),
+            ("output_norm.weight", "F16", r"output_norm\.weight .*must stay F32"),
+            (
+                "output.weight",
+                "IQ2_XXS",
+                r"output\.weight type IQ2_XXS, which needs an importance matrix.* run `mode-gguf calibrate`",
+            ),
+        ],
+    )
+    def test_types(self, pico: Path, tmp_path: Path, name: str, quant_type: str | None, words: str) -> None:
         checkpoint = Checkpoint.open(pico)
         types = all_in(checkpoint, "F32")
-        for name, quant_type in changes.items():
-            name = name.replace("__", ".")
-            types.pop(name, None)
-            if quant_type is not None:
-                types[name] = quant_type
+        types.pop(name, None)
+        if quant_type is not None:
+            types[name] = QUANT_TYPES[quant_type]
         with pytest.raises(InputError, match=words):
             write_text_model(tmp_path / "m.gguf", checkpoint, TensorPacking(types))
         assert list(tmp_path.iterdir()) == []
-
-    def test_tensor_without_a_type(self, pico: Path, tmp_path: Path) -> None:
-        self.refused(pico, tmp_path, r"no type for output\.weight", output__weight=None)
-
-    def test_unknown_tensor(self, pico: Path, tmp_path: Path) -> None:
-        self.refused(pico, tmp_path, r"other\.weight, which the model does not have", other__weight=QUANT_TYPES["F32"])
-
-    def test_quantized_norm(self, pico: Path, tmp_path: Path) -> None:
-        self.refused(pico, tmp_path, r"output_norm\.weight .*must stay F32", output_norm__weight=QUANT_TYPES["F16"])
 
     def test_blocks_that_do_not_fit(self, tmp_path: Path) -> None:
         folder = write_pico_qwen3vlmoe(tmp_path / "narrow", expert_width=96)
@@ -130,10 +128,6 @@ class TestRefusals:
         types = all_in(checkpoint, "Q8_0") | {EXPERTS: QUANT_TYPES["Q3_K"]}
         with pytest.raises(InputError, match=r"ffn_down_exps.*blocks of 256 do not fit rows of 96"):
             write_text_model(tmp_path / "m.gguf", checkpoint, TensorPacking(types))
-
-    def test_type_that_needs_importance(self, pico: Path, tmp_path: Path) -> None:
-        words = r"output\.weight type IQ2_XXS, which needs an importance matrix.* run `mode-gguf calibrate`"
-        self.refused(pico, tmp_path, words, output__weight=QUANT_TYPES["IQ2_XXS"])
 
     def test_importance_of_another_model(self, pico: Path, tmp_path: Path) -> None:
         checkpoint = Checkpoint.open(pico)
@@ -153,5 +147,5 @@ class TestRefusals:
             file.write(b"\xc0\x7f")
         gguf_name = next(t.name for t in text_tensors(checkpoint) if tensor in t.sources)
         with pytest.raises(InputError, match=f"{tensor}|{gguf_name}".replace(".", r"\.")):
-            write_text_model(tmp_path / "out" / "m.gguf", checkpoint, TensorPacking(all_in(checkpoint, "F32")))
+            write_all_in(tmp_path / "out" / "m.gguf", checkpoint, "F32")
         assert list((tmp_path / "out").iterdir()) == []

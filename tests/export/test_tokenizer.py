@@ -17,8 +17,8 @@ def folder(pico: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pico, tmp_path / "checkpoint")
 
 
-def edit(folder: Path, change: Any) -> None:
-    path = folder / "tokenizer.json"
+def edit(folder: Path, change: Any, file: str = "tokenizer.json") -> None:
+    path = folder / file
     tokenizer = json.loads(path.read_text())
     change(tokenizer)
     path.write_text(json.dumps(tokenizer))
@@ -38,7 +38,7 @@ def test_vocabulary(pico: Path) -> None:
     assert vocabulary.tokens[:407] == tokenizer.convert_ids_to_tokens(range(407))
     assert vocabulary.token_types[399:408] == [TokenType.NORMAL, *[TokenType.CONTROL] * 7, TokenType.UNUSED]
     assert vocabulary.tokens[407:] == [f"[PAD{i}]" for i in range(407, pico_tokenizer.VOCAB)]
-    assert vocabulary.pre_tokenizer == "qwen2"
+    assert vocabulary.tokenizer.pre_tokenizer == "qwen2"
 
 
 def test_keys(pico: Path) -> None:
@@ -57,18 +57,14 @@ def test_a_tokenizer_in_pieces_says_the_same(folder: Path, pico: Path) -> None:
     """vocab.json and merges.txt, as repositories have it that were saved with the slow tokenizer."""
     (folder / "tokenizer.json").unlink()
     assert keys(folder) == keys(pico)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "OtherTokenizer"}))
+    edit(folder, lambda config: config.update(tokenizer_class="OtherTokenizer"), "tokenizer_config.json")
     with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
         keys(folder)
 
 
 def test_chat_template_file(folder: Path) -> None:
     """transformers 5 saves it beside the tokenizer's configuration."""
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    del config["chat_template"]
-    path.write_text(json.dumps(config))
+    edit(folder, lambda config: config.pop("chat_template"), "tokenizer_config.json")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert keys(folder)["tokenizer.chat_template"] == "{{ messages }}"
 

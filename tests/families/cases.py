@@ -27,6 +27,14 @@ every_layout = pytest.mark.parametrize(
 )
 
 
+def each_of(attribute: str, argument: str) -> pytest.MarkDecorator:
+    """A test of everything that families have of a kind."""
+    params = [
+        pytest.param(case, one, id=f"{case.name}-{one.name}") for case in CASES for one in getattr(case, attribute)
+    ]
+    return pytest.mark.parametrize(("case", argument), params)
+
+
 def cases_with(attribute: str) -> pytest.MarkDecorator:
     """A test of the families that have something."""
     having = [case for case in CASES if getattr(case, attribute)]

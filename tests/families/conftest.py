@@ -46,9 +46,15 @@ class Families:
         """The checkpoint that a fixture writes."""
         return self._once("checkpoint", layout, lambda: Checkpoint.open(self.request.getfixturevalue(layout)))
 
+    def _layouts(self, case: FamilyCase) -> tuple[Checkpoint, Checkpoint]:
+        """The case's first, and one that transformers opens."""
+        first = case.layouts[0]
+        return self.checkpoint(first), self.checkpoint(case.transformers_layout or first)
+
     def load(self, case: FamilyCase) -> Any:
         """A model of transformers of the test's own."""
-        return case.load(self.checkpoint(case.transformers_layout).path, self.checkpoint(case.layouts[0]))
+        stored, opened = self._layouts(case)
+        return case.load(opened.path, stored)
 
     def model(self, case: FamilyCase) -> Any:
         """transformers' whole model in F32."""
@@ -62,8 +68,7 @@ class Families:
 
     def reference(self, case: FamilyCase, model: Any = None) -> Reference:
         """transformers' side of a comparison, by a model of one's own or by the shared one."""
-        layouts = self.checkpoint(case.layouts[0]), self.checkpoint(case.transformers_layout)
-        return Reference(case, *layouts, self.model(case) if model is None else model)
+        return Reference(case, *self._layouts(case), self.model(case) if model is None else model)
 
     def inputs(self, layout: str) -> list[ModelInputs]:
         """The samples as the model of a layout is fed."""

@@ -118,7 +118,7 @@ class Conversion:
         f32: tensors that stay as they are.
         quantized: tensors that do not.
         among: a tensor, and the types it may have, as its rows fit no others.
-        alone: a test module of its own runs it.
+        alone: another test module runs it.
     """
 
     bpw: float
@@ -140,9 +140,9 @@ class FamilyCase:
         pico: module of the builder.
         write: the builder.
         layouts: fixtures of checkpoints with the same weights; the published layout first.
-        transformers_layout: fixture of one that transformers opens itself.
+        transformers_layout: fixture of one that transformers opens itself, where that is not the first.
         tied: whether its embeddings may be tied.
-        hf_class, gguf_arch, projector_type: what the family says of itself.
+        gguf_arch, projector_type: what the family says of itself.
         load: from a folder and a checkpoint of the case to transformers' model in F32.
         outside: the text model's tensors outside the layers.
         layers: those of each layer.
@@ -175,18 +175,14 @@ class FamilyCase:
         rounded: makes transformers round as llama.cpp's vision tower does; None where that was not taken apart.
         rounded_kl: largest KL that is left then.
         stock: what llama.cpp's converter writes otherwise.
-        measured: see `MeasuredChange`.
-        conversion: see `Conversion`.
-        refusals: see `Refusal`.
     """
 
     name: str
     pico: ModuleType
     write: Callable[..., Path]
     layouts: tuple[str, ...]
-    transformers_layout: str
+    transformers_layout: str = ""
     tied: bool = False
-    hf_class: str
     gguf_arch: str
     projector_type: str
     load: Callable[[Path, Checkpoint], Any] = lambda folder, checkpoint: AutoModelForImageTextToText.from_pretrained(

@@ -20,6 +20,13 @@ QUESTION = "What is the colour of the circle?"
 ANSWER = "The square is red. There are 3 shapes"
 
 
+def waves(size: tuple[int, int]) -> Image.Image:
+    """A picture of smooth colours, which shows how alike two implementations see."""
+    x, y = np.meshgrid(*(np.arange(n) / 16 for n in size))
+    colours = np.stack([np.sin(x + y), np.cos(x - y), np.sin(2 * x)], axis=-1)
+    return Image.fromarray((127.5 + 120 * colours).astype(np.uint8))
+
+
 class Reference:
     """A pico checkpoint in transformers, F32, on the CPU.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mode_gguf.architectures import find_family, text_tensors
-from mode_gguf.architectures.tensors import Role
+from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.calibrate import calibrate
 from tests.families.case.kimi import KIMI_K25
 from tests.families.cases import every_case
@@ -59,21 +59,23 @@ def test_counts_by_modality(case: FamilyCase, families: Families) -> None:
 @every_case
 def test_sums_are_those_of_the_whole_model(case: FamilyCase, families: Families) -> None:
     """Of every matrix, from plain module hooks; columns in the order of the GGUF tensor."""
-    statistics, seen = families.statistics(case), WholeModel(case, families)
-    arrays, is_text = statistics.arrays, seen.is_text
+    statistics, checkpoint = families.statistics(case), families.checkpoint(case.layouts[0])
+    is_text = ~torch.cat([one.is_vision for one in families.inputs(case.layouts[0])]).numpy()
+    dense = [tensor for tensor in text_tensors(checkpoint) if tensor.activation and tensor.role is not Role.EXPERT]
+    read, modules = read_by_modules(case, families, dense)
+    arrays = statistics.arrays
     kept = {name.rpartition(".")[0] for name in arrays if "ffn_exps" not in name}
-    assert kept == {tensor.activation for tensor in seen.dense}, "not of what is stored otherwise than it is applied"
-    for tensor in seen.dense:
-        expected = seen.read[tensor.name].double().square().numpy()
+    assert kept == {tensor.activation for tensor in dense}, "not of what is stored otherwise than it is applied"
+    for tensor in dense:
+        expected = read[tensor.name].double().square().numpy()
         if tensor.order is not None and tensor.order.columns is not None:
             expected = expected[:, tensor.order.columns]
         found = arrays[f"{tensor.activation}.sum2"].sum(axis=1)  # by modality: text, key vision, other vision
         for ours, theirs in ((found.sum(axis=0), expected), (found[0], expected[is_text])):
             np.testing.assert_allclose(ours, theirs.sum(axis=0), rtol=case.sums_rtol, atol=1e-6, err_msg=tensor.name)
-    for layer in case.moe_layers:
-        x, chosen, experts = seen.experts[layer]
+    for layer, experts in modules.items():
+        x, chosen = read["x", layer], read["index", layer]
         counts = statistics.counts(layer)
-        assert counts.sum() == len(x) * case.pico.TOP_K
         for expert in range(case.pico.EXPERTS):
             routed = (chosen == expert).any(-1)
             assert counts[0, expert] == routed.numpy()[is_text].sum()
@@ -96,49 +98,36 @@ def test_counts_of_experts_in_four_bits(families: Families) -> None:
     assert statistics.arrays["blk.0.ffn_down.weight.count"].sum() == shown.text_tokens + shown.vision_tokens
 
 
-class WholeModel:
-    """What the modules of transformers' model read on all samples.
+def read_by_modules(
+    case: FamilyCase, families: Families, dense: list[SourceTensor]
+) -> tuple[dict[Any, Tensor], dict[int, Any]]:
+    """What modules of transformers' model read on all samples, and the modules of experts by layer.
 
-    Attributes:
-        dense: tensors with an activation that are no experts.
-        read: (tokens, n_in) by their names.
-        experts: of each layer with some, (tokens, n) that reach them, (tokens, top-k) choices, and their module.
-        is_text: (tokens,) bool.
+    By name of a `dense` tensor (tokens, n_in); of a layer with experts ("x", layer) (tokens, n) that reach them, and
+    ("index", layer) (tokens, top-k) choices.
     """
+    layout, model = case.layouts[0], families.model(case)
+    parameters = parameters_by_source(families.checkpoint(layout), dict(model.named_parameters()))
+    parts: dict[Any, list[Tensor]] = defaultdict(list)
 
-    def __init__(self, case: FamilyCase, families: Families) -> None:
-        layout, model = case.layouts[0], families.model(case)
-        checkpoint = families.checkpoint(layout)
-        parameters = parameters_by_source(checkpoint, dict(model.named_parameters()))
-        parts: dict[Any, list[Tensor]] = defaultdict(list)
+    def keep(*names: Any) -> Callable[..., None]:
+        def hook(module: Any, arguments: tuple[Tensor, ...], output: Any) -> None:
+            for name, value in zip(names, arguments, strict=False):
+                parts[name].append(value.flatten(0, -2))
 
-        def keep(*names: Any) -> Callable[..., None]:
-            def hook(module: Any, arguments: tuple[Tensor, ...], output: Any) -> None:
-                for name, value in zip(names, arguments, strict=False):
-                    parts[name].append(value.flatten(0, -2))
+        return hook
 
-            return hook
-
-        tensors = text_tensors(checkpoint)
-        self.dense = [tensor for tensor in tensors if tensor.activation and tensor.role is not Role.EXPERT]
-        hooks = [
-            model.get_submodule(parameters[tensor.sources[0]].removesuffix(".weight")).register_forward_hook(
-                keep(tensor.name)
-            )
-            for tensor in self.dense
-        ]
-        modules = {}
-        for layer in case.moe_layers:
-            block = model.get_submodule(f"model.language_model.layers.{layer}")
-            modules[layer] = (block.mlp if hasattr(block.mlp, "experts") else block).experts
-            hooks.append(modules[layer].register_forward_hook(keep(("x", layer), ("index", layer))))
-        inputs = families.inputs(layout)
-        with torch.no_grad():
-            for one in inputs:
-                model(**one.model_arguments(CPU, torch.float32))
-        for hook in hooks:
-            hook.remove()
-        joined = {name: torch.cat(values) for name, values in parts.items()}
-        self.read = {tensor.name: joined[tensor.name] for tensor in self.dense}
-        self.experts = {layer: (joined["x", layer], joined["index", layer], modules[layer]) for layer in modules}
-        self.is_text = ~torch.cat([one.is_vision for one in inputs]).numpy()
+    modules, hooks = {}, []
+    for tensor in dense:
+        module = model.get_submodule(parameters[tensor.sources[0]].removesuffix(".weight"))
+        hooks.append(module.register_forward_hook(keep(tensor.name)))
+    for layer in case.moe_layers:
+        block = model.get_submodule(f"model.language_model.layers.{layer}")
+        modules[layer] = (block.mlp if hasattr(block.mlp, "experts") else block).experts
+        hooks.append(modules[layer].register_forward_hook(keep(("x", layer), ("index", layer))))
+    with torch.no_grad():
+        for one in families.inputs(layout):
+            model(**one.model_arguments(CPU, torch.float32))
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(values) for name, values in parts.items()}, modules

@@ -8,7 +8,7 @@ import pytest
 
 from mode_gguf.gguf.header import read_header
 from tests.families.case.qwen3_5 import QWEN3_5
-from tests.families.whole_way import convert_and_answer
+from tests.families.test_convert import convert_and_answer
 
 
 def test_convert_and_answer_about_a_picture(

@@ -1,6 +1,7 @@
 """What only Gemma 4 has: two kinds of attention, image tokens that see each other, an audio tower, clipped layers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mode_gguf.architectures import find_family, ignored_tensors, projector_tensors, text_tensors
-from mode_gguf.architectures.tensors import Role, as_float32
+from mode_gguf.architectures.tensors import as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.tokenizer import read_vocabulary
 from mode_gguf.forward.inputs import InputBuilder
@@ -27,15 +28,13 @@ from tests.families.pico.files import write_json
 from tests.families.pico.gemma4_moe import (
     EXPERTS,
     FULL_DIM,
-    HIDDEN,
     SOFT_TOKENS,
     VISION_BLOCKS,
-    WIDTH,
     write_pico_gemma4_moe,
 )
 from tests.families.pico.tokenizer import VOCAB
-from tests.families.pictures import waves
-from tests.families.prompts import Reference
+from tests.families.prompts import Reference, waves
+from tests.families.test_convert import convert_and_answer
 from tests.families.test_logits import image_scores
 from tests.importance.conftest import answered_samples
 
@@ -142,5 +141,10 @@ def test_errors_of_experts_with_gate_and_up_in_one(checkpoint: Checkpoint) -> No
         assert (f"blk.0.{name}.unit" in result.arrays) == (name != "ffn_exps")
     errors = [result.arrays[f"blk.0.{name}.weight_error"] for name in ("ffn_gate_up_exps.weight", "ffn_exps")]
     assert (errors[1] > errors[0]).all()
-    experts = [tensor for tensor in text_tensors(checkpoint) if tensor.role is Role.EXPERT and tensor.layer == 0]
-    assert [tensor.shape for tensor in experts] == [(EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)]
+
+
+def test_convert_and_answer_about_a_picture(
+    pico_gemma4: Path, tmp_path: Path, run: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With default types."""
+    convert_and_answer(GEMMA4, pico_gemma4, tmp_path, run, caplog)

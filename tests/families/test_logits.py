@@ -7,12 +7,11 @@ from PIL import Image
 
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation.divergence import Scores, compare
-from tests.families.cases import CASES, cases_with, every_case
+from tests.families.cases import cases_with, each_of, every_case
 from tests.families.conftest import Families, exact
 from tests.families.family_case import FamilyCase, StockDifference
 from tests.families.gguf_copy import gguf_copy
-from tests.families.pictures import waves
-from tests.families.prompts import ANSWER, QUESTION, TEXT, Reference
+from tests.families.prompts import ANSWER, QUESTION, TEXT, Reference, waves
 
 SPELLINGS = {
     "marks": "नमस्ते दुनिया! ก็ได้ ‏שָׁלוֹם",
@@ -103,14 +102,7 @@ def test_greedy_tokens(case: FamilyCase, families: Families) -> None:
     assert model.generate(prompt(case, model), picture, max_tokens=12) == expected
 
 
-@pytest.mark.parametrize(
-    ("case", "difference"),
-    [
-        pytest.param(case, difference, id=f"{case.name}-{difference.name}")
-        for case in CASES
-        for difference in case.stock
-    ],
-)
+@each_of("stock", "difference")
 def test_stock_conversion_is_further_away(
     case: FamilyCase, difference: StockDifference, families: Families, tmp_path: Path
 ) -> None:

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.tokenizer import read_vocabulary
-from tests.families.cases import CASES, cases_with, every_layout
+from tests.families.cases import cases_with, each_of, every_layout
 from tests.families.changed import changed
 from tests.families.conftest import Families
 from tests.families.family_case import Change, FamilyCase
@@ -38,10 +36,7 @@ def test_metadata(case: FamilyCase, layout: str, families: Families) -> None:
         assert projector.get(f"clip.{key}") == value, key
 
 
-@pytest.mark.parametrize(
-    ("case", "change"),
-    [pytest.param(case, change, id=f"{case.name}-{change.name}") for case in CASES for change in case.changes],
-)
+@each_of("changes", "change")
 def test_changed_settings(case: FamilyCase, change: Change, families: Families, tmp_path: Path) -> None:
     checkpoint = families.checkpoint(case.layouts[0])
     text, projector = metadata(checkpoint)
@@ -60,7 +55,7 @@ def test_changed_settings(case: FamilyCase, change: Change, families: Families, 
 def test_vocabulary(case: FamilyCase, layout: str, families: Families) -> None:
     checkpoint = families.checkpoint(layout)
     vocabulary = read_vocabulary(checkpoint.path, case.pico.VOCAB)
-    assert vocabulary.pre_tokenizer == case.pre_tokenizer
+    assert vocabulary.tokenizer.pre_tokenizer == case.pre_tokenizer
     assert vocabulary.tokens[find_family(checkpoint).vision.image_token(checkpoint)] == case.image_token
 
 

@@ -1,5 +1,6 @@
 """What only Mistral Small 4 has: FP8, pictures with row breaks, a head of its own, matrices that nobody measures."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,22 @@ import torch
 from gguf import GGUFWriter, TokenType
 from safetensors.torch import save_file
 
+from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import InputError, ModeGgufError
+from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.export.tokenizer import add_tokenizer_keys, read_vocabulary
 from mode_gguf.forward.converted_weights import as_tensor
 from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.forward.modality import TEXT_ATTENTION
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
+from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.importance.variants import Variant
+from mode_gguf.pipeline.report_data import planned_tensors
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.calibration.conftest import noise_image
@@ -30,6 +35,7 @@ from tests.families.conftest import Families, exact
 from tests.families.gguf_copy import gguf_copy
 from tests.families.pico.mistral4 import MERGE, PATCH, token_id, write_pico_mistral4
 from tests.families.pico.tokenizer import VOCAB
+from tests.families.test_convert import convert_and_answer
 from tests.forward.test_streaming import assert_streamed_is_plain
 from tests.importance.conftest import answered_samples
 
@@ -42,11 +48,9 @@ def checkpoint(pico_mistral4: Path) -> Checkpoint:
     return Checkpoint.open(pico_mistral4)
 
 
-def test_projector_with_biases(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    biases = {"mm.1.bias", "mm.2.bias"}
+def test_projector_with_biases(tmp_path: Path) -> None:
     biased = Checkpoint.open(write_pico_mistral4(tmp_path, projector_bias=True))
-    assert biases <= {tensor.name for tensor in projector_tensors(biased)}
-    assert biases.isdisjoint(tensor.name for tensor in projector_tensors(checkpoint))
+    assert {"mm.1.bias", "mm.2.bias"} <= {tensor.name for tensor in projector_tensors(biased)}
 
 
 def test_fp8_is_decoded(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -153,3 +157,18 @@ def test_types_of_matrices_that_are_not_measured(checkpoint: Checkpoint) -> None
     )
     assert not with_base.base.any()
     np.testing.assert_allclose(with_base.variants, without.variants, rtol=1e-6)
+
+
+def test_convert_and_answer_about_a_picture(
+    tmp_path: Path, run: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stored in FP8; what becomes of the parts of latent attention that nobody measures."""
+    checkpoint, out = MISTRAL4.write(tmp_path / "Pico-Mistral", fp8=True), tmp_path / "out"
+    types = convert_and_answer(MISTRAL4, checkpoint, out, run, caplog)
+    absorbed = {f"blk.{layer}.{part}.weight" for layer in range(3) for part in ("attn_k_b", "attn_v_b")}
+    assert {types[name] for name in absorbed} == {"Q8_0"}
+    measured = {name.split(".")[2] for name in read_imatrix(next(out.glob("imatrix-fisher-*.gguf"))) if "attn" in name}
+    assert measured == {"attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_output"}
+    roles = {tensor.name: tensor.role for tensor in text_tensors(Checkpoint.open(checkpoint))}
+    plan, table = Plan.load(out / "plan.json"), SensitivityTable.load(out / "sensitivity.safetensors")
+    assert {tensor.name: tensor.role for tensor in planned_tensors(plan, table)} == roles

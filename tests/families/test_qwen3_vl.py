@@ -1,7 +1,6 @@
 """What only Qwen3-VL has: experts that are stored in two orientations, and DeepStack."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from mode_gguf.architectures import find_family, text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from tests.families.changed import changed
+from tests.families.pico.files import write_json
 from tests.families.pico.qwen3_vl_moe import Layout, write_pico_qwen3vlmoe
 
 
@@ -47,9 +47,8 @@ def test_tensor_without_a_place(tmp_path: Path) -> None:
 
 def test_projector_metadata_from_processor_config(pico: Path, tmp_path: Path) -> None:
     """transformers 5 saves the image processor's settings inside processor_config.json."""
-    folder = shutil.copytree(pico, tmp_path / "checkpoint")
-    image = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").unlink()
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": image}))
-    moved, stored = Checkpoint.open(folder), Checkpoint.open(pico)
+    stored, moved = Checkpoint.open(pico), changed(pico, tmp_path / "checkpoint")
+    separate = moved.path / "preprocessor_config.json"
+    write_json(moved.path / "processor_config.json", {"image_processor": json.loads(separate.read_text())})
+    separate.unlink()
     assert find_family(moved).projector_metadata(moved) == find_family(stored).projector_metadata(stored)

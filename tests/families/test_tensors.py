@@ -20,9 +20,10 @@ EXPERT_SOURCES = {"gate": "gate_up_proj", "up": "gate_up_proj", "gate_up": "gate
 
 @every_case
 def test_family(case: FamilyCase, families: Families) -> None:
-    family = find_family(families.checkpoint(case.layouts[0]))
-    found = (family.hf_class, family.gguf_arch, family.projector_type)
-    assert found == (case.hf_class, case.gguf_arch, case.projector_type)
+    checkpoint = families.checkpoint(case.layouts[0])
+    family = find_family(checkpoint)
+    assert [family.hf_class] == checkpoint.config["architectures"]
+    assert (family.gguf_arch, family.projector_type) == (case.gguf_arch, case.projector_type)
 
 
 @every_layout

@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from gguf import Keys
@@ -14,10 +15,11 @@ from mode_gguf.architectures.common_keys import Metadata
 from mode_gguf.architectures.family import ModelFamily, TextModel, VisionTower
 from mode_gguf.architectures.hparams import Hparams, config
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
-from mode_gguf.architectures.rules import Ranges
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
+
+T = TypeVar("T")
 
 _IMAGE_TOKENS: Final = ("image_token_id", "image_token_index")
 _NO_IMAGE: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -55,42 +57,28 @@ def has_vision(config: Mapping[str, Any]) -> bool:
 def base_family(checkpoint: Checkpoint, base: BaseGguf) -> ModelFamily:
     """The family of a base GGUF; its rules are empty, since the base has tensors, and its tokenizer is copied."""
     classes = checkpoint.config.get("architectures")
-    projector = base.projector.metadata if base.projector else {}
+    projector: Metadata = base.projector.metadata if base.projector else {}
+    no_check, no_ranges = partial(_always, None), partial(_always, {})  # llama.cpp's converter has checked
     return ModelFamily(
         hf_class=str(classes[0]) if isinstance(classes, list) and classes else base.architecture,
-        text=TextModel(base.architecture, config, (), _text_keys, _no_check, _no_ranges),
+        text=TextModel(base.architecture, config, (), partial(_always, base.text.metadata), no_check, no_ranges),
         vision=VisionTower(
             str(projector.get(Keys.Clip.PROJECTOR_TYPE, "")),
             config,
             (),
-            _projector_keys,
-            _no_check,
+            partial(_always, projector),
+            no_check,
             place_image,
-            _no_ranges,
+            no_ranges,
             image_token=image_token,
         ),
         tokenizer=Tokenizer(""),
     )
 
 
-def _no_ranges(hparams: Hparams) -> Ranges:
-    return {}
-
-
-def _no_check(hparams: Hparams) -> None:
-    """Nothing is refused: llama.cpp's converter has done so."""
-
-
-def _text_keys(hparams: Hparams) -> Metadata:
-    base = hparams.checkpoint.base
-    assert base is not None
-    return base.text.metadata
-
-
-def _projector_keys(hparams: Hparams) -> Metadata:
-    base = hparams.checkpoint.base
-    assert base is not None
-    return base.projector.metadata if base.projector else {}
+def _always(value: T, hparams: Hparams) -> T:
+    """`value`, whatever the hyperparameters are."""
+    return value
 
 
 def image_token(checkpoint: Checkpoint) -> int:
@@ -137,11 +125,7 @@ def place_image(place: ImagePlace) -> PlacedImage:
 
 
 def _placed_by_processor(place: ImagePlace) -> PlacedImage:
-    image = place.image
-    if image.width * image.height > place.max_pixels:
-        shrink = (place.max_pixels / (image.width * image.height)) ** 0.5
-        image = image.resize((max(1, int(image.width * shrink)), max(1, int(image.height * shrink))))
-    token = place.tokenizer.convert_ids_to_tokens(place.image_token)
-    processed = place.processor(text=[token], images=[image], add_special_tokens=False, return_tensors="np")
+    text, images = [place.tokenizer.convert_ids_to_tokens(place.image_token)], [place.scaled_image]
+    processed = place.processor(text=text, images=images, add_special_tokens=False, return_tensors="np")
     arrays = {name: np.asarray(values) for name, values in processed.items() if name not in _NO_IMAGE}
     return PlacedImage([int(number) for number in processed["input_ids"][0]], arrays)

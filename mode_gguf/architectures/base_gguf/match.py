@@ -6,7 +6,8 @@ checkpoint's, bit by bit once rounded to the base's type: statistics are of colu
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Final
 
 import gguf
@@ -117,14 +118,13 @@ def _expert_matrices(checkpoint: Checkpoint, names: Sequence[str], expert: int, 
 
 def _matches(checkpoint: Checkpoint, base: BaseGguf) -> dict[str, Match]:
     """Checkpoint tensor and order of rows, by the GGUF name of dense matrices."""
-    dense = {tensor.name: tensor for tensor in base.tensors if tensor.role in (Role.DENSE, Role.OUTPUT)}
+    matrices = (tensor for tensor in base.tensors if len(tensor.shape) == 2)
+    dense = {tensor.name: tensor for tensor in matrices if tensor.role in (Role.DENSE, Role.OUTPUT)}
     orders: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
     matched: dict[str, Match] = {}
     for source in checkpoint.tensors:
         tensor = dense.get(_gguf_name(base, source) or "")
         if tensor is None or tensor.name in matched or checkpoint.shape(source) != tensor.shape:
-            continue
-        if len(tensor.shape) != 2:
             continue
         rows = _sampled(tensor.shape[0])
         if _equal_rows(checkpoint, base, tensor, source, rows):
@@ -183,26 +183,15 @@ def _gguf_name(base: BaseGguf, source: str) -> str | None:
         return None
     inside = _IN_LAYER.match(source)
     forms = [source, source.replace("language_model.", ""), source.replace("model.language_model.", "model.")]
-    if inside:
-        forms.append(f"model.layers.{inside[1]}.{inside[2]}")
-    else:
-        forms.append("model." + source.rpartition("model.")[2])
-    for form in forms:
-        name: str | None = table.get_name(form, (".weight",))
-        if name is not None:
-            return name
-    return None
+    forms.append(f"model.layers.{inside[1]}.{inside[2]}" if inside else "model." + source.rpartition("model.")[2])
+    names: Iterator[str | None] = (table.get_name(form, (".weight",)) for form in forms)
+    return next((name for name in names if name is not None), None)
 
 
-_TABLES: dict[tuple[str, int], "gguf.TensorNameMap | None"] = {}
-
-
-def _name_table(architecture: str, blocks: int) -> "gguf.TensorNameMap | None":
-    key = (architecture, blocks)
-    if key not in _TABLES:
-        known: Mapping[str, gguf.MODEL_ARCH] = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-        _TABLES[key] = gguf.get_tensor_name_map(known[architecture], blocks) if architecture in known else None
-    return _TABLES[key]
+@cache
+def _name_table(architecture: str, blocks: int) -> gguf.TensorNameMap | None:
+    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(known[architecture], blocks) if architecture in known else None
 
 
 def _is_in_layer(source: str, layer: int) -> bool:

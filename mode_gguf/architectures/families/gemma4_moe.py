@@ -5,9 +5,10 @@ Only the variant with experts is supported: the dense ones need no tool of this 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from mode_gguf.architectures.family import Layout, ModelFamily
+from mode_gguf.architectures.family import Layout, ModelFamily, is_tied
 from mode_gguf.architectures.text import gemma4
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.architectures.vision import gemma4 as gemma4_vision
@@ -22,11 +23,6 @@ TOKENIZER = Tokenizer(
 )
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head is the token embedding; it is unless config.json says otherwise."""
-    return bool(checkpoint.config.get("tie_word_embeddings", True))
-
-
 def model_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """config.json without the audio tower, whose weights nobody needs."""
     return {**checkpoint.config, "audio_config": None}
@@ -37,6 +33,6 @@ FAMILY = ModelFamily(
     text=gemma4.TEXT_MODEL,
     vision=gemma4_vision.TOWER,
     tokenizer=TOKENIZER,
-    layout=Layout(model_config=model_config, tied=is_tied),
+    layout=Layout(model_config=model_config, tied=partial(is_tied, default=True)),
     ignored=("model.audio_tower.", "model.embed_audio."),
 )

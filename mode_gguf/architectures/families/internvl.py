@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mode_gguf.architectures.family import SAVED, Layout, ModelFamily, is_tied
+from mode_gguf.architectures.family import SAVED, Layout, ModelFamily, config_with_tied, is_tied
 from mode_gguf.architectures.hparams import Hparams, config, has_experts, text_hparams
 from mode_gguf.architectures.tensors import Array
 from mode_gguf.architectures.text import qwen3_moe
@@ -56,11 +56,6 @@ def _check(text: Hparams) -> None:
         )
         raise InputError(f"{text.file}: {name} is of {found!r}, expected {TEXT_CLASS!r}; {way_out}")
     qwen3_moe.check(text)
-
-
-def model_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json, saying whether embeddings are tied."""
-    return {**checkpoint.config, "tie_word_embeddings": is_tied(checkpoint)}
 
 
 def original_vision_config(vision: Hparams) -> Mapping[str, Any]:
@@ -112,7 +107,7 @@ FAMILY = ModelFamily(
     text=replace(qwen3_moe.TEXT_MODEL, check=_check),
     vision=internvl.TOWER,
     tokenizer=QWEN2,
-    layout=Layout(SAVED, model_config=model_config),
+    layout=Layout(SAVED, model_config=config_with_tied),
 )
 
 ORIGINAL = replace(

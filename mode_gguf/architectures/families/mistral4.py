@@ -3,11 +3,10 @@
 Its class, Mistral3ForConditionalGeneration, also has the dense Mistral Small 3 and Ministral 3, which are refused.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
-from mode_gguf.architectures.family import SAVED, Layout, ModelFamily
+from mode_gguf.architectures.family import SAVED, Layout, ModelFamily, config_with_tied
 from mode_gguf.architectures.text import mistral4
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.architectures.vision import pixtral
@@ -28,17 +27,12 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.config.get("tie_word_embeddings", True))
 
 
-def model_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """config.json, saying whether embeddings are tied."""
-    return {**checkpoint.config, "tie_word_embeddings": is_tied(checkpoint)}
-
-
 PARAMETERS = ModelFamily(
     hf_class="Mistral3ForConditionalGeneration",
     text=mistral4.TEXT_MODEL,
     vision=pixtral.TOWER,
     tokenizer=TOKENIZER,
-    layout=Layout(model_config=model_config, tied=is_tied),
+    layout=Layout(model_config=partial(config_with_tied, tied=is_tied), tied=is_tied),
 )
 """Checkpoints with the names of transformers' parameters."""
 

@@ -24,9 +24,6 @@ ROPE_THETA = 10_000.0
 MERGE = 2
 """Patches a side that a token stands for."""
 
-FRAMES = 2
-"""An image is two equal frames, and the image processor's limits count the pixels of both."""
-
 OUTPUT_WIDTH = 4096
 """transformers' default."""
 
@@ -66,7 +63,7 @@ def _check(vision: Hparams) -> None:
     """Refuse what llama.cpp's `glm4v` projector has one value for only."""
     vision.expect("hidden_act", "silu", "is run with silu")
     vision.expect("attention_bias", False, "has no place for these biases")
-    vision.expect("temporal_patch_size", FRAMES, "takes two frames at a time")
+    vision.expect("temporal_patch_size", qwen.FRAMES, "takes two frames at a time")
     vision.expect("spatial_merge_size", MERGE, "merges two by two patches")
     hidden = text_hparams(vision.checkpoint).int("hidden_size")
     vision.expect("out_hidden_size", hidden, "makes images as wide as the text", default=OUTPUT_WIDTH)
@@ -82,5 +79,5 @@ TOWER = VisionTower(
     rules=_RULES,
     keys=_keys,
     check=_check,
-    place_image=partial(qwen.place_image, frames=FRAMES),
+    place_image=partial(qwen.place_image, frames=qwen.FRAMES),  # its processor counts the pixels of both
 )

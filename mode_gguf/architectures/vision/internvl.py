@@ -16,7 +16,7 @@ from gguf.constants import VisionProjectorType
 from mode_gguf.architectures.common_keys import Metadata, common_vision_keys, vision_ranges
 from mode_gguf.architectures.family import VisionTower
 from mode_gguf.architectures.hparams import Hparams, config, image_hparams, vision_hparams
-from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage, scaled_size
+from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage
 from mode_gguf.architectures.rules import ModuleRules, Ranges, View, as_stored, check_shape, refuse_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Array
 from mode_gguf.architectures.tokenizer import special_token
@@ -234,9 +234,7 @@ def place_image(place: ImagePlace) -> PlacedImage:
     from mode_gguf.architectures.vision.internvl_tiles import tiles  # brings Pillow, which nothing else here needs
 
     checkpoint = place.checkpoint
-    size, side = scaled_size(place.image.size, place.max_pixels), tower_hparams(checkpoint).int("image_size")
-    image = place.image if size == place.image.size else place.image.resize(size)
-    cut = tiles(image, side, *tile_limits(checkpoint))
+    cut = tiles(place.scaled_image, tower_hparams(checkpoint).int("image_size"), *tile_limits(checkpoint))
     normalised = image_hparams(checkpoint)
     mean, std = (np.array(normalised.list(key), np.float32) for key in ("image_mean", "image_std"))
     values = np.stack([(np.asarray(tile, np.float32) / 255 - mean) / std for tile in cut])

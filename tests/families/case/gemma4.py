@@ -18,29 +18,6 @@ def patches_of_pixels(matrix: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(patches.transpose(0, 3, 1, 2))
 
 
-REFUSALS = (
-    *unlike(TEXT, hidden_size_per_layer_input=256, num_kv_shared_layers=2, use_bidirectional_attention=None),
-    *unlike(TEXT, use_bidirectional_attention="all", hidden_activation="silu", attention_bias=True),
-    *unlike(TEXT, layer_types=["full_attention", "linear_attention"]),
-    *unlike(TEXT, per_layer_config={"0": {"head_dim": 64}, "1": {"head_dim": 128}}),
-    *unlike(VISION, names="vision ", hidden_activation="gelu", attention_bias=True, num_key_value_heads=1),
-    *unlike(VISION, names="vision ", head_dim=64),
-    *of_rope("rope_parameters", VISION, "vision rope_theta", {"rope_theta": 50.0}),
-    Refusal(
-        TEXT,
-        {"rope_parameters": {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}},
-        "rope_type of full_attention is 'yarn', expected 'proportional'",
-    ),
-    Refusal(TEXT, {"enable_moe_block": False}, "not a Mixture-of-Experts model"),
-    Refusal(
-        VISION,
-        {"patch_size": 14},
-        r"input_proj\.weight has shape \[64, 768\], expected \[64, 588\]",
-        projector_tensors,
-    ),
-)
-
-
 def gemma_layer(values: str) -> dict[str, Role]:
     """A decoder layer; those of full attention have no values of their own."""
     return block(
@@ -53,12 +30,30 @@ def gemma_layer(values: str) -> dict[str, Role]:
 
 GEMMA4 = FamilyCase(
     name="gemma4",
-    refusals=REFUSALS,
+    refusals=(
+        *unlike(TEXT, hidden_size_per_layer_input=256, num_kv_shared_layers=2, use_bidirectional_attention=None),
+        *unlike(TEXT, use_bidirectional_attention="all", hidden_activation="silu", attention_bias=True),
+        *unlike(TEXT, layer_types=["full_attention", "linear_attention"]),
+        *unlike(TEXT, per_layer_config={"0": {"head_dim": 64}, "1": {"head_dim": 128}}),
+        *unlike(VISION, names="vision ", hidden_activation="gelu", attention_bias=True, num_key_value_heads=1),
+        *unlike(VISION, names="vision ", head_dim=64),
+        *of_rope("rope_parameters", VISION, "vision rope_theta", {"rope_theta": 50.0}),
+        Refusal(
+            TEXT,
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}},
+            "rope_type of full_attention is 'yarn', expected 'proportional'",
+        ),
+        Refusal(TEXT, {"enable_moe_block": False}, "not a Mixture-of-Experts model"),
+        Refusal(
+            VISION,
+            {"patch_size": 14},
+            r"input_proj\.weight has shape \[64, 768\], expected \[64, 588\]",
+            projector_tensors,
+        ),
+    ),
     pico=pico,
     write=pico.write_pico_gemma4_moe,
     layouts=("pico_gemma4",),
-    transformers_layout="pico_gemma4",
-    hf_class="Gemma4ForConditionalGeneration",
     gguf_arch="gemma4",
     projector_type="gemma4v",
     outside={"rope_freqs.weight": Role.KEEP, "token_embd.weight": Role.EMBEDDING, "output_norm.weight": Role.KEEP},

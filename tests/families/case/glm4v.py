@@ -18,48 +18,43 @@ def glm(model: nn.Module) -> None:
     downsample.register_forward_pre_hook(lambda _, arguments: (arguments[0].half().float(),))
 
 
-REFUSALS = (
-    *unlike(TEXT, norm_topk_prob=False, hidden_act="gelu", use_qk_norm=True, n_group=4),
-    *unlike(TEXT, first_k_dense_replace=pico.LAYERS),
-    Refusal(TEXT, {"n_group": 2, "topk_group": 2}, r"config\.json: n_group is .*expected"),  # all groups
-    *of_rope(
-        "rope_scaling",
-        TEXT,
-        "(rope_type|mrope_section)",
-        {"rope_type": "yarn", "mrope_section": [4, 6, 6]},
-        {"rope_type": "default", "mrope_section": [8, 12, 12]},
-        {"rope_type": "default", "mrope_section": ["4", 6, 6]},
-    ),
-    *unlike(VISION, names="(vision )?", hidden_act="gelu", attention_bias=True, temporal_patch_size=1),
-    *unlike(VISION, names="(vision )?", spatial_merge_size=4, out_hidden_size=128),
-    *of_rope(
-        "rope_parameters",
-        VISION,
-        r"(vision )?rope_\w+",
-        {"rope_theta": 1e6},
-        {"rope_type": "default"},
-    ),
-    Refusal(VISION, {"rope_parameters": "axial"}, r"config\.json: (vision )?rope_\w+ is .*expected"),
-    Refusal(
-        None,
-        {"architectures": ["Glm4vForConditionalGeneration"], TEXT: {"hidden_size": pico_qwen3_vl.HIDDEN}},
-        r"Glm4vForConditionalGeneration.* is not a Mixture-of-Experts model",
-    ),
-)
-
-
 GLM_ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 GLM_NORMS = "attn_norm post_attention_norm attn_q.bias= attn_k.bias= attn_v.bias="
 GLM_ATTENTION = "attn_q attn_k attn_v attn_output"
 GLM4V = FamilyCase(
     name="glm4.5v",
-    refusals=REFUSALS,
+    refusals=(
+        *unlike(TEXT, norm_topk_prob=False, hidden_act="gelu", use_qk_norm=True, n_group=4),
+        *unlike(TEXT, first_k_dense_replace=pico.LAYERS),
+        Refusal(TEXT, {"n_group": 2, "topk_group": 2}, r"config\.json: n_group is .*expected"),  # all groups
+        *of_rope(
+            "rope_scaling",
+            TEXT,
+            "(rope_type|mrope_section)",
+            {"rope_type": "yarn", "mrope_section": [4, 6, 6]},
+            {"rope_type": "default", "mrope_section": [8, 12, 12]},
+            {"rope_type": "default", "mrope_section": ["4", 6, 6]},
+        ),
+        *unlike(VISION, names="(vision )?", hidden_act="gelu", attention_bias=True, temporal_patch_size=1),
+        *unlike(VISION, names="(vision )?", spatial_merge_size=4, out_hidden_size=128),
+        *of_rope(
+            "rope_parameters",
+            VISION,
+            r"(vision )?rope_\w+",
+            {"rope_theta": 1e6},
+            {"rope_type": "default"},
+        ),
+        Refusal(VISION, {"rope_parameters": "axial"}, r"config\.json: (vision )?rope_\w+ is .*expected"),
+        Refusal(
+            None,
+            {"architectures": ["Glm4vForConditionalGeneration"], TEXT: {"hidden_size": pico_qwen3_vl.HIDDEN}},
+            r"Glm4vForConditionalGeneration.* is not a Mixture-of-Experts model",
+        ),
+    ),
     pico=pico,
     write=pico.write_pico_glm4v_moe,
     layouts=("pico_glm4v", "pico_glm4v_fused"),
-    transformers_layout="pico_glm4v",
     tied=True,
-    hf_class="Glm4vMoeForConditionalGeneration",
     gguf_arch="glm4moe",
     projector_type="glm4v",
     outside=OUTSIDE,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mode_gguf.architectures import projector_tensors, text_tensors
+from mode_gguf.architectures import projector_tensors
 from tests.families import prompts
 from tests.families.case.shared import OUTSIDE, QWEN3_LAYER, QWEN3_PARAMETERS, SOME, table_gelu
 from tests.families.family_case import Change, Conversion, FamilyCase, StockDifference, weights
@@ -10,71 +10,55 @@ from tests.families.pico import internvl as pico
 from tests.families.pico import qwen3_vl_moe as pico_qwen3_vl
 from tests.families.refusal import TEXT, VISION, Refusal, unlike
 
-
-def class_token_last(table: np.ndarray) -> np.ndarray:
-    """Positions of InternVL's tower, whose checkpoint has the class token's first."""
-    return np.roll(table, -1, axis=1)
-
-
-def class_token_first(table: np.ndarray) -> np.ndarray:
-    """The order that the stock converter keeps."""
-    return np.roll(table, 1, axis=1)
-
-
-REFUSALS = (
-    *unlike("llm_config", norm_topk_prob=False, hidden_act="gelu", attention_bias=True, mlp_only_layers=[0]),
-    *unlike("llm_config", decoder_sparse_step=2, use_sliding_window=True),
-    *unlike(VISION, qk_normalization=True, norm_type="rms_norm", image_size=[448, 224]),
-    *unlike(None, ps_version="v1", select_layer=-4, dynamic_image_size=False, use_thumbnail=False),
-    *unlike(None, pad2square=True, downsample_ratio=0.3, min_dynamic_patch=0),
-    Refusal(
-        "llm_config",
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        "rope_type is 'yarn', expected 'default'",
-    ),
-    *unlike(TEXT, layout="pico_internvl_hf", norm_topk_prob=False),
-    *unlike(VISION, layout="pico_internvl_hf", use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=False),
-    *unlike(VISION, layout="pico_internvl_hf", use_mask_token=True, use_absolute_position_embeddings=False),
-    *unlike(None, layout="pico_internvl_hf", vision_feature_layer=-2, vision_feature_select_strategy="full"),
-    *unlike(None, layout="pico_internvl_hf", projector_hidden_act="relu"),
-    *(
-        Refusal("llm_config", settings, f"llm_config is of {says}")
-        for settings, says in (
-            (
-                {"architectures": ["Qwen3ForCausalLM"], "num_experts": None},
-                "'Qwen3ForCausalLM'.*convert_hf_to_gguf",
-            ),
-            (
-                {"architectures": ["InternLM2ForCausalLM"], "num_experts": None},
-                "'InternLM2ForCausalLM'.*not a Mixture",
-            ),
-            (
-                {"architectures": ["GptOssForCausalLM"]},
-                "'GptOssForCausalLM', expected 'Qwen3MoeForCausalLM'; of Inter",
-            ),
-            ({"architectures": None, "model_type": "gpt_oss"}, "'gpt_oss', expected"),
-        )
-    ),
-    Refusal(
-        VISION,
-        {"image_size": 112},
-        r"position_embedding has shape \[1, 17, 64\], expected \[1, 65, 64\]",
-        projector_tensors,
-    ),
-    Refusal(VISION, {"qkv_bias": False}, r"layers\.0\.attn\.qkv\.bias \[192\] has no place", projector_tensors),
-    Refusal("llm_config", {"num_experts": 5}, r"experts\.4\.gate_proj\.weight is missing", text_tensors),
-)
-
-
 INTERNVL = FamilyCase(
     name="internvl",
-    refusals=REFUSALS,
+    refusals=(
+        *unlike("llm_config", norm_topk_prob=False, hidden_act="gelu", attention_bias=True, mlp_only_layers=[0]),
+        *unlike("llm_config", decoder_sparse_step=2, use_sliding_window=True),
+        *unlike(VISION, qk_normalization=True, norm_type="rms_norm", image_size=[448, 224]),
+        *unlike(None, ps_version="v1", select_layer=-4, dynamic_image_size=False, use_thumbnail=False),
+        *unlike(None, pad2square=True, downsample_ratio=0.3, min_dynamic_patch=0),
+        Refusal(
+            "llm_config",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type is 'yarn', expected 'default'",
+        ),
+        *unlike(TEXT, layout="pico_internvl_hf", norm_topk_prob=False),
+        *unlike(VISION, layout="pico_internvl_hf", use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=False),
+        *unlike(VISION, layout="pico_internvl_hf", use_mask_token=True, use_absolute_position_embeddings=False),
+        *unlike(None, layout="pico_internvl_hf", vision_feature_layer=-2, vision_feature_select_strategy="full"),
+        *unlike(None, layout="pico_internvl_hf", projector_hidden_act="relu"),
+        *(
+            Refusal("llm_config", settings, f"llm_config is of {says}")
+            for settings, says in (
+                (
+                    {"architectures": ["Qwen3ForCausalLM"], "num_experts": None},
+                    "'Qwen3ForCausalLM'.*convert_hf_to_gguf",
+                ),
+                (
+                    {"architectures": ["InternLM2ForCausalLM"], "num_experts": None},
+                    "'InternLM2ForCausalLM'.*not a Mixture",
+                ),
+                (
+                    {"architectures": ["GptOssForCausalLM"]},
+                    "'GptOssForCausalLM', expected 'Qwen3MoeForCausalLM'; of Inter",
+                ),
+                ({"architectures": None, "model_type": "gpt_oss"}, "'gpt_oss', expected"),
+            )
+        ),
+        Refusal(
+            VISION,
+            {"image_size": 112},
+            r"position_embedding has shape \[1, 17, 64\], expected \[1, 65, 64\]",
+            projector_tensors,
+        ),
+        Refusal(VISION, {"qkv_bias": False}, r"layers\.0\.attn\.qkv\.bias \[192\] has no place", projector_tensors),
+    ),
     pico=pico,
     write=pico.write_pico_internvl,
     layouts=("pico_internvl", "pico_internvl_hf"),
     transformers_layout="pico_internvl_hf",
     tied=True,
-    hf_class="InternVLChatModel",
     gguf_arch="qwen3moe",
     projector_type="internvl",
     outside=OUTSIDE,
@@ -108,7 +92,8 @@ INTERNVL = FamilyCase(
             "mm.model.mlp.3": "multi_modal_projector.linear_2",
         }.items()
     },
-    converted={r"v\.position_embd\.weight": class_token_last},
+    # The checkpoint has the class token's position first, which the stock converter keeps.
+    converted={r"v\.position_embd\.weight": lambda table: np.roll(table, -1, axis=1)},
     text_keys={"attention.key_length": pico_qwen3_vl.HEAD_DIM, "rope.freq_base": 1_000_000},
     projector_keys={
         "vision.image_size": pico.SIDE,
@@ -137,7 +122,10 @@ INTERNVL = FamilyCase(
     rounded_kl=2e-7,
     stock=(
         StockDifference(
-            "class token first", "mmproj", 0.05, rewritten={r"v\.position_embd\.weight": class_token_first}
+            "class token first",
+            "mmproj",
+            0.05,
+            rewritten={r"v\.position_embd\.weight": lambda table: np.roll(table, 1, axis=1)},
         ),
     ),
     conversion=Conversion(3.0, SOME),

@@ -13,67 +13,25 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from tests.families import prompts
 from tests.families.case.shared import DENSE_FFN, FEW, OUTSIDE, SHARED_EXPERTS, absorbed
-from tests.families.family_case import Conversion, Converted, FamilyCase, StockDifference, block, weights
+from tests.families.family_case import Conversion, FamilyCase, StockDifference, block, weights
 from tests.families.pico import kimi as pico
 from tests.families.refusal import TEXT, VISION, Refusal, of_rope, unlike
 
 
 def columns_then_rows(array: np.ndarray) -> np.ndarray:
     """MoonViT's queries or keys: first a head's pairs for columns, then those for rows."""
-    return array.reshape(pico.VISION_HEADS, -1, *array.shape[1:])[:, _turned()].reshape(array.shape)
+    return array.reshape(pico.VISION_HEADS, -1, 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
 def columns_with_rows(array: np.ndarray) -> np.ndarray:
     """The inverse: the checkpoint's order, which the stock converter keeps."""
-    return array.reshape(pico.VISION_HEADS, -1, *array.shape[1:])[:, np.argsort(_turned())].reshape(array.shape)
+    return array.reshape(pico.VISION_HEADS, 2, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _turned() -> np.ndarray:
-    pairs = np.arange(pico.VISION_HIDDEN // pico.VISION_HEADS).reshape(-1, 2)
-    return np.concatenate([pairs[0::2].ravel(), pairs[1::2].ravel()])
-
-
-def third(array: np.ndarray, place: int) -> np.ndarray:
-    """Queries, keys or values of the three in one."""
-    parts: list[np.ndarray] = np.split(array, 3)
-    return parts[place]
-
-
-def moon_vit(*, apart: bool) -> dict[str, Converted]:
-    """Queries and keys, in tensors of their own or in one with the values."""
-
-    def together(array: np.ndarray) -> np.ndarray:
-        q, k, v = np.split(array, 3)
-        return np.concatenate([columns_then_rows(q), columns_then_rows(k), v])
-
-    if not apart:
-        return {r"v\.blk\.\d+\.attn_qkv\..*": together}
-    return {
-        r"v\.blk\.\d+\.attn_q\..*": lambda array: columns_then_rows(third(array, 0)),
-        r"v\.blk\.\d+\.attn_k\..*": lambda array: columns_then_rows(third(array, 1)),
-        r"v\.blk\.\d+\.attn_v\..*": lambda array: third(array, 2),
-        r"v\.position_embd\.weight": lambda table: table.reshape(pico.POSITIONS**2, pico.VISION_HIDDEN),
-    }
-
-
-KIMI_VL_REFUSALS = (
-    *unlike(TEXT, hidden_act="gelu", scoring_func="softmax", topk_method="greedy", n_group=2, topk_group=2),
-    *unlike(TEXT, moe_layer_freq=2, num_nextn_predict_layers=1, attention_bias=True, num_key_value_heads=2),
-    *of_rope(
-        "rope_scaling",
-        TEXT,
-        "(rope_type|mscale)",
-        {"type": "linear", "factor": 2.0},
-        {"type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0.7},
-    ),
-)
-
-
-KIMI_K25_REFUSALS = (
-    *unlike(VISION, merge_kernel_size=[1, 1], init_pos_emb_width=4),
-    # As many layers as llama.cpp expects none in.
-    Refusal(TEXT, {"num_hidden_layers": 27}, "q_lora_rank is 256 with 27 layers"),
-)
+def queries_and_keys_turned(array: np.ndarray) -> np.ndarray:
+    """MoonViT's three in one, with the values."""
+    q, k, v = np.split(array, 3)
+    return np.concatenate([columns_then_rows(q), columns_then_rows(k), v])
 
 
 def kimi_layer(queries: str, feed_forward: str, kept: str = "", experts: str = "") -> dict[str, Role]:
@@ -117,14 +75,29 @@ KIMI_TEXT_KEYS = {"expert_gating_func": 2, "leading_dense_block_count": pico.DEN
 KIMI_VISION_BLOCK = "ln1.* attn_out.* ln2.* ffn_up.* ffn_down.*"
 KIMI_VL = FamilyCase(
     name="kimi-vl",
-    refusals=KIMI_VL_REFUSALS,
+    refusals=(
+        *unlike(TEXT, hidden_act="gelu", scoring_func="softmax", topk_method="greedy", n_group=2, topk_group=2),
+        *unlike(TEXT, moe_layer_freq=2, num_nextn_predict_layers=1, attention_bias=True, num_key_value_heads=2),
+        *of_rope(
+            "rope_scaling",
+            TEXT,
+            "(rope_type|mscale)",
+            {"type": "linear", "factor": 2.0},
+            {"type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+        ),
+    ),
     layouts=("pico_kimi_vl",),
     transformers_layout="pico_kimi_vl_as_k25",
-    hf_class="KimiVLForConditionalGeneration",
     projector_type="kimivl",
     layers=kimi_layers("attn_q"),
     vision_block=weights(f"attn_q.* attn_k.* attn_v.* {KIMI_VISION_BLOCK}"),
-    converted={**absorbed(pico.ATTENTION), **moon_vit(apart=True)},
+    converted={
+        **absorbed(pico.ATTENTION),
+        r"v\.blk\.\d+\.attn_q\..*": lambda array: columns_then_rows(np.split(array, 3)[0]),
+        r"v\.blk\.\d+\.attn_k\..*": lambda array: columns_then_rows(np.split(array, 3)[1]),
+        r"v\.blk\.\d+\.attn_v\..*": lambda array: np.split(array, 3)[2],
+        r"v\.position_embd\.weight": lambda table: table.reshape(pico.POSITIONS**2, pico.VISION_HIDDEN),
+    },
     # Only models of 26 or 27 layers may leave the rank out.
     text_keys={**KIMI_TEXT_KEYS, "attention.q_lora_rank": 0},
     projector_keys={"vision.image_max_pixels": None},
@@ -148,14 +121,16 @@ KIMI_VL = FamilyCase(
 )
 KIMI_K25 = FamilyCase(
     name="kimi-k2.5",
-    refusals=KIMI_K25_REFUSALS,
+    refusals=(
+        *unlike(VISION, merge_kernel_size=[1, 1], init_pos_emb_width=4),
+        # As many layers as llama.cpp expects none in.
+        Refusal(TEXT, {"num_hidden_layers": 27}, "q_lora_rank is 256 with 27 layers"),
+    ),
     layouts=("pico_kimi_k25",),
-    transformers_layout="pico_kimi_k25",
-    hf_class="KimiK25ForConditionalGeneration",
     projector_type="kimik25",
     layers=kimi_layers("attn_q_a attn_q_b"),
     vision_block=weights(f"attn_qkv.* {KIMI_VISION_BLOCK}"),
-    converted={**absorbed(pico.ATTENTION), **moon_vit(apart=False)},
+    converted={**absorbed(pico.ATTENTION), r"v\.blk\.\d+\.attn_qkv\..*": queries_and_keys_turned},
     text_keys={
         **KIMI_TEXT_KEYS,
         "attention.q_lora_rank": pico.ATTENTION.query_rank,

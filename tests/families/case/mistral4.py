@@ -10,7 +10,7 @@ from tests.families.case.shared import FEW, OUTSIDE, SHARED_EXPERTS, TableGelu, 
 from tests.families.family_case import Change, Conversion, FamilyCase, MeasuredChange, StockDifference, block, weights
 from tests.families.pico import mistral4 as pico
 from tests.families.pico.tokenizer import VOCAB
-from tests.families.refusal import TEXT, VISION, Refusal, unlike
+from tests.families.refusal import TEXT, VISION, Refusal, of_rope, unlike
 
 
 def neighbours(array: np.ndarray) -> np.ndarray:
@@ -19,46 +19,11 @@ def neighbours(array: np.ndarray) -> np.ndarray:
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(array.shape)
 
 
-RMS_NORM_EPSILON = 1e-5
-"""Of all norms of Pixtral's projector in llama.cpp."""
-
-
 def pixtral(model: nn.Module) -> None:
-    """The projector's activation, and one epsilon for its norms."""
+    """The projector's activation, and the one epsilon that llama.cpp has for its norms."""
     projector = model.get_submodule("model.multi_modal_projector")
     projector.act = TableGelu()
-    projector.get_submodule("norm").variance_epsilon = RMS_NORM_EPSILON  # type: ignore[assignment]
-
-
-REFUSALS = (
-    *unlike(TEXT, hidden_act="gelu", attention_bias=True, num_key_value_heads=2, first_k_dense_replace=1),
-    *unlike(TEXT, n_group=2, rope_interleave=False),
-    *(
-        Refusal(TEXT, {"rope_parameters": {**pico.ROPE, key: value}}, rf"config\.json: {key} is .*expected")
-        for key, value in {
-            "rope_type": "linear",
-            "mscale": 0.7,
-            "mscale_all_dim": None,
-            "attention_factor": 1.2,
-            "truncate": False,
-            "partial_rotary_factor": 1.0,
-        }.items()
-    ),
-    *(
-        Refusal(section, settings, r"config\.json: .* is .*expected")
-        for section, settings in (
-            (VISION, {"hidden_act": "relu"}),
-            (VISION, {"model_type": "siglip"}),
-            (VISION, {"rope_parameters": {"rope_theta": 500.0}}),
-            (None, {"vision_feature_layer": -2}),
-            (None, {"projector_hidden_act": "relu"}),
-        )
-    ),
-    *(
-        Refusal(TEXT, {"model_type": kind}, rf"text model is '{kind}', expected 'mistral4'.*dense models")
-        for kind in ("mistral", "ministral3")
-    ),
-)
+    projector.get_submodule("norm").variance_epsilon = 1e-5  # type: ignore[assignment]
 
 
 MISTRAL_LAYER = block(
@@ -69,12 +34,31 @@ MISTRAL_LAYER = block(
 MISTRAL_OLD_ROPE = {key: value for key, value in pico.ROPE.items() if key not in ("rope_theta", "rope_type")}
 MISTRAL4 = FamilyCase(
     name="mistral4",
-    refusals=REFUSALS,
+    refusals=(
+        *unlike(TEXT, hidden_act="gelu", attention_bias=True, num_key_value_heads=2, first_k_dense_replace=1),
+        *unlike(TEXT, n_group=2, rope_interleave=False),
+        *(
+            Refusal(TEXT, {"rope_parameters": {**pico.ROPE, key: value}}, rf"config\.json: {key} is .*expected")
+            for key, value in {
+                "rope_type": "linear",
+                "mscale": 0.7,
+                "mscale_all_dim": None,
+                "attention_factor": 1.2,
+                "truncate": False,
+                "partial_rotary_factor": 1.0,
+            }.items()
+        ),
+        *unlike(VISION, names="vision ", hidden_act="relu", model_type="siglip"),
+        *of_rope("rope_parameters", VISION, "vision rope_theta", {"rope_theta": 500.0}),
+        *unlike(None, vision_feature_layer=-2, projector_hidden_act="relu"),
+        *(
+            Refusal(TEXT, {"model_type": kind}, rf"text model is '{kind}', expected 'mistral4'.*dense models")
+            for kind in ("mistral", "ministral3")
+        ),
+    ),
     pico=pico,
     write=pico.write_pico_mistral4,
     layouts=("pico_mistral4", "pico_mistral4_module"),
-    transformers_layout="pico_mistral4",
-    hf_class="Mistral3ForConditionalGeneration",
     gguf_arch="mistral4",
     projector_type="pixtral",
     outside=OUTSIDE,

@@ -3,55 +3,22 @@
 import numpy as np
 
 from mode_gguf.architectures import text_tensors
-from tests.families import prompts
-from tests.families.case.shared import FRAMES, OUTSIDE, QWEN_VISION, QWEN_VISION_BLOCK, SHARED_EXPERTS, SOME
-from tests.families.family_case import Change, Conversion, Converted, FamilyCase, MeasuredChange, block
+from tests.families.case.shared import FRAMES, QWEN, QWEN_VISION, SHARED_EXPERTS, SOME
+from tests.families.family_case import Change, Conversion, FamilyCase, MeasuredChange, block
 from tests.families.pico import qwen3_5_moe as pico
 from tests.families.refusal import TEXT, Refusal, of_rope, unlike
 
 
 def tiled(array: np.ndarray, head_dim: int) -> np.ndarray:
     """Value heads along the first dimension, from `of key head 0 ..., of key head 1 ...` to `first of each, ...`."""
-    each = pico.VALUE_HEADS // pico.KEY_HEADS
-    heads = array.reshape(pico.KEY_HEADS, each, head_dim, *array.shape[1:])
-    return np.concatenate([heads[:, i].reshape(-1, *array.shape[1:]) for i in range(each)])
+    heads = array.reshape(pico.KEY_HEADS, -1, head_dim, *array.shape[1:])
+    return heads.swapaxes(0, 1).reshape(array.shape)
 
 
 def channels(array: np.ndarray) -> np.ndarray:
     """Queries and keys as they are, values tiled."""
     unmoved = 2 * pico.KEY_HEADS * pico.LINEAR_DIM
     return np.concatenate([array[:unmoved], tiled(array[unmoved:], pico.LINEAR_DIM)])
-
-
-LINEAR_ATTENTION: dict[str, Converted] = {
-    r"blk\.\d+\.attn_qkv\.weight": channels,
-    r"blk\.\d+\.attn_gate\.weight": lambda matrix: tiled(matrix, pico.LINEAR_DIM),
-    r"blk\.\d+\.ssm_conv1d\.weight": lambda kernel: channels(kernel[:, 0]),
-    r"blk\.\d+\.ssm_(alpha|beta)\.weight": lambda matrix: tiled(matrix, 1),
-    r"blk\.\d+\.ssm_dt\.bias": lambda bias: tiled(bias, 1),
-    r"blk\.\d+\.ssm_a": lambda log: -np.exp(tiled(log, 1).astype(np.float64)).astype(np.float32),
-    r"blk\.\d+\.ssm_out\.weight": lambda matrix: tiled(matrix.T, pico.LINEAR_DIM).T,
-    # RMSNorms that add 1 themselves.
-    r"(blk\.\d+\.(attn|post_attention|attn_q|attn_k)|output)_norm\.weight": lambda gains: gains + 1,
-}
-
-
-REFUSALS = (
-    *unlike(TEXT, norm_topk_prob=False, hidden_act="gelu", attention_bias=True, attn_output_gate=False),
-    *unlike(TEXT, linear_value_head_dim=64, linear_num_value_heads=5),
-    *unlike(TEXT, layer_types=["linear_attention", "sliding_attention"]),
-    *of_rope("rope_parameters", TEXT, "rope_type", {"rope_type": "yarn", "rope_theta": 10_000}),
-    Refusal(
-        TEXT,
-        {"linear_num_value_heads": 4},
-        r"in_proj_qkv\.weight has shape \[1280, 256\], expected 1024 rows",
-        text_tensors,
-    ),
-    Refusal(TEXT, {"num_experts": 3}, r"experts\.3\.\S+ .* has no place", text_tensors, "pico_qwen3_5_resaved"),
-    Refusal(
-        TEXT, {"num_experts": 5}, r"experts\.4\.gate_proj\.weight is missing", text_tensors, "pico_qwen3_5_resaved"
-    ),
-)
 
 
 LINEAR_LAYER = block(
@@ -65,19 +32,24 @@ FULL_LAYER = block(
 )
 QWEN3_5 = FamilyCase(
     name="qwen3.5",
-    refusals=REFUSALS,
+    refusals=(
+        *unlike(TEXT, norm_topk_prob=False, hidden_act="gelu", attention_bias=True, attn_output_gate=False),
+        *unlike(TEXT, linear_value_head_dim=64, linear_num_value_heads=5),
+        *unlike(TEXT, layer_types=["linear_attention", "sliding_attention"]),
+        *of_rope("rope_parameters", TEXT, "rope_type", {"rope_type": "yarn", "rope_theta": 10_000}),
+        Refusal(
+            TEXT,
+            {"linear_num_value_heads": 4},
+            r"in_proj_qkv\.weight has shape \[1280, 256\], expected 1024 rows",
+            text_tensors,
+        ),
+    ),
     pico=pico,
     write=pico.write_pico_qwen3_5_moe,
     layouts=("pico_qwen3_5", "pico_qwen3_5_resaved"),
-    transformers_layout="pico_qwen3_5",
-    tied=True,
-    hf_class="Qwen3_5MoeForConditionalGeneration",
     gguf_arch="qwen35moe",
-    projector_type="qwen3vl_merger",
-    outside=OUTSIDE,
     layers=(*(LINEAR_LAYER,) * 3, FULL_LAYER, LINEAR_LAYER),
     vision=QWEN_VISION,
-    vision_block=QWEN_VISION_BLOCK,
     parameters={
         "blk.3.attn_norm.weight": "model.language_model.layers.3.input_layernorm.weight",
         "blk.3.post_attention_norm.weight": "model.language_model.layers.3.post_attention_layernorm.weight",
@@ -99,7 +71,18 @@ QWEN3_5 = FamilyCase(
             "ssm_out.weight": "out_proj.weight",
         }.items()
     },
-    converted={**FRAMES, **LINEAR_ATTENTION},
+    converted={
+        **FRAMES,
+        r"blk\.\d+\.attn_qkv\.weight": channels,
+        r"blk\.\d+\.attn_gate\.weight": lambda matrix: tiled(matrix, pico.LINEAR_DIM),
+        r"blk\.\d+\.ssm_conv1d\.weight": lambda kernel: channels(kernel[:, 0]),
+        r"blk\.\d+\.ssm_(alpha|beta)\.weight": lambda matrix: tiled(matrix, 1),
+        r"blk\.\d+\.ssm_dt\.bias": lambda bias: tiled(bias, 1),
+        r"blk\.\d+\.ssm_a": lambda log: -np.exp(tiled(log, 1).astype(np.float64)).astype(np.float32),
+        r"blk\.\d+\.ssm_out\.weight": lambda matrix: tiled(matrix.T, pico.LINEAR_DIM).T,
+        # RMSNorms that add 1 themselves.
+        r"(blk\.\d+\.(attn|post_attention|attn_q|attn_k)|output)_norm\.weight": lambda gains: gains + 1,
+    },
     text_keys={
         "attention.recurrent_layers": [True, True, True, False, True],
         "rope.dimension_count": 32,
@@ -119,12 +102,7 @@ QWEN3_5 = FamilyCase(
         ),
     ),
     pre_tokenizer="qwen35",
-    image_token="<|image_pad|>",
-    marks=("<|vision_start|>", "<|vision_end|>"),
-    image_tokens=(12, 15, 12),
     attention_from=3,
-    ask=prompts.with_processor(prompts.merged_patches),
-    token_types=True,
     measured=MeasuredChange(
         ("blk.4.attn_qkv.weight", "blk.4.attn_gate.weight", "blk.4.ssm_out.weight", "blk.4.ffn_down_shexp.weight"),
         fisher=(0.6, 1.7),
@@ -137,4 +115,5 @@ QWEN3_5 = FamilyCase(
         quantized="blk.0.attn_qkv blk.0.ssm_out blk.0.ffn_up_shexp",
         alone=True,
     ),
+    **QWEN,
 )

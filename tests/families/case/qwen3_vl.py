@@ -1,57 +1,37 @@
 """Qwen3-VL-MoE."""
 
 from mode_gguf.architectures import text_tensors
-from tests.families import prompts
-from tests.families.case.shared import (
-    FRAMES,
-    OUTSIDE,
-    QWEN3_LAYER,
-    QWEN3_PARAMETERS,
-    QWEN_VISION,
-    QWEN_VISION_BLOCK,
-    table_gelu,
-)
+from tests.families.case.shared import FRAMES, QWEN, QWEN3_LAYER, QWEN3_PARAMETERS, QWEN_VISION, table_gelu
 from tests.families.family_case import FamilyCase, weights
 from tests.families.pico import qwen3_vl_moe as pico
 from tests.families.refusal import TEXT, Refusal, of_rope, unlike
 
 DEEPSTACK = weights(" ".join(f"v.deepstack.{tap}.{part}.*" for tap in (0, 2) for part in ("norm", "fc1", "fc2")))
-
-
-REFUSALS = (
-    *unlike(TEXT, norm_topk_prob=False, hidden_act="gelu", attention_bias=True, mlp_only_layers=[1]),
-    *unlike(TEXT, decoder_sparse_step=2),
-    *of_rope("rope_scaling", TEXT, "rope_type", {"rope_type": "yarn", "mrope_section": [12, 10, 10]}),
-    Refusal(TEXT, {"num_hidden_layers": None}, r"num_hidden_layers \(int\) is missing", text_tensors),
-    Refusal(TEXT, {"num_hidden_layers": 4}, r"layers\.3\.input_layernorm\.weight is missing", text_tensors),
-    Refusal(
-        TEXT,
-        {"num_experts": 5},
-        r"gate_up_proj has shape \[4, 256, 1024\], expected \[5, 256, 1024\]",
-        text_tensors,
-    ),
-    *(
-        Refusal(TEXT, {"num_experts": value}, r"num_experts is .*expected int", text_tensors)
-        for value in ("4", 4.0, True, [4])
-    ),
-)
-
-
 QWEN3_VL = FamilyCase(
     name="qwen3-vl",
-    refusals=REFUSALS,
+    refusals=(
+        *unlike(TEXT, norm_topk_prob=False, hidden_act="gelu", attention_bias=True, mlp_only_layers=[1]),
+        *unlike(TEXT, decoder_sparse_step=2),
+        *of_rope("rope_scaling", TEXT, "rope_type", {"rope_type": "yarn", "mrope_section": [12, 10, 10]}),
+        Refusal(TEXT, {"num_hidden_layers": None}, r"num_hidden_layers \(int\) is missing", text_tensors),
+        Refusal(TEXT, {"num_hidden_layers": 4}, r"layers\.3\.input_layernorm\.weight is missing", text_tensors),
+        Refusal(
+            TEXT,
+            {"num_experts": 5},
+            r"gate_up_proj has shape \[4, 256, 1024\], expected \[5, 256, 1024\]",
+            text_tensors,
+        ),
+        *(
+            Refusal(TEXT, {"num_experts": value}, r"num_experts is .*expected int", text_tensors)
+            for value in ("4", 4.0, True, [4])
+        ),
+    ),
     pico=pico,
     write=pico.write_pico_qwen3vlmoe,
     layouts=("pico", "pico_module"),
-    transformers_layout="pico",
-    tied=True,
-    hf_class="Qwen3VLMoeForConditionalGeneration",
     gguf_arch="qwen3vlmoe",
-    projector_type="qwen3vl_merger",
-    outside=OUTSIDE,
     layers=(QWEN3_LAYER,) * 3,
     vision=(*QWEN_VISION, *DEEPSTACK),
-    vision_block=QWEN_VISION_BLOCK,
     parameters={
         **QWEN3_PARAMETERS,
         "v.deepstack.0.fc1.weight": "model.visual.deepstack_merger_list.0.linear_fc1.weight",
@@ -64,13 +44,9 @@ QWEN3_VL = FamilyCase(
     text_keys={"rope.freq_base": 5e6, "rope.dimension_sections": [12, 10, 10, 0], "n_deepstack_layers": 2},
     projector_keys={"vision.is_deepstack_layers": [True, False, True], "vision.patch_size": pico.PATCH},
     pre_tokenizer="qwen2",
-    image_token="<|image_pad|>",
-    marks=("<|vision_start|>", "<|vision_end|>"),
-    image_tokens=(12, 15, 12),
     streamed_atol=2e-5,
     sums_rtol=1e-4,
-    ask=prompts.with_processor(prompts.merged_patches),
-    token_types=True,
     text_kl=1e-9,
     rounded=table_gelu("act_fn", under="model.visual"),
+    **QWEN,
 )

@@ -1,6 +1,7 @@
 """What several families' cases have in common."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.functional import gelu
 
 from mode_gguf.architectures.tensors import Role
+from tests.families import prompts
 from tests.families.family_case import Converted, block, weights
 from tests.families.pico.weights import LatentAttention
 
@@ -20,8 +22,19 @@ SOME = ("--image-samples", "2", "--text-samples", "2", "--no-validate")
 QWEN3_LAYER = block(
     dense="attn_q attn_k attn_v attn_output", keep="attn_norm attn_q_norm attn_k_norm ffn_norm ffn_gate_inp"
 )
-QWEN_VISION_BLOCK = weights("ln1.* attn_qkv.* attn_out.* ln2.* ffn_up.* ffn_down.*")
 QWEN_VISION = weights("v.patch_embd.* v.patch_embd.weight.1= v.position_embd v.post_ln.* mm.0.* mm.2.*")
+
+QWEN: dict[str, Any] = {
+    "tied": True,
+    "projector_type": "qwen3vl_merger",
+    "outside": OUTSIDE,
+    "vision_block": weights("ln1.* attn_qkv.* attn_out.* ln2.* ffn_up.* ffn_down.*"),
+    "image_token": "<|image_pad|>",
+    "marks": ("<|vision_start|>", "<|vision_end|>"),
+    "image_tokens": (12, 15, 12),
+    "ask": prompts.with_processor(prompts.merged_patches),
+    "token_types": True,
+}
 
 QWEN3_PARAMETERS = {
     "token_embd.weight": "model.language_model.embed_tokens.weight",

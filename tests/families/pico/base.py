@@ -51,7 +51,7 @@ def write_pico_olmoe(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_pico_idefics3_mixtral(folder: Path, seed: int = 0) -> Path:
+def write_pico_idefics3_mixtral(folder: Path) -> Path:
     """Idefics3's encoder and a Mixtral, whose Q and K stock conversion writes in another order of rows."""
     text = MixtralConfig(**_TEXT, num_key_value_heads=2, num_local_experts=EXPERTS, head_dim=64)
     config = Idefics3Config(
@@ -69,7 +69,7 @@ def write_pico_idefics3_mixtral(folder: Path, seed: int = 0) -> Path:
         scale_factor=SCALE,
         pad_token_id=token_id("<|endoftext|>"),
     )
-    _save(folder, AutoModelForImageTextToText, config, seed)
+    _save(folder, AutoModelForImageTextToText, config)
     write_tokenizer(folder)
     template = CHAT_TEMPLATE.replace(IMAGE_OF_TEMPLATE, IMAGE_TOKENS[0])
     add_tokens(folder, IMAGE_TOKENS, template, plain=[BEFORE_IMAGE])
@@ -90,7 +90,7 @@ def write_pico_idefics3_mixtral(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _save(folder: Path, auto: Any, config: Any, seed: int) -> None:
+def _save(folder: Path, auto: Any, config: Any, seed: int = 0) -> None:
     disable_progress_bar()
     torch.manual_seed(seed)
     model = auto.from_config(config, dtype=torch.bfloat16)

@@ -37,6 +37,7 @@ SPECIAL_TOKENS = (
     *("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|image>", "<image|>", "<|image|>"),
     *("<|audio|>", "<|video|>", "<|channel>", "<channel|>", "<|think|>"),
 )
+token_id = SPECIAL_TOKENS.index
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "<|turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
@@ -49,12 +50,11 @@ CHAT_TEMPLATE = (
 
 
 def write_pico_gemma4_moe(
-    folder: Path, *, seed: int = 0, clipped: bool = False, standardized: bool = True, audio: bool = False
+    folder: Path, *, clipped: bool = False, standardized: bool = True, audio: bool = False
 ) -> Path:
     """Write a random checkpoint into `folder` (created) and return it.
 
     Args:
-        seed: of the weights.
         clipped: inputs and outputs of the vision tower's linear layers are clipped.
         standardized: soft tokens are standardized.
         audio: with a tensor of an audio tower.
@@ -63,16 +63,12 @@ def write_pico_gemma4_moe(
     begin_folder(folder, "gemma4_moe", {**CONFIG, "vision_config": vision})
     write_tokenizer(folder)
     write_readme(folder, "apache-2.0")
-    draw = Draw(torch.Generator().manual_seed(seed))
+    draw = Draw()
     weights = dict(_text_weights(draw)) | dict(_vision_weights(draw, clipped, standardized))
     if audio:
         weights["model.audio_tower.output_proj.weight"] = draw.matrix(8, 8)
     write_weights(folder, in_bfloat16(weights))
     return folder
-
-
-def token_id(token: str) -> int:
-    return SPECIAL_TOKENS.index(token)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -97,9 +93,8 @@ def write_tokenizer(folder: Path) -> None:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     rebuilt = Tokenizer.from_str(json.dumps(trained))
     rebuilt.decoder = decoders.Sequence(steps)
-    bos = ("<bos>", token_id("<bos>"))
     rebuilt.post_processor = processors.TemplateProcessing(
-        single=[bos[0], "$A"], pair=[bos[0], "$A", bos[0], "$B"], special_tokens=[bos]
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", token_id("<bos>"))]
     )
     rebuilt.save(str(folder / "tokenizer.json"))
     write_json(

@@ -1,5 +1,6 @@
 """The smallest honest GLM-4.5V checkpoint: a dense layer, three with experts, one for multi-token prediction."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -58,28 +59,21 @@ token_id = partial(tokenizer.token_id, special_tokens=SPECIAL_TOKENS)
 def write_pico_glm4v_moe(
     folder: Path,
     *,
-    seed: int = 0,
     layout: Layout = "public",
     mtp: bool = False,
     tied: bool = False,
-    biased: bool = True,
-    dense_layers: int = DENSE_LAYERS,
     **text: Any,
 ) -> Path:
     """Write a random checkpoint into `folder` (created) and return it.
 
     Args:
-        seed: of the weights.
         layout: "public" stores one tensor per expert and projection, like the checkpoints on the hubs; "fused"
             (E, 2I, H) and (E, H, I), as transformers 5 holds them.
         mtp: with a block for multi-token prediction behind the last layer, three tensors of it.
         tied: the output head is the token embedding, and is not stored.
-        biased: queries, keys and values have biases.
-        dense_layers: the first ones, without experts.
         text: further settings of `text_config`.
     """
-    text = {**TEXT, "attention_bias": biased, "first_k_dense_replace": dense_layers, **text}
-    text["num_nextn_predict_layers"] = int(mtp)
+    text = {**TEXT, **text, "num_nextn_predict_layers": int(mtp)}
     begin_folder(folder, "glm4v_moe", {**CONFIG, "tie_word_embeddings": tied, "text_config": text})
     write_tokenizer(
         folder,
@@ -91,8 +85,8 @@ def write_pico_glm4v_moe(
         normalised=False,
     )
     write_readme(folder, "mit")
-    draw = Draw(torch.Generator().manual_seed(seed))
-    weights = dict(_weights(draw, layout, tied, biased, dense_layers))
+    draw = Draw()
+    weights = dict(_weights(draw, layout, tied, text))
     if mtp:
         block = f"model.language_model.layers.{LAYERS}"
         weights[f"{block}.eh_proj.weight"] = draw.matrix(HIDDEN, 2 * HIDDEN)
@@ -102,7 +96,7 @@ def write_pico_glm4v_moe(
     return folder
 
 
-def _weights(draw: Draw, layout: Layout, tied: bool, biased: bool, dense_layers: int) -> Named:
+def _weights(draw: Draw, layout: Layout, tied: bool, text: Mapping[str, Any]) -> Named:
     matrix, gains = draw.matrix, draw.gains
     yield "model.language_model.embed_tokens.weight", draw.normal(VOCAB, HIDDEN) * 0.5
     for layer in range(LAYERS):
@@ -110,11 +104,11 @@ def _weights(draw: Draw, layout: Layout, tied: bool, biased: bool, dense_layers:
         yield f"{prefix}.input_layernorm.weight", gains(HIDDEN)
         for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             yield f"{prefix}.self_attn.{name}_proj.weight", matrix(heads * HEAD_DIM, HIDDEN)
-            if biased:
+            if text["attention_bias"]:
                 yield f"{prefix}.self_attn.{name}_proj.bias", 0.2 * draw.normal(heads * HEAD_DIM)
         yield f"{prefix}.self_attn.o_proj.weight", matrix(HIDDEN, HEADS * HEAD_DIM)
         yield f"{prefix}.post_attention_layernorm.weight", gains(HIDDEN)
-        if layer < dense_layers:
+        if layer < text["first_k_dense_replace"]:
             yield from draw.feed_forward(f"{prefix}.mlp", DENSE_WIDTH, HIDDEN)
             continue
         yield f"{prefix}.mlp.gate.weight", matrix(EXPERTS, HIDDEN, gain=2.0)

@@ -43,13 +43,10 @@ def mark_id(token: str) -> int:
     return token_id(SPECIAL_TOKENS[-1]) + 1 + MARKS.index(token)
 
 
-def write_pico_internvl(
-    folder: Path, *, seed: int = 0, layout: Layout = "original", tied: bool = False, large: bool = False
-) -> Path:
-    """Write a random checkpoint into `folder` (created) and return it; both layouts of one seed are one model.
+def write_pico_internvl(folder: Path, *, layout: Layout = "original", tied: bool = False, large: bool = False) -> Path:
+    """Write a random checkpoint into `folder` (created) and return it; both layouts are one model.
 
     Args:
-        seed: of the weights.
         tied: the output head is the token embedding, and is not stored.
         large: the vision tower is of the form, not the size, of that of 6B: RMS norms, of queries and keys as well, and
             fewer biases. llama.cpp knows that form by its size only.
@@ -60,7 +57,7 @@ def write_pico_internvl(
     known_parts = CHAT_TEMPLATE.replace(IMAGE_OF_TEMPLATE, "<IMG_CONTEXT>\n")
     add_tokens(folder, MARKS, ORIGINAL_TEMPLATE if original else known_parts)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: image-text-to-text\n---\n# Pico\n")
-    weights = dict(_weights(Draw(torch.Generator().manual_seed(seed)), tied))
+    weights = dict(_weights(Draw(), tied))
     if large:
         weights = _large(weights)
     if original:
@@ -123,13 +120,13 @@ def _weights(draw: Draw, tied: bool) -> Named:
 
 def _large(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors without those that the tower of 6B does not have, and norms of queries and keys."""
-    generator = torch.Generator().manual_seed(1)
+    draw = Draw(1)
     without = tuple(f".{name}.bias" for name in ("q_proj", "k_proj", "v_proj", "layernorm_before", "layernorm_after"))
     kept = {name: tensor for name, tensor in weights.items() if not name.endswith(without)}
     for block in range(BLOCKS):
         for norm in ("q_norm", "k_norm"):
             name = f"vision_tower.encoder.layer.{block}.attention.{norm}.weight"
-            kept[name] = Draw(generator).gains(VISION_HIDDEN)
+            kept[name] = draw.gains(VISION_HIDDEN)
     return kept
 
 
@@ -138,8 +135,7 @@ def _original(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, tensor in weights.items():
         if ".attention.q_proj." in name:
-            parts = [tensor, *(weights[name.replace("q_proj", other)] for other in ("k_proj", "v_proj"))]
-            tensor = torch.cat(parts)
+            tensor = torch.cat([weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
         elif ".attention.k_proj." in name or ".attention.v_proj." in name:
             continue
         for piece, original in _ORIGINAL_PIECES:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from tests.families.pico.files import begin_folder, in_bfloat16, published_config, write_json, write_weights
-from tests.families.pico.tokenizer import TRAINING_TEXT
+from tests.families.pico.tokenizer import FLAGS, TRAINING_TEXT
 from tests.families.pico.weights import Draw, LatentAttention, Named
 
 CONFIGS = {model: published_config(model) for model in ("kimi_vl", "kimi_k25")}
@@ -36,28 +36,23 @@ NAMED = {
 }
 """Special tokens, by their places behind the ranks; further ones have no names."""
 
-Layout = Literal["kimi_vl", "kimi_k25", "kimi_k25_packed"]
+Layout = Literal["kimi_vl", "kimi_k25", "kimi_k25_packed", "kimi_vl_as_k25"]
 
 
-def write_pico_kimi(
-    folder: Path, layout: Layout, *, seed: int = 0, low_rank: bool | None = None, yarn: bool | None = None
-) -> Path:
+def write_pico_kimi(folder: Path, layout: Layout) -> Path:
     """Write a random checkpoint into `folder` (created) and return it.
 
     Args:
-        layout: whose names and configuration; weights are the same, but "kimi_k25_packed" has its experts in four bits.
-        seed: of the weights.
-        low_rank: whether queries have a low-rank matrix; None for what the model has, as all others.
-        yarn: whether rotary positions are scaled.
+        layout: whose names and configuration; weights are the same, but "kimi_k25_packed" has its experts in four bits,
+            and Kimi-VL, by Kimi K2.5's names in "kimi_vl_as_k25", one matrix for queries and no scaled positions.
     """
     is_vl = layout == "kimi_vl"
     model = "kimi_vl" if is_vl else "kimi_k25"
-    low_rank = not is_vl if low_rank is None else low_rank
-    yarn = not is_vl if yarn is None else yarn
-    begin_folder(folder, model, _config(model, low_rank=low_rank, yarn=yarn, in_four_bits=layout == "kimi_k25_packed"))
+    low_rank = "kimi_vl" not in layout
+    begin_folder(folder, model, _config(model, low_rank=low_rank, in_four_bits=layout == "kimi_k25_packed"))
     _write_tokenizer(folder, "<|media_start|>" if is_vl else "<|media_begin|>")
     (folder / "README.md").write_text("---\nlicense: mit\npipeline_tag: image-text-to-text\n---\n# Pico\nRandom.\n")
-    weights = dict(_weights(Draw(torch.Generator().manual_seed(seed)), is_vl=is_vl, low_rank=low_rank))
+    weights = dict(_weights(Draw(), is_vl=is_vl, low_rank=low_rank))
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in in_bfloat16(weights, "e_score_correction_bias").items():
         in_four_bits = layout == "kimi_k25_packed" and ".experts." in name
@@ -84,11 +79,11 @@ def packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def _config(model: str, *, low_rank: bool, yarn: bool, in_four_bits: bool) -> dict[str, Any]:
+def _config(model: str, *, low_rank: bool, in_four_bits: bool) -> dict[str, Any]:
     text = {
         **CONFIGS[model]["text_config"],
         "q_lora_rank": ATTENTION.query_rank if low_rank else None,
-        "rope_scaling": TEXT["rope_scaling"] if yarn else None,
+        "rope_scaling": TEXT["rope_scaling"] if low_rank else None,
     }
     if in_four_bits:
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -149,7 +144,6 @@ def _write_tokenizer(folder: Path, begin: str) -> None:
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
     (folder / "tiktoken.model").write_text("".join(lines))
     names = {**NAMED, begin: 18}
-    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -158,7 +152,7 @@ def _write_tokenizer(folder: Path, begin: str) -> None:
             "bos_token": "[BOS]",
             "eos_token": "[EOS]",
             "added_tokens_decoder": {
-                str(RANKS + place): {"content": token, **flags} for token, place in sorted(names.items())
+                str(RANKS + place): {"content": token, **FLAGS} for token, place in sorted(names.items())
             },
         },
     )

@@ -40,6 +40,7 @@ SPECIAL_TOKENS = (
     "[IMG_END]",
 )
 """The first of the thousand that Mistral's vocabularies begin with, at their places."""
+token_id = SPECIAL_TOKENS.index
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST]"
     "{% if message.content is string %}{{ message.content }}"
@@ -65,12 +66,11 @@ Layout = Literal["module", "public"]
 
 
 def write_pico_mistral4(
-    folder: Path, *, seed: int = 0, layout: Layout = "public", projector_bias: bool = False, fp8: bool = False
+    folder: Path, *, layout: Layout = "public", projector_bias: bool = False, fp8: bool = False
 ) -> Path:
     """Write a random checkpoint into `folder` (created) and return it.
 
     Args:
-        seed: of the weights.
         layout: "module" names tensors as transformers names parameters, "public" as it saves them.
         projector_bias: the projector's two matrices have biases.
         fp8: linear layers and experts of the text model are stored in FP8, with scales of weights and of activations.
@@ -86,7 +86,7 @@ def write_pico_mistral4(
     begin_folder(folder, "mistral4", config)
     write_tekken(folder)
     write_readme(folder, "apache-2.0", more="")
-    draw = Draw(torch.Generator().manual_seed(seed))
+    draw = Draw()
     weights = {
         _public(name) if layout == "public" else name: tensor
         for name, tensor in _weights(draw, projector_bias=projector_bias)
@@ -109,10 +109,6 @@ def _in_fp8(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         f"{name}_scale_inv": scale,
         **(experts if tensor.ndim == 3 else linear),
     }
-
-
-def token_id(token: str) -> int:
-    return SPECIAL_TOKENS.index(token)
 
 
 def _public(name: str) -> str:

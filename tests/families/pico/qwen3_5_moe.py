@@ -29,13 +29,10 @@ MTP_NORMS = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
 Layout = Literal["public", "resaved"]
 
 
-def write_pico_qwen3_5_moe(
-    folder: Path, *, seed: int = 0, layout: Layout = "public", mtp: bool = False, tied: bool = False
-) -> Path:
+def write_pico_qwen3_5_moe(folder: Path, *, layout: Layout = "public", mtp: bool = False, tied: bool = False) -> Path:
     """Write a random checkpoint into `folder` (created) and return it.
 
     Args:
-        seed: of the weights.
         layout: "public" stores fused experts (E, 2I, H) and (E, H, I), like the checkpoints on the hubs; "resaved" one
             tensor per expert and projection, as transformers 5 saves them.
         mtp: with the block for multi-token prediction.
@@ -45,7 +42,7 @@ def write_pico_qwen3_5_moe(
     begin_folder(folder, "qwen3_vl_moe", {**CONFIG, "tie_word_embeddings": tied, "text_config": text})
     write_tokenizer(folder, QWEN35_SPLIT)
     write_readme(folder, "apache-2.0")
-    draw = Draw(torch.Generator().manual_seed(seed))
+    draw = Draw()
     weights = dict(_weights(draw, layout, tied=tied))
     if mtp:
         weights |= _mtp_weights(draw, layout)

@@ -62,10 +62,9 @@ def write_pico_qwen3vlmoe(
     begin_folder(folder, "qwen3_vl_moe", config if layout == "public" else _as_saved_again(config))
     write_tokenizer(folder)
     write_readme(folder, "apache-2.0")
-    generator = torch.Generator().manual_seed(seed)
     weights = {
         name: tensor.to(getattr(torch, dtype)).contiguous()
-        for name, tensor in _weights(generator, layout, layers, experts, expert_width, tied)
+        for name, tensor in _weights(Draw(seed), layout, layers, experts, expert_width, tied)
     }
     write_weights(folder, weights, shards)
     return folder
@@ -78,10 +77,7 @@ def _as_saved_again(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "transformers_version": "5.23.0", "text_config": text}
 
 
-def _weights(
-    generator: torch.Generator, layout: Layout, layers: int, experts: int, expert_width: int, tied: bool
-) -> Named:
-    draw = Draw(generator)
+def _weights(draw: Draw, layout: Layout, layers: int, experts: int, expert_width: int, tied: bool) -> Named:
     yield "model.language_model.embed_tokens.weight", draw.normal(VOCAB, HIDDEN) * 0.5
     for layer in range(layers):
         prefix = f"model.language_model.layers.{layer}"

@@ -35,6 +35,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+FLAGS = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+"""Of special tokens, in tokenizer_config.json."""
 IMAGE_OF_TEMPLATE = "<|vision_start|><|image_pad|><|vision_end|>"
 TRAINING_TEXT = (
     "The quick brown fox jumps over the lazy dog. What is the colour of the square in the image? "
@@ -87,15 +89,7 @@ def write_tokenizer(
             "clean_up_tokenization_spaces": False,
             "model_max_length": 4096,
             "added_tokens_decoder": {
-                str(TRAINED + i): {
-                    "content": token,
-                    "special": True,
-                    "normalized": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "single_word": False,
-                }
-                for i, token in enumerate(special_tokens)
+                str(TRAINED + i): {"content": token, **FLAGS} for i, token in enumerate(special_tokens)
             },
             "chat_template": chat_template,
         },
@@ -129,9 +123,8 @@ def add_tokens(folder: Path, tokens: Sequence[str], chat_template: str, plain: S
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
     tokenizer.save(str(path))
     config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text())
-    first = next(iter(config["added_tokens_decoder"].values()))
     for token in (*tokens, *plain):
-        added = {**first, "content": token, "special": token in tokens}
+        added = {"content": token, **FLAGS, "special": token in tokens}
         config["added_tokens_decoder"][str(tokenizer.token_to_id(token))] = added
     config["chat_template"] = chat_template
     write_json(folder / "tokenizer_config.json", config)

@@ -14,8 +14,8 @@ Named: TypeAlias = Iterator[tuple[str, torch.Tensor]]
 class Draw:
     """Random weights of a kind."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
