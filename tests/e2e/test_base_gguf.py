@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,8 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.gguf.header import read_header
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import Run, settings
 from tests.families.pico.base import write_pico_olmoe
-
-Run = Callable[..., str]
 
 WITHOUT_TORCH = """
 import sys

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +18,10 @@ from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.validation.structure import check_structure
 from mode_gguf.workfolder import WorkFolder
-from mode_gguf_cli.main import main
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import SMALL, Ended, Run, samples, settings
 from tests.report.pages import Page
 
-SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"))
 IQ = settings("sensitivity.types=IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "sensitivity.dense_types=IQ2_XXS,Q3_K,Q4_K")
-
-Run = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("convert") / "work"
 
 
 def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: Run) -> None:
@@ -97,19 +86,13 @@ def test_the_page_says_how_the_file_was_made_and_how_it_behaves(
     assert "--report" in run("validate", model, "--report", tmp_path / "report.html", code=2)
 
 
-def test_a_broken_limit_of_a_recipe_is_an_exit_code(
-    pico: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_limit_of_a_recipe_is_an_exit_code(pico: Path, tmp_path: Path, out: Path, ended: Ended) -> None:
     copy = shutil.copytree(out, tmp_path / "work")
     limited = settings("validation.limits.max_kl=1e-9")
     asked = ("convert", pico, "--bpw", "4.0", "--out", copy, "--json", *SMALL, *limited)
-    monkeypatch.setattr(sys, "argv", ["mode-gguf", *map(str, asked)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    assert ended.value.code == 5
-    assert Path(json.loads(captured.out)["model"]).exists()
-    assert "breaks --max-kl 1e-09: " in captured.err
+    said, errors = ended(*asked, code=5)
+    assert Path(json.loads(said)["model"]).exists()
+    assert "breaks --max-kl 1e-09: " in errors[0]
 
 
 def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run) -> None:
@@ -123,7 +106,7 @@ def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run
 def test_other_settings_of_measurements_are_refused(pico: Path, out: Path, run: Run) -> None:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".log"}
     arguments = ("convert", pico, "--bpw", "4.0", "--out", out, "--no-validate")
-    line = run(*arguments, "--image-samples", "4", "--text-samples", "3", *settings("calibration.seed=1"), code=2)
+    line = run(*arguments, *samples(4, 3), *settings("calibration.seed=1"), code=2)
     assert "`calibrate` was run here with other settings (text samples: 4 then, 3 now)" in line
     assert "--restart" in line
     line = run(*arguments, *SMALL, *settings("sensitivity.packing.effort=max", "sensitivity.types=Q2_K,Q4_K"), code=2)

@@ -1,25 +1,16 @@
 """A GPU's memory as the budget: the text model gets what is left, and it is said where the rest went."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mode_gguf.allocation.plan import Plan
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import SMALL, Run, settings
 
-Run = Callable[..., str]
-
-SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"))
 FIT = ("--ctx", "2048", "--kv-type", "q8_0", *settings("plan.budget.gpu.reserve=64MiB"))
 CONVERT = ("--no-validate", "--rounding", "nearest", *SMALL)
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fit") / "work"
 
 
 def dry(run: Run, pico: Path, *options: str) -> dict[str, Any]:

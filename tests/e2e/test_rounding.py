@@ -2,23 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from gguf import GGUFReader
 
 from mode_gguf.workfolder import WorkFolder
-from tests.e2e.conftest import settings
-
-SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"))
-
-Run = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("rounding") / "work"
+from tests.e2e.conftest import SMALL, Run, samples
 
 
 def tensors_of(path: str) -> dict[str, tuple[int, bytes]]:
@@ -60,7 +49,7 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, run: Run) -> Non
 def test_other_samples_are_refused(pico: Path, out: Path, tmp_path: Path, run: Run) -> None:
     """A calibration that was repeated with other samples after `sensitivity`."""
     copy = Path(shutil.copytree(out, tmp_path / "copy"))
-    run("calibrate", pico, "--out", copy, "--image-samples", "2", "--text-samples", "4")
+    run("calibrate", pico, "--out", copy, *samples(2, 4))
     run("plan", pico, "--bpw", "4.0", "--out", copy, "--rounding", "feedback")
     message = run("export", pico, "--out", copy, code=4)
     assert "token-weights.safetensors: made from other samples than these" in message

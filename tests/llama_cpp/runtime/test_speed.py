@@ -8,11 +8,10 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.llama_cpp.runtime.installed import BuildRecord, Runtime
+from mode_gguf.llama_cpp.runtime.installed import Runtime
 from mode_gguf.llama_cpp.runtime.random_model import random_groups, write_random_model
 from mode_gguf.llama_cpp.runtime.speed import GROUPS, SHAPE, bench, check_runs
-
-BUILT = BuildRecord(llama_cpp="b11434", patch="0123456789ab", backend="cpu", options=(), compiler="GNU", built="now")
+from tests.llama_cpp.stand_ins import BUILT, write_program
 
 
 @pytest.mark.parametrize("types", [GROUPS, GROUPS[1:2]])
@@ -40,18 +39,14 @@ def test_drawn_model(tmp_path: Path, types: tuple[str, ...]) -> None:
 def test_no_usable_program(tmp_path: Path) -> None:
     with pytest.raises(MissingResourceError, match=r"llama-bench cannot measure: .*runtime build --rebuild"):
         bench(Runtime(tmp_path, BUILT))
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "llama-bench").write_text("#!/bin/sh\necho no device >&2\nexit 3\n")
-    (tmp_path / "bin" / "llama-bench").chmod(0o755)
+    write_program(tmp_path / "bin" / "llama-bench", "echo no device >&2; exit 3")
     with pytest.raises(MissingResourceError, match=r"llama-bench cannot measure: exit code 3: no device; .* --rebuild"):
         bench(Runtime(tmp_path, BUILT))
 
 
 @pytest.mark.parametrize("amx", [False, True])
 def test_a_build_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "llama-bench").write_text("#!/bin/sh\nkill -SEGV $$\n")
-    (tmp_path / "bin" / "llama-bench").chmod(0o755)
+    write_program(tmp_path / "bin" / "llama-bench", "kill -SEGV $$")
     monkeypatch.setattr("mode_gguf.llama_cpp.runtime.speed._has_amx", lambda: amx)
     way = "CXXFLAGS=-U__AMX_INT8__ " if amx else ""
     with pytest.raises(MissingResourceError, match=rf"exit code -11: ; build it again with: {way}mode-gguf runtime"):
