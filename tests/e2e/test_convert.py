@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,15 +218,8 @@ def test_signals_change_single_parts_of_a_preset(pico: Path, out: Path, run: Run
 
 
 def test_a_plan_is_refined_by_what_is_measured(pico: Path, out: Path, run: Run) -> None:
-    arguments = (
-        "--bpw",
-        "4.0",
-        "--out",
-        out,
-        *settings("plan.refine=1", "sensitivity.measured_samples=2"),
-        *SMALL,
-    )
-    text = run("plan", pico, *arguments)
+    asked = settings("plan.refine=1", "sensitivity.measured_samples=2")
+    text = run("plan", pico, "--bpw", "4.0", "--out", out, *asked, *SMALL)
     trials = Plan.load(out / "plan.json").refinement
     assert trials is not None
     assert trials[0].accepted
@@ -271,24 +265,12 @@ def test_a_type_per_expert_and_back(pico: Path, tmp_path: Path, run: Run) -> Non
 
 
 def test_convert_with_measured_units(pico: Path, tmp_path: Path, run: Run) -> None:
-    arguments = (
-        "--bpw",
-        "4.0",
-        "--out",
-        tmp_path,
-        *settings("plan.unit_kl=true", "sensitivity.measured_samples=2"),
-        "--json",
-        "--no-validate",
+    asked = settings(
+        *("plan.unit_kl=true", "sensitivity.measured_samples=2"),
+        *("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K"),
     )
-    result = json.loads(
-        run(
-            "convert",
-            pico,
-            *arguments,
-            *SMALL,
-            *settings("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K"),
-        )
-    )
+    arguments = ("--bpw", "4.0", "--out", tmp_path, "--json", "--no-validate", *SMALL)
+    result = json.loads(run("convert", pico, *arguments, *asked))
     assert "unit-kl" in result["seconds"]
     assert result["bpw"] <= 4.0
 
@@ -315,19 +297,21 @@ def test_another_imatrix_or_packing_reruns_what_depends_on_it(pico: Path, tmp_pa
     assert plan.made_from.imatrix == file_fingerprint(Path(default["imatrix"]))
     refined = Path(default["model"]).read_bytes()
 
-    exact = json.loads(run(*arguments, *settings("sensitivity.packing.mode=exact"), "--restart"))
-    assert exact["seconds"].pop("projector") == 0.0
-    assert exact["seconds"].pop("calibrate") == 0.0
-    assert min(exact["seconds"].values()) > 0
+    def restarted(*options: str) -> dict[str, str]:
+        """What `convert` gives when sensitivity is measured anew, and with it all that it feeds."""
+        result: dict[str, Any] = json.loads(
+            run(*arguments, *settings("sensitivity.packing.mode=exact", *options), "--restart")
+        )
+        assert result["seconds"].pop("projector") == 0.0
+        assert result["seconds"].pop("calibrate") == 0.0
+        assert min(result["seconds"].values()) > 0
+        return result
+
+    exact = restarted()
     assert Plan.load(Path(exact["plan"])).packing == EXACT
     assert Path(exact["model"]).read_bytes() != refined
 
-    plain = json.loads(
-        run(*arguments, *settings("sensitivity.packing.mode=exact", "sensitivity.imatrix=plain"), "--restart")
-    )
-    assert plain["seconds"].pop("projector") == 0.0
-    assert plain["seconds"].pop("calibrate") == 0.0
-    assert min(plain["seconds"].values()) > 0
+    plain = restarted("sensitivity.imatrix=plain")
     assert packed_with(plain["model"], run) == f"imatrix-{pico.name}.gguf"
     assert Plan.load(Path(plain["plan"])).made_from.imatrix_kind == "plain"
 

@@ -14,23 +14,13 @@ def tensors_of(path: str) -> dict[str, tuple[int, bytes]]:
     return {tensor.name: (int(tensor.tensor_type), tensor.data.tobytes()) for tensor in GGUFReader(path).tensors}
 
 
-def test_convert_rounds_and_validates(pico: Path, out: Path, run: Run) -> None:
-    result = json.loads(run("convert", pico, "--bpw", "3.5", "--out", out, "--rounding", "feedback", "--json", *SMALL))
-    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "projector", "validate"}
-    report = json.loads((out / "report.json").read_text())
-    assert report["text"]["kl_mean"] > 0
-    rounding = json.loads((out / "rounding.json").read_text())
-    assert sum(rounding["matrices"].values()) > 0
-    assert not WorkFolder(out, pico.name).rounded.exists(), "packed layers are in the file, and not needed again"
-
-    again = json.loads(run("convert", pico, "--bpw", "3.5", "--out", out, "--rounding", "feedback", "--json", *SMALL))
-    assert set(again["seconds"].values()) == {0.0}
-
-
 def test_stages_alone_give_the_same_file(pico: Path, out: Path, run: Run) -> None:
     whole = json.loads(
         run("convert", pico, "--bpw", "3.5", "--out", out, "--rounding", "feedback", "--no-validate", "--json", *SMALL)
     )
+    rounding = json.loads((out / "rounding.json").read_text())
+    assert sum(rounding["matrices"].values()) > 0
+    assert not WorkFolder(out, pico.name).rounded.exists(), "packed layers are in the file, and not needed again"
     with_feedback = tensors_of(whole["model"])
     nearest = json.loads(run("export", pico, "--out", out, "--rounding", "nearest", "--json"))
     rounded_to_nearest = tensors_of(nearest["model"])

@@ -21,7 +21,7 @@ from tests.gpu_memory.reported import MIB, context_sizes, loaded
 
 pytestmark = pytest.mark.runtime
 
-DEMO = Path(__file__).parents[2] / "demo" / "Demo-VL-MoE"
+DEMO = Path(__file__).parents[3] / "demo" / "Demo-VL-MoE"
 TYPES = ("Q2_K", "Q3_K", "Q4_K")
 
 
