@@ -149,11 +149,6 @@ def test_what_is_missing_is_named(olmoe: Path, base: Path, imatrix: Path, pico: 
     assert "no such file" in run(*asked, tmp_path / "none.gguf", code=4)
     write_imatrix(tmp_path / "other.gguf", {"blk.0.attn_q.weight": (np.ones((1, 128)), np.ones(1))}, ("d",), 1, 1)
     assert "it is of another model" in run(*asked, tmp_path / "other.gguf", code=4)
-    needy = (
-        *asked,
-        imatrix,
-        *settings("sensitivity.types=Q2_K,Q3_K", "sensitivity.dense_types=IQ2_XXS,Q4_K"),
-        "--bpw",
-        "3.2",
-    )
-    assert "has nothing of output.weight, and IQ2_XXS needs it" in run(*needy, code=4)
+    needy = settings("sensitivity.types=Q2_K,Q3_K", "sensitivity.dense_types=IQ2_XXS,Q4_K")
+    refused = run(*asked, imatrix, *needy, "--bpw", "3.2", code=4)
+    assert "has nothing of output.weight, and IQ2_XXS needs it" in refused

@@ -46,16 +46,12 @@ def test_another_way_of_running_it_is_another_plan(pico: Path, out: Path, run: R
     memory = str(beside(run, pico) + 3 * 2**20)
     arguments = ("convert", pico, "--out", out, *CONVERT, "--json", "--fit", memory)
     run(*arguments, *FIT)
-    seconds = json.loads(run(*arguments, *FIT, *settings("plan.budget.gpu.image_tokens=900")))["seconds"]
+    larger_images = (*FIT, *settings("plan.budget.gpu.image_tokens=900"))
+    seconds = json.loads(run(*arguments, *larger_images))["seconds"]
     assert seconds["plan"] > 0
     assert seconds["calibrate"] == seconds["sensitivity"] == 0
     one_more = str(int(memory) + 1)
-    assert (
-        json.loads(run(*arguments[:-1], one_more, *FIT, *settings("plan.budget.gpu.image_tokens=900")))["seconds"][
-            "plan"
-        ]
-        > 0
-    )
+    assert json.loads(run(*arguments[:-1], one_more, *larger_images))["seconds"]["plan"] > 0
 
 
 def test_plan_shows_the_memory_breakdown(pico: Path, out: Path, run: Run) -> None:

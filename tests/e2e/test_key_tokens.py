@@ -51,8 +51,7 @@ def test_later_stages_take_key_tokens_and_samples_from_calibration(pico: Path, t
         assert (told_then["key tokens"], told_then["seed"], told_then["image samples"]) == ("all", 7, 2), name
     table = SensitivityTable.load(tmp_path / "sensitivity.safetensors")
     assert table.seed == 7
-    types = ("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K")
-    asked = settings(*types, "plan.unit_kl=true", "sensitivity.measured_samples=2")
+    asked = (*few, *settings("plan.unit_kl=true", "sensitivity.measured_samples=2"))
     converted = run("convert", pico, "--out", tmp_path, "--bpw", "3.8", "--no-validate", "--json", *told, *asked)
     seconds = json.loads(converted)["seconds"]
     assert (seconds["calibrate"], seconds["sensitivity"], seconds["unit-kl"]) == (0, 0, 0)

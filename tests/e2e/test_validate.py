@@ -7,11 +7,11 @@ import pytest
 
 from mode_gguf.validation.reference import RECORD
 from tests.e2e.conftest import Ended, Run
-from tests.validation.conftest import Files, folder, full, held_out_folder, picture, small  # noqa: F401
+from tests.validation.conftest import Files
 
 
 @pytest.fixture
-def command(small: Files, full: Files, held_out_folder: Path, tmp_path: Path) -> list[str]:  # noqa: F811
+def command(small: Files, full: Files, held_out_folder: Path, tmp_path: Path) -> list[str]:
     return [
         *("validate", str(small.text), "--reference", str(full.text), "--mmproj", str(full.mmproj)),
         *("--samples", str(held_out_folder), "--report", str(tmp_path / "report.json"), "--threads", "1"),
@@ -40,7 +40,7 @@ def test_limits_that_are_broken(command: list[str], tmp_path: Path, ended: Ended
     assert document == json.loads((tmp_path / "report.json").read_text())
 
 
-def test_reference_data_alone(run: Run, command: list[str], full: Files, tmp_path: Path) -> None:  # noqa: F811
+def test_reference_data_alone(run: Run, command: list[str], full: Files, tmp_path: Path) -> None:
     first = json.loads(run(*command, "--json"))
     place = command.index(str(full.text))
     command[place] = str(tmp_path / "reference")
@@ -69,7 +69,7 @@ def test_bad_options(run: Run, command: list[str], options: list[str], code: int
     assert not (tmp_path / "report.json").exists()
 
 
-def test_a_limit_without_a_reference(run: Run, small: Files, tmp_path: Path) -> None:  # noqa: F811
+def test_a_limit_without_a_reference(run: Run, small: Files, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     said = run("validate", small.text, "--report", report, "--max-kl", "1", code=2)
     assert "--max-kl: needs a --reference to compare with" in said

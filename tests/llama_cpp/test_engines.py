@@ -1,6 +1,5 @@
 """Choice of the engine for a file, and two engines side by side in one process."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,11 +23,11 @@ from mode_gguf.validation import reference
 from mode_gguf.validation.questions import HeldOutSet, Question, load_held_out
 from mode_gguf.validation.reference import RunSettings, ScoredSample, measure_reference
 from mode_gguf.validation.validate import ComparedModels, validate
+from tests.llama_cpp.builds import PATCHED, named_build
 from tests.llama_cpp.runtime.grouped_files import Groups, random_groups, write_dequantized, write_grouped
 from tests.llama_cpp.stand_ins import BUILT, write_header, write_program
 from tests.validation.conftest import Files
 
-PATCHED_BUILD = "MODE_GGUF_PATCHED_BUILD"
 TOOLS = ("llama-server", "llama-mtmd-cli", "llama-bench")
 
 
@@ -141,11 +140,9 @@ def test_reference_is_measured_again_by_another_engine(
 @pytest.fixture(scope="module")
 def patched() -> Iterator[Runtime]:
     """The real build with our patch, found as if it were in the cache."""
-    folder = os.environ.get(PATCHED_BUILD)
-    if not folder:
-        pytest.skip(f"{PATCHED_BUILD} names no folder with a build of llama.cpp")
+    folder = named_build(PATCHED)
     with pytest.MonkeyPatch.context() as patch:
-        runtime = Runtime(Path(folder).parent, BUILT)
+        runtime = Runtime(folder.parent, BUILT)
         assert runtime.bin.samefile(folder)
         patch.setattr(engines, "find_runtime", lambda: runtime)
         yield runtime

@@ -25,6 +25,7 @@ from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 from tests.families.pico.tokenizer import VOCAB
+from tests.llama_cpp.builds import PATCHED, STOCK, named_build
 from tests.llama_cpp.runtime import logits_of_build
 from tests.llama_cpp.runtime.grouped_files import Groups, random_groups, write_dequantized, write_grouped
 from tests.llama_cpp.runtime.logits_of_build import Request
@@ -103,14 +104,6 @@ class Build:
         return answer
 
 
-def _build(variable: str, scratch: Path) -> Build:
-    folder = os.environ.get(variable)
-    if not folder:
-        pytest.skip(f"{variable} names no folder with a build of llama.cpp")
-    assert (Path(folder) / "libllama.so").exists(), f"{variable}: {folder} holds no libllama.so"
-    return Build(Path(folder), scratch)
-
-
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("expert-groups")
@@ -118,12 +111,12 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(scratch: Path) -> Build:
-    return _build("MODE_GGUF_STOCK_BUILD", scratch)
+    return Build(named_build(STOCK), scratch)
 
 
 @pytest.fixture(scope="module")
 def patched(scratch: Path) -> Build:
-    return _build("MODE_GGUF_PATCHED_BUILD", scratch)
+    return Build(named_build(PATCHED), scratch)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The drawn model that speed is measured on, and the measurement in the real build."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from mode_gguf.errors import MissingResourceError
 from mode_gguf.llama_cpp.runtime.installed import Runtime
 from mode_gguf.llama_cpp.runtime.random_model import random_groups, write_random_model
 from mode_gguf.llama_cpp.runtime.speed import GROUPS, SHAPE, bench, check_runs
+from tests.llama_cpp.builds import PATCHED, named_build
 from tests.llama_cpp.stand_ins import BUILT, write_program
 
 
@@ -55,10 +55,8 @@ def test_a_build_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a
 
 @pytest.mark.runtime
 def test_bench() -> None:
-    folder = os.environ.get("MODE_GGUF_PATCHED_BUILD")
-    if not folder:
-        pytest.skip("MODE_GGUF_PATCHED_BUILD names no folder with a build of llama.cpp")
-    check_runs(Runtime(Path(folder).parent, BUILT))
-    speeds = bench(Runtime(Path(folder).parent, BUILT))
+    runtime = Runtime(named_build(PATCHED).parent, BUILT)
+    check_runs(runtime)
+    speeds = bench(runtime)
     assert list(speeds) == ["one type", "skip", "mask"]
     assert all(speed.prompt > speed.generation > 0 for speed in speeds.values())
