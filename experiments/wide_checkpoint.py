@@ -6,7 +6,7 @@ many merges as Qwen's, one file of 1.2 GB per layer. Written a few megabytes at 
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -138,11 +138,5 @@ def _write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], drawn:
 
 
 def _write_drawn(file: BinaryIO, count: int, drawn: np.ndarray) -> None:
-    for part in _parts(count, len(drawn)):
-        file.write(drawn[:part].data)
-
-
-def _parts(count: int, most: int) -> Iterator[int]:
-    while count > 0:
-        yield min(count, most)
-        count -= most
+    for start in range(0, count, len(drawn)):
+        file.write(drawn[: count - start].data)

@@ -16,6 +16,9 @@ from tests.families.pico.mistral4 import write_pico_mistral4
 from tests.families.pico.qwen3_5_moe import write_pico_qwen3_5_moe
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 from tests.hub_server import Hub, serving
+from tests.validation.conftest import folder, full, held_out_folder, picture, settings, small
+
+__all__ = ["folder", "full", "held_out_folder", "picture", "settings", "small"]
 
 
 def checkpoint(name: str, write: Callable[..., Path], *arguments: Any, **options: Any) -> Any:

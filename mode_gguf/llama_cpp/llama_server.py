@@ -112,7 +112,7 @@ def server_settings(
             image_tokens=fit.image_tokens,
             planned=context is None or context <= fit.context,
         )
-    return replace(serving, port=_free_port(host)) if serving.port == 0 else serving
+    return replace(serving, port=_bind(host, 0)) if serving.port == 0 else serving
 
 
 def server_command(serving: ServerSettings, extra: Sequence[str], llama_cpp: Path | None) -> tuple[list[str], str]:
@@ -246,12 +246,8 @@ def _check_free(serving: ServerSettings) -> None:
         ) from error
 
 
-def _free_port(host: str) -> int:
-    return _bind(host, 0)
-
-
 def _bind(host: str, port: int) -> int:
-    """The port number, after binding it for a moment."""
+    """The port number, after binding it for a moment; of port 0 one that is free."""
     family: Any = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import settings
-
-Run = Callable[..., str]
+from tests.e2e.conftest import Run, settings
 
 
 @pytest.fixture

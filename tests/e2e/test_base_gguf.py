@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,8 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.gguf.header import read_header
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import Run, settings
 from tests.families.pico.base import write_pico_olmoe
-
-Run = Callable[..., str]
 
 WITHOUT_TORCH = """
 import sys
@@ -152,11 +149,6 @@ def test_what_is_missing_is_named(olmoe: Path, base: Path, imatrix: Path, pico: 
     assert "no such file" in run(*asked, tmp_path / "none.gguf", code=4)
     write_imatrix(tmp_path / "other.gguf", {"blk.0.attn_q.weight": (np.ones((1, 128)), np.ones(1))}, ("d",), 1, 1)
     assert "it is of another model" in run(*asked, tmp_path / "other.gguf", code=4)
-    needy = (
-        *asked,
-        imatrix,
-        *settings("sensitivity.types=Q2_K,Q3_K", "sensitivity.dense_types=IQ2_XXS,Q4_K"),
-        "--bpw",
-        "3.2",
-    )
-    assert "has nothing of output.weight, and IQ2_XXS needs it" in run(*needy, code=4)
+    needy = settings("sensitivity.types=Q2_K,Q3_K", "sensitivity.dense_types=IQ2_XXS,Q4_K")
+    refused = run(*asked, imatrix, *needy, "--bpw", "3.2", code=4)
+    assert "has nothing of output.weight, and IQ2_XXS needs it" in refused

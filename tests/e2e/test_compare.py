@@ -1,16 +1,16 @@
 """Two files beside each other: `inspect A B`."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from mode_gguf.quantization.file_comparison import compare
+from tests.e2e.conftest import Run
 from tests.quantization.test_file_comparison import EXPERT_NAMES, weights, write
 
 
-def test_compare(tmp_path: Path, run: Callable[..., str]) -> None:
+def test_compare(tmp_path: Path, run: Run) -> None:
     full, packed = write(tmp_path / "full.gguf", weights()), write(tmp_path / "packed.gguf", weights(), "Q8_0")
     found = json.loads(run("inspect", full, packed, "--json"))
     assert found == compare(full, packed).model_dump(mode="json")

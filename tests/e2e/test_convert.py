@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,19 +19,10 @@ from mode_gguf.quantization import libggml
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.validation.structure import check_structure
 from mode_gguf.workfolder import WorkFolder
-from mode_gguf_cli.main import main
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import SMALL, Ended, Run, samples, settings
 from tests.report.pages import Page
 
-SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"))
 IQ = settings("sensitivity.types=IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "sensitivity.dense_types=IQ2_XXS,Q3_K,Q4_K")
-
-Run = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("convert") / "work"
 
 
 def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: Run) -> None:
@@ -97,19 +87,13 @@ def test_the_page_says_how_the_file_was_made_and_how_it_behaves(
     assert "--report" in run("validate", model, "--report", tmp_path / "report.html", code=2)
 
 
-def test_a_broken_limit_of_a_recipe_is_an_exit_code(
-    pico: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_limit_of_a_recipe_is_an_exit_code(pico: Path, tmp_path: Path, out: Path, ended: Ended) -> None:
     copy = shutil.copytree(out, tmp_path / "work")
     limited = settings("validation.limits.max_kl=1e-9")
     asked = ("convert", pico, "--bpw", "4.0", "--out", copy, "--json", *SMALL, *limited)
-    monkeypatch.setattr(sys, "argv", ["mode-gguf", *map(str, asked)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    assert ended.value.code == 5
-    assert Path(json.loads(captured.out)["model"]).exists()
-    assert "breaks --max-kl 1e-09: " in captured.err
+    said, errors = ended(*asked, code=5)
+    assert Path(json.loads(said)["model"]).exists()
+    assert "breaks --max-kl 1e-09: " in errors[0]
 
 
 def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run) -> None:
@@ -123,7 +107,7 @@ def test_another_budget_needs_no_new_measurement(pico: Path, out: Path, run: Run
 def test_other_settings_of_measurements_are_refused(pico: Path, out: Path, run: Run) -> None:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".log"}
     arguments = ("convert", pico, "--bpw", "4.0", "--out", out, "--no-validate")
-    line = run(*arguments, "--image-samples", "4", "--text-samples", "3", *settings("calibration.seed=1"), code=2)
+    line = run(*arguments, *samples(4, 3), *settings("calibration.seed=1"), code=2)
     assert "`calibrate` was run here with other settings (text samples: 4 then, 3 now)" in line
     assert "--restart" in line
     line = run(*arguments, *SMALL, *settings("sensitivity.packing.effort=max", "sensitivity.types=Q2_K,Q4_K"), code=2)
@@ -234,15 +218,8 @@ def test_signals_change_single_parts_of_a_preset(pico: Path, out: Path, run: Run
 
 
 def test_a_plan_is_refined_by_what_is_measured(pico: Path, out: Path, run: Run) -> None:
-    arguments = (
-        "--bpw",
-        "4.0",
-        "--out",
-        out,
-        *settings("plan.refine=1", "sensitivity.measured_samples=2"),
-        *SMALL,
-    )
-    text = run("plan", pico, *arguments)
+    asked = settings("plan.refine=1", "sensitivity.measured_samples=2")
+    text = run("plan", pico, "--bpw", "4.0", "--out", out, *asked, *SMALL)
     trials = Plan.load(out / "plan.json").refinement
     assert trials is not None
     assert trials[0].accepted
@@ -288,24 +265,12 @@ def test_a_type_per_expert_and_back(pico: Path, tmp_path: Path, run: Run) -> Non
 
 
 def test_convert_with_measured_units(pico: Path, tmp_path: Path, run: Run) -> None:
-    arguments = (
-        "--bpw",
-        "4.0",
-        "--out",
-        tmp_path,
-        *settings("plan.unit_kl=true", "sensitivity.measured_samples=2"),
-        "--json",
-        "--no-validate",
+    asked = settings(
+        *("plan.unit_kl=true", "sensitivity.measured_samples=2"),
+        *("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K"),
     )
-    result = json.loads(
-        run(
-            "convert",
-            pico,
-            *arguments,
-            *SMALL,
-            *settings("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K"),
-        )
-    )
+    arguments = ("--bpw", "4.0", "--out", tmp_path, "--json", "--no-validate", *SMALL)
+    result = json.loads(run("convert", pico, *arguments, *asked))
     assert "unit-kl" in result["seconds"]
     assert result["bpw"] <= 4.0
 
@@ -332,19 +297,21 @@ def test_another_imatrix_or_packing_reruns_what_depends_on_it(pico: Path, tmp_pa
     assert plan.made_from.imatrix == file_fingerprint(Path(default["imatrix"]))
     refined = Path(default["model"]).read_bytes()
 
-    exact = json.loads(run(*arguments, *settings("sensitivity.packing.mode=exact"), "--restart"))
-    assert exact["seconds"].pop("projector") == 0.0
-    assert exact["seconds"].pop("calibrate") == 0.0
-    assert min(exact["seconds"].values()) > 0
+    def restarted(*options: str) -> dict[str, str]:
+        """What `convert` gives when sensitivity is measured anew, and with it all that it feeds."""
+        result: dict[str, Any] = json.loads(
+            run(*arguments, *settings("sensitivity.packing.mode=exact", *options), "--restart")
+        )
+        assert result["seconds"].pop("projector") == 0.0
+        assert result["seconds"].pop("calibrate") == 0.0
+        assert min(result["seconds"].values()) > 0
+        return result
+
+    exact = restarted()
     assert Plan.load(Path(exact["plan"])).packing == EXACT
     assert Path(exact["model"]).read_bytes() != refined
 
-    plain = json.loads(
-        run(*arguments, *settings("sensitivity.packing.mode=exact", "sensitivity.imatrix=plain"), "--restart")
-    )
-    assert plain["seconds"].pop("projector") == 0.0
-    assert plain["seconds"].pop("calibrate") == 0.0
-    assert min(plain["seconds"].values()) > 0
+    plain = restarted("sensitivity.imatrix=plain")
     assert packed_with(plain["model"], run) == f"imatrix-{pico.name}.gguf"
     assert Plan.load(Path(plain["plan"])).made_from.imatrix_kind == "plain"
 

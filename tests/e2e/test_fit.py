@@ -1,25 +1,16 @@
 """A GPU's memory as the budget: the text model gets what is left, and it is said where the rest went."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mode_gguf.allocation.plan import Plan
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import SMALL, Run, settings
 
-Run = Callable[..., str]
-
-SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"))
 FIT = ("--ctx", "2048", "--kv-type", "q8_0", *settings("plan.budget.gpu.reserve=64MiB"))
 CONVERT = ("--no-validate", "--rounding", "nearest", *SMALL)
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fit") / "work"
 
 
 def dry(run: Run, pico: Path, *options: str) -> dict[str, Any]:
@@ -55,16 +46,12 @@ def test_another_way_of_running_it_is_another_plan(pico: Path, out: Path, run: R
     memory = str(beside(run, pico) + 3 * 2**20)
     arguments = ("convert", pico, "--out", out, *CONVERT, "--json", "--fit", memory)
     run(*arguments, *FIT)
-    seconds = json.loads(run(*arguments, *FIT, *settings("plan.budget.gpu.image_tokens=900")))["seconds"]
+    larger_images = (*FIT, *settings("plan.budget.gpu.image_tokens=900"))
+    seconds = json.loads(run(*arguments, *larger_images))["seconds"]
     assert seconds["plan"] > 0
     assert seconds["calibrate"] == seconds["sensitivity"] == 0
     one_more = str(int(memory) + 1)
-    assert (
-        json.loads(run(*arguments[:-1], one_more, *FIT, *settings("plan.budget.gpu.image_tokens=900")))["seconds"][
-            "plan"
-        ]
-        > 0
-    )
+    assert json.loads(run(*arguments[:-1], one_more, *larger_images))["seconds"]["plan"] > 0
 
 
 def test_plan_shows_the_memory_breakdown(pico: Path, out: Path, run: Run) -> None:

@@ -1,7 +1,6 @@
 """The frontier of measured and of unmeasured models, from the command line."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,9 +10,7 @@ from mode_gguf import pipeline
 from mode_gguf.allocation.units import DEFAULT_TYPES
 from mode_gguf.options import CalibrationOptions, ComputeOptions, SensitivityOptions
 from mode_gguf.quantization.packing import EXACT
-from tests.e2e.conftest import settings
-
-Run = Callable[..., str]
+from tests.e2e.conftest import Run, settings
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,12 @@ from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.options import CalibrationOptions, ComputeOptions
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import Run, samples, settings
 
-SMALL = ("--image-samples", "2", "--text-samples", "2", "--preset", "paper", "--bpw", "4.0", "--no-validate", "--json")
+SMALL = (*samples(2, 2), "--preset", "paper", "--bpw", "4.0", "--no-validate", "--json")
 
 
-def test_another_choice_of_key_tokens_is_measured_anew(pico: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+def test_another_choice_of_key_tokens_is_measured_anew(pico: Path, tmp_path: Path, run: Run) -> None:
     run("convert", pico, "--out", tmp_path, *SMALL)
     first = CalibrationStatistics.load(tmp_path / "calibration.safetensors")
     again = json.loads(
@@ -39,12 +38,9 @@ def test_little_calibration_is_warned_of(pico: Path, tmp_path: Path, caplog: pyt
     assert any("experts saw fewer than 32 text and key vision tokens" in line for line in caplog.messages)
 
 
-def test_later_stages_take_key_tokens_and_samples_from_calibration(
-    pico: Path, tmp_path: Path, run: Callable[..., str]
-) -> None:
+def test_later_stages_take_key_tokens_and_samples_from_calibration(pico: Path, tmp_path: Path, run: Run) -> None:
     """Each command alone, told nothing: stages.json has what calibrate was told, and convert finds it right."""
-    few_samples = ("--image-samples", "2", "--text-samples", "2")
-    told = (*few_samples, *settings("calibration.key_tokens=all", "calibration.seed=7"))
+    told = (*samples(2, 2), *settings("calibration.key_tokens=all", "calibration.seed=7"))
     few = settings("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K")
     run("calibrate", pico, "--out", tmp_path, *told)
     run("sensitivity", pico, "--out", tmp_path, *few)
@@ -55,8 +51,7 @@ def test_later_stages_take_key_tokens_and_samples_from_calibration(
         assert (told_then["key tokens"], told_then["seed"], told_then["image samples"]) == ("all", 7, 2), name
     table = SensitivityTable.load(tmp_path / "sensitivity.safetensors")
     assert table.seed == 7
-    types = ("sensitivity.types=Q2_K,Q4_K", "sensitivity.dense_types=Q4_K")
-    asked = settings(*types, "plan.unit_kl=true", "sensitivity.measured_samples=2")
+    asked = (*few, *settings("plan.unit_kl=true", "sensitivity.measured_samples=2"))
     converted = run("convert", pico, "--out", tmp_path, "--bpw", "3.8", "--no-validate", "--json", *told, *asked)
     seconds = json.loads(converted)["seconds"]
     assert (seconds["calibrate"], seconds["sensitivity"], seconds["unit-kl"]) == (0, 0, 0)

@@ -1,7 +1,6 @@
 """Models of which some rows fit no K-quant: the range is said first, and llama.cpp answers from what is written."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,10 @@ from mode_gguf.llama_cpp.ask import ask
 from mode_gguf.pipeline.report_data import conversion_record, work_folder
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.validation.structure import check_structure
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import SMALL, Run, settings
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
-SMALL = ("--image-samples", "4", "--text-samples", "4", *settings("calibration.seed=1"), "--json")
 FALLBACK_TYPES = {"IQ4_NL", "Q5_0", "Q5_1"}
-
-Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +26,21 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pico_qwen3vlmoe(tmp_path_factory.mktemp("narrow") / "Pico-VL-MoE", expert_width=96)
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("odd") / "work"
-
-
 def test_what_is_out_of_reach_is_said_before_anything_runs(narrow: Path, tmp_path: Path, run: Run) -> None:
-    line = run("convert", narrow, "--bpw", "2.9", "--out", tmp_path, *SMALL, code=3)
+    line = run("convert", narrow, "--bpw", "2.9", "--out", tmp_path, *SMALL, "--json", code=3)
     assert "--bpw 2.9 cannot be reached" in line
     assert "takes 3.031 to 7.492 bits per weight" in line
     assert "rows of 96 in 3 tensors (" in line
     assert "do not fit Q2_K, Q3_K, Q4_K, Q5_K, Q6_K and take IQ4_NL/Q5_0/Q5_1" in line
     assert not list(tmp_path.glob("*.safetensors"))
-    facts = json.loads(run("convert", narrow, "--bpw", "4.5", "--out", tmp_path, "--dry-run", *SMALL))
+    facts = json.loads(run("convert", narrow, "--bpw", "4.5", "--out", tmp_path, "--dry-run", *SMALL, "--json"))
     assert "rows of 96" in json.dumps(facts)
 
 
 def test_convert_chooses_fallback_types_and_llama_cpp_answers(
     narrow: Path, out: Path, tmp_path: Path, run: Run
 ) -> None:
-    result = json.loads(run("convert", narrow, "--bpw", "4.5", "--out", out, "--no-validate", *SMALL))
+    result = json.loads(run("convert", narrow, "--bpw", "4.5", "--out", out, "--no-validate", *SMALL, "--json"))
     assert 4.5 * 0.995 <= result["bpw"] <= 4.5
     plan, model = Plan.load(out / "plan.json"), Path(result["model"])
     down = {name: one.name for name, one in plan.types.items() if "ffn_down_exps" in name}
@@ -78,7 +69,7 @@ def test_convert_chooses_fallback_types_and_llama_cpp_answers(
 
 
 def test_an_expert_takes_types_that_go_together(narrow: Path, out: Path, run: Run) -> None:
-    arguments = ("convert", narrow, "--bpw", "4.6", "--out", out, "--no-validate", *SMALL)
+    arguments = ("convert", narrow, "--bpw", "4.6", "--out", out, "--no-validate", *SMALL, "--json")
     types = (*settings("sensitivity.types=Q2_K,Q3_K,Q4_K,Q5_K,Q6_K"), "--granularity", "expert")
     result = json.loads(run(*arguments, *types))
     assert result["seconds"]["sensitivity"] == 0.0

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,28 +19,12 @@ from PIL import Image
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.hub.names import is_model_file, quant_tag
 from mode_gguf.workfolder import WorkFolder
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import QUICK, Run, settings
 from tests.hub_server import READER, WRITER, Hub
-
-Run = Callable[..., str]
+from tests.llama_cpp.stand_ins import write_program
 
 SOURCE = "Maker/Pico-VL-MoE"
 TARGET = "someone/Pico-VL-MoE-MODE-GGUF"
-SMALL = (
-    "--image-samples",
-    "2",
-    "--text-samples",
-    "2",
-    *settings("calibration.seed=1", "sensitivity.packing.mode=exact"),
-    "--preset",
-    "paper",
-)
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work folder that the first test fills, in three shards; read only after that."""
-    return tmp_path_factory.mktemp("publish") / "work"
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +89,7 @@ def test_a_dry_run_downloads_no_weights(hub: Hub, pico: Path, tmp_path: Path, ru
 
 def test_convert_from_the_hub(hub: Hub, pico: Path, out: Path, held_out: Path, run: Run) -> None:
     revision = hub.add(SOURCE, pico).commits[-1][0]
-    arguments = ("--bpw", "4.5", "--out", out, "--samples", held_out, "--shard-size", "1MB", "--json", *SMALL)
+    arguments = ("--bpw", "4.5", "--out", out, "--samples", held_out, "--shard-size", "1MB", "--json", *QUICK)
     result = json.loads(run("convert", SOURCE, *arguments))
     assert Path(result["model"]).name.startswith("Pico-VL-MoE-MODE-4.50bpw-")
     made_from = Plan.load(out / "plan.json").made_from
@@ -341,9 +324,7 @@ def test_what_was_not_validated_is_refused(logged_in: Hub, copy: WorkFolder, run
 def test_what_failed_validation_is_refused(logged_in: Hub, copy: WorkFolder, held_out: Path, run: Run) -> None:
     model = next(path for path in ggufs(copy.path) if is_model_file(path.name))
     tools = copy.path / "tools"
-    tools.mkdir()
-    (tools / "llama-mtmd-cli").write_text("#!/bin/sh\nexit 3\n")
-    (tools / "llama-mtmd-cli").chmod(0o755)
+    write_program(tools / "llama-mtmd-cli", "exit 3")
     mmproj = next(copy.path.glob("mmproj-*"))
     validate = ("validate", model, "--mmproj", mmproj, "--samples", held_out, "--report", copy.report)
     assert "exit code 3" in run(*validate, "--llama-cpp", tools, code=5)
@@ -431,17 +412,7 @@ def test_llama_cpp_finds_model_and_projector_by_the_tag(
     files = logged_in.repositories[TARGET].files
     logged_in.requests.clear()
     program = Path(os.environ["MODE_GGUF_STOCK_BUILD"]) / "llama-mtmd-cli"
-    command = [
-        str(program),
-        "-hf",
-        f"{TARGET}:Q4_K_MODE",
-        "--image",
-        str(held_out / "0.png"),
-        "-p",
-        "colour?",
-        "-n",
-        "2",
-    ]
+    command = [str(program), "-hf", f"{TARGET}:Q4_K_MODE", "--image", str(held_out / "0.png"), "-p", "colour?"]
     environment = {**os.environ, "HF_ENDPOINT": logged_in.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""}
     environment |= {"LLAMA_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([*command, "-n", "2"], capture_output=True, env=environment, check=False, timeout=120)

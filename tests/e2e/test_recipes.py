@@ -1,7 +1,6 @@
 """Recipes from the command line: what a run used gives the same files again, and a release throws nothing away."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,15 +8,9 @@ import yaml
 
 import mode_gguf
 from mode_gguf import artifacts
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import Run, samples, settings
 
-Run = Callable[..., str]
-FEW = ("--image-samples", "2", "--text-samples", "2", "--no-validate", "--json")
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("recipes") / "first"
+FEW = (*samples(2, 2), "--no-validate", "--json")
 
 
 def test_the_recipe_of_a_run_gives_the_same_bytes(pico: Path, out: Path, tmp_path: Path, run: Run) -> None:

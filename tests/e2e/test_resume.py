@@ -111,7 +111,12 @@ def convert(model: Path, out: Path, data: Path, fatal: str | None, record: Path 
 
 def run_convert(model: Path, out: Path, data: Path, fatal: str | None = None, record: Path | None = None) -> int:
     """Exit code of a conversion; minus 9 when it was killed."""
-    process = processes.Process(target=convert, args=(model, out, data, fatal, record))
+    return exit_code(convert, model, out, data, fatal, record)
+
+
+def exit_code(work: Callable[..., None], *arguments: object) -> int:
+    """Exit code of a process of its own that does `work`."""
+    process = processes.Process(target=work, args=arguments)
     process.start()
     process.join(300)
     assert process.exitcode is not None, "it hangs"
@@ -198,22 +203,8 @@ def check_nothing_is_wrong(out: Path, expected: dict[str, Any], moment: str) -> 
         assert entry == expected["stages.json"][stage], f"{stage} after {moment}"
 
 
-@pytest.fixture
-def limited(tmp_path: Path, data: Path, pico: Path) -> Callable[[int], str]:
-    """limited(n): a conversion that may write files of n bytes at most; what it said."""
-
-    def limited(size: int) -> str:
-        said = tmp_path / "said.txt"
-        process = processes.Process(target=convert_limited, args=(pico, tmp_path / "work", data, size, said))
-        process.start()
-        process.join(300)
-        assert process.exitcode == 0
-        return said.read_text()
-
-    return limited
-
-
 def convert_limited(model: Path, out: Path, data: Path, size: int, said: Path) -> None:
+    """Convert with files of `size` bytes at most, and write down the error."""
     run = pipeline.open_model(model, out)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
@@ -222,13 +213,13 @@ def convert_limited(model: Path, out: Path, data: Path, size: int, said: Path) -
         said.write_text(str(error))
 
 
-def test_a_full_disk(tmp_path: Path, limited: Callable[[int], str], pico: Path, data: Path) -> None:
+def test_a_full_disk(tmp_path: Path, pico: Path, data: Path) -> None:
     """A full disk at three points of a conversion; then there is space again."""
-    work = tmp_path / "work"
+    work, said = tmp_path / "work", tmp_path / "said.txt"
     for size, name in ((30_000, "calibration.safetensors"), (400_000, "blk.0.safetensors"), (2_000_000, "3.60bpw")):
-        said = limited(size)
-        assert name in said
-        assert "the disk is full" in said
+        assert exit_code(convert_limited, pico, work, data, size, said) == 0
+        assert name in said.read_text()
+        assert "the disk is full" in said.read_text()
         assert list(work.rglob("*.part")) == []
         assert not list(work.glob("*MODE*.gguf"))
     assert (work / "rounded").exists(), "layers that were rounded are not rounded again"

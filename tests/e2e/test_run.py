@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -22,8 +22,8 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
-
-Run = Callable[..., str]
+from tests.e2e.conftest import Run
+from tests.llama_cpp.stand_ins import write_program
 
 
 @pytest.fixture(autouse=True)
@@ -122,18 +122,14 @@ def test_a_port_that_is_taken(pair: Path, run: Run) -> None:
 
 def test_a_server_that_dies_says_why(pair: Path, tmp_path: Path, run: Run) -> None:
     tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "llama-server").write_text("#!/bin/sh\necho 'loading the model'\necho 'error: no more luck' >&2\nexit 3\n")
-    (tools / "llama-server").chmod(0o755)
+    write_program(tools / "llama-server", "echo 'loading the model'\necho 'error: no more luck' >&2\nexit 3")
     error = run("run", pair, "--port", "0", "--llama-cpp", tools, code=4)
     assert "pico-Q8_0.gguf: its server ended with code 3: error: no more luck" in error
 
 
 def test_arguments_of_llama_server(pair: Path, tmp_path: Path, run: Run) -> None:
     tools = tmp_path / "tools"
-    tools.mkdir()
-    (tools / "llama-server").write_text('#!/bin/sh\necho "error: $*"\nexit 1\n')
-    (tools / "llama-server").chmod(0o755)
+    write_program(tools / "llama-server", 'echo "error: $*"\nexit 1')
     told = run("run", pair, "--llama-cpp", tools, "--", "--port", "0", "--threads", "2", code=4)
     assert f"-m {pair / 'pico-Q8_0.gguf'} --mmproj {pair / 'mmproj-pico-F16.gguf'} --host 127.0.0.1 --port" in told
     assert "--jinja --ctx-size 4096 --parallel 1 --port 0 --threads 2" in told

@@ -4,16 +4,14 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gguf import GGUFWriter
 
 from mode_gguf.llama_cpp.runtime.installed import RECORD, cache_folder
 from mode_gguf.llama_cpp.runtime.pinned_release import PATCH, BuildVariant
-
-Run = Callable[..., str]
+from tests.e2e.conftest import Run
+from tests.llama_cpp.stand_ins import write_header, write_program
 
 
 @pytest.fixture(autouse=True)
@@ -24,20 +22,14 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def grouped(tmp_path: Path) -> Path:
     """Nothing but the header of a file with one type per expert."""
-    writer = GGUFWriter(tmp_path / "grouped model.gguf", "qwen3vlmoe+expert_groups")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return tmp_path / "grouped model.gguf"
+    return write_header(tmp_path / "grouped model.gguf", "qwen3vlmoe+expert_groups")
 
 
 def pretend_build(patch: Path | None) -> Path:
     """A folder in the cache whose llama-bench prints its arguments."""
     variant = BuildVariant(patch)
     folder = cache_folder() / variant.name
-    (folder / "bin").mkdir(parents=True)
-    (folder / "bin" / "llama-bench").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
-    (folder / "bin" / "llama-bench").chmod(0o755)
+    write_program(folder / "bin" / "llama-bench", 'printf "%s|" "$@"')
     record = {"llama_cpp": "b11434", "patch": variant.patch_digest, "backend": "cpu", "options": ["-DA=B"]}
     (folder / RECORD).write_text(json.dumps({**record, "compiler": "GNU 12", "built": "2026-11-25T10:00:00+00:00"}))
     return folder / "bin"
@@ -64,8 +56,7 @@ def test_what_is_there_is_not_built_again(run: Run, monkeypatch: pytest.MonkeyPa
 
 def test_build_from_a_folder_that_is_none(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cmake", "ninja", "c++"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
+        write_program(tmp_path / name)
     monkeypatch.setenv("PATH", str(tmp_path))
     error = run("runtime", "build", "--source", tmp_path / "absent", code=4)
     assert "include/llama.h cannot be read" in error

@@ -1,23 +1,11 @@
 """`--shard-size` as users give it, to commands that write a text model."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import settings
-
-Run = Callable[..., str]
-SMALL = (
-    "--image-samples",
-    "2",
-    "--text-samples",
-    "2",
-    *settings("calibration.seed=1", "sensitivity.packing.mode=exact"),
-    "--preset",
-    "paper",
-)
+from tests.e2e.conftest import QUICK, Run, samples, settings
 
 
 @pytest.mark.parametrize("size", ["0", "abc", "-1GB", "nan", "45 TB", ""])
@@ -47,7 +35,7 @@ def test_convert_validates_shards_and_reuses_them(pico: Path, tmp_path: Path, ru
     out = tmp_path / "out"
 
     def convert(size: str, *options: str) -> dict[str, object]:
-        arguments = ("--out", out, "--bpw", "4.5", "--shard-size", size, "--json", *SMALL, *options)
+        arguments = ("--out", out, "--bpw", "4.5", "--shard-size", size, "--json", *QUICK, *options)
         return dict(json.loads(run("convert", pico, *arguments)))
 
     result = convert("1MB")
@@ -79,7 +67,7 @@ def test_convert_validates_shards_and_reuses_them(pico: Path, tmp_path: Path, ru
 
 def test_merge_writes_shards(pico: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out"
-    arguments = (pico, "--out", out, "--image-samples", "2", "--text-samples", "2", *settings("calibration.seed=1"))
+    arguments = (pico, "--out", out, *samples(2, 2), *settings("calibration.seed=1"))
     run("calibrate", *arguments)
     exact = settings("sensitivity.packing.mode=exact")
     run("sensitivity", pico, "--out", out, *exact)

@@ -4,20 +4,17 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from mode_gguf.allocation.plan import Plan
-from tests.e2e.conftest import settings
+from tests.e2e.conftest import Run, samples, settings
 from tests.together import SECONDS, ended, start_together
 
-SMALL = ("--image-samples", "4", "--text-samples", "3", *settings("calibration.seed=1"))
+SMALL = (*samples(4, 3), *settings("calibration.seed=1"))
 NEAREST = ("--rounding", "nearest", "--no-validate", "--json")
-
-Run = Callable[..., str]
 
 
 def test_convert_gives_the_same_plan(pico: Path, tmp_path: Path, run: Run) -> None:

@@ -1,21 +1,17 @@
 """mode-gguf validate as a shell runs it: limits and exit codes, kept reference data, one JSON document."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mode_gguf.validation.reference import RECORD
-from mode_gguf_cli.main import main
-from tests.validation.conftest import Files, folder, full, held_out_folder, picture, small  # noqa: F401
-
-Run = Callable[..., str]
+from tests.e2e.conftest import Ended, Run
+from tests.validation.conftest import Files
 
 
 @pytest.fixture
-def command(small: Files, full: Files, held_out_folder: Path, tmp_path: Path) -> list[str]:  # noqa: F811
+def command(small: Files, full: Files, held_out_folder: Path, tmp_path: Path) -> list[str]:
     return [
         *("validate", str(small.text), "--reference", str(full.text), "--mmproj", str(full.mmproj)),
         *("--samples", str(held_out_folder), "--report", str(tmp_path / "report.json"), "--threads", "1"),
@@ -34,25 +30,17 @@ def test_limits_that_are_kept(run: Run, command: list[str], tmp_path: Path) -> N
     assert report["settings"]["max_text_tokens"] == 32
 
 
-def test_limits_that_are_broken(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_limits_that_are_broken(command: list[str], tmp_path: Path, ended: Ended) -> None:
     """The document is complete, the report is written, one line says what is broken, and the exit code is 5."""
-    monkeypatch.setattr(sys, "argv", ["mode-gguf", *command, "--json", "--max-image-kl", "1e-9", "--max-kl", "1000"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    assert ended.value.code == 5
-    errors = [line for line in said.err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
+    said, errors = ended(*command, "--json", "--max-image-kl", "1e-9", "--max-kl", "1000", code=5)
     assert "breaks --max-image-kl 1e-09: " in errors[0]
     assert "--max-kl" not in errors[0]
-    document = json.loads(said.out)
+    document = json.loads(said)
     assert [check["kept"] for check in document["checks"]] == [True, False]
     assert document == json.loads((tmp_path / "report.json").read_text())
 
 
-def test_reference_data_alone(run: Run, command: list[str], full: Files, tmp_path: Path) -> None:  # noqa: F811
+def test_reference_data_alone(run: Run, command: list[str], full: Files, tmp_path: Path) -> None:
     first = json.loads(run(*command, "--json"))
     place = command.index(str(full.text))
     command[place] = str(tmp_path / "reference")
@@ -81,7 +69,7 @@ def test_bad_options(run: Run, command: list[str], options: list[str], code: int
     assert not (tmp_path / "report.json").exists()
 
 
-def test_a_limit_without_a_reference(run: Run, small: Files, tmp_path: Path) -> None:  # noqa: F811
+def test_a_limit_without_a_reference(run: Run, small: Files, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     said = run("validate", small.text, "--report", report, "--max-kl", "1", code=2)
     assert "--max-kl: needs a --reference to compare with" in said

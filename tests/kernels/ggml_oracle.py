@@ -6,34 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import xllamacpp
-
-_ENUM = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q5_0": 6,
-    "Q5_1": 7,
-    "Q8_0": 8,
-    "Q2_K": 10,
-    "Q3_K": 11,
-    "Q4_K": 12,
-    "Q5_K": 13,
-    "Q6_K": 14,
-    "IQ2_XXS": 16,
-    "IQ2_XS": 17,
-    "IQ3_XXS": 18,
-    "IQ4_NL": 20,
-    "IQ3_S": 21,
-    "IQ2_S": 22,
-    "IQ4_XS": 23,
-    "BF16": 30,
-}
-"""`ggml_type` of ggml.h."""
-
-
-def _unpacker(type_name: str) -> str:
-    return f"dequantize_row_{type_name.lower().replace('_k', '_K')}"
+from gguf import GGMLQuantizationType
 
 
 @cache
@@ -45,17 +18,12 @@ def library() -> ctypes.CDLL:
     ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
     ggml.ggml_row_size.restype = ctypes.c_size_t
     ggml.ggml_row_size.argtypes = [ctypes.c_int, size]
-    for name in _ENUM:
-        if "Q" in name:
-            function = getattr(ggml, _unpacker(name))
-            function.restype = None
-            function.argtypes = [pointer, pointer, size]
     return ggml
 
 
 def row_bytes(type_name: str, n: int) -> int:
     """Bytes of a row of n weights."""
-    return int(library().ggml_row_size(_ENUM[type_name], n))
+    return int(library().ggml_row_size(GGMLQuantizationType[type_name], n))
 
 
 def quantize(
@@ -68,7 +36,9 @@ def quantize(
     if out is None:
         out = np.zeros((rows, row_bytes(type_name, n)), np.uint8)
     weights = None if importance is None else importance.ctypes.data
-    written = library().ggml_quantize_chunk(_ENUM[type_name], matrix.ctypes.data, out.ctypes.data, 0, rows, n, weights)
+    written = library().ggml_quantize_chunk(
+        GGMLQuantizationType[type_name], matrix.ctypes.data, out.ctypes.data, 0, rows, n, weights
+    )
     assert written == out.nbytes
     return out
 
@@ -76,6 +46,7 @@ def quantize(
 def dequantize(packed: np.ndarray, type_name: str, n: int) -> np.ndarray:
     """`dequantize_row_*` of uint8 (rows, row_bytes): float32 (rows, n)."""
     weights = np.empty((packed.shape[0], n), np.float32)
-    function = getattr(library(), _unpacker(type_name))
+    function = getattr(library(), f"dequantize_row_{type_name.lower().replace('_k', '_K')}")
+    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     function(np.ascontiguousarray(packed).ctypes.data, weights.ctypes.data, weights.size)
     return weights

@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
-from mode_gguf_kernels import TYPES
 from tests.kernels.processes import run
-from tests.kernels.test_targets import QUICK_TYPES
+from tests.kernels.test_targets import QUICK_AND_ALL_TYPES
 
 SHAPES = """
 import numpy as np
@@ -31,18 +28,10 @@ for mode, type_name in MODES_AND_TYPES:
 """
 
 
-def assert_no_access_is_out_of_range(types: tuple[str, ...], cache: Path) -> None:
-    printed = run(SHAPES.format(types=types), cache, NUMBA_BOUNDSCHECK="1").split()
+@QUICK_AND_ALL_TYPES
+def test_no_shape_makes_an_access_out_of_range(types: tuple[str, ...], tmp_path: Path) -> None:
+    printed = run(SHAPES.format(types=types), tmp_path, NUMBA_BOUNDSCHECK="1").split()
     assert set(printed) == set(types)
-
-
-def test_no_shape_makes_an_access_out_of_range(tmp_path: Path) -> None:
-    assert_no_access_is_out_of_range(QUICK_TYPES, tmp_path)
-
-
-@pytest.mark.long
-def test_no_shape_and_type_makes_an_access_out_of_range(tmp_path: Path) -> None:
-    assert_no_access_is_out_of_range(tuple(TYPES), tmp_path)
 
 
 def test_an_access_out_of_range_is_caught(tmp_path: Path) -> None:

@@ -40,9 +40,12 @@ def difference(packed: np.ndarray, expected: np.ndarray, type_name: str) -> str 
     return f"{blocks.size} blocks differ, block {block} first, from byte {byte} on: {found:#04x}, libggml {wanted:#04x}"
 
 
-def assert_equal_to_libggml(distribution: str, super_blocks: int) -> None:
-    """Pack at least `super_blocks` of a distribution to every type, without and with importance."""
-    for number in range(-(-super_blocks // SUPER_BLOCKS)):
+@pytest.mark.parametrize("distribution", inputs.DISTRIBUTIONS)
+@pytest.mark.parametrize("super_blocks", [10_000, pytest.param(1_000_000, marks=pytest.mark.long)])
+def test_drawn_weights_pack_to_the_bytes_of_libggml(distribution: str, super_blocks: int) -> None:
+    """At least `super_blocks` of all distributions together to every type, without and with importance."""
+    of_distribution = super_blocks // len(inputs.DISTRIBUTIONS) + 1
+    for number in range(-(-of_distribution // SUPER_BLOCKS)):
         matrix, kind, importance = draw(SEED, distribution, number)
         for type_name in TYPES:
             for name, weights in (("none", None), (kind, importance)):
@@ -52,17 +55,6 @@ def assert_equal_to_libggml(distribution: str, super_blocks: int) -> None:
                     f"{type_name}, importance {name}: {found}; drawn by draw({SEED}, {distribution!r}, {number}) of "
                     f"tests/kernels/test_fuzz.py, run again with MODE_GGUF_FUZZ_SEED={SEED} and -k {distribution}"
                 )
-
-
-@pytest.mark.parametrize("distribution", inputs.DISTRIBUTIONS)
-def test_drawn_weights_pack_to_the_bytes_of_libggml(distribution: str) -> None:
-    assert_equal_to_libggml(distribution, 10_000 // len(inputs.DISTRIBUTIONS) + 1)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("distribution", inputs.DISTRIBUTIONS)
-def test_a_million_super_blocks_of_each_type_pack_to_the_bytes_of_libggml(distribution: str) -> None:
-    assert_equal_to_libggml(distribution, 1_000_000 // len(inputs.DISTRIBUTIONS) + 1)
 
 
 def test_a_difference_is_described() -> None:

@@ -14,7 +14,9 @@ from tests.kernels import golden
 from tests.kernels.modes import MODES
 from tests.kernels.processes import run
 
-QUICK_TYPES = ("Q8_0", "Q6_K")
+QUICK_AND_ALL_TYPES = pytest.mark.parametrize(
+    "types", [("Q8_0", "Q6_K"), pytest.param(tuple(TYPES), marks=pytest.mark.long)], ids=("quick", "all")
+)
 """The two that compile fastest; all others are left to the long test."""
 
 
@@ -55,27 +57,18 @@ print(json.dumps({{"lanes": LANES, "registers": registers, "digests": found}}))
 """
 
 
-def assert_golden(target: Target, types: tuple[str, ...], cache: Path) -> None:
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@QUICK_AND_ALL_TYPES
+def test_bytes_are_the_same_on_every_processor(target: Target, types: tuple[str, ...], tmp_path: Path) -> None:
     """Compile `types` for the target and compare what they pack with the digests on file."""
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("this is not an x86-64 processor")
     if target.needs and not llvmlite.binding.get_host_cpu_features().get(target.needs):
         pytest.skip(f"this processor has no {target.needs}")
-    found = json.loads(run(DIGESTS.format(types=types), cache, **target.environment))
+    found = json.loads(run(DIGESTS.format(types=types), tmp_path, **target.environment))
     assert found["lanes"] == target.lanes
     assert found["registers"] == target.registers
     stored = golden.table()
     assert found["digests"] == {
         mode.name: {name: stored[mode.name][name] for name in mode.types if name in types} for mode in MODES
     }
-
-
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_bytes_are_the_same_on_every_processor(target: Target, tmp_path: Path) -> None:
-    assert_golden(target, QUICK_TYPES, tmp_path)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_bytes_of_all_types_are_the_same_on_every_processor(target: Target, tmp_path: Path) -> None:
-    assert_golden(target, tuple(TYPES), tmp_path)

@@ -14,11 +14,6 @@ def test_this_library_is_accepted() -> None:
     assert f"b{c_api.library_build()}" in c_api.library_version()
 
 
-@pytest.mark.parametrize("struct", [c_api.ModelParams, c_api.ContextParams, c_api.MtmdParams])
-def test_defaults_name_fields_that_exist(struct: type[c_api.ModelParams]) -> None:
-    assert struct.defaults.keys() <= {field[0] for field in struct._fields_}
-
-
 def test_other_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(c_api.ContextParams.defaults, "n_seq_max", 7)
     with pytest.raises(MissingResourceError, match=r"llama_context_params differently \(at n_seq_max\).*pip install"):

@@ -1,6 +1,5 @@
 """Choice of the engine for a file, and two engines side by side in one process."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
 from PIL import Image
 
 from mode_gguf.artifacts import write_json
@@ -18,28 +16,19 @@ from mode_gguf.llama_cpp import c_api, engines
 from mode_gguf.llama_cpp.command_line import command_line
 from mode_gguf.llama_cpp.engines import Engine, engine_for, named_engine
 from mode_gguf.llama_cpp.in_process import LlamaModel
-from mode_gguf.llama_cpp.runtime.installed import RECORD, BuildRecord, Runtime, cache_folder, find_runtime
+from mode_gguf.llama_cpp.runtime.installed import RECORD, Runtime, cache_folder, find_runtime
 from mode_gguf.llama_cpp.runtime.pinned_release import BuildVariant
 from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE
 from mode_gguf.validation import reference
 from mode_gguf.validation.questions import HeldOutSet, Question, load_held_out
 from mode_gguf.validation.reference import RunSettings, ScoredSample, measure_reference
 from mode_gguf.validation.validate import ComparedModels, validate
+from tests.llama_cpp.builds import PATCHED, named_build
 from tests.llama_cpp.runtime.grouped_files import Groups, random_groups, write_dequantized, write_grouped
+from tests.llama_cpp.stand_ins import BUILT, write_header, write_program
 from tests.validation.conftest import Files
 
-PATCHED_BUILD = "MODE_GGUF_PATCHED_BUILD"
 TOOLS = ("llama-server", "llama-mtmd-cli", "llama-bench")
-BUILT = BuildRecord(llama_cpp="b11434", patch="0123456789ab", backend="cpu", options=(), compiler="GNU", built="now")
-
-
-def write_header(path: Path, architecture: str) -> Path:
-    """A GGUF file with nothing but its architecture."""
-    writer = GGUFWriter(path, architecture)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture
@@ -61,10 +50,8 @@ def no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pretend_tools(folder: Path) -> None:
-    folder.mkdir(parents=True)
     for name in TOOLS:
-        (folder / name).write_text("#!/bin/sh\n")
-        (folder / name).chmod(0o755)
+        write_program(folder / name)
 
 
 @pytest.fixture
@@ -153,11 +140,9 @@ def test_reference_is_measured_again_by_another_engine(
 @pytest.fixture(scope="module")
 def patched() -> Iterator[Runtime]:
     """The real build with our patch, found as if it were in the cache."""
-    folder = os.environ.get(PATCHED_BUILD)
-    if not folder:
-        pytest.skip(f"{PATCHED_BUILD} names no folder with a build of llama.cpp")
+    folder = named_build(PATCHED)
     with pytest.MonkeyPatch.context() as patch:
-        runtime = Runtime(Path(folder).parent, BUILT)
+        runtime = Runtime(folder.parent, BUILT)
         assert runtime.bin.samefile(folder)
         patch.setattr(engines, "find_runtime", lambda: runtime)
         yield runtime
@@ -254,10 +239,8 @@ def test_library_that_the_user_names(full: Files, tmp_path: Path, place: str, ca
 @pytest.mark.parametrize("says", ["version: 0.7.0 (build {}, commit abc)", "version: {} (abc)"])
 def test_build_of_a_named_library(tmp_path: Path, says: str) -> None:
     folder = embedded_folder(tmp_path / "bin")
-    program = folder / "llama-server"
     for build, accepted in ((c_api.OLDEST_BUILD, True), (11433, False)):
-        program.write_text(f'#!/bin/sh\necho "{says.format(build)}"\n')
-        program.chmod(0o755)
+        write_program(folder / "llama-server", f'echo "{says.format(build)}"')
         if accepted:
             assert named_engine(tmp_path).version == f"llama.cpp b{build} in {folder}"
             continue

@@ -191,6 +191,31 @@ def test_nobody_answers() -> None:
         ServerModel(ServerUrl("http://127.0.0.1:9/"))
 
 
+@contextmanager
+def answering(status: int, body: str) -> Iterator[tuple[ServerUrl, list[str | None]]]:
+    """A server that answers every request alike: its address, and the keys that came with requests."""
+    keys: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers["Authorization"])
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield ServerUrl(f"http://127.0.0.1:{server.server_port}"), keys
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.mark.parametrize(
     ("body", "error", "message"),
     [
@@ -200,47 +225,14 @@ def test_nobody_answers() -> None:
     ],
 )
 def test_other_programs(body: str, error: type[ModeGgufError], message: str) -> None:
-    class Other(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Other) as other:
-        thread = threading.Thread(target=other.serve_forever)
-        thread.start()
-        try:
-            with pytest.raises(error, match=message):
-                ServerModel(ServerUrl(f"http://127.0.0.1:{other.server_port}"))
-        finally:
-            other.shutdown()
-            thread.join()
+    with answering(200, body) as (address, _), pytest.raises(error, match=message):
+        ServerModel(address)
 
 
 def test_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str | None] = []
-
-    class Guarded(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            seen.append(self.headers["Authorization"])
-            self.send_response(401)
-            self.end_headers()
-            self.wfile.write(json.dumps({"error": {"message": "Invalid API Key"}}).encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
     monkeypatch.setenv("LLAMA_API_KEY", "secret")
-    with HTTPServer(("127.0.0.1", 0), Guarded) as guarded:
-        thread = threading.Thread(target=guarded.serve_forever)
-        thread.start()
-        try:
-            with pytest.raises(ValidationError, match=r"the server says 401: Invalid API Key$"):
-                ServerModel(ServerUrl(f"http://127.0.0.1:{guarded.server_port}"))
-        finally:
-            guarded.shutdown()
-            thread.join()
-    assert seen == ["Bearer secret"]
+    refusal = json.dumps({"error": {"message": "Invalid API Key"}})
+    with answering(401, refusal) as (address, keys):
+        with pytest.raises(ValidationError, match=r"the server says 401: Invalid API Key$"):
+            ServerModel(address)
+        assert keys == ["Bearer secret"]

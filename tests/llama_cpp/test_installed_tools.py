@@ -8,6 +8,7 @@ import pytest
 from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp.installed_tools import LlamaCppTools, find_llama_cpp, smoke_test
 from mode_gguf.llama_cpp_library import ENVIRONMENT_VARIABLE
+from tests.llama_cpp.stand_ins import write_program
 from tests.validation.conftest import Files
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-ins are shell scripts")
@@ -16,12 +17,8 @@ ANSWERS = "echo ' A red square. '"
 
 
 def write_tool(folder: Path, name: str, body: str = ANSWERS) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
     version = 'if [ "$1" = --version ]; then echo "version: 7777 (abcdef)" >&2; exit 0; fi'
-    path.write_text(f"#!/bin/sh\n{version}\n{body}\n")
-    path.chmod(0o755)
-    return path
+    return write_program(folder / name, f"{version}\n{body}")
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from mode_gguf.llama_cpp.runtime.logged_process import reason, run_logged
 from mode_gguf.llama_cpp.runtime.pinned_release import B11434, PATCH, BuildVariant, LlamaCppRelease
 from mode_gguf.llama_cpp.runtime.source import apply_patch, check_source, download_source, patched_files, unpack
 from mode_gguf.progress import Advance
+from tests.llama_cpp.stand_ins import write_program
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("c++") and (shutil.which("ninja") or shutil.which("make"))),
@@ -294,10 +295,8 @@ def test_missing_programs(
 
 def set_path(folder: Path, programs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `programs` all there is, beside Python and on the PATH."""
-    folder.mkdir()
     for name in programs:
-        (folder / name).write_text("#!/bin/sh\n")
-        (folder / name).chmod(0o755)
+        write_program(folder / name)
     for variable in ("CXX", "CUDACXX"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(folder))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,24 +25,18 @@ from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 from tests.families.pico.tokenizer import VOCAB
+from tests.llama_cpp.builds import PATCHED, STOCK, named_build
 from tests.llama_cpp.runtime import logits_of_build
 from tests.llama_cpp.runtime.grouped_files import Groups, random_groups, write_dequantized, write_grouped
 from tests.llama_cpp.runtime.logits_of_build import Request
 
 pytestmark = pytest.mark.runtime
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LAYERS, EXPERTS, USED = 3, 8, 3
 PREFILL, TOKENS = 40, 48
 TYPES = ("Q2_K", "Q3_K", "Q4_K")
 PATHS = ("skip", "mask")
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """llama.cpp would not load the file."""
-
-    messages: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +55,10 @@ class Build:
         tiled: bool = True,
         mmproj: Path | None = None,
         image: Path | None = None,
-    ) -> np.ndarray | Refused:
+    ) -> np.ndarray | str:
         """Logits of a prompt and of tokens that follow one by one, or of an answer about an image, (TOKENS, VOCAB).
+
+        Of a file that llama.cpp does not load, its reasons.
 
         Args:
             repack: weights may be rearranged at load.
@@ -87,41 +84,24 @@ class Build:
         command = [sys.executable, logits_of_build.__file__, request.to_json()]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode == 1 and "Traceback" not in done.stderr:
-            return Refused(done.stderr)
+            return done.stderr
         assert done.returncode == 0, done.stderr[-3000:]
         rows: np.ndarray = np.load(out)
         assert rows.shape == (TOKENS, VOCAB)
         assert np.isfinite(rows).all()
         return rows
 
-    def logits(
-        self,
-        model: Path,
-        *,
-        repack: bool = False,
-        path: str | None = None,
-        tiled: bool = True,
-        mmproj: Path | None = None,
-        image: Path | None = None,
-    ) -> np.ndarray:
-        """Logits of a file that must load, as of `ask`."""
-        answer = self.ask(model, repack=repack, path=path, tiled=tiled, mmproj=mmproj, image=image)
+    def logits(self, model: Path, **options: Any) -> np.ndarray:
+        """Logits of a file that must load, asked with the options of `ask`."""
+        answer = self.ask(model, **options)
         assert isinstance(answer, np.ndarray), answer
         return answer
 
     def refusal(self, model: Path, path: str | None = None) -> str:
         """llama.cpp's reasons not to load a file."""
         answer = self.ask(model, path=path)
-        assert isinstance(answer, Refused)
-        return answer.messages
-
-
-def _build(variable: str, scratch: Path) -> Build:
-    folder = os.environ.get(variable)
-    if not folder:
-        pytest.skip(f"{variable} names no folder with a build of llama.cpp")
-    assert (Path(folder) / "libllama.so").exists(), f"{variable}: {folder} holds no libllama.so"
-    return Build(Path(folder), scratch)
+        assert isinstance(answer, str)
+        return answer
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +111,12 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(scratch: Path) -> Build:
-    return _build("MODE_GGUF_STOCK_BUILD", scratch)
+    return Build(named_build(STOCK), scratch)
 
 
 @pytest.fixture(scope="module")
 def patched(scratch: Path) -> Build:
-    return _build("MODE_GGUF_PATCHED_BUILD", scratch)
+    return Build(named_build(PATCHED), scratch)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +143,17 @@ def uniform(scratch: Path, checkpoint: Checkpoint) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def three_groups() -> Groups:
     return random_groups(range(LAYERS), EXPERTS, 3, seed=3)
+
+
+@pytest.fixture
+def refusal(uniform: dict[str, Path], three_groups: Groups, scratch: Path, patched: Build) -> Callable[..., str]:
+    """refusal(path=None, **options): why the patched build does not load what `write_grouped` writes with `options`."""
+
+    def refusal(path: str | None = None, **options: Any) -> str:
+        file = write_grouped(scratch / "split.gguf", [uniform["Q3_K"]] * 3, three_groups, **options)
+        return patched.refusal(file, path)
+
+    return refusal
 
 
 def assert_identical(found: np.ndarray, expected: np.ndarray) -> None:
@@ -256,27 +247,18 @@ def test_stock_refuses_and_names_the_architecture(
 
 
 @pytest.mark.parametrize("version", [None, 0, 2])
-def test_other_versions_are_refused(
-    version: int | None, uniform: dict[str, Path], three_groups: Groups, scratch: Path, patched: Build
-) -> None:
-    file = write_grouped(scratch / "split.gguf", [uniform["Q3_K"]] * 3, three_groups, version=version)
+def test_other_versions_are_refused(version: int | None, refusal: Callable[..., str]) -> None:
     expected = f"expert_groups.version is {version or 0}, this build reads version 1"
-    assert expected in patched.refusal(file)
+    assert expected in refusal(version=version)
 
 
-def test_groups_under_the_plain_architecture_are_refused(
-    uniform: dict[str, Path], three_groups: Groups, scratch: Path, patched: Build
-) -> None:
-    file = write_grouped(scratch / "split.gguf", [uniform["Q3_K"]] * 3, three_groups, architecture_suffix="")
-    assert "has wrong shape" in patched.refusal(file)
+def test_groups_under_the_plain_architecture_are_refused(refusal: Callable[..., str]) -> None:
+    assert "has wrong shape" in refusal(architecture_suffix="")
 
 
 @pytest.mark.parametrize("suffix", ["+expert_groups2", "+other"])
-def test_other_suffixes_are_unknown(
-    suffix: str, uniform: dict[str, Path], three_groups: Groups, scratch: Path, patched: Build
-) -> None:
-    file = write_grouped(scratch / "split.gguf", [uniform["Q3_K"]] * 3, three_groups, architecture_suffix=suffix)
-    assert f"unknown model architecture: 'qwen3vlmoe{suffix}'" in patched.refusal(file)
+def test_other_suffixes_are_unknown(suffix: str, refusal: Callable[..., str]) -> None:
+    assert f"unknown model architecture: 'qwen3vlmoe{suffix}'" in refusal(architecture_suffix=suffix)
 
 
 def _set(numbers: np.ndarray, group: int, expert: int, value: int) -> np.ndarray:
@@ -315,15 +297,8 @@ def _in_two_groups(numbers: np.ndarray) -> np.ndarray:
     ],
     ids=["order", "none", "two", "beyond", "negative"],
 )
-def test_wrong_maps_are_refused(
-    change: Callable[[np.ndarray], np.ndarray],
-    uniform: dict[str, Path],
-    three_groups: Groups,
-    scratch: Path,
-    patched: Build,
-) -> None:
-    file = write_grouped(scratch / "split.gguf", [uniform["Q3_K"]] * 3, three_groups, change_map=change)
-    said = patched.refusal(file)
+def test_wrong_maps_are_refused(change: Callable[[np.ndarray], np.ndarray], refusal: Callable[..., str]) -> None:
+    said = refusal(change_map=change)
     assert re.search(r"blk\.0\.ffn_exps_map\.weight does not number the experts of the groups of blk\.0\.ffn_", said)
 
 
@@ -338,22 +313,13 @@ def test_wrong_maps_are_refused(
     ids=["group without a row", "row without a group", "expert missing", "type"],
 )
 def test_maps_of_another_shape_are_refused(
-    change: Callable[[np.ndarray], np.ndarray],
-    message: str,
-    uniform: dict[str, Path],
-    three_groups: Groups,
-    scratch: Path,
-    patched: Build,
+    change: Callable[[np.ndarray], np.ndarray], message: str, refusal: Callable[..., str]
 ) -> None:
-    file = write_grouped(scratch / "split.gguf", [uniform["Q3_K"]] * 3, three_groups, change_map=change)
-    assert re.search(message, patched.refusal(file))
+    assert re.search(message, refusal(change_map=change))
 
 
-def test_an_unknown_path_is_refused(
-    uniform: dict[str, Path], three_groups: Groups, scratch: Path, patched: Build
-) -> None:
-    file = write_grouped(scratch / "split.gguf", [uniform["Q3_K"]] * 3, three_groups)
-    assert "LLAMA_EXPERT_GROUPS is 'fast', expected 'mask' or 'skip'" in patched.refusal(file, path="fast")
+def test_an_unknown_path_is_refused(refusal: Callable[..., str]) -> None:
+    assert "LLAMA_EXPERT_GROUPS is 'fast', expected 'mask' or 'skip'" in refusal("fast")
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -1,6 +1,5 @@
 """Memory of a model with a type per expert in our patched llama.cpp, on the path that GPUs take."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,11 @@ from mode_gguf.llama_cpp.runtime.random_model import RandomModelShape, random_gr
 from mode_gguf.pipeline.gpu_budget import model_shape
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.gpu_memory.reported import MIB, context_sizes, loaded
+from tests.llama_cpp.builds import PATCHED, STOCK, named_build
 
 pytestmark = pytest.mark.runtime
 
-DEMO = Path(__file__).parents[2] / "demo" / "Demo-VL-MoE"
+DEMO = Path(__file__).parents[3] / "demo" / "Demo-VL-MoE"
 TYPES = ("Q2_K", "Q3_K", "Q4_K")
 
 
@@ -33,7 +33,7 @@ TYPES = ("Q2_K", "Q3_K", "Q4_K")
 )
 def test_groups(shape: RandomModelShape, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_EXPERT_GROUPS", "mask")
-    lib = c_api.runtime_library(Path(os.environ["MODE_GGUF_PATCHED_BUILD"]))
+    lib = c_api.runtime_library(named_build(PATCHED))
     members = random_groups(shape, [shape.experts - groups + 1, *[1] * (groups - 1)])
     path = write_random_model(tmp_path / "model.gguf", shape, TYPES[:groups], members)
     text = TextShape(
@@ -64,7 +64,7 @@ def test_stock_build_takes_no_more(tmp_path: Path) -> None:
     write_text_model(tmp_path / "demo.gguf", checkpoint, TensorPacking(types))
     fit = FitSettings(context=4096)
     text = model_shape(checkpoint, fit).text
-    lib = c_api.runtime_library(Path(os.environ["MODE_GGUF_STOCK_BUILD"]))
+    lib = c_api.runtime_library(named_build(STOCK))
     with loaded(tmp_path / "demo.gguf", lib=lib) as model:
         cache, compute, _ = context_sizes(model, fit, lib)
     assert abs(kv_bytes(text, fit) / MIB - cache) < 0.006

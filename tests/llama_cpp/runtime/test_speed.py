@@ -1,6 +1,5 @@
 """The drawn model that speed is measured on, and the measurement in the real build."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +7,11 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.llama_cpp.runtime.installed import BuildRecord, Runtime
+from mode_gguf.llama_cpp.runtime.installed import Runtime
 from mode_gguf.llama_cpp.runtime.random_model import random_groups, write_random_model
 from mode_gguf.llama_cpp.runtime.speed import GROUPS, SHAPE, bench, check_runs
-
-BUILT = BuildRecord(llama_cpp="b11434", patch="0123456789ab", backend="cpu", options=(), compiler="GNU", built="now")
+from tests.llama_cpp.builds import PATCHED, named_build
+from tests.llama_cpp.stand_ins import BUILT, write_program
 
 
 @pytest.mark.parametrize("types", [GROUPS, GROUPS[1:2]])
@@ -40,18 +39,14 @@ def test_drawn_model(tmp_path: Path, types: tuple[str, ...]) -> None:
 def test_no_usable_program(tmp_path: Path) -> None:
     with pytest.raises(MissingResourceError, match=r"llama-bench cannot measure: .*runtime build --rebuild"):
         bench(Runtime(tmp_path, BUILT))
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "llama-bench").write_text("#!/bin/sh\necho no device >&2\nexit 3\n")
-    (tmp_path / "bin" / "llama-bench").chmod(0o755)
+    write_program(tmp_path / "bin" / "llama-bench", "echo no device >&2; exit 3")
     with pytest.raises(MissingResourceError, match=r"llama-bench cannot measure: exit code 3: no device; .* --rebuild"):
         bench(Runtime(tmp_path, BUILT))
 
 
 @pytest.mark.parametrize("amx", [False, True])
 def test_a_build_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "llama-bench").write_text("#!/bin/sh\nkill -SEGV $$\n")
-    (tmp_path / "bin" / "llama-bench").chmod(0o755)
+    write_program(tmp_path / "bin" / "llama-bench", "kill -SEGV $$")
     monkeypatch.setattr("mode_gguf.llama_cpp.runtime.speed._has_amx", lambda: amx)
     way = "CXXFLAGS=-U__AMX_INT8__ " if amx else ""
     with pytest.raises(MissingResourceError, match=rf"exit code -11: ; build it again with: {way}mode-gguf runtime"):
@@ -60,10 +55,8 @@ def test_a_build_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a
 
 @pytest.mark.runtime
 def test_bench() -> None:
-    folder = os.environ.get("MODE_GGUF_PATCHED_BUILD")
-    if not folder:
-        pytest.skip("MODE_GGUF_PATCHED_BUILD names no folder with a build of llama.cpp")
-    check_runs(Runtime(Path(folder).parent, BUILT))
-    speeds = bench(Runtime(Path(folder).parent, BUILT))
+    runtime = Runtime(named_build(PATCHED).parent, BUILT)
+    check_runs(runtime)
+    speeds = bench(runtime)
     assert list(speeds) == ["one type", "skip", "mask"]
     assert all(speed.prompt > speed.generation > 0 for speed in speeds.values())
