@@ -191,9 +191,8 @@ class TestStopped:
         ledger = StageCache(folder)
         outputs = text_model_files(tmp_path / "model.gguf", checkpoint, types, None, 10**6)
         stage = StageState("export", {}, tuple(outputs))
-        running = ledger.begin(stage)
-        files = write(tmp_path, checkpoint, types, 10**6)
-        running.finish()
+        with ledger.recorded(stage):
+            files = write(tmp_path, checkpoint, types, 10**6)
         assert ledger.is_current(stage)
         assert len(files) > 3
         done: list[Path] = []
