@@ -27,6 +27,7 @@ from mode_gguf.feedback.feedback_factor import with_feedback_factor
 from mode_gguf.pipeline.planning import measured_costs
 from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.report.page import KEPT_TYPE
 from mode_gguf.validation.conversion_record import (
     CalibrationRecord,
     ConversionRecord,
@@ -49,8 +50,6 @@ FRONTIER_POINTS = 12
 SHOWN_UNITS = 12
 STAGES = ("calibrate", "sensitivity", "unit-kl", "plan", "round", "export", "projector", "reference")
 """Stages in their order; the times of `validate` are in its report."""
-KEPT_TYPE = "F32"
-"""Type of routers, norms and biases, and of nothing else in a plan that packs anything."""
 LARGE_BLOCK, SMALL_BLOCK = 256, 32
 FULL_PRECISION = QUANT_TYPES["BF16"]
 UNIFORM_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -145,7 +144,7 @@ def planned_tensors(plan: Plan, table: "SensitivityTable | None") -> list[Source
         shape = (n_experts, tensor.n_weights // n_experts // width, width)
         unmeasured = role in (Role.DENSE, Role.OUTPUT) and table is not None and f"{tensor.name}.unit" not in arrays
         activation = None if role in (Role.EMBEDDING, Role.ABSORBED, Role.KEEP) or unmeasured else tensor.name
-        tensors.append(SourceTensor(tensor.name, shape, role, (), _unread, activation, layer))
+        tensors.append(SourceTensor(tensor.name, shape, role, (), unread, activation, layer))
     return tensors
 
 
@@ -170,7 +169,8 @@ def _row_width(
     return max(measured, default=SMALL_BLOCK)
 
 
-def _unread(index: int, rows: slice = ALL_ROWS) -> Array:
+def unread(index: int, rows: slice = ALL_ROWS) -> Array:
+    """`SourceTensor.read` of a tensor without weights."""
     raise AssertionError("a report reads no weights")
 
 

@@ -21,6 +21,7 @@ from mode_gguf.validation.report import Answer, ValidationReport
 WIDEST_USE = 3
 """Powers of two of the average at the ends of a heatmap's colours: an eighth to eight times."""
 KEPT_TYPE = "F32"
+"""Type of routers, norms and biases, and of nothing else in a plan that packs anything."""
 SAME_BPW = 1e-6
 _HERE = Path(__file__).parent
 

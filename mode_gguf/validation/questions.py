@@ -42,6 +42,11 @@ class HeldOutSet:
     texts: tuple[str, ...]
     questions: tuple[Question, ...]
 
+    @property
+    def samples(self) -> tuple[str | Question, ...]:
+        """The texts, then the questions."""
+        return (*self.texts, *self.questions)
+
 
 def load_held_out(path: Path) -> HeldOutSet:
     """Read a folder's `text.jsonl` ({"text"}) and `questions.jsonl` ({"image", "question", "answer", "match", "kind"}).

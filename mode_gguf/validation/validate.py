@@ -40,7 +40,7 @@ from mode_gguf.validation.reference import (
     scored_answer,
     stored_reference,
 )
-from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, Smoke, ValidationReport
+from mode_gguf.validation.report import Accuracy, Answer, Divergence, Smoke, ValidationReport
 from mode_gguf.validation.structure import check_structure
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def validate(
         runtime=runtime,
         held_out=held_out.name,
         candidate=file_record(candidate),
-        mmproj=_projector_record(mmproj) if mmproj and isinstance(candidate, Path) else None,
+        mmproj=file_record(mmproj) if mmproj and isinstance(candidate, Path) else None,
         reference=measured.record.model if measured else None,
         text=_divergence(text, measured),
         image=_divergence(image, measured),
@@ -291,11 +291,6 @@ def _accuracy(held_out: HeldOutSet, answers: list[str] | list[str | None]) -> di
         for kind in (question.kind, ALL_KINDS):
             hits.setdefault(kind, []).append(right)
     return {kind: Accuracy.of(sum(right), len(right)) for kind, right in sorted(hits.items())}
-
-
-def _projector_record(mmproj: Path) -> FileRecord:
-    header = read_header(mmproj)
-    return FileRecord(name=mmproj.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=None)
 
 
 @contextmanager

@@ -10,16 +10,11 @@ from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.validation import distributions, reference
 from mode_gguf.validation.divergence import compare
-from mode_gguf.validation.questions import HeldOutSet, Question, load_held_out
+from mode_gguf.validation.questions import HeldOutSet, Question
 from mode_gguf.validation.reference import RunSettings, ScoredSample, measure_reference
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.validate import ComparedModels, validate
 from tests.validation.conftest import Files
-
-
-@pytest.fixture(scope="module")
-def held_out(held_out_folder: Path) -> HeldOutSet:
-    return load_held_out(held_out_folder)
 
 
 def test_file_against_itself(full: Files, held_out: HeldOutSet, settings: RunSettings) -> None:
