@@ -60,12 +60,8 @@ class MakePlan(Stage):
     def _refinement(self, run: Run) -> dict[str, Any]:
         """Settings that only a refined plan depends on."""
         assert self.sensitivity is not None
-        calibrated = self.sensitivity.calibrate.key(run)
-        return {
-            "rounds": self.settings.refine,
-            "measured samples": self.settings.measured_samples,
-            "calibration": calibrated,
-        }
+        samples, calibration = self.settings.measured_samples, self.sensitivity.calibrate.key(run)
+        return {"rounds": self.settings.refine, "measured samples": samples, "calibration": calibration}
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
         return run.folder.plan, run.folder.tensor_types
