@@ -137,18 +137,13 @@ class Reference:
         )
 
 
-def text_tokens(model: Model, text: str, settings: RunSettings) -> list[int]:
-    """The tokens of a held-out text; `tokens[1:]` are scored."""
-    return [*model.beginning, *model.tokenize(text, special=False)][: settings.max_text_tokens]
-
-
 def score_text(model: Model, text: str, settings: RunSettings) -> tuple[list[int], Logits]:
     """The scored tokens of a text and the logits that predict them.
 
     Raises:
         InputError: the text is shorter than two tokens.
     """
-    tokens = text_tokens(model, text, settings)
+    tokens = [*model.beginning, *model.tokenize(text, special=False)][: settings.max_text_tokens]
     if len(tokens) < 2:
         raise InputError(f"held-out text {text!r} is shorter than two tokens")
     return tokens[1:], model.continuation_logits(tokens)
