@@ -65,8 +65,7 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        _to_disk(temporary)
         temporary.replace(path)
     except OSError as error:
         # NumPy's `tofile` says how much it wrote, and not why no more.
@@ -94,6 +93,11 @@ def remove_parts(folder: Path) -> None:
     """Remove what `replaced_atomically` left in a folder where a process was killed; none may be at work there."""
     for path in folder.glob(f".*{_PART}"):
         path.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

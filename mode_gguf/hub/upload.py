@@ -68,11 +68,8 @@ def upload_files(
             CommitOperationAdd(one.name, str(one.content) if isinstance(one.content, Path) else one.content)
             for one in uploads
         ]
-        large = [
-            (one, operation)
-            for one, operation in zip(uploads, operations, strict=True)
-            if isinstance(one.content, Path)
-        ]
+        pairs = zip(uploads, operations, strict=True)
+        large = [(one, operation) for one, operation in pairs if isinstance(one.content, Path)]
         with _upload_progress(progress, sum(one.size_bytes for one, _ in large)) as advance:
             for one, operation in large:
                 api.preupload_lfs_files(repository, [operation])
