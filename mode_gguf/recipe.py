@@ -5,6 +5,7 @@ that file given back reproduces the run.
 """
 
 import difflib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -188,14 +189,10 @@ def _section(options: Any, indent: str) -> Iterator[str]:
 
 
 def _comment(text: str, indent: str) -> Iterator[str]:
-    line = f"{indent}#"
-    for word in text.split():
-        if len(line) + 1 + len(word) > _COMMENT_WIDTH:
-            yield line
-            line = f"{indent}#"
-        line += f" {word}"
-    if text:
-        yield line
+    start = f"{indent}# "
+    yield from textwrap.wrap(
+        text, _COMMENT_WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False
+    )
 
 
 def yaml_scalar(value: Any) -> str:

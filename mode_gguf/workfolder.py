@@ -40,6 +40,16 @@ def failure_path(report: Path) -> Path:
     return report.with_name(f"{report.stem}-failed.txt")
 
 
+class _FolderEntry:
+    """A file or folder in a work folder, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: "WorkFolder", owner: type["WorkFolder"]) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True, slots=True)
 class WorkFolder:
     """Paths of everything a conversion of the model `name` writes under `path`."""
@@ -47,9 +57,24 @@ class WorkFolder:
     path: Path
     name: str
 
-    @property
-    def calibration(self) -> Path:
-        return self.path / "calibration.safetensors"
+    calibration = _FolderEntry("calibration.safetensors")
+    sensitivity = _FolderEntry("sensitivity.safetensors")
+    token_weights = _FolderEntry("token-weights.safetensors")
+    rounded = _FolderEntry("rounded")
+    rounding = _FolderEntry("rounding.json")
+    unit_kl = _FolderEntry("unit-kl.safetensors")
+    plan = _FolderEntry("plan.json")
+    recipe = _FolderEntry("recipe.yaml")
+    frontier = _FolderEntry("frontier.json")
+    frontier_plot = _FolderEntry("frontier.svg")
+    tensor_types = _FolderEntry("tensor-types.txt")
+    report = _FolderEntry("report.json")
+    page = _FolderEntry("report.html")
+    readme = _FolderEntry("README.md")
+    stages = _FolderEntry("stages.json")
+    reference = _FolderEntry("reference")
+    log = _FolderEntry("mode-gguf.log")
+    lock = _FolderEntry(".mode-gguf.lock")
 
     @property
     def imatrix(self) -> Path:
@@ -57,71 +82,3 @@ class WorkFolder:
 
     def imatrix_of(self, kind: str) -> Path:
         return self.path / imatrix_file_name(self.name, kind)
-
-    @property
-    def sensitivity(self) -> Path:
-        return self.path / "sensitivity.safetensors"
-
-    @property
-    def token_weights(self) -> Path:
-        return self.path / "token-weights.safetensors"
-
-    @property
-    def rounded(self) -> Path:
-        return self.path / "rounded"
-
-    @property
-    def rounding(self) -> Path:
-        return self.path / "rounding.json"
-
-    @property
-    def unit_kl(self) -> Path:
-        return self.path / "unit-kl.safetensors"
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def frontier(self) -> Path:
-        return self.path / "frontier.json"
-
-    @property
-    def frontier_plot(self) -> Path:
-        return self.path / "frontier.svg"
-
-    @property
-    def tensor_types(self) -> Path:
-        return self.path / "tensor-types.txt"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def page(self) -> Path:
-        return self.report.with_suffix(".html")
-
-    @property
-    def readme(self) -> Path:
-        return self.path / "README.md"
-
-    @property
-    def stages(self) -> Path:
-        return self.path / "stages.json"
-
-    @property
-    def reference(self) -> Path:
-        return self.path / "reference"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "mode-gguf.log"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / ".mode-gguf.lock"

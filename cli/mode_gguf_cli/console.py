@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from mode_gguf.progress import Advance, Progress, silent
 
@@ -39,7 +40,8 @@ def be_quiet() -> None:
 def fail(message: str) -> None:
     """Print an error to stderr, even with --quiet."""
     stderr.quiet = False
-    say(f"[bold red]error:[/bold red] {message}")
+    text = Text.assemble(("error:", "bold red"), f" {printable(message)}")
+    stderr.print(text, soft_wrap=not stderr.is_terminal)
 
 
 def progress() -> Progress:
@@ -61,7 +63,7 @@ def printable(text: str) -> str:
 
 def say(message: str) -> None:
     """Print a note to stderr."""
-    stderr.print(printable(message), highlight=False, soft_wrap=not stderr.is_terminal)
+    stderr.print(printable(message), markup=False, highlight=False, soft_wrap=not stderr.is_terminal)
 
 
 def emit_json(value: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin
 import typer
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
+from typer.models import OptionInfo, ParameterInfo
 
 from mode_gguf.errors import UsageError
 from mode_gguf.options import PANELS, RECIPE, RUN, Flag
@@ -75,7 +76,7 @@ def with_recipe(*sections: str, everyday: bool = False) -> Callable[[Callable[..
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        flags = {_parameter(path): (path, info, flag) for path, info, flag in _flags(sections, everyday=everyday)}
+        flags = {"_".join(path): (path, info, flag) for path, info, flag in _flags(sections, everyday=everyday)}
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
@@ -93,7 +94,7 @@ def with_recipe(*sections: str, everyday: bool = False) -> Callable[[Callable[..
         own = [one for name, one in inspect.signature(command).parameters.items() if name != "recipe"]
         made = [_option(name, *found) for name, found in flags.items()]
         common = [_keyword("preset", _PRESET), _keyword("recipe", _RECIPE), _keyword("settings", _SET)]
-        return _signed(run, sorted([*own, *made, *common], key=_position))
+        return _signed(run, sorted([*own, *made, *common], key=position))
 
     return decorated
 
@@ -111,7 +112,7 @@ def with_options(name: str, options: type[Any]) -> Callable[[Callable[..., None]
 
         own = [one for parameter, one in inspect.signature(command).parameters.items() if parameter != name]
         made = [_option(key, (key,), info, flag) for key, (info, flag) in found.items() if flag]
-        return _signed(run, sorted([*own, *made], key=_position))
+        return _signed(run, sorted([*own, *made], key=position))
 
     return decorated
 
@@ -120,30 +121,25 @@ def _flags(sections: Sequence[str], *, everyday: bool) -> Iterator[tuple[KeyPath
     """Fields of a recipe's sections that are flags, with their places."""
     recipe = Recipe()
     for section, _, only in (one.partition(".") for one in sections):
-        for path, info, flag in _flags_of(getattr(recipe, section), (section,), everyday=everyday):
-            if not only or path[-1] == only:
+        for path, _, info, flag in option_fields(getattr(recipe, section), (section,)):
+            if flag is not None and (flag.everyday or not everyday) and only in ("", path[-1]):
                 yield path, info, flag
 
 
-def _flags_of(options: Any, at: KeyPath, *, everyday: bool) -> Iterator[tuple[KeyPath, FieldInfo, Flag]]:
+def option_fields(options: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any, FieldInfo, Flag | None]]:
+    """Every field of options and of the options within: its place, value, declaration, and flag if it has one."""
     for one in fields(options):
-        value = getattr(options, one.name)
+        value, path = getattr(options, one.name), (*at, one.name)
         if is_dataclass(value):
-            yield from _flags_of(value, (*at, one.name), everyday=everyday)
-            continue
-        info, flag = described(type(options), one.name)
-        if flag is not None and (flag.everyday or not everyday):
-            yield (*at, one.name), info, flag
+            yield from option_fields(value, path)
+        else:
+            yield path, value, *described(type(options), one.name)
 
 
 def described(options: type[Any], name: str) -> tuple[FieldInfo, Flag | None]:
     """A field's declaration, and its flag if it has one."""
     info: FieldInfo = options.__pydantic_fields__[name]
     return info, next((one for one in info.metadata if isinstance(one, Flag)), None)
-
-
-def _parameter(path: KeyPath) -> str:
-    return "_".join(path)
 
 
 def flag_name(path: KeyPath, flag: Flag) -> str:
@@ -224,15 +220,18 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _position(parameter: inspect.Parameter) -> tuple[int, int]:
+def declared(parameter: inspect.Parameter) -> ParameterInfo | None:
+    """The declaration of an argument or an option of a command."""
+    found = getattr(parameter.annotation, "__metadata__", ())
+    return next((one for one in found if isinstance(one, ParameterInfo)), None)
+
+
+def position(parameter: inspect.Parameter) -> int:
     """Arguments first, then options by panel."""
-    found = next(
-        (one for one in getattr(parameter.annotation, "__metadata__", ()) if isinstance(one, typer.models.OptionInfo)),
-        None,
-    )
-    if found is None:
-        return -1, 0
-    return 0, PANELS.index(found.rich_help_panel) if found.rich_help_panel in PANELS else len(PANELS)
+    found = declared(parameter)
+    if not isinstance(found, OptionInfo):
+        return -1
+    return PANELS.index(found.rich_help_panel) if found.rich_help_panel in PANELS else len(PANELS)
 
 
 def _signed(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:

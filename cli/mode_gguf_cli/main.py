@@ -79,13 +79,13 @@ def _run() -> None:
         with distributed.leading():
             app()
     except ModeGgufError as error:
-        fail(_escaped(str(error)))
+        fail(str(error))
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             fail("the disk is full; free some space or choose another folder with --out")
         else:
-            fail(_escaped(str(error)))
+            fail(str(error))
         sys.exit(4)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # how Typer ends on Ctrl-C
@@ -93,8 +93,3 @@ def _run() -> None:
         raise
     except KeyboardInterrupt:  # in a process that helps: the first one has something to say about it
         sys.exit(INTERRUPTED)
-
-
-def _escaped(text: str) -> str:
-    """Message with its brackets escaped, so that they are not markup."""
-    return text.replace("[", r"\[")

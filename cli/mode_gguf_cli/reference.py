@@ -2,14 +2,12 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
+from typer.models import ArgumentInfo, OptionInfo
 
-from mode_gguf.options import PANELS
-from mode_gguf.recipe import KeyPath, Recipe, yaml_scalar
-from mode_gguf_cli.generated import described, flag_name
+from mode_gguf.recipe import Recipe, yaml_scalar
+from mode_gguf_cli.generated import declared, flag_name, option_fields, position
 from mode_gguf_cli.main import app
 
 
@@ -37,7 +35,7 @@ def _commands() -> Iterator[str]:
 
 def _command(name: str, command: Any) -> Iterator[str]:
     """A command's section, from the signature that Typer reads."""
-    parameters = [(one, _declared(one)) for one in inspect.signature(command).parameters.values()]
+    parameters = [(one, declared(one)) for one in inspect.signature(command).parameters.values()]
     arguments = [_argument(one, info) for one, info in parameters if isinstance(info, ArgumentInfo)]
     options = [(one, info) for one, info in parameters if isinstance(info, OptionInfo) and one.name != "quiet"]
     yield from ("", f"## mode-gguf {name}", "", f"`{' '.join(['mode-gguf', name, *arguments])} [OPTIONS]`", "")
@@ -45,13 +43,8 @@ def _command(name: str, command: Any) -> Iterator[str]:
     if not options:
         return
     yield from ("", "| option | meaning |", "|---|---|")
-    for one, info in sorted(options, key=lambda pair: _position(pair[1])):
+    for one, info in sorted(options, key=lambda pair: position(pair[0])):
         yield f"| `{_cell(_written(one, info))}` | {_cell(str(info.help))} |"
-
-
-def _declared(parameter: inspect.Parameter) -> ParameterInfo | None:
-    found = getattr(parameter.annotation, "__metadata__", ())
-    return next((one for one in found if isinstance(one, ParameterInfo)), None)
 
 
 def _argument(parameter: inspect.Parameter, info: ArgumentInfo) -> str:
@@ -83,24 +76,11 @@ def _alone(annotation: Any) -> Any:
     return _alone(types[0]) if types else annotation
 
 
-def _position(info: OptionInfo) -> int:
-    return PANELS.index(str(info.rich_help_panel)) if info.rich_help_panel in PANELS else len(PANELS)
-
-
 def _recipe_options() -> Iterator[str]:
     yield from ("", "## Options of a recipe", "")
     yield "`--set KEY=VALUE`, or the same in a file given with `--recipe`; `mode-gguf recipe` prints such a file."
     yield from ("", "| key | default | meaning |", "|---|---|---|")
-    yield from _section(Recipe(), ())
-
-
-def _section(options: Any, at: KeyPath) -> Iterator[str]:
-    for one in fields(options):
-        value, path = getattr(options, one.name), (*at, one.name)
-        if is_dataclass(value):
-            yield from _section(value, path)
-            continue
-        info, flag = described(type(options), one.name)
+    for path, value, info, flag in option_fields(Recipe()):
         option = f" (`{flag_name(path, flag)}`)" if flag else ""
         yield f"| `{'.'.join(path)}`{option} | `{yaml_scalar(value)}` | {_cell(info.description or '')} |"
 

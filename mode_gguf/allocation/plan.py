@@ -48,6 +48,7 @@ class RefinementTrial(Record):
     moved: tuple[str, ...]
     """Tensors whose type differs from the best plan before."""
     accepted: bool
+    """Whether it is the best one since; the first plan always is."""
 
 
 class Provenance(Record):

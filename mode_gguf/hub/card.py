@@ -42,7 +42,7 @@ def model_card(release: ModelRelease, repository: str | None = None, base_model:
         _recipe(release),
         _licence(release, base),
     )
-    body = "\n\n".join("\n".join(part) for part in parts)
+    body = "\n\n".join(block for part in parts for block in part)
     front = _front_matter(release, repository, base).to_yaml()
     return str(ModelCard(f"---\n{front}\n---\n\n{body}\n"))
 
@@ -77,13 +77,11 @@ def _title(release: ModelRelease, base: str | None) -> Iterator[str]:
         source += f" at commit `{made_from.revision}`"
     beside = " The projector (image encoder) is a file of its own." if release.of_role("projector") else ""
     yield f"# {made_from.model}, {bpw:.2f} bits per weight, GGUF"
-    yield ""
     yield (
         f"{source}, quantized to {bpw:.3f} bits per weight ({_size(release.model['size_bytes'])}) with mode-gguf "
         f"{made_from.tool_version}{_method(release)}.{beside}"
     )
     if release.has_expert_groups:
-        yield ""
         yield (
             "> **Stock llama.cpp refuses this file**, and so does what is built on it (LM Studio, koboldcpp, Ollama): "
             "experts of a layer have different types. See below for the llama.cpp it needs."
@@ -102,7 +100,6 @@ def _method(release: ModelRelease) -> str:
 
 def _files(release: ModelRelease) -> Iterator[str]:
     yield "## Files"
-    yield ""
     rows = [
         (
             f"`{file.path.name}`",
@@ -113,9 +110,8 @@ def _files(release: ModelRelease) -> Iterator[str]:
         )
         for file in release.files
     ]
-    yield from _table(("file", "what", "size", "bpw", "sha256"), rows)
+    yield _table(("file", "what", "size", "bpw", "sha256"), rows)
     if len(release.of_role("text model")) > 1:
-        yield ""
         yield "The text model is in shards: download all of them into one folder, and name the first one."
 
 
@@ -124,7 +120,6 @@ def _how_to_run(release: ModelRelease, repository: str) -> Iterator[str]:
     projector = f" --mmproj {mmproj}" if mmproj else ""
     ask = '--image picture.jpg -p "What is in this picture?"'
     yield "## How to run it"
-    yield ""
     if release.has_expert_groups:
         architecture = release.model["metadata"].get("general.architecture")
         yield (
@@ -132,7 +127,7 @@ def _how_to_run(release: ModelRelease, repository: str) -> Iterator[str]:
             f"`unknown model architecture: '{architecture}'`. `mode-gguf runtime build` makes that llama.cpp, once; "
             "`mode-gguf run` starts it:"
         )
-        yield from _code(
+        yield _code(
             "mode-gguf runtime build",
             f"hf download {repository} --local-dir .",
             f"mode-gguf run {release.first_file}{projector} -- --port 8080",
@@ -141,15 +136,13 @@ def _how_to_run(release: ModelRelease, repository: str) -> Iterator[str]:
         return
     yield f"llama.cpp, which downloads the model{' and its projector' if mmproj else ''}:"
     sees = [f"llama-mtmd-cli -hf {repository}:{release.tag} {ask}"] if mmproj else []
-    yield from _code(f"llama-server -hf {repository}:{release.tag}", *sees)
-    yield ""
+    yield _code(f"llama-server -hf {repository}:{release.tag}", *sees)
     yield "llama.cpp, with files that are here already:"
-    yield from _code(
+    yield _code(
         f"hf download {repository} --include '*.gguf' --local-dir .",
         f"llama-server -m {release.first_file}{projector}",
         *([f"llama-mtmd-cli -m {release.first_file}{projector} {ask}"] if mmproj else []),
     )
-    yield ""
     if mmproj is None:
         yield "The model is text-only."
         return
@@ -157,9 +150,7 @@ def _how_to_run(release: ModelRelease, repository: str) -> Iterator[str]:
         f"LM Studio: search for `{repository}` and download it; keep the projector in the folder of the model, where "
         "LM Studio finds it by its name."
     )
-    yield ""
     yield f"koboldcpp: `koboldcpp --model {release.first_file}{projector}`."
-    yield ""
     yield (
         "Works in llama.cpp, LM Studio and koboldcpp. Ollama's support for a projector in a file of its own is not "
         "promised."
@@ -168,28 +159,22 @@ def _how_to_run(release: ModelRelease, repository: str) -> Iterator[str]:
 
 def _measured(report: ValidationReport | None) -> Iterator[str]:
     yield "## Measured quality"
-    yield ""
     if report is None:
         yield "Not measured."
         return
-    measured = [
-        (name, part) for name, part in (("text", report.text), ("answers about pictures", report.image)) if part
-    ]
+    measured = report.divergences
     compared = f"beside {report.reference.name} " if report.reference else ""
     yield f"In {report.runtime}, {compared}on the held-out set `{report.held_out}`:"
     if not report.reference:
-        yield ""
         yield "The file answers; it was not compared with the full-precision model."
     if measured:
-        yield ""
-        yield from _table(("", *(name for name, _ in measured)), _distances([part for _, part in measured]))
+        titles = ["answers about pictures" if name == "image" else name for name in measured]
+        yield _table(("", *titles), _distances(list(measured.values())))
     if total := report.accuracy.get("all"):
-        yield ""
         before = report.reference_accuracy.get("all")
         beside = f"; {_share(before)} before quantization" if before else ""
         yield f"Right answers to questions about pictures: {_share(total)}{beside}."
     for warning in report.warnings:
-        yield ""
         yield f"Note: {warning}."
 
 
@@ -209,7 +194,6 @@ def _distances(parts: Sequence[Divergence]) -> Iterator[tuple[str, ...]]:
 
 def _calibration(release: ModelRelease) -> Iterator[str]:
     yield "## Calibration data"
-    yield ""
     if not release.calibration and not release.datasets:
         yield "None: packed without an importance matrix."
         return
@@ -218,13 +202,11 @@ def _calibration(release: ModelRelease) -> Iterator[str]:
     names = ", ".join(f"`{name}`" for name in release.datasets)
     yield f"{names}{f': {counts}' if counts else ''}."
     if imatrix := release.calibration.get("imatrix"):
-        yield ""
         yield (
             f"These are the samples of the importance matrix `{imatrix}`, counted as if they were text: it does not "
             "tell text from images, so that types were chosen without knowing what pictures need of every expert."
         )
     if key := release.calibration.get("key_tokens"):
-        yield ""
         yield (
             f"Vision tokens count as key or redundant by `{key['criterion']}`, {100 * key['ratio']:.0f} % of them key. "
             "Stock `llama-quantize` reads the importance matrix, too."
@@ -234,28 +216,29 @@ def _calibration(release: ModelRelease) -> Iterator[str]:
 def _recipe(release: ModelRelease) -> Iterator[str]:
     plan, packing = release.plan, release.plan.packing
     yield "## Recipe"
-    yield ""
-    total = sum(found["n_weights"] for name, found in release.model["types"].items() if name != "I32")
+    types = {name: found for name, found in release.model["types"].items() if name != "I32"}
+    total = sum(found["n_weights"] for found in types.values())
     rows = [
         (name, f"{found['tensors']:,}", f"{100 * found['n_weights'] / total:.2f} %", _size(found["size_bytes"]))
-        for name, found in release.model["types"].items()
-        if name != "I32"
+        for name, found in types.items()
     ]
-    yield from _table(("type", "tensors", "weights", "size"), rows)
-    yield ""
+    yield _table(("type", "tensors", "weights", "size"), rows)
     budget = f", for a budget of {plan.budget.value:g} ({plan.budget.kind})" if plan.budget else ""
     experts = release.model["experts_bpw"]
     of_experts = f", the routed experts alone {experts:.3f}" if experts is not None else ""
-    yield f"- {release.model['bpw']:.4f} bits per weight{of_experts}{budget}"
-    yield f"- {'a type per expert' if plan.has_expert_groups else 'a type per tensor'}, preset `{plan.preset}`"
-    if plan.made_from.sensitivity_method:
-        yield f"- sensitivity `{plan.made_from.sensitivity_method}`, importance matrix `{plan.made_from.imatrix_kind}`"
-    yield f"- packing `{packing.mode}`, rounding `{plan.rounding}`"
-    yield "- every tensor's type is in plan.json"
+    method, imatrix = plan.made_from.sensitivity_method, plan.made_from.imatrix_kind
+    yield "\n".join(
+        [
+            f"- {release.model['bpw']:.4f} bits per weight{of_experts}{budget}",
+            f"- {'a type per expert' if plan.has_expert_groups else 'a type per tensor'}, preset `{plan.preset}`",
+            *([f"- sensitivity `{method}`, importance matrix `{imatrix}`"] if method else []),
+            f"- packing `{packing.mode}`, rounding `{plan.rounding}`",
+            "- every tensor's type is in plan.json",
+        ]
+    )
     if release.commands:
-        yield ""
         yield f"Made with mode-gguf {plan.made_from.tool_version} by:"
-        yield from _code(*release.commands)
+        yield _code(*release.commands)
 
 
 def _licence(release: ModelRelease, base: str | None) -> Iterator[str]:
@@ -263,23 +246,18 @@ def _licence(release: ModelRelease, base: str | None) -> Iterator[str]:
     source = f"[{base}]({HubModel(base).url})" if base else f"the original model, {release.plan.made_from.model}"
     name = about.get("general.license.name") or about.get("general.license")
     yield "## Licence and base model"
-    yield ""
     if name:
         yield f"The licence is that of {source}: `{name}`. Its terms of use and its limits hold for this file, too."
     else:
         yield f"The checkpoint names no licence; the terms of {source} hold for this file, too."
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    for row in (head, ["---"] * len(head), *rows):
-        yield f"| {' | '.join(row)} |"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def _code(*lines: str) -> Iterator[str]:
-    yield ""
-    yield "```"
-    yield from lines
-    yield "```"
+def _code(*lines: str) -> str:
+    return "\n".join(["```", *lines, "```"])
 
 
 def _size(n_bytes: int) -> str:

@@ -166,30 +166,20 @@ def _list_files(named: HubModel) -> _Listing | None:
 
 def _fetch_small(named: HubModel) -> Path:
     """Fetch everything but the weights into the cache, or find it there if the hub cannot be reached."""
-    from huggingface_hub import snapshot_download
-
     patterns = [f"*{ending}" for ending in _SMALL] + [f"{beginning}*" for beginning in _CARDS]
-    with progress_bars_disabled():
-        return Path(
-            snapshot_download(
-                named.repository, revision=named.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-            )
-        )
+    return _snapshot(named, patterns, ignore_patterns=["*/*"])
 
 
 def _fetch(listing: _Listing, names: Iterable[str], folder: Path | None = None) -> Path:
     """Fetch files into `folder`, by default the cache; returns where they are."""
+    return _snapshot(listing, [escape(name) for name in names], local_dir=folder)
+
+
+def _snapshot(source: HubModel | _Listing, patterns: list[str], **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     with progress_bars_disabled():
-        return Path(
-            snapshot_download(
-                listing.repository,
-                revision=listing.revision,
-                allow_patterns=[escape(name) for name in names],
-                local_dir=folder,
-            )
-        )
+        return Path(snapshot_download(source.repository, revision=source.revision, allow_patterns=patterns, **options))
 
 
 def _small_files(names: Iterable[str]) -> list[str]:

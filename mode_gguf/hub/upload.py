@@ -32,10 +32,6 @@ class Upload:
     size_bytes: int
     sha256: str | None = None
 
-    @property
-    def is_file(self) -> bool:
-        return isinstance(self.content, Path)
-
 
 @dataclass(frozen=True, slots=True)
 class HubCommit:
@@ -69,10 +65,11 @@ def upload_files(
         existing = _repository(api, repository, private)
         _warn_of_others(repository, existing, uploads)
         operations = [
-            CommitOperationAdd(one.name, one.content if isinstance(one.content, bytes) else str(one.content))
+            CommitOperationAdd(one.name, str(one.content) if isinstance(one.content, Path) else one.content)
             for one in uploads
         ]
-        large = [(one, operation) for one, operation in zip(uploads, operations, strict=True) if one.is_file]
+        pairs = zip(uploads, operations, strict=True)
+        large = [(one, operation) for one, operation in pairs if isinstance(one.content, Path)]
         with _upload_progress(progress, sum(one.size_bytes for one, _ in large)) as advance:
             for one, operation in large:
                 api.preupload_lfs_files(repository, [operation])

@@ -1,3 +1,5 @@
+# mypy: implicit-reexport
+# ruff: noqa: F401
 """A conversion as stages on one work folder: calibrate, sensitivity, plan, export, validate.
 
 `open_model` makes a `Run`; `run.ensure(stage)` executes a stage unless what it left is still right, and `convert`
@@ -5,78 +7,21 @@ ensures all of them. Stages meet in files only. Those that need torch import it 
 exporting start at once.
 """
 
-from mode_gguf.pipeline.conversion import Conversion, ConvertResult, convert, estimate_conversion
+from mode_gguf.pipeline.conversion import ConvertResult, convert, estimate_conversion
 from mode_gguf.pipeline.environment import environment, runtime_speed
-from mode_gguf.pipeline.estimating import ConversionEstimate, estimate
+from mode_gguf.pipeline.estimating import ConversionEstimate
 from mode_gguf.pipeline.folder_lock import folder_lock
 from mode_gguf.pipeline.model_files import ModelFiles, find_model_files
 from mode_gguf.pipeline.opened_model import open_model, outlined_model
-from mode_gguf.pipeline.planning import make_frontier, make_uniform_plan, planning_problem, with_unit_kl
+from mode_gguf.pipeline.planning import make_frontier, make_uniform_plan
 from mode_gguf.pipeline.publishing import publish, write_card
 from mode_gguf.pipeline.reporting import conversion_of, draw_validated, run_report
-from mode_gguf.pipeline.run import Run, Stage
-from mode_gguf.pipeline.settings import PlanSettings, Target, candidates_of, measured_candidates
+from mode_gguf.pipeline.run import Run
+from mode_gguf.pipeline.settings import PlanSettings, candidates_of, measured_candidates
 from mode_gguf.pipeline.stages.calibrate import Calibrate, calibration_samples
-from mode_gguf.pipeline.stages.export import (
-    REFERENCE_TYPE,
-    ExportMtp,
-    ExportProjector,
-    ExportReference,
-    ExportText,
-    model_path,
-    projector_path,
-)
+from mode_gguf.pipeline.stages.export import ExportMtp, ExportProjector, ExportReference, ExportText
 from mode_gguf.pipeline.stages.feedback import RoundWithFeedback
 from mode_gguf.pipeline.stages.plan import MakePlan, save_plan
 from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
-from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl, kl_measurement
-from mode_gguf.pipeline.stages.validate import Notes, Validate, validate_file
-
-__all__ = [
-    "REFERENCE_TYPE",
-    "Calibrate",
-    "Conversion",
-    "ConversionEstimate",
-    "ConvertResult",
-    "ExportMtp",
-    "ExportProjector",
-    "ExportReference",
-    "ExportText",
-    "MakePlan",
-    "MeasureSensitivity",
-    "MeasureUnitKl",
-    "ModelFiles",
-    "Notes",
-    "PlanSettings",
-    "RoundWithFeedback",
-    "Run",
-    "Stage",
-    "Target",
-    "Validate",
-    "calibration_samples",
-    "candidates_of",
-    "conversion_of",
-    "convert",
-    "draw_validated",
-    "environment",
-    "estimate",
-    "estimate_conversion",
-    "find_model_files",
-    "folder_lock",
-    "kl_measurement",
-    "make_frontier",
-    "make_uniform_plan",
-    "measured_candidates",
-    "model_path",
-    "open_model",
-    "outlined_model",
-    "planning_problem",
-    "projector_path",
-    "publish",
-    "run_report",
-    "runtime_speed",
-    "save_plan",
-    "validate_file",
-    "with_unit_kl",
-    "write_card",
-]
+from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
+from mode_gguf.pipeline.stages.validate import Notes, validate_file

@@ -67,7 +67,7 @@ def with_breakdown(checkpoint: Checkpoint, plan: Plan) -> Plan:
         return plan
     tensors = text_tensors(checkpoint)
     embedding = 0
-    if _has_output(tensors):
+    if any(tensor.role is Role.OUTPUT for tensor in tensors):
         names = {tensor.name for tensor in tensors if tensor.role is Role.EMBEDDING}
         embedding = sum(tensor.size_bytes for tensor in plan.tensors if tensor.name in names)
     groups = max((len(found) for found in layer_groups(plan.experts).values()), default=1)
@@ -113,10 +113,6 @@ def model_shape(checkpoint: Checkpoint, fit: FitSettings) -> ModelShape:
         text_tensors=len(tensors),
         projector_bytes=projector_bytes(checkpoint, fit.projector_type),
     )
-
-
-def _has_output(tensors: Sequence[SourceTensor]) -> bool:
-    return any(tensor.role is Role.OUTPUT for tensor in tensors)
 
 
 def _infeasible_message(

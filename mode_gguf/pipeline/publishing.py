@@ -211,10 +211,6 @@ def _uploads(folder: WorkFolder, release: ModelRelease, card: str) -> tuple[Uplo
         page = folder.page
         if page.exists() and page.stat().st_mtime >= folder.report.stat().st_mtime:
             documents[page] = page.read_text(encoding="utf-8")
-    texts = [_text(path.name, without_local_paths(text, [folder.path])) for path, text in documents.items()]
+    contents = {path.name: without_local_paths(text, [folder.path]).encode() for path, text in documents.items()}
+    texts = (Upload(name, content, len(content)) for name, content in contents.items())
     return (*(Upload(file.path.name, file.path, file.size_bytes, file.sha256) for file in release.files), *texts)
-
-
-def _text(name: str, text: str) -> Upload:
-    content = text.encode()
-    return Upload(name, content, len(content))

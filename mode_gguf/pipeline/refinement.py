@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from mode_gguf.allocation.plan import RefinementTrial
 from mode_gguf.allocation.solver import solve
 from mode_gguf.allocation.units import AllocationUnit, Candidate
 from mode_gguf.architectures.tensors import Role, SourceTensor
@@ -49,30 +50,11 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """A plan that was measured.
-
-    Attributes:
-        kl: nats per scored position, by kind of answer.
-        objective: the weighted sum of them.
-        size_bytes: of all units.
-        moved: units whose type differs from the plan that was the best before.
-        accepted: whether it is the best one since; the first plan always is.
-    """
-
-    kl: tuple[float, ...]
-    objective: float
-    size_bytes: int
-    moved: tuple[str, ...]
-    accepted: bool
-
-
-@dataclass(frozen=True, slots=True)
 class RefinementResult:
     """The best plan that was found, one candidate per unit, and all that were measured, the first one first."""
 
     choices: tuple[Candidate, ...]
-    history: tuple[Trial, ...]
+    history: tuple[RefinementTrial, ...]
 
 
 def refine(
@@ -103,13 +85,13 @@ def refine(
         raise UsageError(f"the plan to refine takes {_size(current)} bytes, more than its budget of {budget}")
     limit = max_moves if max_moves is not None else max(1, int(MOVING_SHARE * len(units)))
     weights = np.asarray(answer_weights, np.float64)
-    history: list[Trial] = []
+    history: list[RefinementTrial] = []
     for _ in range(rounds):
         offered = [_neighbours(unit, choice) for unit, choice in zip(units, current, strict=True)]
         moves = [(u, c) for u, candidates in enumerate(offered) for c in candidates if c != current[u]]
         kl, moved_kl = measure(_types(units, current), [(units[u].name, c.quant_type) for u, c in moves])
         if not history:
-            history.append(_trial(kl, weights, current, (), accepted=True))
+            history.append(_trial(kl, current, (), accepted=True))
         best = float(weights @ kl)
         marginal = {
             (u, c.quant_type): float(weights @ found) - best for (u, c), found in zip(moves, moved_kl, strict=True)
@@ -122,7 +104,7 @@ def refine(
                 break
             kl, _ = measure(_types(units, proposed), [])
             accepted = float(weights @ kl) < best
-            history.append(_trial(kl, weights, proposed, moved, accepted=accepted))
+            history.append(_trial(kl, proposed, moved, accepted=accepted))
             if not accepted:
                 limit = len(moved) // 2
         if not accepted:
@@ -249,7 +231,5 @@ def _size(choices: Sequence[Candidate]) -> int:
     return sum(choice.size_bytes for choice in choices)
 
 
-def _trial(
-    kl: np.ndarray, weights: np.ndarray, choices: Sequence[Candidate], moved: tuple[str, ...], *, accepted: bool
-) -> Trial:
-    return Trial(tuple(map(float, kl)), float(weights @ kl), _size(choices), moved, accepted)
+def _trial(kl: np.ndarray, choices: Sequence[Candidate], moved: tuple[str, ...], *, accepted: bool) -> RefinementTrial:
+    return RefinementTrial(kl=tuple(map(float, kl)), size_bytes=_size(choices), moved=moved, accepted=accepted)

@@ -4,11 +4,12 @@ No checkpoint is needed: what planning has to know of tensors is in the plan and
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from mode_gguf.feedback.feedback_factor import with_feedback_factor
 from mode_gguf.pipeline.planning import measured_costs
 from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.report.page import KEPT_TYPE
 from mode_gguf.validation.conversion_record import (
     CalibrationRecord,
     ConversionRecord,
@@ -48,20 +50,26 @@ FRONTIER_POINTS = 12
 SHOWN_UNITS = 12
 STAGES = ("calibrate", "sensitivity", "unit-kl", "plan", "round", "export", "projector", "reference")
 """Stages in their order; the times of `validate` are in its report."""
-KEPT_TYPE = "F32"
-"""Type of routers, norms and biases, and of nothing else in a plan that packs anything."""
 LARGE_BLOCK, SMALL_BLOCK = 256, 32
 FULL_PRECISION = QUANT_TYPES["BF16"]
 UNIFORM_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+ArtefactT = TypeVar("ArtefactT")
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def conversion_record(folder: WorkFolder) -> ConversionRecord:
     """The record of a conversion, from the folder's artefacts; a part whose artefact is missing or unusable is None."""
+    from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.importance.sensitivity_table import SensitivityTable
+
     missing: dict[str, str] = {}
-    plan = _plan(folder, missing)
-    statistics = _statistics(folder, missing)
-    table = _table(folder, plan, missing)
+    plan = _loaded(folder.plan, Plan.load, "plan", "plan", missing)
+    load_statistics = partial(CalibrationStatistics.load, sums=False)
+    statistics = _loaded(folder.calibration, load_statistics, "calibration", "calibrate", missing)
+    table = _loaded(folder.sensitivity, SensitivityTable.load, "sensitivity", "sensitivity", missing)
+    if plan and table and table.fingerprint != plan.made_from.model_fingerprint:
+        of_another = f"sensitivity.safetensors is of another checkpoint ({table.fingerprint}) than plan.json."
+        missing["sensitivity"], table = of_another, None
     tensors = planned_tensors(plan, table) if plan else []
     plan_costs = _plan_costs(folder, plan, tensors, table, statistics, missing)
     found = StageCache(folder).entries()
@@ -136,7 +144,7 @@ def planned_tensors(plan: Plan, table: "SensitivityTable | None") -> list[Source
         shape = (n_experts, tensor.n_weights // n_experts // width, width)
         unmeasured = role in (Role.DENSE, Role.OUTPUT) and table is not None and f"{tensor.name}.unit" not in arrays
         activation = None if role in (Role.EMBEDDING, Role.ABSORBED, Role.KEEP) or unmeasured else tensor.name
-        tensors.append(SourceTensor(tensor.name, shape, role, (), _unread, activation, layer))
+        tensors.append(SourceTensor(tensor.name, shape, role, (), unread, activation, layer))
     return tensors
 
 
@@ -161,46 +169,22 @@ def _row_width(
     return max(measured, default=SMALL_BLOCK)
 
 
-def _unread(index: int, rows: slice = ALL_ROWS) -> Array:
+def unread(index: int, rows: slice = ALL_ROWS) -> Array:
+    """`SourceTensor.read` of a tensor without weights."""
     raise AssertionError("a report reads no weights")
 
 
-def _plan(folder: WorkFolder, missing: dict[str, str]) -> Plan | None:
-    if not folder.plan.exists():
-        missing["plan"] = "plan.json is not there: `mode-gguf plan` writes it."
+def _loaded(
+    path: Path, load: Callable[[Path], ArtefactT], part: str, command: str, missing: dict[str, str]
+) -> ArtefactT | None:
+    """The artefact that `command` writes; None, with the reason in `missing`, where it is missing or unusable."""
+    if not path.exists():
+        missing[part] = f"{path.name} is not there: `mode-gguf {command}` writes it."
         return None
     try:
-        return Plan.load(folder.plan)
+        return load(path)
     except InputError as error:
-        missing["plan"] = str(error)
-        return None
-
-
-def _table(folder: WorkFolder, plan: Plan | None, missing: dict[str, str]) -> "SensitivityTable | None":
-    from mode_gguf.importance.sensitivity_table import SensitivityTable
-
-    try:
-        if not folder.sensitivity.exists():
-            raise InputError("sensitivity.safetensors is not there: `mode-gguf sensitivity` writes it.")
-        table = SensitivityTable.load(folder.sensitivity)
-        if plan and table.fingerprint != plan.made_from.model_fingerprint:
-            raise InputError(f"sensitivity.safetensors is of another checkpoint ({table.fingerprint}) than plan.json.")
-    except InputError as error:
-        missing["sensitivity"] = str(error)
-        return None
-    return table
-
-
-def _statistics(folder: WorkFolder, missing: dict[str, str]) -> "CalibrationStatistics | None":
-    from mode_gguf.calibration.statistics import CalibrationStatistics
-
-    if not folder.calibration.exists():
-        missing["calibration"] = "calibration.safetensors is not there: `mode-gguf calibrate` writes it."
-        return None
-    try:
-        return CalibrationStatistics.load(folder.calibration, sums=False)
-    except InputError as error:
-        missing["calibration"] = str(error)
+        missing[part] = str(error)
         return None
 
 

@@ -39,10 +39,9 @@ class Run:
 
     @contextmanager
     def recorded(self, stage: "Stage") -> Iterator[None]:
-        """The part of a stage that writes: what was known of its outputs is forgotten, and noted anew at the end."""
-        running = self.cache.begin(stage.state(self))
-        yield
-        running.finish()
+        """The part of a stage that writes, see `StageCache.recorded`; its time is noted."""
+        with self.cache.recorded(stage.state(self)):
+            yield
         self.seconds[stage.name] = self.cache.seconds(stage.name)
 
 

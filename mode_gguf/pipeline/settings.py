@@ -9,6 +9,7 @@ from mode_gguf.allocation.presets import Preset, preset_of
 from mode_gguf.allocation.units import UNMEASURED, CandidateTypes, candidate_types
 from mode_gguf.architectures import projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role
+from mode_gguf.artifacts import read_metadata
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.gpu_memory.fit_settings import FitSettings
@@ -165,8 +166,6 @@ def measured_candidates(recipe: Recipe, folder: WorkFolder) -> CandidateTypes:
 
 def _measured_types(folder: WorkFolder) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Types measured by `sensitivity` in the folder, of experts and of all other matrices; None if it has not run."""
-    from mode_gguf.artifacts import read_metadata
-
     try:
         types = read_metadata(folder.sensitivity)["types"]
     except InputError:

@@ -6,8 +6,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -44,21 +44,6 @@ class StageState:
     outputs: tuple[Path, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RunningStage:
-    """A stage that has begun; `StageCache.begin` makes it."""
-
-    cache: "StageCache"
-    stage: StageState
-    started: float
-
-    def finish(self) -> None:
-        """Record that all outputs are there."""
-        seconds = max(0.001, round(time.monotonic() - self.started, 3))
-        self.cache.record(self.stage, seconds)
-        journal.info("%s: done in %.1f s", self.stage.name, seconds)
-
-
 class StageCache:
     """The cache of a work folder's stages: settings, identities of outputs and duration of each stage's last run.
 
@@ -68,11 +53,16 @@ class StageCache:
     def __init__(self, folder: WorkFolder) -> None:
         self._folder = folder
 
-    def begin(self, stage: StageState) -> RunningStage:
-        """Forget what is known of the stage's outputs, which are about to change."""
+    @contextmanager
+    def recorded(self, stage: StageState) -> Iterator[None]:
+        """Context in which a stage writes: what is known of its outputs is forgotten, and noted anew at the end."""
         self.forget(stage.name)
         journal.info("%s: begins with %s", stage.name, json.dumps(_as_json(stage.settings)))
-        return RunningStage(self, stage, time.monotonic())
+        started = time.monotonic()
+        yield
+        seconds = max(0.001, round(time.monotonic() - started, 3))
+        self.record(stage, seconds)
+        journal.info("%s: done in %.1f s", stage.name, seconds)
 
     def is_current(self, stage: StageState) -> bool:
         """Whether all outputs are there, unchanged and made with just these settings."""

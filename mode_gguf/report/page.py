@@ -16,11 +16,12 @@ from mode_gguf.report.embedded_images import heatmap, thumbnail
 from mode_gguf.report.examples import examples
 from mode_gguf.report.frontier_chart import HEIGHT, WIDTH, Mark, frontier_chart
 from mode_gguf.validation.conversion_record import ConversionRecord, Routing, TensorTypes
-from mode_gguf.validation.report import Answer, Divergence, ValidationReport
+from mode_gguf.validation.report import Answer, ValidationReport
 
 WIDEST_USE = 3
 """Powers of two of the average at the ends of a heatmap's colours: an eighth to eight times."""
 KEPT_TYPE = "F32"
+"""Type of routers, norms and biases, and of nothing else in a plan that packs anything."""
 SAME_BPW = 1e-6
 _HERE = Path(__file__).parent
 
@@ -48,7 +49,7 @@ def render_page(
         warnings=dict.fromkeys(
             [*(shown.warnings if shown else ()), *(record.calibration.warnings if record.calibration else ())]
         ),
-        parts=[(name, part) for name, part in _divergences(shown)],
+        parts=list(shown.divergences.items()) if shown else [],
         gaps=_gaps(record, shown),
         charts=_charts(record, shown),
         examples=[_example(answer, images) for answer in examples(shown.answers)] if shown else [],
@@ -76,12 +77,6 @@ def same_bpw(first: float, second: float) -> bool:
     return abs(first - second) < SAME_BPW
 
 
-def _divergences(validation: ValidationReport | None) -> list[tuple[str, Divergence]]:
-    if validation is None:
-        return []
-    return [(name, part) for name, part in (("text", validation.text), ("image", validation.image)) if part]
-
-
 @dataclass(frozen=True, slots=True)
 class _Gap:
     """Predicted beside measured KL of one kind of answer."""
@@ -97,9 +92,9 @@ class _Gap:
 
 
 def _gaps(record: ConversionRecord, validation: ValidationReport | None) -> list[_Gap]:
-    if record.prediction is None or record.prediction.this is None:
+    if validation is None or record.prediction is None or record.prediction.this is None:
         return []
-    measured = dict(_divergences(validation))
+    measured = validation.divergences
     return [
         _Gap(answer, predicted, part.kl_mean, part.kl_mean_error or 0.0)
         for answer, predicted in zip(record.prediction.answers, record.prediction.this, strict=True)

@@ -10,7 +10,7 @@ it likes; `LEAST_LOG_PROB` is what we assume about it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -48,13 +48,7 @@ class Scores:
     @staticmethod
     def joined(parts: Sequence["Scores"]) -> "Scores":
         """The positions of all `parts`, at least one, in order."""
-        return Scores(
-            kl=np.concatenate([part.kl for part in parts]),
-            hidden=np.concatenate([part.hidden for part in parts]),
-            same_top1=np.concatenate([part.same_top1 for part in parts]),
-            nll=np.concatenate([part.nll for part in parts]),
-            reference_nll=np.concatenate([part.reference_nll for part in parts]),
-        )
+        return Scores(*(np.concatenate([getattr(part, one.name) for part in parts]) for one in fields(Scores)))
 
 
 def log_softmax(logits: Array) -> Array:

@@ -1,6 +1,5 @@
 """Held-out texts and questions about images, and when an answer counts as right."""
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from mode_gguf.errors import InputError
 from mode_gguf.llama_cpp.in_process import open_image
 
 MATCHES: Final = ("exact", "contains", "number")
-Z_95: Final = 1.959964
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -44,16 +42,10 @@ class HeldOutSet:
     texts: tuple[str, ...]
     questions: tuple[Question, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A share of right answers with its 95 % Wilson score interval."""
-
-    right: int
-    asked: int
-    share: float
-    low: float
-    high: float
+    @property
+    def samples(self) -> tuple[str | Question, ...]:
+        """The texts, then the questions."""
+        return (*self.texts, *self.questions)
 
 
 def load_held_out(path: Path) -> HeldOutSet:
@@ -92,17 +84,6 @@ def is_right(answer: str, expected: str, match: str) -> bool:
     if match == "exact":
         return given == wanted
     return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given) is not None
-
-
-def wilson_interval(right: int, asked: int) -> Interval:
-    """Wilson's score interval at 95 % (E. B. Wilson, 1927): sensible for few questions and for all right, too."""
-    share = right / asked
-    scale = 1 + Z_95**2 / asked
-    centre = (share + Z_95**2 / (2 * asked)) / scale
-    half = Z_95 / scale * math.sqrt(share * (1 - share) / asked + Z_95**2 / (4 * asked**2))
-    low = 0.0 if right == 0 else centre - half
-    high = 1.0 if right == asked else centre + half
-    return Interval(right, asked, share, low, high)
 
 
 def _load_file(path: Path) -> HeldOutSet:

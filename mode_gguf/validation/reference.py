@@ -137,18 +137,13 @@ class Reference:
         )
 
 
-def text_tokens(model: Model, text: str, settings: RunSettings) -> list[int]:
-    """The tokens of a held-out text; `tokens[1:]` are scored."""
-    return [*model.beginning, *model.tokenize(text, special=False)][: settings.max_text_tokens]
-
-
 def score_text(model: Model, text: str, settings: RunSettings) -> tuple[list[int], Logits]:
     """The scored tokens of a text and the logits that predict them.
 
     Raises:
         InputError: the text is shorter than two tokens.
     """
-    tokens = text_tokens(model, text, settings)
+    tokens = [*model.beginning, *model.tokenize(text, special=False)][: settings.max_text_tokens]
     if len(tokens) < 2:
         raise InputError(f"held-out text {text!r} is shorter than two tokens")
     return tokens[1:], model.continuation_logits(tokens)
@@ -203,11 +198,10 @@ def measure_reference(
     if isinstance(source, Path) and settings.engine is None:
         settings = replace(settings, engine=engine_for(source))
     record = _record(source, mmproj, settings)
-    samples: list[str | Question] = [*held_out.texts, *held_out.questions]
-    paths = _paths(folder, len(samples))
-    with ExitStack() as stack, progress.step("reference", len(samples)) as advance:
+    paths = _paths(folder, len(held_out.samples))
+    with ExitStack() as stack, progress.step("reference", len(held_out.samples)) as advance:
         model: Model | None = None
-        for path, sample in zip(paths, samples, strict=True):
+        for path, sample in zip(paths, held_out.samples, strict=True):
             made_from = _made_from(record, settings, sample)
             if not _is_current(path, made_from):
                 if model is None:
@@ -227,9 +221,8 @@ def stored_reference(folder: Path, held_out: HeldOutSet, settings: RunSettings) 
         InputError: there is nothing, or it was measured on other samples or with other settings.
     """
     record = read_record(folder / RECORD, ReferenceRecord, "stored reference")
-    samples: list[str | Question] = [*held_out.texts, *held_out.questions]
-    paths = _paths(folder, len(samples))
-    for path, sample in zip(paths, samples, strict=True):
+    paths = _paths(folder, len(held_out.samples))
+    for path, sample in zip(paths, held_out.samples, strict=True):
         if not _is_current(path, _made_from(record, settings, sample)):
             origin = "a text" if isinstance(sample, str) else sample.origin
             raise InputError(

@@ -1,17 +1,17 @@
 """report.json: measurements of one file in llama.cpp."""
 
-from dataclasses import asdict
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import Field
 
 from mode_gguf.artifacts import Record, read_record, write_text
-from mode_gguf.llama_cpp.installed_tools import SmokeTest
 from mode_gguf.validation.conversion_record import ConversionRecord
 from mode_gguf.validation.divergence import Scores
-from mode_gguf.validation.questions import Interval
+
+Z_95: Final = 1.959964
 
 
 class FileRecord(Record):
@@ -81,8 +81,15 @@ class Accuracy(Record):
     high: float
 
     @staticmethod
-    def of(interval: Interval) -> "Accuracy":
-        return Accuracy(**asdict(interval))
+    def of(right: int, asked: int) -> "Accuracy":
+        """With Wilson's score interval (E. B. Wilson, 1927): sensible for few questions and for all right, too."""
+        share = right / asked
+        scale = 1 + Z_95**2 / asked
+        centre = (share + Z_95**2 / (2 * asked)) / scale
+        half = Z_95 / scale * math.sqrt(share * (1 - share) / asked + Z_95**2 / (4 * asked**2))
+        low = 0.0 if right == 0 else centre - half
+        high = 1.0 if right == asked else centre + half
+        return Accuracy(right=right, asked=asked, share=share, low=low, high=high)
 
 
 class Answer(Record):
@@ -104,10 +111,6 @@ class Smoke(Record):
     question: str
     answer: str
     seconds: float
-
-    @staticmethod
-    def of(test: SmokeTest) -> "Smoke":
-        return Smoke(**asdict(test))
 
 
 class Check(Record):
@@ -149,6 +152,11 @@ class ValidationReport(Record):
     settings: dict[str, Any] = Field(default_factory=dict)
     checks: tuple[Check, ...] = ()
     conversion: ConversionRecord | None = None
+
+    @property
+    def divergences(self) -> dict[str, Divergence]:
+        """The measured parts, `text` and `image`."""
+        return {name: part for name, part in (("text", self.text), ("image", self.image)) if part}
 
     @property
     def example(self) -> Answer | None:

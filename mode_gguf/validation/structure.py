@@ -94,17 +94,11 @@ def _check_plan(path: Path, header: GgufHeader, planned: Mapping[str, QuantType]
 
 
 def _by_type(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
-    counts: Counter[str] = Counter()
-    weights: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    totals: dict[str, Counter[str]] = {}
     for info in tensors:
-        counts[info.type] += 1
-        weights[info.type] += info.n_weights
-        sizes[info.type] += info.size_bytes
-    return {
-        name: {"tensors": counts[name], "n_weights": weights[name], "size_bytes": sizes[name]}
-        for name in sorted(sizes, key=lambda name: -sizes[name])
-    }
+        of_type = totals.setdefault(info.type, Counter())
+        of_type.update(tensors=1, n_weights=info.n_weights, size_bytes=info.size_bytes)
+    return {name: dict(found) for name, found in sorted(totals.items(), key=lambda item: -item[1]["size_bytes"])}
 
 
 def _shown(value: Any) -> Any:

@@ -26,7 +26,7 @@ from mode_gguf.quantization.types import QuantType
 from mode_gguf.validation.bounds import ALL_KINDS, check_measurable, checks_of
 from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
-from mode_gguf.validation.questions import HeldOutSet, Question, is_right, wilson_interval
+from mode_gguf.validation.questions import HeldOutSet, Question, is_right
 from mode_gguf.validation.reference import (
     ModelSource,
     Reference,
@@ -40,7 +40,7 @@ from mode_gguf.validation.reference import (
     scored_answer,
     stored_reference,
 )
-from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, Smoke, ValidationReport
+from mode_gguf.validation.report import Accuracy, Answer, Divergence, Smoke, ValidationReport
 from mode_gguf.validation.structure import check_structure
 
 logger = logging.getLogger(__name__)
@@ -144,14 +144,14 @@ def validate(
         runtime=runtime,
         held_out=held_out.name,
         candidate=file_record(candidate),
-        mmproj=_projector_record(mmproj) if mmproj and isinstance(candidate, Path) else None,
+        mmproj=file_record(mmproj) if mmproj and isinstance(candidate, Path) else None,
         reference=measured.record.model if measured else None,
         text=_divergence(text, measured),
         image=_divergence(image, measured),
         accuracy=_accuracy(held_out, [answer.answer for answer in answers]),
         reference_accuracy=_accuracy(held_out, [answer.reference_answer for answer in answers]),
         answers=answers,
-        smoke=Smoke.of(smoke) if smoke else None,
+        smoke=Smoke(**asdict(smoke)) if smoke else None,
         seconds=seconds,
         reference_runtime=measured.record.runtime if measured else None,
         scored_answers=settings.answers if image else None,
@@ -290,12 +290,7 @@ def _accuracy(held_out: HeldOutSet, answers: list[str] | list[str | None]) -> di
         right = is_right(answer, question.answer, question.match)
         for kind in (question.kind, ALL_KINDS):
             hits.setdefault(kind, []).append(right)
-    return {kind: Accuracy.of(wilson_interval(sum(right), len(right))) for kind, right in sorted(hits.items())}
-
-
-def _projector_record(mmproj: Path) -> FileRecord:
-    header = read_header(mmproj)
-    return FileRecord(name=mmproj.name, size_bytes=header.size_bytes, bpw=header.bpw, experts_bpw=None)
+    return {kind: Accuracy.of(sum(right), len(right)) for kind, right in sorted(hits.items())}
 
 
 @contextmanager

@@ -187,9 +187,8 @@ class TestStopped:
         ledger = StageCache(folder)
         outputs = text_model_files(tmp_path / "model.gguf", checkpoint, types, None, 10**6)
         stage = StageState("export", {}, tuple(outputs))
-        running = ledger.begin(stage)
-        files = write(10**6)
-        running.finish()
+        with ledger.recorded(stage):
+            files = write(10**6)
         assert ledger.is_current(stage)
         assert len(files) > 3
         done: list[Path] = []

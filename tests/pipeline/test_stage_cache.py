@@ -17,9 +17,8 @@ from mode_gguf.workfolder import WorkFolder
 def folder(tmp_path: Path) -> WorkFolder:
     folder = WorkFolder(tmp_path / "work", "pico")
     folder.path.mkdir()
-    running = StageCache(folder).begin(stage(folder))
-    folder.plan.write_text("{}")
-    running.finish()
+    with StageCache(folder).recorded(stage(folder)):
+        folder.plan.write_text("{}")
     return folder
 
 
@@ -57,8 +56,8 @@ def test_other_settings_or_outputs_make_it_run_again(folder: WorkFolder) -> None
 
 
 def test_a_stage_that_begins_is_forgotten_until_it_has_finished(folder: WorkFolder) -> None:
-    StageCache(folder).begin(stage(folder))
-    assert not StageCache(folder).is_current(stage(folder)), "its outputs may be half of one run, half of another"
+    with StageCache(folder).recorded(stage(folder)):
+        assert not StageCache(folder).is_current(stage(folder)), "its outputs may be half of one run, half of another"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": {"inputs": "abc"}}'])
@@ -69,9 +68,9 @@ def test_unreadable_cache_means_starting_over(folder: WorkFolder, text: str) -> 
 
 
 def test_caches_of_one_folder_keep_each_others_entries(folder: WorkFolder) -> None:
-    outer = StageCache(folder).begin(stage(folder, "validate"))
-    StageCache(folder).begin(stage(folder, "reference")).finish()
-    outer.finish()
+    cache = StageCache(folder)
+    with cache.recorded(stage(folder, "validate")), StageCache(folder).recorded(stage(folder, "reference")):
+        pass
     for name in ("reference", "validate", "plan"):
         assert StageCache(folder).is_current(stage(folder, name))
 

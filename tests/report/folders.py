@@ -11,20 +11,17 @@ from mode_gguf.allocation.plan import Plan, Provenance
 from mode_gguf.allocation.planner import Problem, expert_plan, optimal_plan
 from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import DEFAULT_TYPES
-from mode_gguf.architectures.tensors import ALL_ROWS, Role, SourceTensor
+from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
 from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.pipeline.report_data import unread
 from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.validation.report import Accuracy, Answer, Divergence, FileRecord, ValidationReport
 from mode_gguf.workfolder import WorkFolder
 
 HIDDEN, WIDTH, VOCABULARY = 256, 512, 1024
 NAME, FINGERPRINT = "Drawn-VL-MoE", "f" * 16
-
-
-def unread(index: int, rows: slice = ALL_ROWS) -> np.ndarray:
-    raise AssertionError("a report reads no weights")
 
 
 def tensors(layers: int, experts: int) -> list[SourceTensor]:

@@ -26,6 +26,12 @@ Copied = Callable[[WorkFolder], WorkFolder]
 EVIL = "<script>alert(1)</script>\"'&<img src=x>"
 
 
+@pytest.fixture
+def folder(drawn: WorkFolder, copied: Copied) -> WorkFolder:
+    """A copy of the whole work folder."""
+    return copied(drawn)
+
+
 def page_of(folder: WorkFolder) -> Page:
     return Page(run_report(folder.path).read_text(encoding="utf-8"))
 
@@ -46,8 +52,7 @@ def test_page_is_whole_and_alone(name: str, copied: Copied, request: pytest.Fixt
     assert all(found.get("alt") for tag, found in page.tags if tag == "img")
 
 
-def test_numbers_are_those_of_report_json(drawn: WorkFolder, copied: Copied) -> None:
-    folder = copied(drawn)
+def test_numbers_are_those_of_report_json(folder: WorkFolder) -> None:
     page, saved = page_of(folder), ValidationReport.load(folder.report)
     record = saved.conversion
     assert record == conversion_record(folder)
@@ -71,8 +76,7 @@ def test_numbers_are_those_of_report_json(drawn: WorkFolder, copied: Copied) -> 
     assert page.text("timings").count("62 s") == 3
 
 
-def test_limits_and_what_a_server_hides(drawn: WorkFolder, copied: Copied) -> None:
-    folder = copied(drawn)
+def test_limits_and_what_a_server_hides(folder: WorkFolder) -> None:
     page = page_of(folder)
     assert "Limits" not in page.text("quality")
     assert "at most" not in page.text("quality")
@@ -89,8 +93,7 @@ def test_limits_and_what_a_server_hides(drawn: WorkFolder, copied: Copied) -> No
     assert "--max-kl 0.04 0.0456 broken --min-top1 0.9 0.952 kept" in quality
 
 
-def test_drawing_again_changes_nothing(drawn: WorkFolder, copied: Copied) -> None:
-    folder = copied(drawn)
+def test_drawing_again_changes_nothing(folder: WorkFolder) -> None:
     run_report(folder.path)
     first = folder.page.read_bytes(), folder.report.read_bytes(), folder.stages.read_bytes()
     run_report(folder.path)
@@ -101,8 +104,9 @@ def test_drawing_again_changes_nothing(drawn: WorkFolder, copied: Copied) -> Non
     )
 
 
-def test_pictures_are_found_from_anywhere(drawn: WorkFolder, copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = copied(drawn)
+def test_pictures_are_found_from_anywhere(
+    folder: WorkFolder, drawn: WorkFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder.path)
     StageCache(folder).record(StageState("validate", {"held-out data": "held-out"}, (folder.report,)), 1.0)
     monkeypatch.chdir("/")
@@ -114,8 +118,7 @@ def test_pictures_are_found_from_anywhere(drawn: WorkFolder, copied: Copied, mon
     assert run_report(folder.path, drawn.path / "held-out").read_text().count("data:image/webp") == 4
 
 
-def test_a_report_that_somebody_edited_stays_edited(drawn: WorkFolder, copied: Copied) -> None:
-    folder = copied(drawn)
+def test_a_report_that_somebody_edited_stays_edited(folder: WorkFolder) -> None:
     settings = json.loads(folder.stages.read_text())["validate"]["settings"]
     folder.report.write_text(folder.report.read_text().replace("llama.cpp b1", "llama.cpp b2"))
     run_report(folder.path)
@@ -147,10 +150,7 @@ def test_types_per_expert_are_shown_as_shares(grouped: WorkFolder, copied: Copie
         ("stages.json", ("timings", "command")),
     ],
 )
-def test_a_missing_artefact_is_named(
-    drawn: WorkFolder, copied: Copied, removed: str, sections: tuple[str, ...]
-) -> None:
-    folder = copied(drawn)
+def test_a_missing_artefact_is_named(folder: WorkFolder, removed: str, sections: tuple[str, ...]) -> None:
     (folder.path / removed).unlink()
     page = page_of(folder)
     assert page.faults == []
@@ -161,8 +161,7 @@ def test_a_missing_artefact_is_named(
     assert not any("Not shown" in page.text(section) for section in shown)
 
 
-def test_without_a_report_nothing_is_measured(drawn: WorkFolder, copied: Copied) -> None:
-    folder = copied(drawn)
+def test_without_a_report_nothing_is_measured(folder: WorkFolder) -> None:
     folder.report.unlink()
     page = page_of(folder)
     assert page.faults == []
@@ -174,8 +173,7 @@ def test_without_a_report_nothing_is_measured(drawn: WorkFolder, copied: Copied)
     assert not folder.report.exists()
 
 
-def test_a_report_of_another_file_is_not_shown(drawn: WorkFolder, copied: Copied) -> None:
-    folder = copied(drawn)
+def test_a_report_of_another_file_is_not_shown(folder: WorkFolder) -> None:
     plan = Plan.load(folder.plan)
     report(plan, bpw=plan.bpw + 0.5).save(folder.report)
     before = folder.report.read_bytes()
@@ -185,8 +183,7 @@ def test_a_report_of_another_file_is_not_shown(drawn: WorkFolder, copied: Copied
     assert folder.report.read_bytes() == before
 
 
-def test_damaged_artefacts_are_named(drawn: WorkFolder, copied: Copied) -> None:
-    folder = copied(drawn)
+def test_damaged_artefacts_are_named(folder: WorkFolder) -> None:
     folder.sensitivity.write_bytes(b"nothing")
     folder.stages.write_text('{"plan": 3, "calibrate": {"settings": {}, "outputs": {}, "seconds": "soon"}}')
     page = page_of(folder)

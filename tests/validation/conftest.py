@@ -14,6 +14,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.validation.questions import HeldOutSet, load_held_out
 from mode_gguf.validation.reference import RunSettings
 
 
@@ -84,3 +85,8 @@ def held_out_folder(tmp_path_factory: pytest.TempPathFactory, picture: Image.Ima
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return folder
+
+
+@pytest.fixture(scope="session")
+def held_out(held_out_folder: Path) -> HeldOutSet:
+    return load_held_out(held_out_folder)

@@ -7,7 +7,7 @@ import pytest
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.options import Limits
 from mode_gguf.validation.bounds import check_measurable, require_kept
-from mode_gguf.validation.questions import HeldOutSet, Question, load_held_out
+from mode_gguf.validation.questions import HeldOutSet, Question
 from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.validate import ComparedModels, validate
 from tests.validation.conftest import Files
@@ -49,7 +49,7 @@ def test_accuracy_needs_no_reference() -> None:
     check_measurable(Limits(min_accuracy=0.5), SET, with_reference=False, with_images=True)
 
 
-def test_verdicts(full: Files, small: Files, held_out_folder: Path, settings: RunSettings) -> None:
+def test_verdicts(full: Files, small: Files, held_out: HeldOutSet, settings: RunSettings) -> None:
     limits = Limits(
         max_kl=1e-9,
         max_kl_p99=1e3,
@@ -61,7 +61,6 @@ def test_verdicts(full: Files, small: Files, held_out_folder: Path, settings: Ru
         min_image_top1=0.0,
         min_accuracy=0.0,
     )
-    held_out = load_held_out(held_out_folder)
     report = validate(ComparedModels(small.text, full.text, full.mmproj), held_out, settings=settings, limits=limits)
     verdicts = {check.option: check.kept for check in report.checks}
     assert verdicts.pop("--min-top1") in (True, False)

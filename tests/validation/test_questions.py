@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mode_gguf.errors import InputError
 from mode_gguf.llama_cpp.in_process import open_image
 from mode_gguf.validation.default_held_out import default_held_out
-from mode_gguf.validation.questions import MATCHES, is_right, load_held_out, wilson_interval
+from mode_gguf.validation.questions import MATCHES, is_right, load_held_out
+from mode_gguf.validation.report import Accuracy
 
 
 @pytest.mark.parametrize(
@@ -35,14 +36,14 @@ def test_is_right(answer: str, expected: str, match: str, right: bool) -> None:
 
 
 def test_wilson_interval_by_the_book() -> None:
-    interval = wilson_interval(8, 10)
+    interval = Accuracy.of(8, 10)
     assert (interval.low, interval.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 @given(asked=st.integers(1, 500), data=st.data())
 def test_wilson_interval_holds_the_share(asked: int, data: st.DataObject) -> None:
     right = data.draw(st.integers(0, asked))
-    interval = wilson_interval(right, asked)
+    interval = Accuracy.of(right, asked)
     assert 0 <= interval.low <= interval.share <= interval.high <= 1
 
 

@@ -14,11 +14,6 @@ from mode_gguf.validation.validate import ComparedModels, validate
 from tests.validation.conftest import Files
 
 
-@pytest.fixture(scope="module")
-def held_out(held_out_folder: Path) -> HeldOutSet:
-    return load_held_out(held_out_folder)
-
-
 def test_without_the_model(
     full: Files, small: Files, held_out_folder: Path, held_out: HeldOutSet, settings: RunSettings, tmp_path: Path
 ) -> None:

@@ -90,7 +90,7 @@ def _show(result: "ConvertResult", folder: Path) -> None:
     if result.mmproj:
         show(f"mmproj   {result.mmproj}")
     show(f"report   {result.page}")
-    say(f"talk to it with: mode-gguf run {folder}".replace("[", r"\["))
+    say(f"talk to it with: mode-gguf run {folder}")
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
     if reused:
         say(f"reused from the last run in this folder: {', '.join(reused)}")

@@ -56,13 +56,13 @@ def command(
 
     files = pipeline.find_model_files(model) if model.is_dir() else pipeline.ModelFiles(model, None)
     for note in files.notes:
-        say(note.replace("[", r"\["))
+        say(note)
     if serving.tool == "llama-server":
         _serve(files, mmproj or files.mmproj, extra or (), serving)
         return
     with_pictures = files.mmproj if serving.tool == "llama-mtmd-cli" else None
     line = command_line(files.model, serving.tool, mmproj or with_pictures, extra or (), serving.llama_cpp)
-    say(shlex.join(line).replace("[", r"\["))
+    say(shlex.join(line))
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "nt":  # its exec returns to the shell at once and leaves the program without a console
@@ -75,7 +75,7 @@ def _serve(files: "ModelFiles", mmproj: Path | None, extra: Sequence[str], optio
 
     serving = server_settings(files.model, mmproj, files.fit, options, extra)
     line, program = server_command(serving, extra, options.llama_cpp)
-    say(f"loading {files.model.name} ({program}) ...".replace("[", r"\["))
+    say(f"loading {files.model.name} ({program}) ...")
     try:
         on_line = _echo if options.verbose else lambda line: None
         with _interrupted_by_all(), running_server(line, serving, on_line) as server:

@@ -99,9 +99,7 @@ def _source(text: str) -> "ModelSource":
 
 
 def _show(result: "ValidationReport", page: Path) -> None:
-    for name, part in (("text", result.text), ("image", result.image)):
-        if part is None:
-            continue
+    for name, part in result.divergences.items():
         show(f"{name:<9} perplexity {part.perplexity:.4f} over {part.positions} tokens")
         if part.kl_mean is None:
             continue

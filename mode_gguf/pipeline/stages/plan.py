@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mode_gguf.allocation.plan import Plan, RefinementTrial
+from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.planner import expert_plan, optimal_plan, plan_of
 from mode_gguf.artifacts import write_text
 from mode_gguf.export.tensor_types import tensor_types_text
@@ -60,12 +60,8 @@ class MakePlan(Stage):
     def _refinement(self, run: Run) -> dict[str, Any]:
         """Settings that only a refined plan depends on."""
         assert self.sensitivity is not None
-        calibrated = self.sensitivity.calibrate.key(run)
-        return {
-            "rounds": self.settings.refine,
-            "measured samples": self.settings.measured_samples,
-            "calibration": calibrated,
-        }
+        samples, calibration = self.settings.measured_samples, self.sensitivity.calibrate.key(run)
+        return {"rounds": self.settings.refine, "measured samples": samples, "calibration": calibration}
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
         return run.folder.plan, run.folder.tensor_types
@@ -119,13 +115,9 @@ class MakePlan(Stage):
             answer_weights=settings.preset.costs.answer_weights,
             rounds=settings.refine,
         )
-        history = [
-            RefinementTrial(kl=trial.kl, size_bytes=trial.size_bytes, moved=trial.moved, accepted=trial.accepted)
-            for trial in refined.history
-        ]
         best = replace(first, choices=refined.choices)
         plan = plan_of(solved, units, best, problem.made_from, settings.budget, problem.packing)
-        return plan.model_copy(update={"refinement": history})
+        return plan.model_copy(update={"refinement": list(refined.history)})
 
 
 def save_plan(folder: WorkFolder, plan: Plan) -> None:
