@@ -7,19 +7,17 @@ import numpy as np
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.costs import CostModel, MeasuredCosts, tensor_units
-from mode_gguf.allocation.planner import FIXED_DENSE, Problem, reachable_candidates, uniform_dense, uniform_type
+from mode_gguf.allocation.planner import FIXED_DENSE, Problem, uniform_dense, uniform_type
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import Record
 from mode_gguf.errors import InfeasibleBudgetError
+from mode_gguf.forward.modality import ANSWERS
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
-KL_ANSWERS = ("text", "image")
-"""Kinds of answers whose KL, in nats per scored position, Fisher sensitivity predicts."""
-
-COST = ("cost",)
-"""The one prediction of other sensitivities: a number of no unit that orders plans."""
+COST = "cost"
+"""The one prediction of sensitivities that are no KL of answers: a number of no unit that orders plans."""
 
 
 class FrontierPoint(Record):
@@ -80,9 +78,8 @@ def frontier(
     predictor = _Predictor.of(tensors, measured, preset, types, answers)
     solved = []
     for budget in np.linspace(lowest, highest, points).astype(np.int64).tolist():
-        problem = Problem(
-            tensors, measured, preset, *reachable_candidates(tensors, types, Budget(kind="size", value=budget), preset)
-        )
+        size = Budget(kind="size", value=budget)
+        problem = Problem.of(tensors, measured, budget=size, types=types, preset=preset)
         units = problem.tensor_units()
         try:
             solution = problem.solve(units)
@@ -110,9 +107,9 @@ def frontier(
 def predicted_answers(preset: Preset) -> Mapping[str, CostModel]:
     """Predictions by name, each with the costs that it is made from."""
     if preset.costs.combination != "sensitivity" or not (preset.method == "fisher" or preset.unit_kl):
-        return {COST[0]: preset.costs}
+        return {COST: preset.costs}
     weights = ((1.0, 0.0), (0.0, 1.0))
-    return {name: replace(preset.costs, answer_weights=own) for name, own in zip(KL_ANSWERS, weights, strict=True)}
+    return {name: replace(preset.costs, answer_weights=own) for name, own in zip(ANSWERS, weights, strict=True)}
 
 
 def _uniform_types(types: CandidateTypes, measured: MeasuredCosts, preset: Preset) -> Iterator[QuantType]:
