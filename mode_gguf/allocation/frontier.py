@@ -13,11 +13,13 @@ from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import Record
 from mode_gguf.errors import InfeasibleBudgetError
-from mode_gguf.forward.modality import ANSWERS
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
+KL_ANSWERS = ("text", "image")
+"""Kinds of answers whose KL, in nats per scored position, Fisher sensitivity predicts."""
+
 COST = "cost"
-"""The one prediction of sensitivities that are no KL of answers: a number of no unit that orders plans."""
+"""The one prediction of other sensitivities: a number of no unit that orders plans."""
 
 
 class FrontierPoint(Record):
@@ -109,7 +111,7 @@ def predicted_answers(preset: Preset) -> Mapping[str, CostModel]:
     if preset.costs.combination != "sensitivity" or not (preset.method == "fisher" or preset.unit_kl):
         return {COST: preset.costs}
     weights = ((1.0, 0.0), (0.0, 1.0))
-    return {name: replace(preset.costs, answer_weights=own) for name, own in zip(ANSWERS, weights, strict=True)}
+    return {name: replace(preset.costs, answer_weights=own) for name, own in zip(KL_ANSWERS, weights, strict=True)}
 
 
 def _uniform_types(types: CandidateTypes, measured: MeasuredCosts, preset: Preset) -> Iterator[QuantType]:
