@@ -83,7 +83,7 @@ def tensor_units(
             continue
         offered = types.of(tensor)
         is_expert = tensor.role is Role.EXPERT
-        axis = _measured_types(tensor, measured.expert_types if is_expert else measured.dense_types)
+        axis = _measured_types(tensor, measured)
         if tensor.is_measured:
             costs = _offered_costs(_tensor_costs(tensor, measured, model), axis, offered, tensor.name, always=is_expert)
         else:
@@ -154,7 +154,7 @@ def cost_of_types(
             experts = [tensor for tensor in members if tensor.name in by_expert]
             # Projections in the types that go together were measured together.
             of_experts = list(zip(*by_expert.values(), strict=True))
-            tied_types = list(zip(*(_measured_types(tensor, measured.expert_types) for tensor in experts), strict=True))
+            tied_types = list(zip(*(_measured_types(tensor, measured) for tensor in experts), strict=True))
             if set(of_experts) <= set(tied_types):
                 costs = _combined(f"blk.{layer}.ffn_exps", layer, measured, model)
                 total += _sum_at(costs, [tied_types.index(types) for types in of_experts], experts[0].name)
@@ -169,7 +169,7 @@ def _cost_at(costs: np.ndarray, types: Sequence[QuantType], tensor: SourceTensor
     """Sum of costs (E, T) or (T,) at the types of the experts, or at that of the tensor."""
     if not np.isfinite(costs).any():
         return 0.0
-    axis = _measured_types(tensor, measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types)
+    axis = _measured_types(tensor, measured)
     if not set(types) <= set(axis):
         raise InputError(f"sensitivity: {tensor.name} was not measured at {', '.join(sorted({t.name for t in types}))}")
     return _sum_at(costs, [axis.index(one) for one in types], tensor.name)
@@ -183,10 +183,10 @@ def _sum_at(costs: np.ndarray, columns: Sequence[int], name: str) -> float:
     return float(np.maximum(found, 0).sum())
 
 
-def _measured_types(tensor: SourceTensor, axis: Sequence[str]) -> list[QuantType]:
+def _measured_types(tensor: SourceTensor, measured: MeasuredCosts) -> list[QuantType]:
     """Types that the columns of a tensor's costs were measured in, from the names of the types asked for."""
-    asked = [QUANT_TYPES[name] for name in axis]
-    return [stored_as(tensor, one) or one for one in asked]
+    names = measured.expert_types if tensor.role is Role.EXPERT else measured.dense_types
+    return [stored_as(tensor, QUANT_TYPES[name]) or QUANT_TYPES[name] for name in names]
 
 
 def _tied_candidates(projections: Sequence[SourceTensor], types: CandidateTypes) -> dict[QuantType, QuantType]:

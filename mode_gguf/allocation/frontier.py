@@ -7,7 +7,7 @@ import numpy as np
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.costs import CostModel, MeasuredCosts, tensor_units
-from mode_gguf.allocation.planner import FIXED_DENSE, Problem, reachable_candidates, uniform_dense, uniform_type
+from mode_gguf.allocation.planner import FIXED_DENSE, Problem, uniform_dense, uniform_type
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.units import CandidateTypes, tensor_bytes
 from mode_gguf.architectures.tensors import Role, SourceTensor
@@ -18,7 +18,7 @@ from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 KL_ANSWERS = ("text", "image")
 """Kinds of answers whose KL, in nats per scored position, Fisher sensitivity predicts."""
 
-COST = ("cost",)
+COST = "cost"
 """The one prediction of other sensitivities: a number of no unit that orders plans."""
 
 
@@ -80,9 +80,8 @@ def frontier(
     predictor = _Predictor.of(tensors, measured, preset, types, answers)
     solved = []
     for budget in np.linspace(lowest, highest, points).astype(np.int64).tolist():
-        problem = Problem(
-            tensors, measured, preset, *reachable_candidates(tensors, types, Budget(kind="size", value=budget), preset)
-        )
+        size = Budget(kind="size", value=budget)
+        problem = Problem.of(tensors, measured, budget=size, types=types, preset=preset)
         units = problem.tensor_units()
         try:
             solution = problem.solve(units)
@@ -110,7 +109,7 @@ def frontier(
 def predicted_answers(preset: Preset) -> Mapping[str, CostModel]:
     """Predictions by name, each with the costs that it is made from."""
     if preset.costs.combination != "sensitivity" or not (preset.method == "fisher" or preset.unit_kl):
-        return {COST[0]: preset.costs}
+        return {COST: preset.costs}
     weights = ((1.0, 0.0), (0.0, 1.0))
     return {name: replace(preset.costs, answer_weights=own) for name, own in zip(KL_ANSWERS, weights, strict=True)}
 

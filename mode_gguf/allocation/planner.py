@@ -181,7 +181,7 @@ def plan_of(
 ) -> Plan:
     """The plan that stores every tensor as `solution` chose for its unit; units are the problem's `tensor_units`."""
     chosen = {unit.name: choice for unit, choice in zip(units, solution.choices, strict=True)}
-    planned = [_planned(tensor, chosen.get(tensor.name)) for tensor in problem.tensors]
+    planned = [_chosen(tensor, chosen.get(tensor.name)) for tensor in problem.tensors]
     return _plan(problem, solution, planned, made_from, budget, packing)
 
 
@@ -202,7 +202,7 @@ def expert_plan(problem: Problem, made_from: Provenance, budget: Budget, packing
     planned = [
         _planned_experts(tensor, types[tensor.name])
         if tensor.role is Role.EXPERT
-        else _planned(tensor, chosen.get(tensor.name))
+        else _chosen(tensor, chosen.get(tensor.name))
         for tensor in problem.tensors
     ]
     return _plan(problem, solution, planned, made_from, budget, packing)
@@ -223,7 +223,7 @@ def _plan(
         signals=problem.preset,
         packing=packing,
         budget=budget,
-        solver=_record(solution),
+        solver=SolverRecord.model_validate(solution, from_attributes=True),
         reachable_bpw=(problem.reach.lowest_bpw, problem.reach.highest_bpw),
         **_sizes(problem.tensors, planned),
     )
@@ -242,15 +242,14 @@ def _planned_experts(tensor: SourceTensor, types: Sequence[QuantType]) -> Planne
     )
 
 
-def _planned(tensor: SourceTensor, choice: Candidate | None) -> PlannedTensor:
+def _chosen(tensor: SourceTensor, choice: Candidate | None) -> PlannedTensor:
     """A tensor as its unit's choice says; F32 without one."""
-    return PlannedTensor(
-        name=tensor.name,
-        type=choice.quant_type.name if choice else "F32",
-        n_weights=tensor.n_weights,
-        size_bytes=choice.size_bytes if choice else 4 * tensor.n_weights,
-        cost=choice.cost if choice else None,
-    )
+    return _planned(tensor, choice.quant_type, choice.cost) if choice else _planned(tensor, QUANT_TYPES["F32"])
+
+
+def _planned(tensor: SourceTensor, quant_type: QuantType, cost: float | None = None) -> PlannedTensor:
+    size = tensor_bytes(tensor, quant_type)
+    return PlannedTensor(name=tensor.name, type=quant_type.name, n_weights=tensor.n_weights, size_bytes=size, cost=cost)
 
 
 def uniform_dense(quant_type: QuantType) -> QuantType:
@@ -275,17 +274,7 @@ def uniform_plan(
     tensors: Sequence[SourceTensor], made_from: Provenance, quant_type: QuantType, packing: Packing = EXACT
 ) -> Plan:
     """Every tensor in `uniform_type`."""
-    planned = []
-    for tensor in tensors:
-        fitting = uniform_type(tensor, quant_type)
-        planned.append(
-            PlannedTensor(
-                name=tensor.name,
-                type=fitting.name,
-                n_weights=tensor.n_weights,
-                size_bytes=tensor_bytes(tensor, fitting),
-            )
-        )
+    planned = [_planned(tensor, uniform_type(tensor, quant_type)) for tensor in tensors]
     return Plan(
         made_from=made_from,
         preset=f"uniform-{quant_type.name}",
@@ -297,10 +286,6 @@ def uniform_plan(
 def _smallest(units: Iterable[AllocationUnit]) -> int:
     """Bytes of units that each take their smallest candidate."""
     return sum(min(candidate.size_bytes for candidate in unit.candidates) for unit in units)
-
-
-def _record(solution: Solution) -> SolverRecord:
-    return SolverRecord(solver=solution.solver, objective=solution.objective, bound=solution.bound, gap=solution.gap)
 
 
 def _sizes(tensors: Sequence[SourceTensor], planned: list[PlannedTensor]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The calibration stage: layer-by-layer forward of the samples; statistics per expert and modality."""
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
+from dataclasses import astuple
+
+import numpy as np
 
 from mode_gguf.calibration.observers import Observer, unobserved_activations
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
@@ -11,7 +12,7 @@ from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.forward.denormals import denormals_flushed
 from mode_gguf.forward.distributed import gathered, share_of, sum_over_ranks
-from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.inputs import ModelInputs, model_inputs
 from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
 from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
@@ -44,8 +45,7 @@ def calibrate(
     """
     if not samples:
         raise UsageError("calibration needs at least one sample")
-    builder = InputBuilder.open(checkpoint)
-    inputs = [builder.build(sample) for sample in share_of(samples)]
+    inputs = model_inputs(checkpoint, share_of(samples))
     streamed = open_streamed(checkpoint, device)
     observer = Observer(streamed.tensors, streamed.device)
     run_recorded(
@@ -64,7 +64,7 @@ def calibrate(
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,
         arrays=arrays,
-        samples=reduce(add, gathered(count_samples(inputs))),
+        samples=SampleCounts(*np.sum([astuple(one) for one in gathered(count_samples(inputs))], axis=0).tolist()),
         key_tokens=key_tokens,
         datasets=tuple(dict.fromkeys(sample.dataset for sample in samples)),
         has_vision=bool(streamed.family.projector_type),

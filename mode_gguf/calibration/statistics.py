@@ -30,14 +30,6 @@ class SampleCounts:
     text_tokens: int
     vision_tokens: int
 
-    def __add__(self, other: "SampleCounts") -> "SampleCounts":
-        return SampleCounts(
-            self.text_samples + other.text_samples,
-            self.image_samples + other.image_samples,
-            self.text_tokens + other.text_tokens,
-            self.vision_tokens + other.vision_tokens,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class CalibrationStatistics:

@@ -31,8 +31,8 @@ def generated_samples(dataset: str) -> Iterator[Sample]:
 _ImageChat = tuple[Image.Image, str, str]
 
 
-def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (width, height), "white")
+def _canvas(width: int, height: int, colour: str = "white") -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (width, height), colour)
     return image, ImageDraw.Draw(image)
 
 
@@ -141,8 +141,7 @@ def _receipt(rng: random.Random) -> _ImageChat:
 
 def _notice(rng: random.Random) -> _ImageChat:
     background, ink = rng.choice([("#fdf6e3", "#222222"), ("#1b2631", "#f4f6f7"), ("#e8f8f5", "#0b5345")])
-    image = Image.new("RGB", (560, 260), background)
-    draw = ImageDraw.Draw(image)
+    image, draw = _canvas(560, 260, background)
     lines = (
         f"NOTICE No. {rng.randint(100, 999)}",
         f"The library in {rng.choice(_CITIES)} is closed",

@@ -65,22 +65,21 @@ def _all_samples(source: str | None, limit: int, text_tokens: int, seed: int) ->
         if not files:
             raise InputError(f"{path}: folder holds no *.jsonl and no *.txt file")
         dataset = path.resolve().name
-        return [
-            sample
-            for file in files
-            for sample in (
-                read_sharegpt(file, dataset) if file.suffix == ".jsonl" else read_text(file, dataset, text_tokens)
-            )
-        ]
-    if path.is_file():
-        if path.suffix == ".jsonl":
-            return list(read_sharegpt(path, path.stem))
-        return list(read_text(path, path.stem, text_tokens))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    elif path.is_file():
+        files, dataset = [path], path.stem
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return read_hub_dataset(source, limit=limit, seed=seed)
-    raise MissingResourceError(
-        f"{source}: no such file or folder, and no name of a Hugging Face data set (owner/name) either"
-    )
+    else:
+        raise MissingResourceError(
+            f"{source}: no such file or folder, and no name of a Hugging Face data set (owner/name) either"
+        )
+    return [
+        sample
+        for file in files
+        for sample in (
+            read_sharegpt(file, dataset) if file.suffix == ".jsonl" else read_text(file, dataset, text_tokens)
+        )
+    ]
 
 
 def read_text(path: Path, dataset: str, text_tokens: int) -> Iterator[Sample]:

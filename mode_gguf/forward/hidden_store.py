@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Hashable
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -108,9 +107,7 @@ class HiddenStore:
     def __enter__(self) -> "HiddenStore":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

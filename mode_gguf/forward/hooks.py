@@ -6,7 +6,7 @@ the `LayerRecorder` of the model they belong to.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -103,16 +103,13 @@ def recording(model: nn.Module, linears: dict[str, nn.Module], recorder: LayerRe
 
         return hook
 
-    hooks = [module.register_forward_hook(record(name)) for name, module in linears.items()]
-    for module in model.modules():
-        _RECORDERS[module] = recorder
-    try:
-        yield recorder
-    finally:
+    with ExitStack() as hooks:
+        for name, module in linears.items():
+            hooks.enter_context(module.register_forward_hook(record(name)))
         for module in model.modules():
-            _RECORDERS.pop(module, None)
-        for handle in hooks:
-            handle.remove()
+            _RECORDERS[module] = recorder
+            hooks.callback(_RECORDERS.pop, module, None)
+        yield recorder
 
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

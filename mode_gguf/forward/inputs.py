@@ -1,6 +1,6 @@
 """Model inputs of a sample: token ids, pixels, and the role of every token."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from mode_gguf.forward.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.forward.modality import ANSWERS
 from mode_gguf.forward.tokenizer import open_tokenizer
 
-__all__ = ["ANSWERS", "InputBuilder", "ModelInputs"]
+__all__ = ["ANSWERS", "InputBuilder", "ModelInputs", "model_inputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +213,12 @@ class InputBuilder:
     def _templated(self, chat: list[dict[str, Any]], answered: bool) -> str:
         rendered: str = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
         return rendered
+
+
+def model_inputs(checkpoint: Checkpoint, samples: Iterable[Sample]) -> list[ModelInputs]:
+    """The inputs of `samples` within the default limits; raises what `InputBuilder` does."""
+    builder = InputBuilder.open(checkpoint)
+    return [builder.build(sample) for sample in samples]
 
 
 def _image_processor(checkpoint: Checkpoint) -> Any:

@@ -10,7 +10,7 @@ workers: with hundreds of samples that is more than what the samples themselves 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ class _SampleForward:
             torch.set_grad_enabled(driver_mode)
 
 
-def _no_callback(*numbers: int) -> None:
+def no_callback(*numbers: int) -> None:
     """The default callback, which does nothing."""
 
 
@@ -74,8 +74,8 @@ class LayerCallbacks:
 
     load: Callable[[int], None]
     free: Callable[[int], None]
-    enter: Callable[[int], None] = _no_callback
-    leave: Callable[[int, int], None] = _no_callback
+    enter: Callable[[int], None] = no_callback
+    leave: Callable[[int, int], None] = no_callback
 
 
 def run_layerwise(
@@ -123,8 +123,11 @@ def run_layerwise(
         if sample.waiting_for != min(reached, len(layers) - 1) or sample.finished != (reached == len(layers)):
             raise RuntimeError(f"sample {number} did not pass the decoder layers in order (layer {reached} expected)")
 
-    hooks = [layer.register_forward_pre_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
+    with ExitStack() as stack:
+        for sample in samples:
+            stack.callback(sample.cancel)
+        for index, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_pre_hook(hook(index)))
         with offload.tracking() if offload else nullcontext():
             for number in range(len(samples)):
                 advance(number, reached=0)
@@ -139,8 +142,3 @@ def run_layerwise(
                     done(amounts[number])
                 callbacks.free(index)
                 raise_on_all_ranks()  # an error in another process should not show hours later
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for sample in samples:
-            sample.cancel()

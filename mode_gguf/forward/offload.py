@@ -82,10 +82,10 @@ class TensorOffload:
             self._current.inside.extend(_tensors(options))
 
         with ExitStack() as hooks:
-            hooks.callback(self._model.register_forward_pre_hook(begin).remove)
-            hooks.callback(text_model.register_forward_pre_hook(keep_arguments, with_kwargs=True).remove)
+            hooks.enter_context(self._model.register_forward_pre_hook(begin))
+            hooks.enter_context(text_model.register_forward_pre_hook(keep_arguments, with_kwargs=True))
             for module in siblings:
-                hooks.callback(module.register_forward_hook(keep_output).remove)
+                hooks.enter_context(module.register_forward_hook(keep_output))
             yield
 
     @contextmanager

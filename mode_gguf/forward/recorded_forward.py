@@ -4,21 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from mode_gguf.forward.hidden_store import HiddenStore
 from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import ModelInputs
-from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
+from mode_gguf.forward.layerwise import LayerCallbacks, no_callback, run_layerwise
 from mode_gguf.forward.modality import KeyTokens
 from mode_gguf.forward.offload import TensorOffload
 from mode_gguf.forward.streaming import StreamedModel
 from mode_gguf.options import ComputeOptions
 from mode_gguf.progress import Progress, silent
-
-
-def _no_callback(layer: int) -> None:
-    """The default callback, which does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +28,7 @@ class LayerConsumer:
     """
 
     leave: Callable[[SampleTrace, int], None]
-    finish: Callable[[int], None] = _no_callback
+    finish: Callable[[int], None] = no_callback
     key_tokens: KeyTokens | None = None
     keep_hidden: bool = True
 
@@ -71,15 +65,10 @@ def run_recorded(
     with HiddenStore(hidden_bytes) as store, recorded, streamed.without_logits():
         run_layerwise(
             streamed.layers,
-            [partial(_forward, streamed, one) for one in inputs],
+            [partial(streamed.run, one) for one in inputs],
             LayerCallbacks(load=streamed.load_layer, free=free, enter=enter, leave=leave),
             offload=TensorOffload(store, streamed.model, streamed.text_model),
             tokens=[len(one.input_ids) for one in inputs],
             description=description,
             progress=progress,
         )
-
-
-def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:
-    with torch.no_grad():
-        streamed.model(**inputs.model_arguments(streamed.device, streamed.dtype))

@@ -18,6 +18,7 @@ from mode_gguf.errors import InputError, MissingResourceError, UsageError
 from mode_gguf.forward.converted_weights import ConvertedWeights, as_tensor
 from mode_gguf.forward.distributed import local_rank
 from mode_gguf.forward.hooks import ATTENTION, EXPERTS
+from mode_gguf.forward.inputs import ModelInputs
 from mode_gguf.forward.model_config import model_config
 
 TEXT_MODEL = "model.language_model"
@@ -98,6 +99,11 @@ class StreamedModel:
     reordered: Mapping[str, SourceTensor]
     text_model: str = TEXT_MODEL
     converted: ConvertedWeights | None = None
+
+    def run(self, inputs: ModelInputs, **options: Any) -> Any:
+        """The model's output for one sample, without gradients."""
+        with torch.no_grad():  # every forward has a gradient mode of its own
+            return self.model(**inputs.model_arguments(self.device, self.dtype), **options)
 
     def load_layer(self, index: int) -> None:
         """Read decoder layer `index` from the checkpoint."""
@@ -189,37 +195,27 @@ class StreamedModel:
                 self._set_buffer(name, as_tensor(self.checkpoint.read(stored)).to(self.device, buffer.dtype))
 
     def _weights(self, name: str, layer: int | None, shape: torch.Size) -> torch.Tensor:
-        if self.converted is not None:
-            return self._converted(self.converted, name, shape)
-        stored = self.family.layout.stored_name(name)
-        from_layout = self.family.layout.read_parameter(self.checkpoint, name) if layer is None else None
-        if layer is not None and ".experts." in name:
+        converted, layout = self.converted, self.family.layout
+        stored = layout.stored_name(name) if converted is None else name
+        from_layout = None
+        if converted is None and layer is None:
+            from_layout = layout.read_parameter(self.checkpoint, name)
+        if converted is None and layer is not None and ".experts." in name:
             weights = self._experts(name.rpartition(".")[2], layer)
         elif name in self.reordered:
             weights = self.to_device(self.reordered[name].read(0))
         elif from_layout is not None:
             weights = self.to_device(from_layout)
-        elif stored not in self.checkpoint.tensors and name == "lm_head.weight":
+        elif name == "lm_head.weight" and stored not in (self.checkpoint.tensors if converted is None else converted):
             weights = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        elif converted is not None:
+            weights = converted.read(name).to(self.device, self.dtype)
         else:
             weights = self.to_device(self.checkpoint.read(stored))
         if weights.shape != shape:
+            what = "tensor" if converted is None else "parameter"
             raise InputError(
-                f"{self.checkpoint.path}: tensor {stored} has shape {tuple(weights.shape)}, its configuration says "
-                f"{tuple(shape)}"
-            )
-        return weights
-
-    def _converted(self, converted: ConvertedWeights, name: str, shape: torch.Size) -> torch.Tensor:
-        if name in self.reordered:
-            weights = self.to_device(self.reordered[name].read(0))
-        elif name == "lm_head.weight" and name not in converted:
-            weights = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        else:
-            weights = converted.read(name).to(self.device, self.dtype)
-        if weights.shape != shape:
-            raise InputError(
-                f"{self.checkpoint.path}: parameter {name} has shape {tuple(weights.shape)}, its configuration says "
+                f"{self.checkpoint.path}: {what} {stored} has shape {tuple(weights.shape)}, its configuration says "
                 f"{tuple(shape)}"
             )
         return weights
@@ -294,8 +290,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     for tensor in tensors:
         if tensor.role is Role.DENSE and tensor.order is not None and tensor.name in linears:
             name = linears[tensor.name]
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, Reordered(model.get_submodule(name), tensor.order, chosen))
+            model.set_submodule(name, Reordered(model.get_submodule(name), tensor.order, chosen))
             reordered[f"{name}.linear.weight"] = tensor
     layers = model.get_submodule(f"{text_model}.layers")
     streamed = StreamedModel(

@@ -6,6 +6,7 @@ build b11549 lists with GGML_SCHED_DEBUG=2. Shapes are ggml's, the fastest dimen
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial, reduce
 from math import prod
 from typing import Any, Final
 
@@ -173,8 +174,8 @@ def _experts(graph: Graph, shape: TextShape, normed: Node, groups: int) -> Node:
     total = graph.add((1, tokens), total, in_place=True)
     weights = graph.add((used, tokens), weights, total, in_place=True)
     weights = graph.view(weights, 1, used, tokens)
-    product = _Groups(graph, shape, chosen, groups).product if groups > 1 else _chosen_product(graph, shape, chosen)
     inputs = graph.view(normed, hidden, 1, tokens)
+    product = _grouped_product(graph, shape, chosen, groups) if groups > 1 else _chosen_product(graph, shape, chosen)
     gate, up = product(width, inputs), product(width, inputs)
     activated = graph.add(gate.shape, gate, up)
     down = product(hidden, activated)
@@ -195,40 +196,31 @@ def _chosen_product(graph: Graph, shape: TextShape, chosen: Node) -> Callable[[i
     return product
 
 
-class _Groups:
+def _grouped_product(graph: Graph, shape: TextShape, chosen: Node, groups: int) -> Callable[[int, Node], Node]:
     """Products with experts in groups, as the patched llama.cpp forms them on a GPU: rows that other groups serve are
     zeros, and the groups' results are added."""
+    used, tokens = chosen.shape
+    n_rows = used * tokens
+    one = (1, n_rows)
+    flat = graph.view(graph.add(chosen.shape, chosen), n_rows)
+    table = graph.add((shape.experts, groups))
+    own: list[tuple[Node, Node]] = []  # per group the places of the chosen experts, and a mask of its own rows
+    for _ in range(groups):
+        local = graph.add(one, graph.view(table, 1, shape.experts), flat)
+        ids = graph.add(one, graph.add(one, local, in_place=True))
+        mask = graph.add(one, graph.add(one, local, in_place=True), in_place=True)
+        own.append((ids, graph.view(mask, 1, 1, n_rows)))
 
-    def __init__(self, graph: Graph, shape: TextShape, chosen: Node, groups: int) -> None:
-        self._graph, self._used, self._tokens = graph, shape.experts_used, chosen.shape[1]
-        self._n_rows = self._used * self._tokens
-        self._groups: list[tuple[Node, Node]] = []
-        self._chosen, self._table = chosen, (shape.experts, groups)
+    def product(width: int, inputs: Node) -> Node:
+        inner = inputs.shape[0]
+        rows = graph.view(graph.add((inner, used, tokens), inputs), inner, 1, n_rows)
+        parts = (
+            graph.add((width, 1, n_rows), graph.add(rows.shape, rows, mask, in_place=True), ids) for ids, mask in own
+        )
+        result = reduce(lambda total, part: graph.add(part.shape, total, part, in_place=True), parts)
+        return graph.view(result, width, used, tokens)
 
-    def _ids(self) -> list[tuple[Node, Node]]:
-        """Per group the places of the chosen experts, and a mask of its own rows."""
-        if not self._groups:
-            graph, one = self._graph, (1, self._n_rows)
-            flat = graph.view(graph.add(self._chosen.shape, self._chosen), self._n_rows)
-            table = graph.add(self._table)
-            for _ in range(self._table[1]):
-                local = graph.add(one, graph.view(table, 1, self._table[0]), flat)
-                ids = graph.add(one, graph.add(one, local, in_place=True))
-                mask = graph.add(one, graph.add(one, local, in_place=True), in_place=True)
-                self._groups.append((ids, graph.view(mask, 1, 1, self._n_rows)))
-        return self._groups
-
-    def product(self, width: int, inputs: Node) -> Node:
-        graph, inner = self._graph, inputs.shape[0]
-        groups = self._ids()
-        rows = graph.add((inner, self._used, self._tokens), inputs)
-        rows = graph.view(rows, inner, 1, self._n_rows)
-        result: Node | None = None
-        for ids, mask in groups:
-            part = graph.add((width, 1, self._n_rows), graph.add(rows.shape, rows, mask, in_place=True), ids)
-            result = part if result is None else graph.add(part.shape, result, part, in_place=True)
-        assert result is not None
-        return graph.view(result, width, self._used, self._tokens)
+    return product
 
 
 def encoder_graph(shape: EncoderShape, columns: int, rows: int) -> Graph:
@@ -244,12 +236,9 @@ def encoder_graph(shape: EncoderShape, columns: int, rows: int) -> Graph:
         if block in shape.taps:
             tapped.append(current)
     current = _merged(graph, shape, _norm(graph, current, bias=True, in_place=False), patches, normed=False)
-    features: Node | None = None
-    for tap in tapped:
-        feature = _merged(graph, shape, tap, patches, normed=True)
-        features = feature if features is None else _stacked(graph, features, feature)
-    if features is not None:
-        _stacked(graph, current, features)
+    if tapped:
+        features = (_merged(graph, shape, tap, patches, normed=True) for tap in tapped)
+        _stacked(graph, current, reduce(partial(_stacked, graph), features))
     return graph
 
 

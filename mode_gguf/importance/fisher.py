@@ -23,6 +23,7 @@ them, so that layer by layer the processes' sums are added; labels are drawn by 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -71,9 +72,25 @@ class _Sample:
     trace: SampleTrace
     layers: list[_LayerCall] = field(default_factory=list)
     last: Tensor | None = None
-    head_input: Tensor | None = None
+    head_input: Tensor = field(default_factory=lambda: torch.empty(0))
     gradients: list[Tensor] = field(default_factory=list)
     """Gradients per draw (1, S, H), at the output of the layer the backward has reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    """A measurement under way: its samples, the store of their hidden states, and the result that it fills.
+
+    `per_position` is one over the scored positions of each answer type, (A, 1).
+    """
+
+    streamed: StreamedModel
+    samples: Sequence[_Sample]
+    settings: SensitivitySettings
+    store: HiddenStore
+    per_position: np.ndarray
+    result: SensitivityResult
+    progress: Progress
 
 
 def fisher_sensitivity(
@@ -84,17 +101,6 @@ def fisher_sensitivity(
     Hidden states of all samples and layers are kept, samples x tokens x layers x H values: what is beyond
     `settings.hidden_bytes` in temporary files.
     """
-    with HiddenStore(settings.hidden_bytes) as store:
-        return _measure(streamed, inputs, settings, store, progress)
-
-
-def _measure(
-    streamed: StreamedModel,
-    inputs: Sequence[ModelInputs],
-    settings: SensitivitySettings,
-    store: HiddenStore,
-    progress: Progress,
-) -> SensitivityResult:
     positions = np.zeros(N_ANSWERS)
     for one in inputs:
         positions[one.answer] += len(one.scored)
@@ -102,13 +108,15 @@ def _measure(
     result = SensitivityResult({}, tuple(int(n) for n in positions), {})
     per_position = 1 / np.maximum(positions, 1)[:, None]
     samples = [_Sample(one, SampleTrace.of(one, streamed.device)) for one in inputs]
-    _forward_all(streamed, samples, settings, store, progress)
     by_role = {role: [tensor for tensor in streamed.tensors if tensor.role is role] for role in Role}
-    head = (by_role[Role.OUTPUT] or by_role[Role.EMBEDDING])[0]
-    head_cost = _head_cost(streamed, head, samples, settings, per_position, result) * per_position[..., None]
-    _backward_all(streamed, samples, settings, store, per_position, result, progress)
     embedding = by_role[Role.EMBEDDING][0]
-    embedding_cost = _embedding_cost(streamed, embedding, samples, settings, result) * per_position[..., None]
+    head = (by_role[Role.OUTPUT] or [embedding])[0]
+    with HiddenStore(settings.hidden_bytes) as store:
+        measurement = _Measurement(streamed, samples, settings, store, per_position, result, progress)
+        _forward_all(measurement)
+        head_cost = _head_cost(measurement, head) * per_position[..., None]
+        _backward_all(measurement)
+        embedding_cost = _embedding_cost(measurement, embedding) * per_position[..., None]
     result.arrays[f"{embedding.name}.unit"] = embedding_cost
     # A tied embedding is the head as well: one tensor, both costs.
     result.arrays[f"{head.name}.unit"] = head_cost + (embedding_cost if head is embedding else 0.0)
@@ -118,14 +126,9 @@ def _measure(
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def _forward_all(
-    streamed: StreamedModel,
-    samples: Sequence[_Sample],
-    settings: SensitivitySettings,
-    store: HiddenStore,
-    progress: Progress,
-) -> None:
+def _forward_all(measurement: _Measurement) -> None:
     """Fill the samples: every layer's call, the head's input, and the gradients at the last layer's output."""
+    streamed, samples, settings = measurement.streamed, measurement.samples, measurement.settings
     recorder = LayerRecorder(settings.key_tokens, keep_hidden=False)
     running: list[_Sample] = []
 
@@ -154,38 +157,34 @@ def _forward_all(
 
     last_layer = streamed.layers[len(streamed.layers) - 1]
     head: nn.Module = streamed.model.get_output_embeddings()  # type: ignore[operator]
-    with recording(streamed.model, {_HEAD: head}, recorder):
-        hooks = [last_layer.register_forward_hook(start_of_gradient)]
+    with recording(streamed.model, {_HEAD: head}, recorder), ExitStack() as hooks:
+        hooks.enter_context(last_layer.register_forward_hook(start_of_gradient))
         # Within `run_layerwise`, a layer's hooks run in the order of their registration: keep the call first.
-        hooks += [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in streamed.layers]
-        try:
-            run_layerwise(
-                streamed.layers,
-                [partial(_gradients, streamed, sample, settings, number) for number, sample in enumerate(samples)],
-                LayerCallbacks(load=streamed.load_layer, free=streamed.free_layer, enter=enter, leave=leave),
-                offload=TensorOffload(store, streamed.model, streamed.text_model, keep=True),
-                description="sensitivity, forward",
-                progress=progress,
-            )
-        finally:
-            for handle in hooks:
-                handle.remove()
+        for layer in streamed.layers:
+            hooks.enter_context(layer.register_forward_pre_hook(keep_call, with_kwargs=True))
+        run_layerwise(
+            streamed.layers,
+            [partial(_gradients, streamed, sample, settings, number) for number, sample in enumerate(samples)],
+            LayerCallbacks(load=streamed.load_layer, free=streamed.free_layer, enter=enter, leave=leave),
+            offload=TensorOffload(measurement.store, streamed.model, streamed.text_model, keep=True),
+            description="sensitivity, forward",
+            progress=measurement.progress,
+        )
 
 
 def _gradients(streamed: StreamedModel, sample: _Sample, settings: SensitivitySettings, number: int) -> None:
     """One sample's forward, and the gradients of its drawn labels' negative log-likelihood at the last layer."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + global_index(number))
-    with torch.no_grad():
-        logits = streamed.model(**sample.inputs.model_arguments(streamed.device, streamed.dtype)).logits
+    generator = torch.Generator().manual_seed(settings.request.seed * 1_000_003 + global_index(number))
+    logits = streamed.run(sample.inputs).logits
     if sample.last is None:
         raise RuntimeError("the model's forward did not pass its last decoder layer")
     scored = logits[0, sample.inputs.scored.to(logits.device)].float()
     probabilities = scored.detach().softmax(-1).cpu()
-    for draw in range(settings.draws):
+    for draw in range(settings.request.label_draws):
         labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(scored.device)
         with torch.enable_grad():
             loss = cross_entropy(scored, labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, sample.last, retain_graph=draw + 1 < settings.draws)
+        (gradient,) = torch.autograd.grad(loss, sample.last, retain_graph=draw + 1 < settings.request.label_draws)
         sample.gradients.append(gradient.cpu())
     sample.last = None
 
@@ -193,19 +192,13 @@ def _gradients(streamed: StreamedModel, sample: _Sample, settings: SensitivitySe
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
-def _backward_all(
-    streamed: StreamedModel,
-    samples: Sequence[_Sample],
-    settings: SensitivitySettings,
-    store: HiddenStore,
-    per_position: np.ndarray,
-    result: SensitivityResult,
-    progress: Progress,
-) -> None:
+def _backward_all(measurement: _Measurement) -> None:
     """Carry the samples' gradients to the embedding, measuring every layer on the way."""
+    streamed, samples, settings = measurement.streamed, measurement.samples, measurement.settings
+    per_position, result = measurement.per_position, measurement.result
     n_layers = len(streamed.layers)
     linears = streamed.recorded_linears()
-    with progress.step("sensitivity, backward", n_layers * len(samples), "samples", n_layers) as done:
+    with measurement.progress.step("sensitivity, backward", n_layers * len(samples), "samples", n_layers) as done:
         for index in reversed(range(n_layers)):
             with streamed.loaded_layer(index) as layer:
                 measured = [tensor for tensor in streamed.layer_tensors(index, Role.DENSE) if tensor.activation]
@@ -219,7 +212,7 @@ def _backward_all(
                 routed: list[_Routed] = []
                 weights: dict[str, list[np.ndarray]] = {}
                 for number, sample in enumerate(samples):
-                    hidden = store.take((number, index))
+                    hidden = measurement.store.take((number, index))
                     calls = _backward_layer(streamed, index, layer, modules, sample, hidden)
                     token_scale = _token_scale(calls.group, per_position)
                     if calls.routed is not None:
@@ -238,7 +231,7 @@ def _backward_all(
                 result.imatrix.update({name: sums.over_ranks().entry() for name, sums in columns.items()})
                 result.token_weights.update({name: _of_all_samples(parts) for name, parts in weights.items()})
                 if routed:
-                    _measure_experts(streamed, index, _concatenated(routed), settings, per_position, result)
+                    _measure_experts(measurement, index, _concatenated(routed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +326,7 @@ def _of_all_samples(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def _no_cost(fitting: Sequence[int], settings: SensitivitySettings) -> np.ndarray:
     """Initial costs (A, M, T) of a matrix: zero at the types that fit its rows, NaN at the others."""
-    cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.dense_types)), np.nan)
+    cost = np.full((N_ANSWERS, N_MODALITIES, len(settings.request.dense_types)), np.nan)
     cost[..., list(fitting)] = 0.0
     return cost
 
@@ -350,22 +343,17 @@ def _half_square_of_sums(products: Tensor, group: Tensor) -> np.ndarray:
     return _half_mean_square(sums).double().view(N_ANSWERS, N_MODALITIES).cpu().numpy()
 
 
-def _measure_experts(
-    streamed: StreamedModel,
-    layer: int,
-    routed: _Routed,
-    settings: SensitivitySettings,
-    per_position: np.ndarray,
-    result: SensitivityResult,
-) -> None:
+def _measure_experts(measurement: _Measurement, layer: int, routed: _Routed) -> None:
     """Arrays and importance of one layer's experts, from the routed tokens of all of this process's samples at once."""
+    streamed, settings = measurement.streamed, measurement.settings
+    per_position, result = measurement.per_position, measurement.result
     projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
     module = streamed.experts_module(layer)
     columns = _expert_columns(module, projections, routed, per_position)
     fisher = {projections[projection].name: sums.over_ranks().entry() for projection, sums in columns.items()}
     result.imatrix.update(fisher)
     importance = _chosen_importance(settings, fisher)
-    n_experts, n_types = module.num_experts, len(settings.expert_types)
+    n_experts, n_types = module.num_experts, len(settings.request.expert_types)
     shape = (N_ANSWERS, N_MODALITIES, n_experts, n_types)
     cost = {part: np.full(shape, np.nan) for part in parts_of(projections)}
     error = {part: np.full((n_experts, n_types), np.nan) for part in parts_of(projections)}
@@ -374,7 +362,14 @@ def _measure_experts(
         part: torch.zeros(n_types, draws, n_tokens, device=streamed.device) for part in projections
     }  # g . d of a token, summed over its experts
     for change in expert_changes(
-        streamed, module, projections, settings.expert_types, importance, settings.packing, routed.inputs, routed.index
+        streamed,
+        module,
+        projections,
+        settings.request.expert_types,
+        importance,
+        settings.request.packing,
+        routed.inputs,
+        routed.index,
     ):
         token, t = change.token, change.type_index
         weight = routed.weight[token, change.slot].float()
@@ -397,7 +392,7 @@ def _measure_experts(
                 [group_sums(_half_mean_square(block[projection][t]), routed.group) for t in range(n_types)], axis=-1
             )
         )
-        unit[..., [stored_as(tensor, quant_type) is None for quant_type in settings.expert_types]] = np.nan
+        unit[..., [stored_as(tensor, quant_type) is None for quant_type in settings.request.expert_types]] = np.nan
         result.arrays[f"{tensor.name}.unit"] = unit * per_position[..., None]
     result.estimated.update(unrouted_experts(layer, counts))
 
@@ -435,33 +430,28 @@ def _token_scale(group: Tensor, per_position: np.ndarray) -> Tensor:
 
 def _chosen_importance(settings: SensitivitySettings, fisher: Imatrix) -> Importance:
     """Importance that candidates are packed with: the plain one, or `fisher` for the tensors it has."""
-    return settings.importance if settings.imatrix == "plain" else {**settings.importance, **importance_of(fisher)}
+    return (
+        settings.importance if settings.request.imatrix == "plain" else {**settings.importance, **importance_of(fisher)}
+    )
 
 
-def _head_cost(
-    streamed: StreamedModel,
-    head: SourceTensor,
-    samples: Sequence[_Sample],
-    settings: SensitivitySettings,
-    per_position: np.ndarray,
-    result: SensitivityResult,
-) -> np.ndarray:
+def _head_cost(measurement: _Measurement, head: SourceTensor) -> np.ndarray:
     """Summed cost (A, M, T) of the output head: half the variance of its logits' change under the model.
 
     Its importance goes to `result`. At its output, the squared gradient is on average the sum of p (1 - p) s^2, with s
     the slope of the logit soft cap; without one, s = 1.
     """
+    streamed, samples, settings = measurement.streamed, measurement.samples, measurement.settings
+    result = measurement.result
     cost = _no_cost([], settings)
     weight: Tensor = streamed.model.get_output_embeddings().weight  # type: ignore[operator]
     if head.activation is not None:  # a tied embedding has no importance
         columns = ColumnSums.of(1, head.row_width)
         weights = []
         for sample in samples:
-            if sample.head_input is None:
-                raise RuntimeError("the output head was not recorded")
             probabilities, slope = _predictions(streamed, linear(sample.head_input, weight).float())
             squares = (probabilities * (1 - probabilities) * slope**2).sum(-1)
-            token_weight = squares.double() * per_position[sample.inputs.answer, 0]
+            token_weight = squares.double() * measurement.per_position[sample.inputs.answer, 0]
             columns.add(sample.head_input, token_weight)
             weights.append(np.zeros(len(sample.inputs.input_ids), np.float32))
             weights[-1][sample.inputs.scored.numpy()] = token_weight.cpu().numpy()
@@ -471,8 +461,6 @@ def _head_cost(
     for t, change in matrix_changes(head, settings, importance, result, streamed.device):
         cost[..., t] = 0.0
         for sample in samples:
-            if sample.head_input is None:
-                raise RuntimeError("the output head was not recorded")
             probabilities, slope = _predictions(streamed, linear(sample.head_input, weight).float())
             moved = linear(sample.head_input.float(), change) * slope
             mean = (probabilities * moved).sum(-1, keepdim=True)
@@ -489,18 +477,13 @@ def _predictions(streamed: StreamedModel, head_output: Tensor) -> tuple[Tensor, 
     return logits.softmax(-1), 1.0 if cap is None else 1 - (logits / cap).square()
 
 
-def _embedding_cost(
-    streamed: StreamedModel,
-    embedding: SourceTensor,
-    samples: Sequence[_Sample],
-    settings: SensitivitySettings,
-    result: SensitivityResult,
-) -> np.ndarray:
+def _embedding_cost(measurement: _Measurement, embedding: SourceTensor) -> np.ndarray:
     """Summed cost (A, M, T) of the token embedding: its gradients are those at the first layer's input."""
+    streamed, settings = measurement.streamed, measurement.settings
     cost = _no_cost([], settings)
-    for t, change in matrix_changes(embedding, settings, settings.importance, result, streamed.device):
+    for t, change in matrix_changes(embedding, settings, settings.importance, measurement.result, streamed.device):
         cost[..., t] = 0.0
-        for sample in samples:
+        for sample in measurement.samples:
             is_text = ~sample.inputs.is_vision  # placeholders' embeddings are replaced by the image's
             gradients = torch.stack(sample.gradients)[:, 0, is_text].to(streamed.device).float()
             moved = change[sample.inputs.input_ids[is_text].to(streamed.device)]

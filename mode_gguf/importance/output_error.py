@@ -127,7 +127,7 @@ def _matrix_error(
     result: SensitivityResult,
 ) -> np.ndarray:
     """Mean squared error of a linear layer's output, (1, M, T)."""
-    error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
+    error = np.full((1, N_MODALITIES, len(settings.request.dense_types)), np.nan)
     for t, change in matrix_changes(tensor, settings, settings.importance, result, streamed.device):
         error[0, :, t] = _sums(linear(x.float(), change).square().mean(-1), modality)
     return _means(error, _counts(modality))
@@ -143,7 +143,7 @@ def _embedding_error(
     """Mean squared error of the embeddings of all text tokens, (1, M, T)."""
     ids = torch.cat([one.input_ids[~one.is_vision] for one in inputs]).to(streamed.device)
     modality = torch.full_like(ids, TEXT)
-    error = np.full((1, N_MODALITIES, len(settings.dense_types)), np.nan)
+    error = np.full((1, N_MODALITIES, len(settings.request.dense_types)), np.nan)
     for t, change in matrix_changes(tensor, settings, settings.importance, result, streamed.device):
         error[0, :, t] = _sums((streamed.embedding_scale * change).square().mean(-1)[ids], modality)
     return _means(error, _counts(modality))
@@ -160,7 +160,7 @@ def _measure_experts(
 ) -> None:
     projections = {str(t.projection): t for t in streamed.layer_tensors(layer, Role.EXPERT)}
     module = streamed.experts_module(layer)
-    n_experts, n_types = module.num_experts, len(settings.expert_types)
+    n_experts, n_types = module.num_experts, len(settings.request.expert_types)
     counts = np.stack(
         [_counts(routed.modality[(routed.index == expert).any(-1)]) for expert in range(n_experts)], axis=-1
     )[None]
@@ -168,7 +168,7 @@ def _measure_experts(
     error = {part: np.full((1, N_MODALITIES, n_experts, n_types), np.nan) for part in parts_of(projections)}
     unit = {part: np.full((1, N_MODALITIES, n_types), np.nan) for part in projections}
     weight_error = {part: np.full((n_experts, n_types), np.nan) for part in parts_of(projections)}
-    for t, quant_type in enumerate(settings.expert_types):  # one at a time: a block's change takes N x H values
+    for t, quant_type in enumerate(settings.request.expert_types):  # one at a time: a block's change takes N x H values
         block = {
             part: torch.zeros_like(routed.inputs, dtype=torch.float32)
             for part, tensor in projections.items()
@@ -180,7 +180,7 @@ def _measure_experts(
             projections,
             (quant_type,),
             settings.importance,
-            settings.packing,
+            settings.request.packing,
             routed.inputs,
             routed.index,
         ):

@@ -12,6 +12,7 @@ is which tokens are key.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -158,22 +159,19 @@ class _Measurement:
         def keep_output(module: nn.Module, arguments: object, output: Tensor) -> None:
             running[0].output = output
 
-        with recording(streamed.model, {}, recorder):
+        with recording(streamed.model, {}, recorder), ExitStack() as hooks:
             # Within `run_layerwise`, a layer's hooks run in the order of their registration: keep the call first.
-            hooks = [layer.register_forward_pre_hook(keep_call, with_kwargs=True) for layer in streamed.layers]
-            hooks += [layer.register_forward_hook(keep_output) for layer in streamed.layers]
-            try:
-                run_layerwise(
-                    streamed.layers,
-                    [partial(_forward, streamed, sample.inputs) for sample in samples],
-                    LayerCallbacks(load=streamed.load_layer, free=free, enter=enter, leave=leave),
-                    tokens=[len(sample.inputs.input_ids) for sample in samples],
-                    description=description,
-                    progress=progress,
-                )
-            finally:
-                for handle in hooks:
-                    handle.remove()
+            for layer in streamed.layers:
+                hooks.enter_context(layer.register_forward_pre_hook(keep_call, with_kwargs=True))
+                hooks.enter_context(layer.register_forward_hook(keep_output))
+            run_layerwise(
+                streamed.layers,
+                [partial(streamed.run, sample.inputs, logits_to_keep=1) for sample in samples],
+                LayerCallbacks(load=streamed.load_layer, free=free, enter=enter, leave=leave),
+                tokens=[len(sample.inputs.input_ids) for sample in samples],
+                description=description,
+                progress=progress,
+            )
         return self._divergences()
 
     def _changes(self, tensors: Sequence[SourceTensor]) -> TypeChanges:
@@ -276,18 +274,11 @@ class _Measurement:
         of_base = divergence(_BASE) if _BASE in head_inputs or in_base is not None else 0.0
         of_variants = []
         for v, variant in enumerate(self.variants):
-            change, mask = (
-                changes.of(variant, self.head.name),
-                _mask(variant, sample.trace.modality[scored.to(device)]),
-            )
+            change = changes.of(variant, self.head.name)
+            mask = _mask(variant, sample.trace.modality[scored.to(device)])
             differs = v in head_inputs or (change is not None and bool(mask.any()))
             of_variants.append(divergence(v, change, mask) if differs else of_base)
         return of_base, of_variants
-
-
-def _forward(streamed: StreamedModel, inputs: ModelInputs) -> None:
-    with torch.no_grad():  # every forward has its own
-        streamed.model(**inputs.model_arguments(streamed.device, streamed.dtype), logits_to_keep=1)
 
 
 def _mask(variant: Variant, modality: Tensor) -> Tensor:

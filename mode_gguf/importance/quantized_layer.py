@@ -1,7 +1,7 @@
 """A decoder layer run with quantized weights: the base's, and each variant's change added where it differs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,14 +81,12 @@ class QuantizedLayer:
                 x, index, weight, result = (part[number] for part in by_row)
                 self._add_experts(variant, mask, x, index, weight, result)
 
-        hooks = [module.register_forward_hook(add_to_linear(name)) for name, module in self._linears.items()]
-        if self._experts is not None:
-            hooks.append(self._experts.register_forward_hook(add_to_experts))
-        try:
+        with ExitStack() as hooks:
+            for name, module in self._linears.items():
+                hooks.enter_context(module.register_forward_hook(add_to_linear(name)))
+            if self._experts is not None:
+                hooks.enter_context(self._experts.register_forward_hook(add_to_experts))
             yield
-        finally:
-            for handle in hooks:
-                handle.remove()
 
     def _add_experts(
         self, variant: Variant, mask: Tensor, x: Tensor, index: Tensor, weight: Tensor, result: Tensor

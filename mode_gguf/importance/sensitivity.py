@@ -12,7 +12,7 @@ from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.forward.denormals import denormals_flushed
 from mode_gguf.forward.distributed import gathered_in_order, share_of
-from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.inputs import model_inputs
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Imatrix, Importance
@@ -80,19 +80,8 @@ def measure_sensitivity(
             f"calibration of {statistics.model} ({statistics.fingerprint}) belongs to another checkpoint than "
             f"{checkpoint.path} ({checkpoint.fingerprint}): calibrate this one"
         )
-    builder = InputBuilder.open(checkpoint)
-    inputs = [builder.build(sample) for sample in share_of(samples)]
-    settings = SensitivitySettings(
-        request.expert_types,
-        request.dense_types,
-        importance,
-        statistics.key_tokens,
-        request.label_draws,
-        request.seed,
-        request.imatrix,
-        request.packing,
-        compute.hidden_memory,
-    )
+    inputs = model_inputs(checkpoint, share_of(samples))
+    settings = SensitivitySettings(request, importance, statistics.key_tokens, compute.hidden_memory)
     measure = {"fisher": fisher_sensitivity, "expert-mse": expert_mse, "block-mse": block_mse}[method]
     streamed = open_streamed(checkpoint, compute.device)
     measurement = measure(streamed, inputs, settings, progress)

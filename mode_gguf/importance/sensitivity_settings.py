@@ -40,24 +40,16 @@ class SensitivitySettings:
     """Settings of a sensitivity measurement.
 
     Attributes:
-        expert_types: candidates of expert tensors; dense_types: of all other matrices.
-        importance: the plain one, which they are packed with, except where `imatrix` says otherwise.
+        importance: the plain one, which candidates are packed with, except where the request's `imatrix` is `fisher`:
+            experts and the output head are then packed with the Fisher importance, which is known before they are
+            measured.
         key_tokens: how key vision tokens are chosen.
-        draws: label draws per scored position; seed: of the draws. Only Fisher sensitivity draws.
-        imatrix: `fisher`: experts and the output head are packed with the Fisher importance, which is known before
-            they are measured.
-        packing: how candidates are packed.
         hidden_bytes: memory for hidden states; see `calibrate`.
     """
 
-    expert_types: Sequence[QuantType]
-    dense_types: Sequence[QuantType]
+    request: SensitivityRequest
     importance: Importance
     key_tokens: KeyTokens
-    draws: int
-    seed: int
-    imatrix: ImatrixKind = "plain"
-    packing: Packing = EXACT
     hidden_bytes: int = ComputeOptions.hidden_memory
 
 

@@ -19,7 +19,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
 from mode_gguf.forward.denormals import denormals_flushed
-from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.inputs import ModelInputs, model_inputs
 from mode_gguf.forward.streaming import StreamedModel, open_streamed
 from mode_gguf.importance.group_sums import N_ANSWERS, N_MODALITIES
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
@@ -59,8 +59,7 @@ def open_kl_model(
     """
     if not samples:
         raise UsageError("measuring KL needs at least one sample")
-    builder = InputBuilder.open(checkpoint)
-    inputs = [builder.build(sample) for sample in samples]
+    inputs = model_inputs(checkpoint, samples)
     digest = fingerprint([(one.origin, one.input_ids.tolist(), one.scored.tolist()) for one in inputs])
     return KlModel(checkpoint, open_streamed(checkpoint, device, torch.float32), inputs, digest)
 

@@ -83,9 +83,9 @@ def matrix_changes(
 
     Puts their size relative to the weights, `{tensor}.weight_error`, into the arrays of `result`.
     """
-    errors = np.full((1, len(settings.dense_types)), np.nan)
+    errors = np.full((1, len(settings.request.dense_types)), np.nan)
     result.arrays[f"{tensor.name}.weight_error"] = errors
-    stored = [stored_as(tensor, quant_type) for quant_type in settings.dense_types]
+    stored = [stored_as(tensor, quant_type) for quant_type in settings.request.dense_types]
     fitting = [t for t, quant_type in enumerate(stored) if quant_type is not None]
     squares = _sum_of_squares(torch.from_numpy(as_float32(tensor.read(0)))) if fitting else 0.0
     last: tuple[QuantType, Tensor] | None = None
@@ -93,7 +93,7 @@ def matrix_changes(
         quant_type = stored[t]
         assert quant_type is not None
         if last is None or last[0] != quant_type:  # neighbouring candidates may share a fallback type
-            last = quant_type, change_of_weights(tensor, 0, quant_type, importance, settings.packing, device)
+            last = quant_type, change_of_weights(tensor, 0, quant_type, importance, settings.request.packing, device)
         errors[0, t] = _sum_of_squares(last[1]) / squares
         yield t, last[1]
 

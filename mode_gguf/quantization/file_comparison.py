@@ -106,15 +106,13 @@ def compare(first: Path, second: Path, *, threads: int | None = None, progress: 
     shared = [name for name in first_tensors if name in second_tensors]
     if not shared:
         raise InputError(f"{first} and {second} have no tensor of the same name; give two files of one model")
-    sums = [_Sums(note=_mismatch(first_tensors[name], second_tensors[name])) for name in shared]
+    pairs = [(first_tensors[name], second_tensors[name]) for name in shared]
+    sums = [_Sums(note=None if a.shape == b.shape else f"shapes {a.shape} and {b.shape}") for a, b in pairs]
     chunks = [
-        chunk
-        for number, name in enumerate(shared)
-        if sums[number].note is None
-        for chunk in _chunks(number, first_tensors[name], second_tensors[name])
+        chunk for number, pair in enumerate(pairs) if sums[number].note is None for chunk in _chunks(number, *pair)
     ]
-    with progress.step("comparing", sum(first_tensors[name].n_weights for name in shared), "weights") as advance:
-        advance(sum(first_tensors[name].n_weights for name, one in zip(shared, sums, strict=True) if one.note))
+    with progress.step("comparing", sum(one.n_weights for one, _ in pairs), "weights") as advance:
+        advance(sum(one.n_weights for (one, _), found in zip(pairs, sums, strict=True) if found.note))
         for chunk, (difference, square, note) in zip(
             chunks,
             ordered_parallel(lambda index: _compared(chunks[index]), len(chunks), threads or os.cpu_count() or 1),
@@ -128,7 +126,6 @@ def compare(first: Path, second: Path, *, threads: int | None = None, progress: 
     for one in sums:
         if one.note is None and not one.square and one.difference:
             one.note = f"all zero in {first.name}"
-    pairs = [(first_tensors[name], second_tensors[name]) for name in shared]
     return Comparison(
         files=(_file(first, headers[0]), _file(second, headers[1])),
         tensors=[_difference(*pair, one) for pair, one in zip(pairs, sums, strict=True)],
@@ -139,12 +136,6 @@ def compare(first: Path, second: Path, *, threads: int | None = None, progress: 
         by_types=_by_types(pairs, sums),
         total=_total(pairs, sums),
     )
-
-
-def _mismatch(first: ModelTensor, second: ModelTensor) -> str | None:
-    if first.shape != second.shape:
-        return f"shapes {first.shape} and {second.shape}"
-    return None
 
 
 def _chunks(number: int, first: ModelTensor, second: ModelTensor) -> Iterable[_Chunk]:

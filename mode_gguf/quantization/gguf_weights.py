@@ -4,6 +4,7 @@ Where the experts of a layer are stored in groups (docs/design/per-expert-layout
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,10 +65,7 @@ class ModelTensor:
     @property
     def types(self) -> dict[str, int]:
         """Number of pieces by type; one piece unless experts are in groups."""
-        found: dict[str, int] = {}
-        for piece in self.pieces:
-            found[piece.info.type] = found.get(piece.info.type, 0) + 1
-        return found
+        return dict(Counter(piece.info.type for piece in self.pieces))
 
     def parts(self, start: int, stop: int) -> list[tuple[Piece, int, int]]:
         """The pieces that rows `start` to `stop` lie in, each with its rows."""

@@ -4,8 +4,8 @@ Who packs what is in the table of types. With exact packing, quantized bytes are
 Everything works matrix by matrix: what is in memory at any time is a few experts, or one dense matrix.
 """
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -165,19 +165,15 @@ def pack_by_rows(
     packed = _empty_packed(matrix, quant_type, name)
     rows = matrix.shape[0]
 
-    def pack_some(first: int, end: int) -> None:
-        _pack_into(packed[first:end], matrix[first:end], quant_type, importance, packing, name, first)
-        if feedback is not None:
-            round_again(packed[first:end], quant_type.name, as_float32(matrix[first:end]), feedback)
-
     step = max(_ROWS_PER_TASK, -(-rows // (4 * threads)))
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="packing")
-    try:
-        futures = [executor.submit(pack_some, row, row + step) for row in range(0, rows, step)]
-        for future in futures:
-            future.result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+
+    def pack_some(number: int) -> None:
+        some = slice(number * step, (number + 1) * step)
+        _pack_into(packed[some], matrix[some], quant_type, importance, packing, name, some.start)
+        if feedback is not None:
+            round_again(packed[some], quant_type.name, as_float32(matrix[some]), feedback)
+
+    deque(ordered_parallel(pack_some, -(-rows // step), threads), maxlen=0)
     return packed
 
 

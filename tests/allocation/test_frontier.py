@@ -10,11 +10,7 @@ from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.allocation.units import CandidateTypes
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.quantization.types import QUANT_TYPES
-from tests.allocation.test_planner import DENSE_TYPES, EXPERT_TYPES, MADE_FROM, measurements, model
-
-TYPES = CandidateTypes(
-    tuple(QUANT_TYPES[name] for name in EXPERT_TYPES), tuple(QUANT_TYPES[name] for name in DENSE_TYPES)
-)
+from tests.allocation.test_planner import EXPERT_TYPES, MADE_FROM, TYPES, measurements, model
 
 
 def made(preset: str = "mode", points: int = 9) -> Frontier:

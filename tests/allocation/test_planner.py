@@ -168,17 +168,6 @@ def test_redundant_vision_counts_for_nothing_in_the_paper_preset() -> None:
     assert [plans[0][1].types[n] for n in experts] != [plans[1][1].types[n] for n in experts]
 
 
-def test_a_type_per_expert_predicts_no_more_than_a_type_per_tensor() -> None:
-    tensors, budget = model(), Budget(value=3.3)
-    problem = Problem.of(tensors, measurements(tensors), budget=budget, types=TYPES, preset=PRESETS["mode"])
-    by_expert, by_tensor = expert_plan(problem, MADE_FROM, budget), optimal_plan(problem, MADE_FROM, budget)
-    assert by_expert.solver is not None
-    assert by_tensor.solver is not None
-    assert by_expert.solver.objective <= by_tensor.solver.objective
-    assert {len(types) for types in by_expert.experts.values()} == {E}
-    assert {name.split(".")[1] for name in by_expert.experts} == {str(layer) for layer in range(LAYERS)}
-
-
 @pytest.mark.parametrize("expert_width", [256, 704])
 def test_a_plan_with_a_type_per_expert(tmp_path: Path, expert_width: int) -> None:
     tensors = model(expert_width)

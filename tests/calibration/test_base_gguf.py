@@ -16,18 +16,17 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.data.samples import load_samples
 from mode_gguf.errors import InputError
-from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.inputs import model_inputs
 from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import balanced_imatrix, importance_of
-from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.importance.sensitivity_settings import SensitivityRequest
-from mode_gguf.options import CalibrationOptions, ComputeOptions
+from mode_gguf.options import CalibrationOptions
 from mode_gguf.pipeline import Calibrate, Run
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.workfolder import WorkFolder
 from tests.base_gguf import open_base, write_family_base, write_olmoe_base
 from tests.families.pico.base import LAYERS, TOP_K, write_pico_olmoe
+from tests.importance.conftest import measured_on_cpu
 
 TEXT = "The square is red. The circle is blue, and the triangle on the left is green. How many shapes are there?"
 TYPE = QUANT_TYPES["Q3_K"]
@@ -63,7 +62,7 @@ def test_parameters_are_those_that_transformers_loads(olmoe: Path) -> None:
 def statistics_and_logits(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarray], torch.Tensor]:
     """Statistics of a text, and the logits on the way."""
     streamed = open_streamed(checkpoint, "cpu")
-    inputs = [InputBuilder.open(checkpoint).build(sample(TEXT))]
+    inputs = model_inputs(checkpoint, [sample(TEXT)])
     observer = Observer(streamed.tensors, streamed.device)
     read: list[torch.Tensor] = []
     head = streamed.model.get_submodule("lm_head")
@@ -81,7 +80,8 @@ def statistics_and_logits(checkpoint: Checkpoint) -> tuple[Mapping[str, np.ndarr
 def test_rows_in_another_order_change_no_statistics(olmoe: Path) -> None:
     plain, logits = statistics_and_logits(based(olmoe))
     whole = AutoModelForCausalLM.from_pretrained(olmoe, dtype=torch.float32)
-    ids = InputBuilder.open(based(olmoe)).build(sample(TEXT)).input_ids
+    (inputs,) = model_inputs(based(olmoe), [sample(TEXT)])
+    ids = inputs.input_ids
     with torch.no_grad():
         expected = whole(input_ids=ids[None]).logits[0]
     torch.testing.assert_close(logits, expected[-len(logits) :], atol=1e-4, rtol=1e-4)
@@ -96,14 +96,8 @@ def test_rows_in_another_order_change_no_statistics(olmoe: Path) -> None:
 def costs(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
     """Sensitivities of all matrices on one text."""
     statistics = calibrate(checkpoint, [sample(TEXT)], device="cpu")
-    measured = measure_sensitivity(
-        checkpoint,
-        [sample(TEXT)],
-        importance_of(balanced_imatrix(statistics, text_tensors(checkpoint))),
-        statistics,
-        SensitivityRequest(expert_types=(TYPE,), dense_types=(TYPE,), label_draws=1),
-        ComputeOptions(device="cpu"),
-    )
+    importance = importance_of(balanced_imatrix(statistics, text_tensors(checkpoint)))
+    measured = measured_on_cpu(checkpoint, [sample(TEXT)], importance, statistics, (TYPE,), label_draws=1)
     return measured.table.arrays
 
 

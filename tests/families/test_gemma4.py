@@ -19,7 +19,7 @@ from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.forward.modality import TEXT_ATTENTION
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.output_error import block_mse
-from mode_gguf.importance.sensitivity_settings import SensitivitySettings
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest, SensitivitySettings
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.families.case.gemma4 import GEMMA4
 from tests.families.changed import changed
@@ -132,7 +132,7 @@ def test_errors_of_experts_with_gate_and_up_in_one(checkpoint: Checkpoint) -> No
     result = block_mse(
         open_streamed(checkpoint, "cpu"),
         [InputBuilder.open(checkpoint).build(answered_samples()[0])],
-        SensitivitySettings(types, types, {}, TEXT_ATTENTION, 1, 0),
+        SensitivitySettings(SensitivityRequest(types, types, label_draws=1), {}, TEXT_ATTENTION),
     )
     for name in ("ffn_gate_up_exps.weight", "ffn_down_exps.weight", "ffn_exps"):
         values = result.arrays[f"blk.0.{name}.expert"]

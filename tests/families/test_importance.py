@@ -16,7 +16,7 @@ from mode_gguf.forward.modality import TEXT_ATTENTION
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
-from mode_gguf.importance.sensitivity_settings import SensitivitySettings
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest, SensitivitySettings
 from mode_gguf.importance.variants import Variant
 from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packing import EXACT
@@ -45,7 +45,8 @@ def test_kl_and_fisher(case: FamilyCase, families: Families, tmp_path: Path) -> 
     tensors = {tensor.name: tensor for tensor in text_tensors(checkpoint)}
     variants = [Variant(name, {name: (TYPE,) * tensors[name].n_experts}) for name in case.measured.names]
     measured = quantized_kl(open_streamed(checkpoint, "cpu"), inputs, variants, KlSettings({}, EXACT, TEXT_ATTENTION))
-    settings = SensitivitySettings((TYPE,), (TYPE,), {}, TEXT_ATTENTION, draws=case.measured.draws, seed=0)
+    request = SensitivityRequest((TYPE,), (TYPE,), label_draws=case.measured.draws)
+    settings = SensitivitySettings(request, {}, TEXT_ATTENTION)
     fisher = fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings)
     model = case.load(checkpoint.path, checkpoint)
     parameters = parameters_by_source(checkpoint, dict(model.named_parameters()))

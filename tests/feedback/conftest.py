@@ -7,7 +7,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
-from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.inputs import ModelInputs, model_inputs
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from tests.importance.conftest import checkpoint, importance, samples, statistics
 
@@ -16,8 +16,7 @@ __all__ = ["checkpoint", "importance", "samples", "statistics"]
 
 @pytest.fixture(scope="session")
 def inputs(checkpoint: Checkpoint, samples: list[Sample]) -> list[ModelInputs]:
-    builder = InputBuilder.open(checkpoint)
-    return [builder.build(sample) for sample in samples]
+    return model_inputs(checkpoint, samples)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Hashable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -60,6 +61,18 @@ class RecordingStore(HiddenStore):
         super().put(key, tensor)
         self.given[key] = weakref.ref(tensor)
         self.most_filed = max(self.most_filed, self.filed)
+
+
+def recording_stores(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[RecordingStore]:
+    """The stores that `module` makes from now on."""
+    stores: list[RecordingStore] = []
+
+    def recording_store(limit_bytes: int) -> RecordingStore:
+        stores.append(RecordingStore(limit_bytes))
+        return stores[-1]
+
+    monkeypatch.setattr(module, "HiddenStore", recording_store)
+    return stores
 
 
 @pytest.fixture(autouse=True)
@@ -122,13 +135,7 @@ def test_nothing_changes(model: Model, images: list[Tensor], limit: int, in_file
 def test_calibration_in_a_byte_of_memory(pico: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(pico)
     plain = calibrate(checkpoint, samples, device="cpu")
-    stores: list[RecordingStore] = []
-
-    def recording_store(limit_bytes: int) -> RecordingStore:
-        stores.append(RecordingStore(limit_bytes))
-        return stores[-1]
-
-    monkeypatch.setattr(recorded_forward, "HiddenStore", recording_store)
+    stores = recording_stores(monkeypatch, recorded_forward)
     offloaded = calibrate(checkpoint, samples, device="cpu", hidden_bytes=1)
     for name, array in plain.arrays.items():
         np.testing.assert_array_equal(offloaded.arrays[name], array, err_msg=name)

@@ -11,17 +11,12 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
 from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
-from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.inputs import ModelInputs, model_inputs
 from mode_gguf.forward.layerwise import LayerCallbacks, run_layerwise
 from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, KeyTokens
 from mode_gguf.forward.streaming import StreamedModel, choose_device, open_streamed
 
 CPU = torch.device("cpu")
-
-
-def build(folder: Path, samples: list[Sample]) -> list[ModelInputs]:
-    builder = InputBuilder.open(Checkpoint.open(folder))
-    return [builder.build(sample) for sample in samples]
 
 
 def whole_model(folder: Path, attention: str) -> torch.nn.Module:
@@ -63,8 +58,8 @@ def assert_streamed_is_plain(
 
 
 def test_without_logits_only_the_output_head_does_nothing(pico: Path, samples: list[Sample]) -> None:
-    inputs = build(pico, samples)
-    streamed = open_streamed(Checkpoint.open(pico), "cpu")
+    checkpoint = Checkpoint.open(pico)
+    inputs, streamed = model_inputs(checkpoint, samples), open_streamed(checkpoint, "cpu")
     read: list[torch.Tensor] = []
     head = streamed.model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_hook(lambda module, arguments, output: read.append(arguments[0]))
@@ -81,9 +76,10 @@ def test_without_logits_only_the_output_head_does_nothing(pico: Path, samples: l
 
 def test_key_tokens_are_those_of_eager_attention(pico: Path, pico_module: Path, samples: list[Sample]) -> None:
     ratio = 0.3
-    streamed = open_streamed(Checkpoint.open(pico), "cpu")
+    checkpoint = Checkpoint.open(pico)
+    streamed = open_streamed(checkpoint, "cpu")
     eager = whole_model(pico_module, "eager")
-    for one in build(pico, samples)[2:]:
+    for one in model_inputs(checkpoint, samples[2:]):
         trace = SampleTrace.of(one, CPU)
         modalities: list[torch.Tensor] = []
 

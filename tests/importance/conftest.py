@@ -1,6 +1,8 @@
-"""One calibrated pico model the importance tests share."""
+"""One calibrated pico model the importance tests share, and ways of measuring it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +11,12 @@ from mode_gguf.calibration.calibrate import calibrate
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Message, Sample
+from mode_gguf.forward.inputs import ModelInputs, model_inputs
 from mode_gguf.importance.imatrix import Importance, balanced_imatrix, importance_of
+from mode_gguf.importance.sensitivity import Sensitivity, measure_sensitivity
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest
+from mode_gguf.options import ComputeOptions
+from mode_gguf.quantization.types import QuantType
 from tests.calibration.conftest import noise_image
 
 
@@ -46,6 +53,12 @@ def samples() -> list[Sample]:
 
 
 @pytest.fixture(scope="session")
+def inputs(checkpoint: Checkpoint, samples: list[Sample]) -> list[ModelInputs]:
+    """A text and an answered question, so that both kinds of answer and all modalities are there."""
+    return model_inputs(checkpoint, (samples[0], samples[-1]))
+
+
+@pytest.fixture(scope="session")
 def statistics(checkpoint: Checkpoint, samples: list[Sample]) -> CalibrationStatistics:
     return calibrate(checkpoint, samples, device="cpu")
 
@@ -53,3 +66,16 @@ def statistics(checkpoint: Checkpoint, samples: list[Sample]) -> CalibrationStat
 @pytest.fixture(scope="session")
 def importance(checkpoint: Checkpoint, statistics: CalibrationStatistics) -> Importance:
     return importance_of(balanced_imatrix(statistics, text_tensors(checkpoint)))
+
+
+def measured_on_cpu(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    importance: Importance,
+    statistics: CalibrationStatistics,
+    types: Sequence[QuantType],
+    **asked: Any,
+) -> Sensitivity:
+    """Sensitivity at `types`, those of experts and, unless `asked` names others, of all else."""
+    request = SensitivityRequest(types, **{"dense_types": types, **asked})
+    return measure_sensitivity(checkpoint, samples, importance, statistics, request, ComputeOptions(device="cpu"))

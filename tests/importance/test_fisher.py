@@ -1,38 +1,35 @@
 """Fisher sensitivity against KL divergences measured one change at a time on the whole model."""
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
-from mode_gguf.forward.hidden_store import HiddenStore
-from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.inputs import ModelInputs, model_inputs
 from mode_gguf.forward.modality import TEXT, TEXT_ATTENTION
 from mode_gguf.forward.streaming import open_streamed
+from mode_gguf.importance import fisher
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.imatrix import Importance
-from mode_gguf.importance.sensitivity import measure_sensitivity
 from mode_gguf.importance.sensitivity_settings import SensitivityRequest, SensitivitySettings
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.importance.weight_errors import change_of_weights
-from mode_gguf.options import ComputeOptions
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES
+from tests.forward.test_offload import recording_stores
+from tests.importance.conftest import measured_on_cpu
+from tests.importance.whole_model import CPU, WholeModel
 
-CPU = torch.device("cpu")
 TYPES = (QUANT_TYPES["Q4_K"], QUANT_TYPES["Q6_K"])
 DRAWS = 24
 LAYER = 1
@@ -42,32 +39,22 @@ LAYER = 1
 def table(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> SensitivityTable:
-    table = measure_sensitivity(
-        checkpoint,
-        samples,
-        importance,
-        statistics,
-        SensitivityRequest(expert_types=TYPES, dense_types=TYPES, label_draws=DRAWS),
-        ComputeOptions(device="cpu"),
-    ).table
-    return table
+    return measured_on_cpu(checkpoint, samples, importance, statistics, TYPES, label_draws=DRAWS).table
 
 
-class WholeModel:
-    """Hugging Face's model, its predictions at the scored positions, and how far a change moves them.
+class HeldChoices(WholeModel):
+    """The model, and how far a change moves its predictions.
 
     Every token keeps the experts the unchanged model chose for it (their weights follow the change): where a choice
     flips, the output jumps, which no derivative sees, and random weights leave many choices close to a tie.
     """
 
     def __init__(self, folder: Path, inputs: list[ModelInputs]) -> None:
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        self.inputs = inputs
-        self.running = inputs[0]
+        super().__init__(folder, inputs)
         self._choices: dict[tuple[int, str], Tensor] = {}
         for index, layer in enumerate(self.model.model.language_model.layers):
             layer.mlp.gate.register_forward_hook(self._held_choice(index))
-        self.reference = self._predictions()
+        self.reference = self.predictions()
 
     def _held_choice(self, layer: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         def hook(
@@ -80,36 +67,14 @@ class WholeModel:
 
         return hook
 
-    def _predictions(self) -> list[Tensor]:
-        predictions = []
-        with torch.no_grad():
-            for one in self.inputs:
-                self.running = one
-                logits = self.model(**one.model_arguments(CPU, torch.float32)).logits
-                predictions.append(logits[0, one.scored].double().log_softmax(-1))
-        return predictions
-
     def divergence(self) -> np.ndarray:
         """Mean KL per scored position against the unchanged model, per kind of answer."""
-        total, positions = np.zeros(2), np.zeros(2)
-        for one, p, q in zip(self.inputs, self.reference, self._predictions(), strict=True):
-            total[one.answer] += float((p.exp() * (p - q)).sum())
-            positions[one.answer] += len(one.scored)
-        return total / positions
-
-    @contextmanager
-    def hooked(self, module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-        handle = module.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return self.divergence_from(self.reference)
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint: Checkpoint, pico_module: Path, samples: list[Sample]) -> WholeModel:
-    builder = InputBuilder.open(checkpoint)
-    return WholeModel(pico_module, [builder.build(sample) for sample in samples])
+def whole(checkpoint: Checkpoint, pico_module: Path, samples: list[Sample]) -> HeldChoices:
+    return HeldChoices(pico_module, model_inputs(checkpoint, samples))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +83,7 @@ def tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
 
 
 def measured_expert_divergence(
-    whole: WholeModel,
+    whole: HeldChoices,
     tensors: dict[str, SourceTensor],
     importance: Importance,
     expert: int,
@@ -145,7 +110,7 @@ def measured_expert_divergence(
         routed = (weight * chosen).sum(-1, keepdim=True)
         return result + routed * (output(x, changed) - output(x, weights))
 
-    with whole.hooked(experts, hook):
+    with experts.register_forward_hook(hook):
         return whole.divergence()
 
 
@@ -153,7 +118,7 @@ def measured_expert_divergence(
 @pytest.mark.parametrize("type_index", [0, 1], ids=["Q4_K", "Q6_K"])
 def test_experts(
     table: SensitivityTable,
-    whole: WholeModel,
+    whole: HeldChoices,
     tensors: dict[str, SourceTensor],
     importance: Importance,
     statistics: CalibrationStatistics,
@@ -186,7 +151,7 @@ def test_experts(
 @pytest.mark.parametrize("part", ["gate", "up", "down"])
 def test_whole_expert_tensors(
     table: SensitivityTable,
-    whole: WholeModel,
+    whole: HeldChoices,
     tensors: dict[str, SourceTensor],
     importance: Importance,
     part: str,
@@ -221,7 +186,7 @@ def test_whole_expert_tensors(
 )
 def test_dense_tensors(
     table: SensitivityTable,
-    whole: WholeModel,
+    whole: HeldChoices,
     tensors: dict[str, SourceTensor],
     importance: Importance,
     name: str,
@@ -263,14 +228,13 @@ def test_no_expert_is_free(table: SensitivityTable) -> None:
 
 
 def test_same_seed_same_table_and_exact_types_cost_nothing(
-    checkpoint: Checkpoint, samples: list[Sample], importance: Importance
+    checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance
 ) -> None:
-    builder = InputBuilder.open(checkpoint)
-    inputs = [builder.build(sample) for sample in (samples[0], samples[-1])]
     types = (QUANT_TYPES["F32"], QUANT_TYPES["Q6_K"])
 
     def arrays(seed: int) -> dict[str, np.ndarray]:
-        settings = SensitivitySettings(types, types, importance, TEXT_ATTENTION, draws=1, seed=seed)
+        request = SensitivityRequest(types, types, label_draws=1, seed=seed)
+        settings = SensitivitySettings(request, importance, TEXT_ATTENTION)
         return fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings).arrays
 
     first, again, other = arrays(5), arrays(5), arrays(6)
@@ -281,29 +245,15 @@ def test_same_seed_same_table_and_exact_types_cost_nothing(
 
 
 def test_hidden_states_in_files_change_nothing(
-    checkpoint: Checkpoint, samples: list[Sample], importance: Importance, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    builder = InputBuilder.open(checkpoint)
-    inputs = [builder.build(sample) for sample in (samples[0], samples[-1])]
-    settings = SensitivitySettings(TYPES[:1], TYPES[:1], importance, TEXT_ATTENTION, draws=1, seed=0)
+    request = SensitivityRequest(TYPES[:1], TYPES[:1], label_draws=1)
+    settings = SensitivitySettings(request, importance, TEXT_ATTENTION)
     in_memory = fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings).arrays
-    stores: list[HiddenStore] = []
-
-    class RecordingStore(HiddenStore):
-        def __init__(self, limit_bytes: int) -> None:
-            super().__init__(limit_bytes)
-            self.most_filed = 0
-            stores.append(self)
-
-        def put(self, key: Hashable, tensor: Tensor) -> None:
-            super().put(key, tensor)
-            self.most_filed = max(self.most_filed, self.filed)
-
-    monkeypatch.setattr("mode_gguf.importance.fisher.HiddenStore", RecordingStore)
+    stores = recording_stores(monkeypatch, fisher)
     small = replace(settings, hidden_bytes=100_000)
     for name, array in fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, small).arrays.items():
         np.testing.assert_array_equal(array, in_memory[name])
     (store,) = stores
-    assert isinstance(store, RecordingStore)
     assert store.most_filed >= 3
     assert store.filed == store.held_bytes == 0

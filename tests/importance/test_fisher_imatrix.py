@@ -14,15 +14,14 @@ from mode_gguf.allocation.presets import PRESETS
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.data.sample import Sample
 from mode_gguf.export.imatrix_file import read_imatrix, write_imatrix
-from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.inputs import ModelInputs
 from mode_gguf.forward.modality import TEXT_ATTENTION
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.fisher import fisher_sensitivity
 from mode_gguf.importance.fisher_imatrix import PRIOR_TOKENS, ColumnSums
 from mode_gguf.importance.imatrix import Importance, importance_of
-from mode_gguf.importance.sensitivity_settings import SensitivityResult, SensitivitySettings
+from mode_gguf.importance.sensitivity_settings import SensitivityRequest, SensitivityResult, SensitivitySettings
 from mode_gguf.importance.token_weights import experts_entry
 from mode_gguf.quantization.types import QUANT_TYPES
 
@@ -31,17 +30,11 @@ TYPES = (QUANT_TYPES["Q2_K"],)
 DRAWS, SEED, LAYER = 2, 3, 1
 
 
-@pytest.fixture(scope="module")
-def inputs(checkpoint: Checkpoint, samples: list[Sample]) -> list[ModelInputs]:
-    """A text and an answered question, so that both kinds of answer and all modalities are there."""
-    builder = InputBuilder.open(checkpoint)
-    return [builder.build(sample) for sample in (samples[0], samples[-1])]
-
-
 def measure(
     checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance, **options: Any
 ) -> SensitivityResult:
-    settings = SensitivitySettings(TYPES, TYPES, importance, TEXT_ATTENTION, DRAWS, SEED, **options)
+    request = SensitivityRequest(TYPES, TYPES, label_draws=DRAWS, seed=SEED, **options)
+    settings = SensitivitySettings(request, importance, TEXT_ATTENTION)
     return fisher_sensitivity(open_streamed(checkpoint, "cpu"), inputs, settings)
 
 

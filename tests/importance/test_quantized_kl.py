@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
-from transformers import AutoModelForImageTextToText
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
@@ -19,7 +18,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import UsageError
 from mode_gguf.forward.hooks import SampleTrace
-from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.inputs import ModelInputs, model_inputs
 from mode_gguf.forward.modality import KEY_VISION, REDUNDANT_VISION, TEXT, TEXT_ATTENTION
 from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import StreamedModel, open_streamed
@@ -30,16 +29,15 @@ from mode_gguf.importance.weight_errors import change_of_weights
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
+from tests.importance.whole_model import CPU, WholeModel
 
-CPU = torch.device("cpu")
 Q2, Q3, Q4, Q6 = (QUANT_TYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q6_K"))
 ROOT = "model.language_model"
 
 
 @pytest.fixture(scope="module")
 def inputs(checkpoint: Checkpoint, samples: list[Sample]) -> list[ModelInputs]:
-    builder = InputBuilder.open(checkpoint)
-    return [builder.build(sample) for sample in (samples[0], samples[1], samples[4], samples[5])]
+    return model_inputs(checkpoint, (samples[0], samples[1], samples[4], samples[5]))
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +80,15 @@ PLAN: TypesByTensor = {
 LATE_PLAN: TypesByTensor = {"blk.2.ffn_up_exps.weight": experts_types(Q3)}
 
 
-class BruteForce:
+class BruteForce(WholeModel):
     """Hugging Face's model with hooks that compute what changed weights give; one forward per sample and question."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, inputs: list[ModelInputs], importance: Importance) -> None:
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        self.inputs, self.importance = inputs, importance
+        super().__init__(folder, inputs)
+        self.importance = importance
         self.tensors = {tensor.name: tensor for tensor in text_tensors(checkpoint)}
         self.modality = self._modalities(open_streamed(checkpoint, "cpu"))
-        self.reference = self._predictions()
+        self.reference = self.predictions()
 
     def _modalities(self, streamed: StreamedModel) -> dict[tuple[str, int], Tensor]:
         """Modality of every token by sample and layer, as the full-precision run sees it."""
@@ -102,28 +100,14 @@ class BruteForce:
         run_recorded(streamed, self.inputs, LayerConsumer(key_tokens=TEXT_ATTENTION, leave=leave), description="test")
         return modalities
 
-    def _predictions(self) -> list[Tensor]:
-        predictions = []
-        with torch.no_grad():
-            for one in self.inputs:
-                self.running = one
-                logits = self.model(**one.model_arguments(CPU, torch.float32)).logits
-                predictions.append(logits[0, one.scored].double().log_softmax(-1))
-        return predictions
-
     def divergence(self, base: TypesByTensor, variant: Variant | None) -> np.ndarray:
         """Mean KL per scored position and kind of answer, of the variant or (None) the base."""
         own = {**base, **(variant.types if variant else {})}
         modality = variant.modality if variant else None
         with ExitStack() as stack:
             for name in own:
-                stack.callback(self._hook(self.tensors[name], base, own, modality).remove)
-            moved = self._predictions()
-        total, positions = np.zeros(2), np.zeros(2)
-        for one, p, q in zip(self.inputs, self.reference, moved, strict=True):
-            total[one.answer] += float((p.exp() * (p - q)).sum())
-            positions[one.answer] += len(one.scored)
-        return np.asarray(total / positions)
+                stack.enter_context(self._hook(self.tensors[name], base, own, modality))
+            return self.divergence_from(self.reference)
 
     def _hook(self, tensor: SourceTensor, base: TypesByTensor, own: TypesByTensor, modality: int | None) -> Any:
         """Replaces a module's output by what the variant's weights give for tokens of the modality, else the base's."""
@@ -195,29 +179,17 @@ def test_against_brute_force(
 def test_a_tied_embedding_is_the_head_too(tmp_path: Path, samples: list[Sample], settings: KlSettings) -> None:
     folder = write_pico_qwen3vlmoe(tmp_path / "tied", layout="module", tied=True)
     checkpoint = Checkpoint.open(folder)
-    builder = InputBuilder.open(checkpoint)
-    inputs = [builder.build(sample) for sample in (samples[0], samples[4])]
+    inputs = model_inputs(checkpoint, (samples[0], samples[4]))
     measured = quantized_kl(
         open_streamed(checkpoint, "cpu"), inputs, [Variant("tied", {"token_embd.weight": (Q2,)})], settings
     )
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def predictions() -> list[Tensor]:
-        with torch.no_grad():
-            return [
-                model(**one.model_arguments(CPU, torch.float32)).logits[0, one.scored].double().log_softmax(-1)
-                for one in inputs
-            ]
-
+    whole = WholeModel(folder, inputs)
+    before = whole.predictions()
     (embedding,) = (t for t in text_tensors(checkpoint) if t.role is Role.EMBEDDING)
-    before = predictions()
+    change = change_of_weights(embedding, 0, Q2, settings.importance, EXACT, CPU)
     with torch.no_grad():
-        model.get_input_embeddings().weight += change_of_weights(embedding, 0, Q2, settings.importance, EXACT, CPU)
-    expected = [
-        float((p.exp() * (p - q)).sum()) / len(one.scored)
-        for one, p, q in zip(inputs, before, predictions(), strict=True)
-    ]
-    np.testing.assert_allclose(measured.variants[0], expected, rtol=2e-3)
+        whole.model.get_input_embeddings().weight += change
+    np.testing.assert_allclose(measured.variants[0], whole.divergence_from(before), rtol=2e-3)
 
 
 def test_every_layer_is_loaded_once_and_freed(

@@ -15,22 +15,20 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
 from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
-from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.inputs import model_inputs
 from mode_gguf.forward.modality import TEXT_ATTENTION, KeyTokens
 from mode_gguf.forward.recorded_forward import LayerConsumer, run_recorded
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.imatrix import Importance
-from mode_gguf.importance.sensitivity import measure_sensitivity
-from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.importance.sensitivity_table import METHODS, SensitivityTable
 from mode_gguf.importance.unrouted_experts import fill_unrouted, unrouted_experts
 from mode_gguf.importance.weight_errors import change_of_weights
-from mode_gguf.options import ComputeOptions
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.packing import EXACT
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 from mode_gguf.vocabulary import Method
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
+from tests.importance.conftest import measured_on_cpu
 
 TYPES = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q4_K"])
 CPU = torch.device("cpu")
@@ -40,25 +38,17 @@ CPU = torch.device("cpu")
 def paper_table(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> SensitivityTable:
-    result = measure_sensitivity(
-        checkpoint,
-        samples,
-        importance,
-        statistics,
-        SensitivityRequest(expert_types=TYPES, dense_types=TYPES[1:], method="expert-mse"),
-        ComputeOptions(device="cpu"),
-    )
-    table, imatrix = result.table, result.imatrix
-    assert imatrix == {}
+    asked: dict[str, Any] = {"dense_types": TYPES[1:], "method": "expert-mse"}
+    result = measured_on_cpu(checkpoint, samples, importance, statistics, TYPES, **asked)
+    assert result.imatrix == {}
     assert result.token_weights is None
-    return table
+    return result.table
 
 
 def test_expert_mse_by_hand(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, paper_table: SensitivityTable
 ) -> None:
     """Layer 0, expert 1, text tokens, down at Q2_K: the mean square of hidden @ (change of down)."""
-    builder = InputBuilder.open(checkpoint)
     hidden: list[torch.Tensor] = []
 
     def leave(trace: SampleTrace, layer: int) -> None:
@@ -70,7 +60,7 @@ def test_expert_mse_by_hand(
 
     run_recorded(
         open_streamed(checkpoint, "cpu"),
-        [builder.build(sample) for sample in samples],
+        model_inputs(checkpoint, samples),
         LayerConsumer(key_tokens=TEXT_ATTENTION, leave=leave),
         description="test",
     )
@@ -98,7 +88,6 @@ class Block:
     """Layer 1's MoE block on all samples, computed with its weights changed as wished."""
 
     def __init__(self, checkpoint: Checkpoint, samples: list[Sample]) -> None:
-        builder = InputBuilder.open(checkpoint)
         self.calls: list[ExpertsCall] = []
         modality: list[torch.Tensor] = []
         streamed = open_streamed(checkpoint, "cpu")
@@ -110,7 +99,7 @@ class Block:
 
         run_recorded(
             streamed,
-            [builder.build(sample) for sample in samples],
+            model_inputs(checkpoint, samples),
             LayerConsumer(key_tokens=TEXT_ATTENTION, leave=leave),
             description="test",
         )
@@ -142,16 +131,9 @@ def test_block_mse_is_the_mean_square_of_the_blocks_change(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> None:
     """Against the block computed anew with one expert, or one projection of all experts, stored in Q2_K."""
-    result = measure_sensitivity(
-        checkpoint,
-        samples,
-        importance,
-        statistics,
-        SensitivityRequest(expert_types=TYPES, dense_types=TYPES, method="block-mse"),
-        ComputeOptions(device="cpu"),
-    )
-    table, imatrix = result.table, result.imatrix
-    assert imatrix == {}
+    result = measured_on_cpu(checkpoint, samples, importance, statistics, TYPES, method="block-mse")
+    table = result.table
+    assert result.imatrix == {}
     block = Block(checkpoint, samples)
 
     def change(name: str, expert: int) -> torch.Tensor:
@@ -176,14 +158,7 @@ def test_every_method_writes_the_errors_of_weights(
     method: Method, checkpoint: Checkpoint, samples: list[Sample], statistics: CalibrationStatistics
 ) -> None:
     """Packed without importance, so that they are the same whatever the method."""
-    table = measure_sensitivity(
-        checkpoint,
-        samples[-1:],
-        {},
-        statistics,
-        SensitivityRequest(expert_types=TYPES, dense_types=TYPES, method=method, label_draws=1),
-        ComputeOptions(device="cpu"),
-    ).table
+    table = measured_on_cpu(checkpoint, samples[-1:], {}, statistics, TYPES, method=method, label_draws=1).table
     tensors = {t.name: t for t in text_tensors(checkpoint)}
 
     def relative(name: str, expert: int, quant_type: QuantType) -> float:
@@ -206,13 +181,13 @@ def test_key_tokens_are_those_of_the_statistics(
 ) -> None:
     """If every vision token is key, none is redundant, and key ones carry what both carried before."""
     tables = [
-        measure_sensitivity(
+        measured_on_cpu(
             checkpoint,
             samples[-2:],
             importance,
             replace(statistics, key_tokens=key_tokens),
-            SensitivityRequest(expert_types=TYPES[:1], dense_types=TYPES[:1], label_draws=1),
-            ComputeOptions(device="cpu"),
+            TYPES[:1],
+            label_draws=1,
         )
         .table.arrays["blk.1.ffn_exps.expert"][1]
         .sum(axis=1)[:, 0]
@@ -264,22 +239,15 @@ def test_bad_options(
 ) -> None:
     asked = {"samples": samples, **options}
     chosen = asked.pop("samples")
-    request = SensitivityRequest(TYPES, TYPES, **asked)
     with pytest.raises(UsageError, match=message):
-        measure_sensitivity(checkpoint, chosen, importance, statistics, request, ComputeOptions(device="cpu"))
+        measured_on_cpu(checkpoint, chosen, importance, statistics, TYPES, **asked)
 
 
 def test_statistics_of_another_checkpoint(
     checkpoint: Checkpoint, samples: list[Sample], importance: Importance, statistics: CalibrationStatistics
 ) -> None:
     with pytest.raises(InputError, match="belongs to another checkpoint"):
-        measure_sensitivity(
-            checkpoint,
-            samples,
-            importance,
-            replace(statistics, fingerprint="other"),
-            SensitivityRequest(expert_types=TYPES, dense_types=TYPES),
-        )
+        measured_on_cpu(checkpoint, samples, importance, replace(statistics, fingerprint="other"), TYPES)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -289,14 +257,8 @@ def test_fallback_types_are_measured_where_rows_do_not_fit(
     """Experts 320 wide: down cannot be a K-quant; a tied embedding carries the head's cost."""
     checkpoint = Checkpoint.open(write_pico_qwen3vlmoe(tmp_path / "odd", expert_width=320, tied=True))
     types = (QUANT_TYPES["Q2_K"], QUANT_TYPES["Q8_0"])
-    table = measure_sensitivity(
-        checkpoint,
-        samples[-2:],
-        {},
-        replace(statistics, fingerprint=checkpoint.fingerprint),
-        SensitivityRequest(expert_types=types, dense_types=types, method=method, label_draws=1),
-        ComputeOptions(device="cpu"),
-    ).table
+    moved = replace(statistics, fingerprint=checkpoint.fingerprint)
+    table = measured_on_cpu(checkpoint, samples[-2:], {}, moved, types, method=method, label_draws=1).table
     assert table.fallback_types == {f"blk.{layer}.ffn_down_exps.weight": ("IQ4_NL", "Q8_0") for layer in range(3)}
     down = next(one for one in text_tensors(checkpoint) if one.name == "blk.0.ffn_down_exps.weight")
     weights = as_float32(down.read(1))
