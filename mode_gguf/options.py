@@ -106,7 +106,7 @@ def _numbers(value: Any) -> Any:
     try:
         return tuple(float(part) for part in value.split(","))
     except ValueError:
-        raise ValueError(f"numbers with commas expected, {value!r} found") from None
+        raise ValueError("numbers such as 3,1 expected") from None
 
 
 Size: TypeAlias = Annotated[int, Field(gt=0), BeforeValidator(_size)]

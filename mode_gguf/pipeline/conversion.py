@@ -88,10 +88,10 @@ class Conversion:
     def export_stage(self) -> ExportText:
         return ExportText(None, self.recipe.export, self.recipe.compute, self.calibrate)
 
-    def stages(self, run: Run) -> list[Stage]:
-        """All stages, in their order."""
+    def writing_stages(self, run: Run) -> list[Stage]:
+        """Stages from the measurements to the files, in their order."""
         options, export = self.recipe.export, self.export_stage()
-        stages = [*self.measuring_stages(), MakePlan(self.settings, self.sensitivity, self.target), export]
+        stages: list[Stage] = [MakePlan(self.settings, self.sensitivity, self.target), export]
         if projector_tensors(run.checkpoint):
             stages.append(ExportProjector(options.mmproj_type))
         if options.mtp:
@@ -131,8 +131,9 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
             log.warning("%s", warning)
         if not restart:
             run.cache.check_unchanged([stage.state(run) for stage in conversion.measuring_stages()])
+        run.ensure(*conversion.measuring_stages())
         with_types(recipe, conversion.settings.types).save(run.folder.recipe)
-        run.ensure(*conversion.stages(run))
+        run.ensure(*conversion.writing_stages(run))
         return _result(run, conversion)
 
 

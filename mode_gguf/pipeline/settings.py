@@ -20,6 +20,7 @@ from mode_gguf.options import (
     BudgetOptions,
     CalibrationOptions,
     FitOptions,
+    Packing,
     SensitivityOptions,
 )
 from mode_gguf.pipeline.gpu_budget import reachable_sizes
@@ -150,15 +151,37 @@ def with_types(recipe: Recipe, types: CandidateTypes) -> Recipe:
     return replace(recipe, sensitivity=replace(recipe.sensitivity, types=expert, dense_types=dense))
 
 
+def with_measured_packing(recipe: Recipe, folder: WorkFolder) -> Recipe:
+    """The recipe with the packing that candidates were measured with, which the file will have.
+
+    Raises:
+        InputError: `sensitivity` has not run in the folder.
+        UsageError: the recipe asks for another packing.
+    """
+    from mode_gguf.importance.sensitivity_table import SensitivityTable
+
+    measured, asked = SensitivityTable.load(folder.sensitivity).packing, recipe.sensitivity.packing
+    if asked not in (measured, Packing()):
+        raise UsageError(
+            f"sensitivity.packing: {asked.mode}, but candidates were packed {measured.mode} when they were measured; "
+            "give it to `mode-gguf sensitivity`, or leave it out"
+        )
+    return replace(recipe, sensitivity=replace(recipe.sensitivity, packing=measured))
+
+
 def measured_candidates(recipe: Recipe, folder: WorkFolder) -> CandidateTypes:
     """The candidate types of a plan from what was measured in the folder: all, unless the recipe names some.
 
     Raises:
+        UsageError, MissingResourceError: as `candidates_of`.
         InputError: `sensitivity` has not run there.
     """
     from mode_gguf.importance.sensitivity_table import SensitivityTable
 
-    table, options = SensitivityTable.load(folder.sensitivity), recipe.sensitivity
+    options = recipe.sensitivity
+    if options.types and options.dense_types:
+        return candidate_types(options.types, options.dense_types, recipe.plan.floors)
+    table = SensitivityTable.load(folder.sensitivity)
     return candidate_types(
         options.types or table.expert_types, options.dense_types or table.dense_types, recipe.plan.floors
     )

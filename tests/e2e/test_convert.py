@@ -27,7 +27,7 @@ IQ = settings("sensitivity.types=IQ2_XXS,IQ2_S,IQ3_XXS,Q2_K,Q3_K", "sensitivity.
 
 def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: Run) -> None:
     result = json.loads(run("convert", pico, "--bpw", "4.0", "--out", out, "--json", *SMALL))
-    assert set(result) == {"model", "mmproj", "imatrix", "plan", "bpw", "size_bytes", "seconds"}
+    assert set(result) == {"model", "mmproj", "mtp", "imatrix", "plan", "bpw", "size_bytes", "seconds"}
     assert 4.0 * 0.995 <= result["bpw"] <= 4.0
     model = Path(result["model"])
     assert model.name.startswith(f"{pico.name}-MODE-4.00bpw-Q")
@@ -35,7 +35,8 @@ def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: 
     assert Path(result["mmproj"]).name == f"mmproj-{pico.name}-F16.gguf"
     assert Path(result["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
     assert model.stat().st_size == result["size_bytes"]
-    assert set(result["seconds"]) == {"calibrate", "sensitivity", "plan", "round", "export", "projector", "validate"}
+    stages = ("calibrate", "sensitivity", "plan", "round", "export", "projector", "reference", "validate")
+    assert tuple(result["seconds"]) == stages
     for name in (
         "plan.json",
         "tensor-types.txt",
@@ -168,10 +169,7 @@ def test_stages_alone_give_the_same_file(pico: Path, out: Path, tmp_path: Path, 
 
 
 def test_unit_kl_beside_what_sensitivity_predicted(pico: Path, out: Path, run: Run) -> None:
-    small = (
-        *SMALL,
-        *settings("sensitivity.measured_samples=2", "sensitivity.types=Q2_K", "sensitivity.dense_types=Q4_K"),
-    )
+    small = settings("sensitivity.measured_samples=2", "sensitivity.types=Q2_K", "sensitivity.dense_types=Q4_K")
     result = json.loads(run("unit-kl", pico, "--out", out, "--json", *small))
     assert Path(result["unit_kl"]) == out / "unit-kl.safetensors"
     assert not (out / "unit-kl.partial").exists()
@@ -219,7 +217,7 @@ def test_signals_change_single_parts_of_a_preset(pico: Path, out: Path, run: Run
 
 def test_a_plan_is_refined_by_what_is_measured(pico: Path, out: Path, run: Run) -> None:
     asked = settings("plan.refine=1", "sensitivity.measured_samples=2")
-    text = run("plan", pico, "--bpw", "4.0", "--out", out, *asked, *SMALL)
+    text = run("plan", pico, "--bpw", "4.0", "--out", out, *asked)
     trials = Plan.load(out / "plan.json").refinement
     assert trials is not None
     assert trials[0].accepted
@@ -324,15 +322,17 @@ def test_a_uniform_plan_is_no_conversion(pico: Path, tmp_path: Path, run: Run) -
     assert "`mode-gguf plan --uniform Q4_K`" in said
 
 
-def test_packing_belongs_to_sensitivity_unless_the_plan_is_uniform(pico: Path, tmp_path: Path, run: Run) -> None:
-    message = run("plan", pico, *settings("sensitivity.packing.mode=exact"), "--out", tmp_path, code=2)
-    assert "--packing goes with --uniform; otherwise give it to `mode-gguf sensitivity`" in message
+def test_packing_belongs_to_sensitivity_unless_the_plan_is_uniform(
+    pico: Path, out: Path, tmp_path: Path, run: Run
+) -> None:
+    message = run("plan", pico, *settings("sensitivity.packing.mode=exact"), "--out", out, code=2)
+    assert "sensitivity.packing: exact, but candidates were packed refined when they were measured" in message
     run("plan", pico, "--uniform", "Q3_K", *settings("sensitivity.packing.mode=exact"), "--out", tmp_path)
     assert Plan.load(tmp_path / "plan.json").packing == EXACT
 
 
 def test_unusable_size_power(pico: Path, tmp_path: Path, run: Run) -> None:
-    assert "size power 0.3: 0, 0.5, 1" in run(
+    assert "size_power: 0, 0.5, 1, ... 4 expected; found 0.3" in run(
         "convert", pico, *settings("sensitivity.packing.size_power=0.3"), "--out", tmp_path / "out", code=2
     )
     assert not (tmp_path / "out").exists()
@@ -340,7 +340,7 @@ def test_unusable_size_power(pico: Path, tmp_path: Path, run: Run) -> None:
 
 def test_fisher_importance_needs_gradients(pico: Path, tmp_path: Path, run: Run) -> None:
     arguments = ("--preset", "paper", *settings("sensitivity.imatrix=fisher"), "--out", tmp_path / "out")
-    assert "--imatrix fisher needs gradients" in run("convert", pico, "--bpw", "4.0", *arguments, code=2)
+    assert "sensitivity.imatrix fisher needs gradients" in run("convert", pico, "--bpw", "4.0", *arguments, code=2)
     assert not (tmp_path / "out").exists()
     run("plan", pico, "--uniform", "Q2_K", "--out", tmp_path)
     assert "`mode-gguf sensitivity` writes it" in run("export", pico, "--imatrix", "fisher", "--out", tmp_path, code=4)
@@ -374,7 +374,7 @@ def test_types_that_libggml_packs_reach_below_the_k_quants(pico: Path, tmp_path:
     types = {name: quant_type.name for name, quant_type in Plan.load(tmp_path / "plan.json").types.items()}
     experts = {quant_type for name, quant_type in types.items() if "_exps" in name}
     assert "IQ2_XXS" in experts
-    assert experts <= set(IQ[1].split(","))
+    assert experts <= {"IQ2_XXS", "IQ2_S", "IQ3_XXS", "Q2_K", "Q3_K"}
     assert types["token_embd.weight"] in {"Q3_K", "Q4_K"}, "the embedding has no importance, which IQ2_XXS needs"
     facts = json.loads(run("inspect", result["model"], "--json"))
     assert facts["metadata"]["general.file_type"] == LlamaFileType.MOSTLY_IQ2_XXS

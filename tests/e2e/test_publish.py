@@ -156,7 +156,7 @@ def assert_no_local_paths(text: str, folder: Path) -> None:
 
 def test_an_edited_card_is_kept(copy: WorkFolder, run: Run, logged_in: Hub) -> None:
     run("publish", TARGET, copy.path, "--card-only")
-    assert "OWNER/NAME" in copy.readme.read_text()
+    assert TARGET in copy.readme.read_text()
     run("publish", TARGET, copy.path, "--card-only", "--base-model", "Else/Where")
     assert front_matter(copy.readme.read_text())["base_model"] == "Else/Where"
     mine = copy.readme.read_text() + "\nMy words.\n"

@@ -53,7 +53,7 @@ def test_reference_data_alone(run: Run, command: list[str], full: Files, tmp_pat
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--tensor-split", "a,b"], 2, "--tensor-split: numbers such as 3,1 expected, 'a,b' found"),
+        (["--tensor-split", "a,b"], 2, "--tensor-split: numbers such as 3,1 expected; found 'a,b'"),
         (["--tensor-split", "0,0"], 2, "--tensor-split: shares of 0 or more expected, not all 0"),
         (["--override-tensor", "exps"], 2, "--override-tensor: REGEX=BUFFER expected"),
         (["--override-tensor", "exps=VRAM"], 2, "--override-tensor: VRAM is none of"),

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration
 
-from mode_gguf.architectures import find_family, internvl, projector_tensors
+from mode_gguf.architectures import find_family, projector_tensors
 from mode_gguf.architectures.images import ImagePlace, scaled_size
+from mode_gguf.architectures.vision import internvl
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.forward.inputs import InputBuilder

@@ -27,7 +27,8 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
     if recipe.plan.uniform:
         _plan_uniformly(run, recipe)
     else:
-        settings = pipeline.PlanSettings.of(recipe, pipeline.measured_candidates(recipe, run.folder))
+        candidates = pipeline.measured_candidates(recipe, run.folder)
+        settings = pipeline.PlanSettings.of(pipeline.with_measured_packing(recipe, run.folder), candidates)
         with pipeline.folder_lock(run.folder):
             run.ensure(pipeline.MakePlan(settings, pipeline.MeasureSensitivity.of_folder(run, recipe.compute)))
     made = Plan.load(run.folder.plan)

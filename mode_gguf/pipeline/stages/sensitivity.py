@@ -115,7 +115,7 @@ class MeasureSensitivity(Stage):
                 statistics,
                 request,
                 self.compute,
-                run.progress,
+                progress=run.progress,
             )
         measured.table.save(folder.sensitivity)
         if measured.token_weights is not None:
