@@ -35,8 +35,8 @@ def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: 
     assert Path(result["mmproj"]).name == f"mmproj-{pico.name}-F16.gguf"
     assert Path(result["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
     assert model.stat().st_size == result["size_bytes"]
-    stages = ("calibrate", "sensitivity", "plan", "round", "export", "projector", "reference", "validate")
-    assert tuple(result["seconds"]) == stages
+    stages = {"calibrate", "sensitivity", "plan", "round", "export", "projector", "reference", "validate"}
+    assert set(result["seconds"]) == stages
     for name in (
         "plan.json",
         "tensor-types.txt",

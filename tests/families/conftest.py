@@ -19,7 +19,7 @@ from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.quantization.types import QUANT_TYPES
 from tests.calibration.conftest import calibration_samples
-from tests.e2e.conftest import run
+from tests.e2e.conftest import ended, run
 from tests.families.family_case import FamilyCase
 from tests.families.prompts import Reference
 
