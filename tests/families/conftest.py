@@ -23,7 +23,7 @@ from tests.e2e.conftest import ended, run
 from tests.families.family_case import FamilyCase
 from tests.families.prompts import Reference
 
-__all__ = ["Families", "exact", "exported", "families", "run", "samples"]
+__all__ = ["Families", "ended", "exact", "exported", "families", "run", "samples"]
 
 T = TypeVar("T")
 
