@@ -65,7 +65,7 @@ QWEN = _pico("pico", "write_pico_qwen3vlmoe")
 CASES: dict[str, tuple[Callable[[Path], list[str | Path]], tuple[str, ...]]] = {
     "qwen3vl": (QWEN, ("--bpw", "4.0", *FEW)),
     "qwen3vl-expert": (QWEN, ("--bpw", "4.0", "--granularity", "expert", *FEW)),
-    "qwen3vl-exact": (QWEN, ("--size", "1.2MB", "--set", "sensitivity.packing.mode=exact", *FEW)),
+    "qwen3vl-exact": (QWEN, ("--size", "2MB", "--set", "sensitivity.packing.mode=exact", *FEW)),
     "qwen3vl-paper": (QWEN, ("--set", "plan.budget.expert_bpw=3.0", "--preset", "paper", *FEW)),
     "qwen3vl-unit-kl": (QWEN, ("--bpw", "4.0", "--set", "plan.unit_kl=true", "--rounding", "nearest", *FEW)),
     "qwen3vl-refine": (
