@@ -128,11 +128,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The JSON metadata of a file written by `write_arrays`.
+def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The JSON metadata of a file written by `write_arrays`, which must say that it is of `kind`, if given.
 
     Raises:
-        InputError: the file is missing, is not safetensors, or was written by another schema version.
+        InputError: the file is missing, is not safetensors, was written by another schema version, or is of another
+            kind.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -150,6 +151,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"{path}: schema version {metadata.get('schema_version')} found, {schema_of(metadata)} expected; "
             "run the stage that writes it again"
         )
+    if kind is not None and (found := metadata.get("kind")) != kind:
+        raise InputError(f"{path}: a {kind} file was expected, found {found or 'another kind'}")
     return metadata
 
 
@@ -166,12 +169,9 @@ def read_arrays(
     Arrays whose names end in `without` are not read.
 
     Raises:
-        InputError: as `read_metadata`, or the file is of another kind.
+        InputError: as `read_metadata`.
     """
-    metadata = read_metadata(path)
-    found = metadata.get("kind")
-    if kind is not None and found != kind:
-        raise InputError(f"{path}: a {kind} file was expected, found {found or 'another kind'}")
+    metadata = read_metadata(path, kind)
     with safe_open(path, framework="numpy") as file:
         names = [name for name in file.keys() if without is None or not name.endswith(without)]  # noqa: SIM118
         return {name: file.get_tensor(name) for name in names}, metadata

@@ -1,5 +1,6 @@
 """Settings of stages, resolved from a recipe for one model and one work folder."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -139,9 +140,10 @@ def candidates_of(recipe: Recipe, folder: WorkFolder) -> CandidateTypes:
     options = recipe.sensitivity
     expert: tuple[str, ...] = GROUP_EXPERT_TYPES if recipe.plan.granularity == "expert" else DEFAULT_EXPERT_TYPES
     dense: tuple[str, ...] = DEFAULT_DENSE_TYPES
-    if (measured := _measured_types(folder)) is not None:
-        expert = measured[0] if set(measured[0]) >= set(expert) else expert
-        dense = measured[1] if set(measured[1]) >= set(dense) else dense
+    with suppress(InputError):  # nothing was measured there
+        measured_expert, measured_dense = _measured_types(folder)
+        expert = measured_expert if set(measured_expert) >= set(expert) else expert
+        dense = measured_dense if set(measured_dense) >= set(dense) else dense
     return candidate_types(options.types or expert, options.dense_types or dense, recipe.plan.floors)
 
 
@@ -151,16 +153,13 @@ def with_types(recipe: Recipe, types: CandidateTypes) -> Recipe:
     return replace(recipe, sensitivity=replace(recipe.sensitivity, types=expert, dense_types=dense))
 
 
-def with_measured_packing(recipe: Recipe, folder: WorkFolder) -> Recipe:
+def with_measured_packing(recipe: Recipe, measured: Packing) -> Recipe:
     """The recipe with the packing that candidates were measured with, which the file will have.
 
     Raises:
-        InputError: `sensitivity` has not run in the folder.
         UsageError: the recipe asks for another packing.
     """
-    from mode_gguf.importance.sensitivity_table import SensitivityTable
-
-    measured, asked = SensitivityTable.load(folder.sensitivity).packing, recipe.sensitivity.packing
+    asked = recipe.sensitivity.packing
     if asked not in (measured, Packing()):
         raise UsageError(
             f"sensitivity.packing: {asked.mode}, but candidates were packed {measured.mode} when they were measured; "
@@ -176,23 +175,20 @@ def measured_candidates(recipe: Recipe, folder: WorkFolder) -> CandidateTypes:
         UsageError, MissingResourceError: as `candidates_of`.
         InputError: `sensitivity` has not run there.
     """
-    from mode_gguf.importance.sensitivity_table import SensitivityTable
-
     options = recipe.sensitivity
     if options.types and options.dense_types:
         return candidate_types(options.types, options.dense_types, recipe.plan.floors)
-    table = SensitivityTable.load(folder.sensitivity)
-    return candidate_types(
-        options.types or table.expert_types, options.dense_types or table.dense_types, recipe.plan.floors
-    )
+    expert, dense = _measured_types(folder)
+    return candidate_types(options.types or expert, options.dense_types or dense, recipe.plan.floors)
 
 
-def _measured_types(folder: WorkFolder) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Types measured by `sensitivity` in the folder, of experts and of all other matrices; None if it has not run."""
-    try:
-        types = read_metadata(folder.sensitivity)["types"]
-    except InputError:
-        return None
+def _measured_types(folder: WorkFolder) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Types measured by `sensitivity` in the folder, of experts and of all other matrices.
+
+    Raises:
+        InputError: it has not run there.
+    """
+    types = read_metadata(folder.sensitivity, "sensitivity")["types"]
     return tuple(types["expert"]), tuple(types["dense"])
 
 

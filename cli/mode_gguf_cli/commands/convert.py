@@ -52,8 +52,6 @@ def command(
     back with --recipe, it reproduces the run.
     """
     from mode_gguf import pipeline
-    from mode_gguf.validation.bounds import require_kept
-    from mode_gguf.validation.report import ValidationReport
 
     if dry_run:
         with pipeline.outlined_model(model, out, recipe) as (run, download):
@@ -61,12 +59,14 @@ def command(
         return
     run = pipeline.open_model(model, out, recipe, progress())
     result = pipeline.convert(run, recipe, restart=restart)
-    folder = run.folder
     if json:
         _emit(result)
     else:
-        _show(result, folder.path)
+        _show(result, run.folder.path)
     if result.report:
+        from mode_gguf.validation.bounds import require_kept
+        from mode_gguf.validation.report import ValidationReport
+
         require_kept(ValidationReport.load(result.report))
 
 

@@ -28,9 +28,10 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
         _plan_uniformly(run, recipe)
     else:
         candidates = pipeline.measured_candidates(recipe, run.folder)
-        settings = pipeline.PlanSettings.of(pipeline.with_measured_packing(recipe, run.folder), candidates)
+        measured = pipeline.MeasureSensitivity.of_folder(run, recipe.compute)
+        settings = pipeline.PlanSettings.of(pipeline.with_measured_packing(recipe, measured.packing), candidates)
         with pipeline.folder_lock(run.folder):
-            run.ensure(pipeline.MakePlan(settings, pipeline.MeasureSensitivity.of_folder(run, recipe.compute)))
+            run.ensure(pipeline.MakePlan(settings, measured))
     made = Plan.load(run.folder.plan)
     types_file = None if made.has_expert_groups else run.folder.tensor_types
     if not json:
