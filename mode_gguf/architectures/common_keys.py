@@ -46,6 +46,19 @@ def _float(*names: str) -> Callable[[Hparams], float]:
     return lambda text: text.float(*names)
 
 
+def _top_k(text: Hparams) -> int:
+    """Experts that a token is sent to.
+
+    Raises:
+        InputError: none, or more than there are.
+    """
+    name = "num_experts_per_tok" if text.has("num_experts_per_tok") else "top_k_experts"
+    experts, top_k = expert_sizes(text)[0], text.int(name)
+    if not 1 <= top_k <= experts:
+        text.refuse(name, f"1 to {experts}, the number of experts", "correct it, as where experts were pruned")
+    return top_k
+
+
 _TEXT: Final[Mapping[str, Callable[[Hparams], MetadataValue]]] = {
     Keys.LLM.VOCAB_SIZE: _int("vocab_size"),
     Keys.LLM.BLOCK_COUNT: _int("num_hidden_layers"),
@@ -59,7 +72,7 @@ _TEXT: Final[Mapping[str, Callable[[Hparams], MetadataValue]]] = {
     Keys.Attention.VALUE_LENGTH: head_dim,
     Keys.Attention.LAYERNORM_RMS_EPS: _float("rms_norm_eps"),
     Keys.LLM.EXPERT_COUNT: lambda text: expert_sizes(text)[0],
-    Keys.LLM.EXPERT_USED_COUNT: _int("num_experts_per_tok", "top_k_experts"),
+    Keys.LLM.EXPERT_USED_COUNT: _top_k,
     Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: lambda text: expert_sizes(text)[2],
     Keys.LLM.EXPERT_SHARED_COUNT: _int("n_shared_experts"),
     Keys.LLM.EXPERT_GROUP_COUNT: _int("n_group"),
@@ -132,6 +145,6 @@ def common_vision_keys(vision: Hparams, *, epsilon: float, image_size: int | Non
         keys.BLOCK_COUNT: vision.int("num_hidden_layers", "depth"),
         keys.Attention.HEAD_COUNT: vision.int("num_attention_heads", "num_heads"),
         keys.Attention.LAYERNORM_EPS: epsilon,
-        keys.IMAGE_MEAN: images.list("image_mean"),
-        keys.IMAGE_STD: images.list("image_std"),
+        keys.IMAGE_MEAN: images.floats("image_mean", 3),
+        keys.IMAGE_STD: images.floats("image_std", 3),
     }

@@ -16,6 +16,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names of the number of routed experts."""
 _ROTARY = ("rope_theta", "partial_rotary_factor", "mrope_section")
+_LARGEST = 2**1000
+"""Integers below it have a float."""
 _AS_PUBLISHED = "use the configuration published with the model"
 
 
@@ -55,7 +57,7 @@ class Hparams:
         if name is None:
             raise InputError(f"{self.file}: {' or '.join(names)} ({kind.__name__}) is missing; {_AS_PUBLISHED}")
         value = self.values[name]
-        if kind is builtins.float and type(value) is builtins.int:
+        if kind is builtins.float and type(value) is builtins.int and abs(value) < _LARGEST:
             value = builtins.float(value)
         if not isinstance(value, kind) or (kind is not builtins.bool and isinstance(value, builtins.bool)):
             raise InputError(f"{self.file}: {name} is {value!r}, expected {kind.__name__}; {_AS_PUBLISHED}")
@@ -76,6 +78,19 @@ class Hparams:
     def list(self, *names: str) -> builtins.list[Any]:
         """A list of anything."""
         return self.read(builtins.list, *names)
+
+    def floats(self, name: str, count: builtins.int) -> builtins.list[builtins.float]:
+        """A list of `count` numbers.
+
+        Raises:
+            InputError: there are others, or not as many.
+        """
+        values = self.list(name)
+        if len(values) != count or any(
+            type(one) not in (builtins.int, builtins.float) or abs(one) >= _LARGEST for one in values
+        ):
+            self.refuse(name, f"{count} numbers")
+        return [builtins.float(one) for one in values]
 
     def section(self, *names: str, defaults: Mapping[str, Any] = _NOTHING) -> "Hparams":
         """The hyperparameters of an object within these, such as `rope_parameters`."""

@@ -11,6 +11,7 @@ from mode_gguf.errors import MissingResourceError
 from mode_gguf.estimate.free_resources import memory_warning, shortages
 from mode_gguf.pipeline.estimating import ConversionEstimate, estimate
 from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.preflight import check_before_measuring
 from mode_gguf.pipeline.reporting import draw_converted
 from mode_gguf.pipeline.run import Run, Stage
 from mode_gguf.pipeline.settings import (
@@ -104,6 +105,7 @@ class Conversion:
 def estimate_conversion(run: Run, recipe: Recipe) -> ConversionEstimate:
     """Estimate of `convert` here, with times; nothing is written. Raises like `Conversion.of`."""
     conversion = Conversion.of(run, recipe)
+    check_before_measuring(run, conversion.recipe, inputs=True)
     return estimate(run, conversion.recipe, conversion.settings, conversion.target, measured=True)
 
 
@@ -121,6 +123,8 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
         ModeGgufError: whatever the stages raise; what earlier stages wrote stays and is reused next time.
     """
     conversion = Conversion.of(run, recipe)
+    if not conversion.calibrate.is_current(run):  # else it was checked when that ran
+        check_before_measuring(run, conversion.recipe)
     expected = estimate(run, conversion.recipe, conversion.settings, conversion.target)
     for shortage in shortages(expected.stages, expected.free):
         raise MissingResourceError(shortage)
