@@ -47,7 +47,10 @@ def weights(edit: Callable[[Weights], None]) -> Change:
 
 
 def file(name: str, content: str) -> Change:
-    return lambda folder: (folder / name).write_text(content) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return change
 
 
 def images(**changes: Any) -> Change:
