@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import projector_tensors
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.estimate.free_resources import memory_warning, shortages
 from mode_gguf.pipeline.estimating import ConversionEstimate, estimate
 from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.reporting import draw_converted
 from mode_gguf.pipeline.run import Run, Stage
 from mode_gguf.pipeline.settings import (
@@ -139,7 +139,7 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
 
 def _result(run: Run, conversion: Conversion) -> ConvertResult:
     folder, recipe = run.folder, conversion.recipe
-    plan = Plan.load(folder.plan)
+    plan = followed_plan(folder)
     files = conversion.export_stage().outputs(run)
     validated = recipe.validation.validate
     mtp = ExportMtp(recipe.export.mtp).outputs(run)[0] if recipe.export.mtp else None

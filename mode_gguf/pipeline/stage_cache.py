@@ -80,9 +80,13 @@ class StageCache:
         return [path for name, path in names.items() if now[name] and left.get(name) not in (None, now[name])]
 
     def last_run(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
-        """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished."""
+        """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished.
+
+        Raises:
+            InputError: stages.json, which may come from a stranger, names an output outside the folder.
+        """
         entry = self._entry(stage)
-        outputs = {self._folder.path / name: str(found) for name, found in entry.get("outputs", {}).items()}
+        outputs = {self._folder.file(name): str(found) for name, found in entry.get("outputs", {}).items()}
         return entry.get("settings", {}), outputs
 
     def seconds(self, stage: str) -> float:

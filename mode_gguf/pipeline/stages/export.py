@@ -17,6 +17,8 @@ from mode_gguf.export.mtp import write_mtp
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, text_model_files, write_text_model
 from mode_gguf.options import ComputeOptions, ExportOptions
+from mode_gguf.pipeline.followed_plan import check_tensors, followed_plan
+from mode_gguf.pipeline.gpu_budget import with_breakdown
 from mode_gguf.pipeline.planning import make_uniform_plan
 from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.stages.calibrate import Calibrate, check_same_model
@@ -24,7 +26,13 @@ from mode_gguf.pipeline.stages.feedback import RoundWithFeedback, forget_rounded
 from mode_gguf.pipeline.stages.packed_key import packed_key
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.vocabulary import ImatrixKind, MtpType, ProjectorType, Rounding
-from mode_gguf.workfolder import WorkFolder, model_file_name, mtp_file_name, projector_file_name
+from mode_gguf.workfolder import (
+    WorkFolder,
+    model_file_name,
+    mtp_file_name,
+    projector_file_name,
+    uniform_file_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +83,7 @@ class ExportText(Stage):
 
     def resolved_plan(self, run: Run) -> Plan:
         """The plan that the file is made by."""
-        return self.plan or Plan.load(run.folder.plan)
+        return self.plan or followed_plan(run.folder)
 
     def execute(self, run: Run) -> None:
         """Raises:
@@ -84,6 +92,9 @@ class ExportText(Stage):
         MissingResourceError: not enough disk space, or an importance matrix or token weights are not there.
         """
         plan = self.resolved_plan(run)
+        check_tensors(run.checkpoint, plan)
+        if beyond := _beyond_budget(run.checkpoint, plan):
+            log.warning("%s", beyond)
         if (self.rounding or plan.rounding) == "feedback":
             calibrate = self.calibrate or Calibrate.of_folder(run, self.compute)
             run.ensure(RoundWithFeedback(plan, calibrate, self.imatrix))
@@ -152,7 +163,7 @@ class ExportMtp(Stage):
         }
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
-        return (run.folder.path / mtp_file_name(run.folder.name, self.type),)
+        return (run.folder.file(mtp_file_name(run.folder.name, self.type)),)
 
     def execute(self, run: Run) -> None:
         """Raises:
@@ -186,16 +197,32 @@ class ExportReference(Stage):
 
 
 def model_path(folder: WorkFolder, plan: Plan) -> Path:
-    """Path of the text model of `plan`."""
+    """Path of the text model of `plan`: its name has the size that was asked for, or that an edited plan comes to."""
     if plan.budget is None:
-        return folder.path / f"{folder.name}-{plan.main_type}.gguf"
-    bpw = plan.budget.value if plan.budget.kind == "bpw" else plan.bpw
-    return folder.path / model_file_name(folder.name, bpw, plan.main_type, groups=plan.has_expert_groups)
+        return folder.file(uniform_file_name(folder.name, plan.main_type))
+    bpw = plan.budget.value if plan.budget.kind == "bpw" and not plan.is_edited else plan.bpw
+    return folder.file(model_file_name(folder.name, bpw, plan.main_type, groups=plan.has_expert_groups))
+
+
+def _beyond_budget(checkpoint: Checkpoint, plan: Plan) -> str | None:
+    """Warning about an edited plan whose types take more than the budget that it was made for; None if they do not."""
+    if plan.budget is None or not plan.is_edited:
+        return None
+    memory = with_breakdown(checkpoint, plan).memory
+    within = {
+        "bpw": plan.bpw <= plan.budget.value,
+        "size": plan.size_bytes <= plan.budget.value,
+        "expert-bpw": plan.experts_bpw <= plan.budget.value,
+        "fit": memory is None or memory.used <= memory.memory,
+    }
+    if within[plan.budget.kind]:
+        return None
+    return f"the edited plan takes {plan.bpw:.3f} bits per weight, more than the budget it was made for ({plan.budget})"
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:
     """Path of the projector."""
-    return folder.path / projector_file_name(folder.name, projector_type)
+    return folder.file(projector_file_name(folder.name, projector_type))
 
 
 def reference_fits(checkpoint: Checkpoint) -> bool:

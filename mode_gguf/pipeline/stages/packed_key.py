@@ -3,7 +3,6 @@
 from typing import Any
 
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.artifacts import fingerprint
 from mode_gguf.pipeline.run import Run, base_key
 from mode_gguf.pipeline.stage_cache import file_identity
 from mode_gguf.vocabulary import ImatrixKind, Rounding
@@ -18,7 +17,7 @@ def packed_key(run: Run, plan: Plan, imatrix: ImatrixKind | None, rounding: Roun
     folder, kind = run.folder, imatrix or plan.made_from.imatrix_kind
     settings = {
         **base_key(run.checkpoint, "text model"),
-        "plan": fingerprint(plan.model_dump(mode="json")),
+        "plan": plan.fingerprint,
         "imatrix": kind,
         "imatrix file": file_identity(folder.imatrix_of(kind)),
         "rounding": rounding,

@@ -9,6 +9,7 @@ from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.planner import expert_plan, optimal_plan, plan_of
 from mode_gguf.artifacts import write_text
 from mode_gguf.export.tensor_types import tensor_types_text
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.gpu_budget import with_breakdown
 from mode_gguf.pipeline.planning import PlanningProblem, planning_problem
 from mode_gguf.pipeline.refinement import measure_plans, refine
@@ -73,7 +74,7 @@ class MakePlan(Stage):
             return cache.is_current(state)
         if cache.has_settings(state):
             log.warning("%s was edited and is followed as it is; remove it to have it made again", plan)
-            save_tensor_types(run.folder, Plan.load(plan))
+            save_tensor_types(run.folder, followed_plan(run.folder))
             return True
         kept = plan.with_name("plan-edited.json")
         plan.replace(kept)
