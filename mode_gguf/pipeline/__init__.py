@@ -18,8 +18,9 @@ from mode_gguf.pipeline.planning import make_frontier, make_uniform_plan
 from mode_gguf.pipeline.publishing import publish, write_card
 from mode_gguf.pipeline.reporting import conversion_of, draw_validated, run_report
 from mode_gguf.pipeline.run import Run
+from mode_gguf.pipeline.samples_key import calibration_samples
 from mode_gguf.pipeline.settings import PlanSettings, candidates_of, measured_candidates, with_measured_packing
-from mode_gguf.pipeline.stages.calibrate import Calibrate, calibration_samples
+from mode_gguf.pipeline.stages.calibrate import Calibrate
 from mode_gguf.pipeline.stages.export import ExportMtp, ExportProjector, ExportReference, ExportText
 from mode_gguf.pipeline.stages.feedback import RoundWithFeedback
 from mode_gguf.pipeline.stages.plan import MakePlan, save_plan, save_tensor_types

@@ -129,6 +129,7 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
     with folder_lock(run.folder):
         for warning in base_warnings(run.checkpoint):
             log.warning("%s", warning)
+        run.identify()
         if not restart:
             run.cache.check_unchanged([stage.state(run) for stage in conversion.measuring_stages()])
         run.ensure(*conversion.measuring_stages())

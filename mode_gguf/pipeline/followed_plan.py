@@ -6,7 +6,7 @@ from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.pipeline.stage_cache import StageCache, file_identity
+from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.workfolder import WorkFolder
 
 
@@ -17,8 +17,9 @@ def followed_plan(folder: WorkFolder, path: Path | None = None) -> Plan:
         InputError: it is not there, or makes no sense; the message names the field.
     """
     plan = Plan.load(path or folder.plan)
-    written = None if path else StageCache(folder).last_run("plan")[1].get(folder.plan)
-    return plan.as_edited() if written and written != file_identity(folder.plan) else plan
+    cache = StageCache(folder)
+    written = None if path else cache.last_run("plan")[1].get(folder.plan)
+    return plan.as_edited() if written and written != cache.identity(folder.plan) else plan
 
 
 def check_tensors(checkpoint: Checkpoint, plan: Plan) -> None:

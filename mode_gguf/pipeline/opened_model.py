@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mode_gguf.architectures import checkpoint_with_base
@@ -63,4 +64,5 @@ def _opened(path: Path | None, out: Path | None, recipe: Recipe, progress: Progr
         checkpoint = checkpoint_with_base(checkpoint, base, compared=compared)
     assert checkpoint is not None
     folder = WorkFolder(out or Path.cwd() / f"{file_stem(checkpoint.name)}-mode-gguf", checkpoint.name)
-    return Run(checkpoint, folder, progress)
+    kept = replace(checkpoint.identity, kept=folder.digests)
+    return Run(replace(checkpoint, identity=kept), folder, progress)

@@ -115,12 +115,12 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[ModelR
     if not model or not (projector or settings.get("projector") == "none"):
         raise InputError(f"{folder.path}: no export has finished here; run `mode-gguf convert` or `mode-gguf export`")
     for path, identity in {**model, **projector}.items():
-        if file_identity(path) != identity:
+        if cache.identity(path) != identity:
             raise InputError(f"{path}: is gone, or is not what `export` wrote; export again")
     if settings.get("plan") != plan.fingerprint:
         raise InputError(f"{folder.plan}: was changed after `export` had followed it; export again")
     imatrix = folder.imatrix_of(str(settings.get("imatrix")))
-    if file_identity(imatrix) != settings.get("imatrix file"):
+    if cache.identity(imatrix) != settings.get("imatrix file"):
         raise InputError(f"{imatrix}: is gone, or is not the one that the model was packed with; export again")
     roles: dict[Path, FileRole] = {}
     roles |= dict.fromkeys(model, "text model")
