@@ -4,18 +4,17 @@ Only the safetensors headers are read on opening; weights are mapped from disk w
 expert touches that expert's bytes and nothing else. Pickled weights are never opened.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from mode_gguf.checkpoint import compressed_tensors, fp8
+from mode_gguf.checkpoint.identity import ModelIdentity
 from mode_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ _MAX_JSON_BYTES = 2**26
 _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 2**60
 """NumPy makes no array beyond, not even where a dimension of 0 leaves nothing of it."""
-_SAMPLE_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +86,7 @@ class Checkpoint:
         revision: the snapshot's commit, else None.
         config: config.json; without `quantization_config` where weights in FP8 are decoded.
         tensors: what is stored where, by checkpoint name, in the order of the index.
-        fingerprint: digest of the configuration, the tensor index, and some bytes of every tensor, so that two
-            finetunes of one model differ; independent of path and file times.
+        identity: what tells the model from others, whatever the folder is called and wherever it lies.
         base: GGUF files that names, metadata and tensors are taken from, of a model without a family; the checkpoint
             is then what the model is run from, and may be missing (no configuration and no tensors).
         pre_tokenizer: llama.cpp's name of the tokenizer's, as the user gave it; None where it is to be recognised.
@@ -101,9 +98,22 @@ class Checkpoint:
     revision: str | None
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
-    fingerprint: str
+    identity: ModelIdentity
     base: "BaseGguf | None" = None
     pre_tokenizer: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of config.json, the index and all weights, which are read the first time.
+
+        Raises:
+            InputError: a file of the weights cannot be read.
+        """
+        return self.identity.fingerprint()
+
+    def identified(self) -> "Checkpoint":
+        """The checkpoint with its fingerprint, for processes that have not read the weights for it."""
+        return replace(self, identity=replace(self.identity, known=self.fingerprint))
 
     @property
     def files(self) -> set[Path]:
@@ -116,10 +126,11 @@ class Checkpoint:
 
         Raises:
             InputError: the folder, its configuration, its index or a shard's header cannot be used; nothing but
-                the headers is looked at here, plus a few bytes of every tensor for the fingerprint.
+                the headers is looked at here.
         """
         _check_folder(folder)
         config = read_json(folder / "config.json")
+        whole = dict(config)
         quantization = config.pop("quantization_config", None)
         if quantization is None:
             quantization = _text_quantization(config)
@@ -134,6 +145,7 @@ class Checkpoint:
                 "or F32), FP8 with scales, or symmetric 4-bit groups as Kimi K2.5 has them, so point to the original "
                 "model"
             )
+        identity = ModelIdentity.of(whole, stored)
         if is_packed:
             stored = _with_unpacked(folder, stored)
         tensors = _with_scales(folder, stored, quantization.get("weight_block_size"))
@@ -146,7 +158,7 @@ class Checkpoint:
             revision=revision,
             config=config,
             tensors=tensors,
-            fingerprint=_fingerprint(config, stored),
+            identity=identity,
             pre_tokenizer=pre_tokenizer,
         )
 
@@ -420,16 +432,3 @@ def _with_unpacked(folder: Path, tensors: Mapping[str, StoredTensor]) -> dict[st
             )
         found[name] = unpacked
     return found
-
-
-def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].file.name, item[0]))
-    for path, group in groupby(ordered, key=lambda item: item[1].file):
-        with path.open("rb") as file:
-            for name, tensor in group:
-                middle = tensor.nbytes // 2
-                file.seek(tensor.offset + middle)
-                digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-                digest.update(file.read(min(_SAMPLE_BYTES, tensor.nbytes - middle)))
-    return digest.hexdigest()[:16]

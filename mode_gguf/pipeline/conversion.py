@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import projector_tensors
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.estimate.free_resources import memory_warning, shortages
 from mode_gguf.pipeline.estimating import ConversionEstimate, estimate
 from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.preflight import check_before_measuring
 from mode_gguf.pipeline.reporting import draw_converted
 from mode_gguf.pipeline.run import Run, Stage
@@ -133,6 +133,7 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
     with folder_lock(run.folder):
         for warning in base_warnings(run.checkpoint):
             log.warning("%s", warning)
+        run.identify()
         if not restart:
             run.cache.check_unchanged([stage.state(run) for stage in conversion.measuring_stages()])
         run.ensure(*conversion.measuring_stages())
@@ -143,7 +144,7 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
 
 def _result(run: Run, conversion: Conversion) -> ConvertResult:
     folder, recipe = run.folder, conversion.recipe
-    plan = Plan.load(folder.plan)
+    plan = followed_plan(folder)
     files = conversion.export_stage().outputs(run)
     validated = recipe.validation.validate
     mtp = ExportMtp(recipe.export.mtp).outputs(run)[0] if recipe.export.mtp else None

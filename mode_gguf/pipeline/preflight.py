@@ -18,7 +18,7 @@ from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
 from mode_gguf.llama_cpp.trial_load import refusal
 from mode_gguf.options import ExportOptions, ValidationOptions
 from mode_gguf.pipeline.run import Run
-from mode_gguf.pipeline.stages.calibrate import calibration_samples
+from mode_gguf.pipeline.samples_key import calibration_samples
 from mode_gguf.pipeline.stages.export import reference_fits
 from mode_gguf.pipeline.stages.validate import run_settings
 from mode_gguf.recipe import Recipe

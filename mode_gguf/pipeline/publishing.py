@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.artifacts import fingerprint, read_metadata, write_text
+from mode_gguf.artifacts import read_metadata, write_text
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.export.imatrix_file import read_imatrix_header
 from mode_gguf.gguf.header import read_header
@@ -17,6 +17,7 @@ from mode_gguf.hub.released_files import FileRole, ModelRelease, ReleasedFile, c
 from mode_gguf.hub.upload import HubCommit, Upload, upload_files
 from mode_gguf.options import PublishingOptions
 from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.report import ValidationReport
@@ -97,7 +98,7 @@ def _opened(path: Path) -> tuple[WorkFolder, Plan]:
     plan_file = WorkFolder(path, "").plan
     if not plan_file.is_file():
         raise InputError(f"{path}: no work folder (it has no {plan_file.name}); name the one that `convert` filled")
-    plan = Plan.load(plan_file)
+    plan = followed_plan(WorkFolder(path, ""))
     return WorkFolder(path, plan.made_from.model), plan
 
 
@@ -114,12 +115,12 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[ModelR
     if not model or not (projector or settings.get("projector") == "none"):
         raise InputError(f"{folder.path}: no export has finished here; run `mode-gguf convert` or `mode-gguf export`")
     for path, identity in {**model, **projector}.items():
-        if file_identity(path) != identity:
+        if cache.identity(path) != identity:
             raise InputError(f"{path}: is gone, or is not what `export` wrote; export again")
-    if settings["plan"] != fingerprint(plan.model_dump(mode="json")):
+    if settings.get("plan") != plan.fingerprint:
         raise InputError(f"{folder.plan}: was changed after `export` had followed it; export again")
-    imatrix = folder.imatrix_of(settings["imatrix"])
-    if file_identity(imatrix) != settings["imatrix file"]:
+    imatrix = folder.imatrix_of(str(settings.get("imatrix")))
+    if cache.identity(imatrix) != settings.get("imatrix file"):
         raise InputError(f"{imatrix}: is gone, or is not the one that the model was packed with; export again")
     roles: dict[Path, FileRole] = {}
     roles |= dict.fromkeys(model, "text model")
