@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mode_gguf.checkpoint import adapter, compressed_tensors, fp8, quantized
-from mode_gguf.checkpoint.finite import check_finite
+from mode_gguf.checkpoint import adapter, quantized
 from mode_gguf.checkpoint.header import refuse_type
 from mode_gguf.checkpoint.index import INDEX_FILE, SINGLE_FILE, weight_tensors
 from mode_gguf.checkpoint.names import check_unwrapped, without_buffers
 from mode_gguf.checkpoint.side_files import read_json
-from mode_gguf.checkpoint.stored_tensor import WEIGHT_DTYPES, Index, StoredTensor, stored_values
+from mode_gguf.checkpoint.stored_tensor import WEIGHT_DTYPES, Index, StoredTensor
+from mode_gguf.checkpoint.weights import equal_weights, read_weights
 from mode_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,19 +114,11 @@ class Checkpoint:
             InputError: no such tensor, one of the weights is NaN or infinite, or the file has become shorter since the
                 checkpoint was opened.
         """
-        stored = self._stored(name)
-        parts = () if index is None else index if isinstance(index, tuple) else (index,)
-        try:
-            read = stored_values(stored, index)
-            if stored.scale is not None:
-                scales = stored_values(stored.scale, index if stored.is_packed else None)
-                read = _decoded(stored, read, scales, parts)
-            elif read.dtype == np.float64:
-                with np.errstate(over="ignore"):
-                    read = read.astype(np.float32)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{stored.file}: tensor {name} cannot be read ({error})") from error
-        return check_finite(read, stored.file, name, stored.shape, parts)
+        return read_weights(name, self._stored(name), index)
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same shape and weights; raises like `read`."""
+        return equal_weights((first, self._stored(first)), (second, self._stored(second)))
 
     def _stored(self, name: str) -> StoredTensor:
         try:
@@ -135,28 +127,6 @@ class Checkpoint:
             raise InputError(
                 f"{self.path}: tensor {name} is missing from the checkpoint; download it again or check config.json"
             ) from None
-
-
-def _decoded(
-    stored: StoredTensor, read: np.ndarray, scales: np.ndarray, parts: tuple[int | slice | np.ndarray, ...]
-) -> np.ndarray:
-    """Weights in float32 from what is stored of `tensor[parts]`.
-
-    Args:
-        scales: of the same rows of packed weights, of all of a tensor in FP8.
-    """
-    assert stored.scale is not None
-    of_scales = parts if stored.is_packed else ()
-    in_float32 = check_finite(_float32(scales), stored.scale.file, stored.scale_name, stored.scale.shape, of_scales)
-    if stored.is_packed:
-        return compressed_tensors.unpacked(read, in_float32)
-    return fp8.decoded(read, in_float32, stored.blocks, stored.shape, parts)
-
-
-def _float32(scales: np.ndarray) -> np.ndarray:
-    if scales.dtype == np.uint16:
-        return (scales.astype(np.uint32) << 16).view(np.float32)
-    return scales.astype(np.float32)
 
 
 def _check_folder(folder: Path) -> None:
