@@ -19,4 +19,6 @@ def model_config(checkpoint: Checkpoint, family: ModelFamily) -> PreTrainedConfi
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"{file}: transformers has no model_type {model_type!r}")
     config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(settings))
+    if checkpoint.base is None:
+        config.tie_word_embeddings = family.layout.ties_head(checkpoint)
     return config

@@ -278,6 +278,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
         linears = _linears(model, family, tensors)
     else:
         converted = ConvertedWeights.of(checkpoint, model)
+        converted.untie_other_head()
         text_model = _find_text_model(checkpoint, model, tensors)
         model.set_attn_implementation({"text_config": ATTENTION} if "text_config" in config.sub_configs else ATTENTION)
         stored = converted.stored_alone()
