@@ -25,7 +25,7 @@ SCALINGS: Final = (DEFAULT, DYNAMIC, LINEAR, YARN)
 """Kinds that llama.cpp's decoders run where nothing else is said."""
 
 YARN_BETAS: Final[Mapping[str, float]] = {"beta_fast": 32.0, "beta_slow": 1.0}
-"""transformers' defaults, which it takes for null and 0, too."""
+"""transformers' defaults, which it takes for null and 0, too; llama.cpp's only ones for the readers of our files."""
 
 PER_EFOLD: Final = 0.1
 """What YaRN adds to the length of queries and keys for every e-fold of the context."""
@@ -214,8 +214,8 @@ def _positive(rope: Hparams, name: str) -> bool:
 def _check_yarn(rope: Hparams) -> None:
     if not _positive(rope, _TRAINED):
         rope.refuse(_TRAINED, "a positive number")
-    if not all(0.0 < _beta(rope, name) < math.inf for name in YARN_BETAS):
-        rope.refuse("beta_fast", "it and beta_slow to be positive")
+    for name, value in YARN_BETAS.items():
+        rope.require(name, _beta(rope, name), value, "has this one, whatever a file says")
     if not 0.0 < amplitude(rope) < math.inf:
         rope.refuse("attention_factor", "a positive number")
     rope.expect("truncate", True, "rounds the range of channels that YaRN corrects")
