@@ -17,6 +17,7 @@ SOURCES = sorted(
 FOUNDATION = {
     "architectures",
     "artifacts",
+    "chat_templates",
     "checkpoint",
     "errors",
     "gguf",
@@ -35,6 +36,7 @@ STAGE_MAY_IMPORT = {
     "architectures": FOUNDATION | {"gpu_memory"},
     "artifacts": {"errors"},
     "calibration": FOUNDATION | {"data", "forward"},
+    "chat_templates": {"checkpoint", "errors"},
     "checkpoint": {"architectures", "artifacts", "errors"},
     "data": FOUNDATION,
     "errors": set(),

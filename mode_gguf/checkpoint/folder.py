@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from mode_gguf.checkpoint import compressed_tensors, fp8
+from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError
 
 if TYPE_CHECKING:
@@ -240,6 +241,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a complete Hugging Face checkpoint folder") from None
     except (OSError, ValueError, RecursionError) as error:
+        refuse_lfs_pointer(path)
         raise InputError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}; download it again")
@@ -337,6 +339,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
+            refuse_lfs_pointer(path)
             raise InputError(f"{path}: not a safetensors file, or cut off inside its header; download it again")
         if length > _MAX_HEADER_BYTES:
             raise InputError(f"{path}: a header of {length:,} bytes found, {_MAX_HEADER_BYTES:,} at most are read")
