@@ -17,6 +17,7 @@ SOURCES = sorted(
 FOUNDATION = {
     "architectures",
     "artifacts",
+    "chat_templates",
     "checkpoint",
     "errors",
     "file_digests",
@@ -36,6 +37,7 @@ STAGE_MAY_IMPORT = {
     "architectures": FOUNDATION | {"gpu_memory"},
     "artifacts": {"errors"},
     "calibration": FOUNDATION | {"data", "forward"},
+    "chat_templates": {"checkpoint", "errors"},
     "checkpoint": {"architectures", "artifacts", "errors", "file_digests", "progress"},
     "data": FOUNDATION,
     "errors": set(),
