@@ -26,6 +26,7 @@ FOUNDATION = {
     "options",
     "progress",
     "recipe",
+    "sample_files",
     "sizes",
     "vocabulary",
 }
@@ -51,6 +52,7 @@ STAGE_MAY_IMPORT = {
     "locks": set(),
     "options": {"errors", "sizes", "vocabulary"},
     "recipe": {"artifacts", "errors", "options"},
+    "sample_files": {"errors"},
     "sizes": {"errors"},
     "vocabulary": set(),
     "progress": set(),

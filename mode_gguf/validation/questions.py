@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mode_gguf.artifacts import read_json_lines
 from mode_gguf.errors import InputError
 from mode_gguf.llama_cpp.in_process import open_image
+from mode_gguf.sample_files import read_rows
 
 MATCHES: Final = ("exact", "contains", "number")
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -89,7 +89,7 @@ def is_right(answer: str, expected: str, match: str) -> bool:
 def _load_file(path: Path) -> HeldOutSet:
     texts: list[str] = []
     questions: list[Question] = []
-    for row, origin in read_json_lines(path):
+    for row, origin in read_rows(path):
         if "text" in row:
             texts.append(_text(row, origin))
         else:
@@ -100,7 +100,7 @@ def _load_file(path: Path) -> HeldOutSet:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    return read_json_lines(path) if path.exists() else iter(())
+    return read_rows(path) if path.exists() else iter(())
 
 
 def _text(row: dict[str, Any], origin: str) -> str:
