@@ -28,6 +28,7 @@ FOUNDATION = {
     "recipe",
     "sample_files",
     "sizes",
+    "text_prefix",
     "vocabulary",
 }
 """Packages and modules that every stage may import."""
@@ -54,6 +55,7 @@ STAGE_MAY_IMPORT = {
     "recipe": {"artifacts", "errors", "options"},
     "sample_files": {"errors"},
     "sizes": {"errors"},
+    "text_prefix": set(),
     "vocabulary": set(),
     "progress": set(),
     "quantization": FOUNDATION,
