@@ -39,8 +39,6 @@ SCHEMAS: Final[Mapping[str, int]] = {
 }
 """The schema number of every artefact: raised with its form, and with the method that makes it. A higher number of one
 artefact has its stage run again, and those that build on it; nothing else does, the tool's version included."""
-MAX_SAMPLE_BYTES = 2**30
-"""Size limit of a sample file in bytes; a few hundred samples are used."""
 _METADATA_KEY = "mode_gguf"
 _PART = ".mode-gguf.part"
 
@@ -175,47 +173,6 @@ def read_arrays(
     with safe_open(path, framework="numpy") as file:
         names = [name for name in file.keys() if without is None or not name.endswith(without)]  # noqa: SIM118
         return {name: file.get_tensor(name) for name in names}, metadata
-
-
-def read_sample_text(path: Path) -> str:
-    """A file of samples as text.
-
-    Raises:
-        InputError: it is larger than `MAX_SAMPLE_BYTES`.
-        OSError, UnicodeDecodeError: it cannot be read as UTF-8.
-    """
-    if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
-        raise InputError(f"{path}: {size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it")
-    return path.read_text(encoding="utf-8")
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a JSON-lines file, each with `file:line` for messages about it; empty lines are passed over.
-
-    Raises:
-        InputError: the file cannot be read as UTF-8, or a line is not a JSON object.
-    """
-    try:
-        lines = read_sample_text(path).split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
-        except (ValueError, RecursionError) as error:  # numbers too long, too much inside each other
-            raise InputError(f"{origin}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{origin}: a JSON object was expected, {type(row).__name__} found")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{origin}: half of a character ({error.object[error.start]!r})") from error
-        yield row, origin
 
 
 class Record(BaseModel):

@@ -28,7 +28,9 @@ FOUNDATION = {
     "options",
     "progress",
     "recipe",
+    "sample_files",
     "sizes",
+    "text_prefix",
     "vocabulary",
 }
 """Packages and modules that every stage may import."""
@@ -55,7 +57,9 @@ STAGE_MAY_IMPORT = {
     "locks": set(),
     "options": {"errors", "sizes", "vocabulary"},
     "recipe": {"artifacts", "errors", "options"},
+    "sample_files": {"errors"},
     "sizes": {"errors"},
+    "text_prefix": set(),
     "vocabulary": set(),
     "progress": set(),
     "quantization": FOUNDATION,

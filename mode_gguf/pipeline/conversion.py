@@ -29,6 +29,7 @@ from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
 from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
 from mode_gguf.pipeline.stages.validate import Validate
 from mode_gguf.recipe import Recipe
+from mode_gguf.validation.questions import load_held_out
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +69,13 @@ class Conversion:
         """Check that the model is supported, options go together and the budget can be met.
 
         Raises:
-            InputError: the checkpoint cannot be converted.
+            InputError: the checkpoint cannot be converted, or the held-out set not be read.
             UsageError: options that do not go together.
             InfeasibleBudgetError: the budget is out of reach.
         """
+        validation = recipe.validation
+        if validation.validate and validation.samples:  # what cannot be validated on should stop the run now
+            load_held_out(validation.samples, outside=validation.allow_outside_samples)
         recipe = resolved(run.checkpoint, recipe)
         types = candidates_of(recipe, run.folder)
         settings = PlanSettings.of(recipe, types)
@@ -155,7 +159,7 @@ def _result(run: Run, conversion: Conversion) -> ConvertResult:
         imatrix=folder.imatrix_of(conversion.sensitivity.imatrix),
         plan=folder.plan,
         report=folder.report if validated else None,
-        page=draw_converted(folder, recipe.validation.samples, validated=validated),
+        page=draw_converted(folder, recipe.validation, validated=validated),
         bpw=plan.bpw,
         size_bytes=sum(file.stat().st_size for file in files),
         seconds=run.seconds,

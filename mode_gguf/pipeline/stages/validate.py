@@ -140,7 +140,7 @@ def validate_file(
     with _failure_noted(report):
         result = validate(
             compared,
-            load_held_out(options.samples) if options.samples else None,
+            load_held_out(options.samples, outside=options.allow_outside_samples) if options.samples else None,
             tools=find_llama_cpp(options.llama_cpp),
             settings=run_settings(options, threads),
             reference_folder=reference_folder,
@@ -173,7 +173,7 @@ def run_settings(options: ValidationOptions, threads: int | None = None) -> RunS
 
 def _changed(options: ValidationOptions) -> dict[str, Any]:
     """Options that change what is measured, where they are not the default."""
-    common = ("validate", "samples", "llama_cpp")
+    common = ("validate", "samples", "allow_outside_samples", "llama_cpp")
     plain = ValidationOptions()
     alike = replace(options, **{name: getattr(plain, name) for name in common})
     return {} if alike == plain else {"validation": repr(alike)}
