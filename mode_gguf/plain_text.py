@@ -1,5 +1,6 @@
 """Text that strangers wrote, made fit for a terminal, a log, a shell and a file name."""
 
+import logging
 import shlex
 import unicodedata
 from collections.abc import Iterable
@@ -17,6 +18,17 @@ or another system's disk takes for something else."""
 def printable(text: str, kept: str = "\n\t") -> str:
     """`text` without what could steer a terminal; what is not `kept` is written as Python writes it (`\\x1b`)."""
     return "".join(char if char.isprintable() or char in kept else repr(char)[1:-1] for char in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """A formatter of log messages that are `printable`; tracebacks stay as they are."""
+
+    def __init__(self, layout: str, kept: str = "\t") -> None:
+        super().__init__(layout)
+        self._kept = kept
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record), self._kept)
 
 
 def one_line(text: str, length: int | None = None) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mode_gguf.checkpoint import compressed_tensors, fp8
 from mode_gguf.errors import InputError
+from mode_gguf.plain_text import file_name_part
 
 if TYPE_CHECKING:
     from mode_gguf.architectures.base_gguf import BaseGguf
@@ -83,7 +84,8 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache.
+        name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache; as it
+            can be part of a file's name (`file_name_part`).
         repository: `owner/name` when the folder is a snapshot in the hub's cache, else None.
         revision: the snapshot's commit, else None.
         config: config.json; without `quantization_config` where weights in FP8 are decoded.
@@ -141,7 +143,7 @@ class Checkpoint:
         repository, revision = _cached_snapshot(folder) or (None, None)
         return cls(
             path=folder,
-            name=repository.rpartition("/")[2] if repository else folder.resolve().name,
+            name=file_name_part(repository.rpartition("/")[2] if repository else folder.resolve().name),
             repository=repository,
             revision=revision,
             config=config,

@@ -24,6 +24,7 @@ from mode_gguf.llama_cpp.command_line import command_line
 from mode_gguf.llama_cpp.engines import has_expert_groups
 from mode_gguf.llama_cpp.server_client import is_healthy
 from mode_gguf.options import ServingOptions
+from mode_gguf.plain_text import shell_line
 from mode_gguf.vocabulary import KvType
 
 DEFAULT_CONTEXT: Final = 16384
@@ -129,7 +130,7 @@ def server_command(serving: ServerSettings, extra: Sequence[str], llama_cpp: Pat
             raise
         if extra:
             raise UsageError(
-                f"{' '.join(extra)} goes to llama-server, and none was found: name the folder of your llama.cpp with "
+                f"{shell_line(extra)} goes to llama-server, and none was found: name the folder of your llama.cpp with "
                 "--llama-cpp, or leave it out"
             ) from None
         settings = json.dumps(asdict(serving), default=str)

@@ -114,8 +114,8 @@ class ServerClient:
     def _request(self, client: "httpx2.AsyncClient", path: str, body: Mapping[str, Any] | None) -> "httpx2.Request":
         if body is None:
             return client.build_request("GET", f"{self.url}{path}")
-        content = {"content": json.dumps(body).encode(), "headers": {"Content-Type": "application/json"}}
-        return client.build_request("POST", f"{self.url}{path}", **content)
+        headers = {"Content-Type": "application/json"}
+        return client.build_request("POST", f"{self.url}{path}", content=json.dumps(body).encode(), headers=headers)
 
 
 def is_healthy(url: str) -> bool:

@@ -303,7 +303,7 @@ def no_content(handler: Handler) -> None:
     handler.begin(204)
 
 
-TRANSPORT = {
+TRANSPORT: dict[Callable[[Handler], None], str] = {
     endless: "more than",
     chunked: "more than",
     drip: "or not to the end",
