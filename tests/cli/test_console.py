@@ -46,7 +46,7 @@ def test_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("name", box=None)
     table.add_row(console.cell("blk.[red]0[/blue]\x1b[31m\n"))
     console.stdout.print(table)
-    assert capsys.readouterr().out.splitlines()[1].rstrip() == "blk.[red]0[/blue]\\x1b[31m\\n"
+    assert capsys.readouterr().out.splitlines()[1].strip() == "blk.[red]0[/blue]\\x1b[31m\\n"
 
 
 def test_progress_is_lines_on_stderr_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:

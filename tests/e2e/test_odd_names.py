@@ -1,4 +1,4 @@
-"""Names that come from folders and from model cards: in files, on the card, in commands, on the page and the terminal."""
+"""Names that come from folders and model cards: in files, on the card, in commands, on the page and the terminal."""
 
 import json
 import os
