@@ -22,6 +22,7 @@ from mode_gguf.checkpoint.side_files import read_json
 from mode_gguf.checkpoint.stored_tensor import WEIGHT_DTYPES, Index, StoredTensor
 from mode_gguf.checkpoint.weights import equal_weights, read_weights
 from mode_gguf.errors import InputError
+from mode_gguf.plain_text import file_name_part
 
 if TYPE_CHECKING:
     from mode_gguf.architectures.base_gguf import BaseGguf
@@ -37,7 +38,8 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache.
+        name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache; as it
+            can be part of a file's name (`file_name_part`).
         repository: `owner/name` when the folder is a snapshot in the hub's cache, else None.
         revision: the snapshot's commit, else None.
         config: config.json; without settings of quantization, since weights are decoded.
@@ -100,7 +102,7 @@ class Checkpoint:
         repository, revision = _cached_snapshot(folder) or (None, None)
         return cls(
             path=folder,
-            name=repository.rpartition("/")[2] if repository else folder.resolve().name,
+            name=file_name_part(repository.rpartition("/")[2] if repository else folder.resolve().name),
             repository=repository,
             revision=revision,
             config=config,

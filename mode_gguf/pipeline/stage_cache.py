@@ -89,6 +89,10 @@ class StageCache:
         outputs = {self._folder.file(name): str(found) for name, found in entry.get("outputs", {}).items()}
         return entry.get("settings", {}), outputs
 
+    def finished(self, stage: str) -> str:
+        """When the stage's last run ended, as ISO 8601 text in UTC, to the second; empty if that is not known."""
+        return str(self._entry(stage).get("finished", ""))
+
     def seconds(self, stage: str) -> float:
         """Duration of the stage's last run."""
         return float(self._entry(stage).get("seconds", 0.0))

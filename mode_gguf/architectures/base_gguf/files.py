@@ -17,6 +17,7 @@ from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Role, Source
 from mode_gguf.errors import InputError
 from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
 from mode_gguf.gguf.shards import COUNT_KEY, NUMBER_KEY, TENSORS_KEY
+from mode_gguf.plain_text import file_name_part
 
 FLOAT_TYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
@@ -106,7 +107,8 @@ class BaseGguf:
     @property
     def name(self) -> str:
         """The model's name: the file's, without shard number and type."""
-        return _TYPE_END.sub("", _NAME_END.sub("", self.text.files[0].name)) or self.text.files[0].stem
+        file = self.text.files[0]
+        return file_name_part(_TYPE_END.sub("", _NAME_END.sub("", file.name)) or file.stem)
 
     def setting(self, key: str) -> Any:
         """A value of the text model's architecture, by a key with `{arch}`; None if it is not there."""
