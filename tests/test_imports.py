@@ -28,6 +28,7 @@ FOUNDATION = {
     "progress",
     "recipe",
     "sizes",
+    "temporary_folders",
     "vocabulary",
 }
 """Packages and modules that every stage may import."""
@@ -54,6 +55,7 @@ STAGE_MAY_IMPORT = {
     "options": {"errors", "sizes", "vocabulary"},
     "recipe": {"artifacts", "errors", "options"},
     "sizes": {"errors"},
+    "temporary_folders": {"locks"},
     "vocabulary": set(),
     "progress": set(),
     "quantization": FOUNDATION,
