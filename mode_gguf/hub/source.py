@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from mode_gguf.hub.client import hub_api, progress_bars_disabled
 from mode_gguf.hub.error_messages import hub_errors
 from mode_gguf.hub.names import HubModel, hub_model
 from mode_gguf.progress import Progress, silent
+from mode_gguf.temporary_folders import LockedFolder
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +110,13 @@ def checkpoint_outline(model: str | Path) -> Iterator[tuple[Path, Download | Non
     if named is None:
         yield Path(model), None
         return
-    with tempfile.TemporaryDirectory(prefix="mode-gguf-") as temporary:
+    with LockedFolder("outline") as temporary:
         with hub_errors(f"{named} (no folder here, so looked for on the hub)"):
             listing = _list_files(named)
             if listing is None:
                 folder, download = _fetch_small(named), None
             else:
-                folder, download = _outline(named, listing, Path(temporary))
+                folder, download = _outline(named, listing, temporary)
         yield folder, download
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from mode_gguf.llama_cpp.model_protocol import Logits, Model
 from mode_gguf.options import Limits
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
+from mode_gguf.temporary_folders import LockedFolder
 from mode_gguf.validation.bounds import ALL_KINDS, check_measurable, checks_of
 from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
@@ -126,7 +126,7 @@ def validate(
                 assert isinstance(reference, Path)
                 measured = stored_reference(reference, held_out, settings)
             elif reference:
-                folder = reference_folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                folder = reference_folder or stack.enter_context(LockedFolder("reference"))
                 measured = measure_reference(reference, mmproj, held_out, folder, settings, progress)
         with _timed(seconds, "candidate"), settings.open(candidate, mmproj) as model:
             runtime = _runtime(model, settings)
