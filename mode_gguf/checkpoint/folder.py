@@ -4,12 +4,10 @@ Only the safetensors headers are read on opening; weights are mapped from disk w
 expert touches that expert's bytes and nothing else. Pickled weights are never opened.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +15,14 @@ import numpy as np
 
 from mode_gguf.checkpoint import adapter, quantized
 from mode_gguf.checkpoint.header import refuse_type
+from mode_gguf.checkpoint.identity import ModelIdentity
 from mode_gguf.checkpoint.index import INDEX_FILE, SINGLE_FILE, weight_tensors
 from mode_gguf.checkpoint.names import check_unwrapped, without_buffers
 from mode_gguf.checkpoint.side_files import read_json
 from mode_gguf.checkpoint.stored_tensor import WEIGHT_DTYPES, Index, StoredTensor
 from mode_gguf.checkpoint.weights import equal_weights, read_weights
 from mode_gguf.errors import InputError
+from mode_gguf.plain_text import file_name_part
 
 if TYPE_CHECKING:
     from mode_gguf.architectures.base_gguf import BaseGguf
@@ -31,8 +31,6 @@ __all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "Index", "read_json"]
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_BYTES = 1024
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -40,13 +38,13 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache.
+        name: of the model: the folder's, or the repository's when the folder is a snapshot in the hub's cache; as it
+            can be part of a file's name (`file_name_part`).
         repository: `owner/name` when the folder is a snapshot in the hub's cache, else None.
         revision: the snapshot's commit, else None.
         config: config.json; without settings of quantization, since weights are decoded.
         tensors: what is stored where, by checkpoint name, in the order of the index.
-        fingerprint: digest of the configuration, the tensor index, and some bytes of every tensor, so that two
-            finetunes of one model differ; independent of path and file times.
+        identity: what tells the model from others, whatever the folder is called and wherever it lies.
         base: GGUF files that names, metadata and tensors are taken from, of a model without a family; the checkpoint
             is then what the model is run from, and may be missing (no configuration and no tensors).
         pre_tokenizer: llama.cpp's name of the tokenizer's, as the user gave it; None where it is to be recognised.
@@ -58,9 +56,22 @@ class Checkpoint:
     revision: str | None
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
-    fingerprint: str
+    identity: ModelIdentity
     base: "BaseGguf | None" = None
     pre_tokenizer: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of config.json, the index and all weights, which are read the first time.
+
+        Raises:
+            InputError: a file of the weights cannot be read.
+        """
+        return self.identity.fingerprint()
+
+    def identified(self) -> "Checkpoint":
+        """The checkpoint with its fingerprint, for processes that have not read the weights for it."""
+        return replace(self, identity=replace(self.identity, known=self.fingerprint))
 
     @property
     def files(self) -> set[Path]:
@@ -73,10 +84,11 @@ class Checkpoint:
 
         Raises:
             InputError: the folder, its configuration, its index or a shard's header cannot be used; nothing but
-                the headers is looked at here, plus a few bytes of every tensor for the fingerprint.
+                the headers is looked at here.
         """
         _check_folder(folder)
         config = read_json(folder / "config.json")
+        whole = deepcopy(config)
         settings = quantized.taken_settings(config)
         quantized.check_supported(folder, settings)
         stored = weight_tensors(folder)
@@ -90,12 +102,12 @@ class Checkpoint:
         repository, revision = _cached_snapshot(folder) or (None, None)
         return cls(
             path=folder,
-            name=repository.rpartition("/")[2] if repository else folder.resolve().name,
+            name=file_name_part(repository.rpartition("/")[2] if repository else folder.resolve().name),
             repository=repository,
             revision=revision,
             config=config,
             tensors=tensors,
-            fingerprint=_fingerprint(config, stored),
+            identity=ModelIdentity.of(whole, stored),
             pre_tokenizer=pre_tokenizer,
         )
 
@@ -157,16 +169,3 @@ def _cached_snapshot(folder: Path) -> tuple[str, str] | None:
     if len(parents) < 2 or parents[0].name != "snapshots" or not parents[1].name.startswith("models--"):
         return None
     return "/".join(parents[1].name.removeprefix("models--").split("--", 1)), folder.absolute().name
-
-
-def _fingerprint(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].file.name, item[0]))
-    for path, group in groupby(ordered, key=lambda item: item[1].file):
-        with path.open("rb") as file:
-            for name, tensor in group:
-                middle = tensor.nbytes // 2
-                file.seek(tensor.offset + middle)
-                digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-                digest.update(file.read(min(_SAMPLE_BYTES, tensor.nbytes - middle)))
-    return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from mode_gguf.checkpoint import fp8
 from mode_gguf.checkpoint.stored_tensor import DTYPES, WEIGHT_DTYPES, StoredTensor
+from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError
 
 _MAX_HEADER_BYTES = 2**25
@@ -30,6 +31,7 @@ def read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
+            refuse_lfs_pointer(path)
             raise InputError(f"{path}: not a safetensors file, or cut off inside its header; download it again")
         if length > _MAX_HEADER_BYTES:
             raise InputError(f"{path}: a header of {length:,} bytes found, {_MAX_HEADER_BYTES:,} at most are read")

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError
 
 _MAX_JSON_BYTES = 2**26
@@ -31,6 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a complete Hugging Face checkpoint folder") from None
     except (OSError, ValueError, RecursionError) as error:
+        refuse_lfs_pointer(path)
         raise InputError(f"{path}: cannot be read as JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}; download it again")

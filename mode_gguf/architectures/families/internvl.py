@@ -40,8 +40,8 @@ _ORIGINAL_RENAMES = (
 )
 """Names that transformers stores, and the original ones."""
 
-_NOT_TRANSFORMERS = {"auto_map", "rope_scaling", "_attn_implementation", "attn_implementation", "_name_or_path"}
-"""Names in llm_config that say nothing about the model as transformers and llama.cpp run it (see `check`)."""
+_NOT_TRANSFORMERS = {"auto_map", "_attn_implementation", "attn_implementation", "_name_or_path"}
+"""Names in llm_config that say nothing about the model."""
 
 
 def _check(text: Hparams) -> None:
