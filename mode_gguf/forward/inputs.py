@@ -15,6 +15,7 @@ from mode_gguf.architectures.images import ImagePlace, PlacedImage, joined_argum
 from mode_gguf.chat_templates.rendering import TemplateError, render
 from mode_gguf.chat_templates.sources import chat_templates, log_choice
 from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.checkpoint.side_files import unmarked
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import InputError, foreign_errors
 from mode_gguf.forward.image_settings import check_image_settings
@@ -307,12 +308,13 @@ def model_inputs(checkpoint: Checkpoint, samples: Iterable[Sample]) -> list[Mode
 
 def _image_processor(checkpoint: Checkpoint) -> Any:
     """The image processor; for a model without a family its whole processor, which knows the tokens around images."""
-    if checkpoint.base is not None:
-        try:
-            return AutoProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
-        except (OSError, ValueError, ImportError, TypeError, AttributeError):
-            pass  # a part of it, such as one for video, cannot be used here
-    return AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
+    with unmarked(checkpoint.path) as folder:
+        if checkpoint.base is not None:
+            try:
+                return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+            except (OSError, ValueError, ImportError, TypeError, AttributeError):
+                pass  # a part of it, such as one for video, cannot be used here
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
 
 
 def _written(content: str | list[dict[str, Any]], placeholder: str) -> str:

@@ -10,6 +10,7 @@ from mode_gguf.architectures import ModelFamily
 from mode_gguf.chat_templates.sources import chat_templates
 from mode_gguf.checkpoint import tiktoken_model
 from mode_gguf.checkpoint.folder import Checkpoint, read_json
+from mode_gguf.checkpoint.side_files import unmarked
 from mode_gguf.errors import foreign_errors
 from mode_gguf.forward.model_config import model_config
 
@@ -32,7 +33,8 @@ def _opened(checkpoint: Checkpoint, family: ModelFamily) -> Any:
     folder = checkpoint.path
     if not tiktoken_model.has_tiktoken_model(folder):
         config = model_config(checkpoint, family)
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        with unmarked(folder) as readable:
+            return AutoTokenizer.from_pretrained(readable, config=config, trust_remote_code=False)
     settings = read_json(folder / "tokenizer_config.json")
     named = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
     return PreTrainedTokenizerFast(

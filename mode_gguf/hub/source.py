@@ -12,7 +12,9 @@ from threading import Event, Thread
 from typing import Any
 
 from mode_gguf.artifacts import free_bytes
-from mode_gguf.checkpoint.folder import INDEX_FILE, SINGLE_FILE, read_json
+from mode_gguf.checkpoint.adapter import ADAPTER_FILES, MERGE
+from mode_gguf.checkpoint.index import INDEX_FILE, weight_files
+from mode_gguf.checkpoint.side_files import read_json
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.hub.client import hub_api, progress_bars_disabled
 from mode_gguf.hub.error_messages import hub_errors
@@ -188,14 +190,14 @@ def _small_files(names: Iterable[str]) -> list[str]:
 
 def _weight_files(named: HubModel, folder: Path, listing: _Listing) -> list[str]:
     """The safetensors files of the model; others that a repository may have beside them are left out."""
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        listed = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        return [name for name in listing.sizes if name in listed]
-    if SINGLE_FILE in listing.sizes:
-        return [SINGLE_FILE]
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map") if (folder / INDEX_FILE).is_file() else {}
+    listed = [file for file in weight_map.values() if isinstance(file, str)] if isinstance(weight_map, dict) else []
+    if weights := weight_files(listing.sizes, listed):
+        return weights
     pickled = [name for name in listing.sizes if name.endswith((".bin", ".pt", ".pth"))]
     gguf = [name for name in listing.sizes if name.endswith(".gguf")]
+    if any(name in listing.sizes for name in ADAPTER_FILES):
+        raise InputError(f"{named}: only a LoRA adapter found, expected a whole model; {MERGE}, and convert the result")
     found = "pickled weights, which can run code when opened" if pickled else "GGUF files" if gguf else "no weights"
     raise InputError(f"{named}: {found} found, expected a checkpoint in safetensors; name the original model")
 
