@@ -80,7 +80,7 @@ def check_resolved(checkpoint: Checkpoint, family: ModelFamily, config: PreTrain
 
 
 def declared_name(text: PreTrainedConfig, names: Sequence[str]) -> str | None:
-    """The one of `names` that a class of configurations declares: what else stands in config.json counts for nothing."""
+    """The one of `names` that a class of configurations declares: others in config.json count for nothing."""
     declared = {field.name for field in fields(text)}
     return next((name for name in names if name in declared), None)
 

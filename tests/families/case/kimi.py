@@ -129,6 +129,7 @@ KIMI_VL = FamilyCase(
 KIMI_K25 = FamilyCase(
     name="kimi-k2.5",
     refusals=(
+        *of_rope("rope_parameters", VISION, "vision rope_theta", {"rope_type": "axial", "rope_theta": 1e6}),
         *unlike(VISION, merge_kernel_size=[1, 1], init_pos_emb_width=4),
         # As many layers as llama.cpp expects none in.
         Refusal(TEXT, {"num_hidden_layers": 27}, "q_lora_rank is 256 with 27 layers"),
