@@ -17,6 +17,7 @@ from contextlib import contextmanager
 MOST_CHARACTERS = 300
 """Of another library's message that are repeated in ours."""
 
+
 class ModeGgufError(Exception):
     """Base class; `exit_code` is what the command line ends with."""
 

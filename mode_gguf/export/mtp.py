@@ -55,8 +55,7 @@ def write_mtp(
         writer.add_file_type(file_type(file_quant_type))
         add_metadata(writer, metadata)
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
-        special = family.tokenizer.special_tokens
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, special)
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, family.tokenizer)
 
     outgoing = []
     for tensor in tensors:

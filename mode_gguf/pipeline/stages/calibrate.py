@@ -12,6 +12,7 @@ from mode_gguf.artifacts import samples_fingerprint
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix_file import write_imatrix
+from mode_gguf.export.tokenizer import checked_vocabulary
 from mode_gguf.options import CalibrationOptions, ComputeOptions
 from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.stage_cache import file_identity
@@ -80,14 +81,22 @@ class Calibrate(Stage):
         from mode_gguf.calibration.calibrate import calibrate
         from mode_gguf.calibration.coverage import calibration_warnings
         from mode_gguf.forward.distributed import on_all_ranks
+        from mode_gguf.forward.inputs import check_inputs
         from mode_gguf.forward.modality import KeyTokens
         from mode_gguf.importance.imatrix import balanced_imatrix
 
+        samples, vocabulary = calibration_samples(self.options), checked_vocabulary(run.checkpoint)
+        check_inputs(
+            run.checkpoint,
+            chats=any(sample.messages for sample in samples),
+            pictures=any(sample.has_image for sample in samples),
+            tokens=vocabulary and vocabulary.tokens,
+        )
         with unknown_model_errors(run.checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
             statistics = on_all_ranks(
                 calibrate,
                 run.checkpoint,
-                calibration_samples(self.options),
+                samples,
                 device=self.compute.device,
                 key_tokens=KeyTokens.of(self.options),
                 hidden_bytes=self.compute.hidden_memory,
