@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
-import yaml  # what gguf reads model cards with
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from mode_gguf.architectures import Metadata
@@ -74,7 +73,7 @@ def add_general_keys(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequen
     """
     try:
         about = gguf.Metadata.load(model_path=checkpoint.path)
-    except (ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # gguf and yaml raise whatever values of other kinds lead to
         raise InputError(
             f"{checkpoint.path}: README.md or generation_config.json cannot be read ({error}); correct or remove it"
         ) from error

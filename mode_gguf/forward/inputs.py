@@ -107,6 +107,7 @@ class InputBuilder:
                 image_processor = _image_processor(checkpoint)
         if family.projector_type:
             image_token = family.vision.image_token(checkpoint)
+            _check_image_token(checkpoint, tokenizer, image_token)
         return cls(checkpoint, family, tokenizer, image_processor, image_token, max_tokens, max_image_pixels)
 
     def build(self, sample: Sample) -> ModelInputs:
@@ -157,7 +158,8 @@ class InputBuilder:
             f"{sample.origin}: {self.checkpoint.path}'s image processor cannot take a picture of {width} x {height}"
         ):
             placed = self.family.vision.place_image(place)
-        tokens = torch.tensor(placed.tokens, dtype=torch.int64)
+            tokens = torch.tensor(placed.tokens, dtype=torch.int64)
+            image = {name: torch.from_numpy(values) for name, values in placed.arguments.items()}
         rest = slice(position + 1, position + 1 + self.max_tokens)
         ids = torch.cat([ids[:position], tokens, ids[rest]])
         owner = torch.cat([owner[:position], torch.full_like(tokens, _TEMPLATE), owner[rest]])
@@ -174,7 +176,6 @@ class InputBuilder:
             is_query = after_image
         if not is_query.any():
             raise InputError(f"{sample.origin}: no text follows the image within {self.max_tokens} tokens")
-        image = {name: torch.from_numpy(values) for name, values in placed.arguments.items()}
         return ModelInputs(sample.origin, ids, is_vision, is_query, scored, image, self.family.vision.token_types)
 
     def _render(self, sample: Sample) -> tuple[str, list[tuple[int, int, int]]]:
@@ -265,6 +266,16 @@ def model_inputs(checkpoint: Checkpoint, samples: Iterable[Sample]) -> list[Mode
     """The inputs of `samples` within the default limits; raises what `InputBuilder` does."""
     builder = InputBuilder.open(checkpoint)
     return [builder.build(sample) for sample in samples]
+
+
+def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, number: int) -> None:
+    with foreign_errors(f"{checkpoint.path}: the tokenizer has no token {number}, the image token of config.json"):
+        token = tokenizer.convert_ids_to_tokens(number)
+    if not isinstance(token, str):
+        raise InputError(
+            f"{checkpoint.path}: the tokenizer has no token {number}, the image token of config.json; use the "
+            "tokenizer published with these weights"
+        )
 
 
 def _image_processor(checkpoint: Checkpoint) -> Any:

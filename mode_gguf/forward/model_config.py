@@ -5,7 +5,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from mode_gguf.architectures import ModelFamily
 from mode_gguf.architectures.hparams import Hparams
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.errors import InputError
+from mode_gguf.errors import InputError, foreign_errors
 
 
 def model_config(checkpoint: Checkpoint, family: ModelFamily) -> PreTrainedConfig:
@@ -18,5 +18,6 @@ def model_config(checkpoint: Checkpoint, family: ModelFamily) -> PreTrainedConfi
     model_type = Hparams(checkpoint, file, settings).read(str, "model_type")
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"{file}: transformers has no model_type {model_type!r}")
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(settings))
+    with foreign_errors(f"{file}: transformers cannot read it", "use the configuration published with the model"):
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(settings))
     return config

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mode_gguf.architectures import text_tensors
 from mode_gguf.artifacts import samples_fingerprint
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.errors import InputError
+from mode_gguf.errors import InputError, reason
 from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.export.tokenizer import checked_vocabulary
 from mode_gguf.options import CalibrationOptions, ComputeOptions
@@ -177,8 +177,9 @@ def unknown_model_errors(checkpoint: Checkpoint, way_out: str) -> Iterator[None]
     """
     try:
         yield
+    except (MemoryError, RecursionError, OverflowError) as error:
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason(error)})") from error
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         if checkpoint.base is None:
             raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason}); {way_out}") from error
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason(error)}); {way_out}") from error
