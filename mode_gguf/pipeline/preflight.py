@@ -18,7 +18,7 @@ from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
 from mode_gguf.llama_cpp.trial_load import refusal
 from mode_gguf.options import ExportOptions, ValidationOptions
 from mode_gguf.pipeline.run import Run
-from mode_gguf.pipeline.samples_key import calibration_samples
+from mode_gguf.pipeline.stages.calibrate import checked_samples
 from mode_gguf.pipeline.stages.export import reference_fits
 from mode_gguf.pipeline.stages.validate import run_settings
 from mode_gguf.recipe import Recipe
@@ -50,7 +50,7 @@ def check_before_measuring(run: Run, recipe: Recipe, *, inputs: bool = False) ->
     if inputs and recipe.calibration.from_imatrix is None:
         from mode_gguf.forward.inputs import model_inputs
 
-        model_inputs(checkpoint, calibration_samples(recipe.calibration))
+        model_inputs(checkpoint, checked_samples(checkpoint, recipe.calibration))
 
 
 def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
