@@ -1,8 +1,8 @@
 """Decoding of image files that users name, which may be damaged or made to do harm.
 
 What comes out is what llama.cpp's reader (stb_image) shows the model, for calibration and validation alike: 16 bits per
-channel are cut to the upper 8, transparency is dropped, an animation is its first frame, and pixels stay as they are
-stored, whatever the EXIF data say about which side is up.
+channel are cut to the upper 8, transparency is dropped (it is black in a GIF), an animation is its first frame, and
+pixels stay as they are stored, whatever the EXIF data say about which side is up.
 """
 
 import io
@@ -66,7 +66,7 @@ def _checked_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "F"):
         return _grey(_eight_bits(np.asarray(image), name, sixteen=image.format in _SIXTEEN_BITS))
     if image.format == "GIF":
-        return _on_background(image)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA")).convert("RGB")
     # With a transparent colour, by way of RGBA: straight to RGB Pillow warns.
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
@@ -87,12 +87,3 @@ def _eight_bits(values: np.ndarray, name: str, *, sixteen: bool) -> np.ndarray:
 
 def _grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-
-
-def _on_background(image: Image.Image) -> Image.Image:
-    """The first frame of a GIF; what it leaves transparent has its background colour, black where that is the first."""
-    background, palette = image.info.get("background", 0), image.getpalette() or []
-    colour = tuple(palette[3 * background : 3 * background + 3]) if isinstance(background, int) and background else ()
-    shown = image.convert("RGBA")
-    below = Image.new("RGBA", image.size, (*colour, 255) if len(colour) == 3 else (0, 0, 0, 255))
-    return Image.alpha_composite(below, shown).convert("RGB")
