@@ -207,15 +207,3 @@ def file_fingerprint(path: Path) -> str:
     """A digest of a file's whole content; meant for files that are small next to a model."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def samples_fingerprint(source: str | Path | None) -> str:
-    """A digest of `source` that changes when the file or folder is edited, added to or removed from, or of its name.
-
-    Sizes and times are looked at, not contents: a set of samples may hold gigabytes of pictures.
-    """
-    path = Path(source) if source is not None else None
-    if path is None or not path.exists():
-        return fingerprint(source)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return fingerprint(str(path), [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])

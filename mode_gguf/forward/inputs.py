@@ -6,16 +6,18 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
-from jinja2 import TemplateError
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor
 
 from mode_gguf.architectures import ModelFamily, find_family
 from mode_gguf.architectures.images import ImagePlace, PlacedImage, joined_arguments
+from mode_gguf.chat_templates.rendering import TemplateError, render
+from mode_gguf.chat_templates.sources import chat_templates, log_choice
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.data.sample import Sample
-from mode_gguf.errors import InputError
+from mode_gguf.data.sample import Message, Sample
+from mode_gguf.errors import InputError, foreign_errors
+from mode_gguf.forward.image_settings import check_image_settings
 from mode_gguf.forward.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.forward.modality import ANSWERS
 from mode_gguf.forward.tokenizer import open_tokenizer
@@ -104,13 +106,14 @@ class InputBuilder:
         """
         family = find_family(checkpoint)
         image_processor, image_token = None, -1
-        try:
-            tokenizer = open_tokenizer(checkpoint, family)
-            if family.projector_type and family.vision.needs_processor:
+        tokenizer = open_tokenizer(checkpoint, family)
+        log_choice(chat_templates(checkpoint.path))
+        if family.projector_type and family.vision.needs_processor:
+            check_image_settings(checkpoint)
+            with foreign_errors(
+                f"{checkpoint.path}: the image processor cannot be read", "use the one published with these weights"
+            ):
                 image_processor = _image_processor(checkpoint)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"{checkpoint.path}: tokenizer or image processor cannot be read ({reason})") from error
         if family.projector_type:
             image_token = family.vision.image_token(checkpoint)
         return cls(checkpoint, family, tokenizer, image_processor, image_token, max_tokens, max_image_pixels)
@@ -123,13 +126,16 @@ class InputBuilder:
                 chat template drops a message or does not place all images.
         """
         if sample.text is not None:
-            text = sufficient_prefix(sample.text, self.max_tokens, self._count)
-            encoded = self.tokenizer(text, truncation=True, max_length=self.max_tokens)
+            with foreign_errors(f"{sample.origin}: {self.checkpoint.path}'s tokenizer cannot read its text"):
+                text = sufficient_prefix(sample.text, self.max_tokens, self._count)
+                encoded = self.tokenizer(text, truncation=True, max_length=self.max_tokens)
             return self._text_inputs(sample, torch.tensor(encoded["input_ids"], dtype=torch.int64))
         if sample.has_image and not self.family.projector_type:
             raise InputError(f"{sample.origin}: has an image, and {self.checkpoint.path} is a text-only model")
-        rendered, spans = self._shortened(sample, *self._render(sample))
-        encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        rendered, spans = self._render(sample)
+        with foreign_errors(f"{sample.origin}: {self.checkpoint.path}'s tokenizer cannot read its messages"):
+            rendered, spans = self._shortened(sample, rendered, spans)
+            encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
         if not sample.has_image:
             return self._text_inputs(sample, ids[: self.max_tokens])
@@ -173,7 +179,11 @@ class InputBuilder:
             )
         parts, owners, ends, placed, start = [], [], [], [], 0
         for place, opened in zip(places, sample.open_images(), strict=True):
-            placed.append(self._place(opened, self.max_image_pixels // len(places)))
+            with foreign_errors(
+                f"{sample.origin}: {self.checkpoint.path}'s image processor cannot take a picture of "
+                f"{opened.width} x {opened.height}"
+            ):
+                placed.append(self._place(opened, self.max_image_pixels // len(places)))
             tokens = torch.tensor(placed[-1].tokens, dtype=torch.int64)
             parts += [ids[start:place], tokens]
             owners += [owner[start:place], torch.full_like(tokens, _TEMPLATE)]
@@ -199,7 +209,7 @@ class InputBuilder:
         image = {name: torch.from_numpy(values) for name, values in arguments.items()}
         return ModelInputs(sample.origin, ids, is_vision, is_query, scored, image, self.family.vision.token_types)
 
-    def _place(self, image: Image, max_pixels: int) -> PlacedImage:
+    def _place(self, image: Image.Image, max_pixels: int) -> PlacedImage:
         return self.family.vision.place_image(
             ImagePlace(
                 self.checkpoint, image, self.image_processor, self.tokenizer, self.image_token, max(1, max_pixels)
@@ -224,14 +234,18 @@ class InputBuilder:
         answered = sample.messages[-1].role == "assistant"
         try:
             rest = self._with_image(chat, answered) if sample.has_image else self._templated(chat, answered)
-        except (ValueError, TypeError, TemplateError) as error:
-            raise InputError(f"{sample.origin}: the chat template failed ({error})") from error
+        except TemplateError as error:
+            templates = chat_templates(self.checkpoint.path)
+            if error.over_limit or not self._renders_anything():
+                raise InputError(f"{templates.file}: the chat template cannot be used: {error}") from error
+            raise InputError(f"{sample.origin}: the chat template of {templates.file} fails: {error}") from error
         rendered = ""
         spans = []
         for marker, text, role in texts:
             before, found, rest = rest.partition(marker)
             if not found:
-                raise InputError(f"{sample.origin}: the chat template drops the {role}'s message")
+                file = chat_templates(self.checkpoint.path).file
+                raise InputError(f"{sample.origin}: the chat template of {file} drops the {role}'s message")
             start = len(rendered) + len(before)
             rendered += before + text
             spans.append((start, len(rendered), _ANSWER if role == "assistant" else _PROMPT))
@@ -243,8 +257,8 @@ class InputBuilder:
         placeholder = self.family.vision.placeholder or token
         try:
             rendered = self._templated(chat, answered)
-        except (ValueError, TypeError, TemplateError):
-            if self.family.vision.placeholder is None:
+        except TemplateError as error:
+            if self.family.vision.placeholder is None or error.over_limit:
                 raise
             rendered = ""
         if self.family.vision.placeholder is not None and placeholder not in rendered and token not in rendered:
@@ -254,8 +268,35 @@ class InputBuilder:
         return rendered.replace(placeholder, token)
 
     def _templated(self, chat: list[dict[str, Any]], answered: bool) -> str:
-        rendered: str = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
-        return rendered
+        source = self.tokenizer.chat_template
+        if source is None:
+            source = chat_templates(self.checkpoint.path).required()
+        variables = {"messages": chat, "tools": None, "documents": None, "add_generation_prompt": not answered}
+        return render(source, {**self.tokenizer.special_tokens_map, **variables})
+
+    def _renders_anything(self) -> bool:
+        """Whether the template takes the plainest of chats; if not, it is no sample's fault."""
+        try:
+            self._templated([{"role": "user", "content": "?"}], False)
+        except TemplateError:
+            return False
+        return True
+
+
+def check_inputs(checkpoint: Checkpoint, *, pictures: bool) -> None:
+    """Make the inputs of one short chat, and of one about a picture: tokenizer, template and image processor work.
+
+    Args:
+        pictures: whether samples with pictures are going to be used.
+
+    Raises:
+        InputError: as `InputBuilder.open` and `InputBuilder.build` do, of the checkpoint's files.
+    """
+    builder = InputBuilder.open(checkpoint)
+    chat = (Message("user", "What is this?"), Message("assistant", "A square."))
+    with_picture = pictures and builder.family.projector_type
+    for image in (None, Image.new("RGB", (64, 64))) if with_picture else (None,):
+        builder.build(Sample(str(checkpoint.path), "check", messages=chat, image=image))
 
 
 def model_inputs(checkpoint: Checkpoint, samples: Iterable[Sample]) -> list[ModelInputs]:

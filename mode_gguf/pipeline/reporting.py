@@ -1,6 +1,7 @@
 """The report people read: report.html, from report.json and whatever else a work folder holds."""
 
 import logging
+import time
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,7 +12,7 @@ from mode_gguf.gguf.header import read_header
 from mode_gguf.options import ValidationOptions
 from mode_gguf.pipeline.folder_lock import folder_lock
 from mode_gguf.pipeline.report_data import conversion_record, work_folder
-from mode_gguf.pipeline.stage_cache import StageCache, file_identity
+from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.report.page import matches_plan, render_page, same_bpw
 from mode_gguf.validation.conversion_record import ConversionRecord, unknown_conversion
 from mode_gguf.validation.default_held_out import default_held_out
@@ -48,7 +49,7 @@ def run_report(path: Path, held_out: Path | None = None, *, outside: bool = Fals
             report = report.model_copy(update={"conversion": record})
             report.save(folder.report)
             StageCache(folder).update_output("validate", folder.report, before)
-        return write_page(folder.page, record, report, _images(report, held_out or validated_with(folder), outside))
+        return _draw(folder, record, report, _images(report, held_out or validated_with(folder), outside))
 
 
 def draw_converted(folder: WorkFolder, options: ValidationOptions, *, validated: bool) -> Path:
@@ -60,7 +61,7 @@ def draw_converted(folder: WorkFolder, options: ValidationOptions, *, validated:
     """
     report = ValidationReport.load(folder.report) if folder.report.exists() else None
     record = report.conversion if report and validated else None
-    return write_page(folder.page, record or conversion_record(folder), report, _pictures(report, options))
+    return _draw(folder, record or conversion_record(folder), report, _pictures(report, options))
 
 
 def conversion_of(candidate: Path) -> ConversionRecord | None:
@@ -80,10 +81,27 @@ def conversion_of(candidate: Path) -> ConversionRecord | None:
 
 
 def draw_validated(path: Path, report: ValidationReport, options: ValidationOptions) -> Path:
-    """The page of a validation alone, beside its JSON file `path`, with what that says of the conversion."""
+    """The page of a validation alone, beside its JSON file `path`, with what that says of the conversion.
+
+    In the place of a work folder's report both are noted as this folder's, so that they can be published.
+    """
     reason = "the file does not lie in the work folder that it was made in."
     record = report.conversion or unknown_conversion(report.candidate.name, reason)
-    return write_page(path.with_suffix(".html"), record, report, _pictures(report, options))
+    folder, images = WorkFolder(path.parent, ""), _pictures(report, options)
+    if path != folder.report or not folder.plan.exists():
+        return write_page(path.with_suffix(".html"), record, report, images)
+    settings = {"held-out data": str(options.samples or BUILT_IN)}
+    StageCache(folder).record(StageState("validate", settings, (path,)), sum(report.seconds.values()))
+    return _draw(folder, record, report, images)
+
+
+def _draw(folder: WorkFolder, record: ConversionRecord, report: ValidationReport | None, images: Images) -> Path:
+    """Write a work folder's page, and note of which report.json it is."""
+    started = time.monotonic()
+    page = write_page(folder.page, record, report, images)
+    state = StageState("report", {folder.report.name: file_identity(folder.report)}, (page,))
+    StageCache(folder).record(state, round(time.monotonic() - started, 3))
+    return page
 
 
 def write_page(path: Path, record: ConversionRecord, report: ValidationReport | None, images: Images) -> Path:
