@@ -82,7 +82,8 @@ def _eight_bits(values: np.ndarray, name: str, *, sixteen: bool) -> np.ndarray:
         raise InputError(f"{name}: its values go from {least:g} to {most:g}, 0 to 65535 expected; save it with 8 bits")
     if values.dtype.kind == "f" and most <= 1:
         return np.rint(values * 255)
-    return values // 256 if sixteen or most > 0xFF else np.rint(values)
+    scaled: np.ndarray = values // 256 if sixteen or most > 0xFF else np.rint(values)
+    return scaled
 
 
 def _grey(values: np.ndarray) -> Image.Image:

@@ -250,8 +250,8 @@ def test_pictures_in_every_form(form: str, folder: Path) -> None:
     (sample,) = load_samples(str(write_lines(folder / "one.jsonl", row)))
     assert (sample.messages[0].text, sample.messages[0].pictures) == (said, places)
     shown = [image.getpixel((0, 0)) for image in sample.open_images()]
-    assert sorted(map(str, shown)) == sorted(map(str, [(255, 0, 0), (0, 0, 255)]))[: len(shown)] or n_pictures == 1
     assert len(shown) == n_pictures
+    assert n_pictures < 2 or shown == [(255, 0, 0), (0, 0, 255)]
 
 
 def test_an_address_of_a_file(folder: Path) -> None:
@@ -321,7 +321,7 @@ def test_media_that_is_not_loaded_is_counted(promise: str, folder: Path, caplog:
 
 def test_what_describes_a_loaded_picture_is_no_promise(folder: Path) -> None:
     row = {"image": RED, "image_id": 7, "image_url": "https://a.b/c", "conversations": turns("<image>What?", "Red.")}
-    plain = {"text": "A text.", "image_path": None, "videos": [], "has_image": False}
+    plain: dict[str, object] = {"text": "A text.", "image_path": None, "videos": [], "has_image": False}
     assert len(load_samples(str(write_lines(folder / "one.jsonl", row, plain)))) == 2
 
 
@@ -416,9 +416,9 @@ def test_tables_are_named_with_the_way_out(tmp_path: Path, ending: str) -> None:
 
 def test_a_pipe_is_not_waited_on(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
-    for path in (str(tmp_path / "rows.jsonl"), "/dev/zero"):
+    for source in (str(tmp_path / "rows.jsonl"), "/dev/zero"):
         with pytest.raises(InputError, match="is no regular file"):
-            load_samples(path)
+            load_samples(source)
     path = write_lines(tmp_path / "x.jsonl", {"image": "rows.jsonl", "conversations": turns("What?", "Red.")})
     with pytest.raises(InputError, match=r"x\.jsonl:1: image .*rows\.jsonl is no regular file"):
         load_samples(str(path))
