@@ -180,6 +180,19 @@ FORMS: dict[str, tuple[dict[str, object], str, tuple[int, ...], int]] = {
         (3, 9),
         2,
     ),
+    "marks of several tokens": (
+        {
+            "images": [RED, BLUE],
+            "conversations": turns(
+                "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>or "
+                "<|begin_of_image|><|image|><|end_of_image|>?",
+                "No.",
+            ),
+        },
+        "or ?",
+        (0, 3),
+        2,
+    ),
     "no marks for several": ({"images": [RED, BLUE], "conversations": turns("Which?", "That.")}, "Which?", (), 2),
     "Hugging Face's objects": (
         {
