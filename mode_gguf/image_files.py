@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mode_gguf.errors import InputError
 
@@ -25,6 +25,8 @@ MAX_RATIO: Final = 200
 """Limit of one side to the other, which is that of Qwen's image processors."""
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded; for some others Pillow starts other programs."""
+_OF_LLAMA_CPP: Final = ("BMP", "GIF", "JPEG", "PNG")
+"""Formats that llama.cpp's reader shows right: it takes the bytes of 16-bit PPM files in the wrong order."""
 _SIXTEEN_BITS: Final = ("PNG", "PPM")
 """Formats whose pixels of mode `I` have 16 bits; others may hold any number."""
 
@@ -49,6 +51,21 @@ def open_image_file(source: ImageSource, name: str) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise dozens of kinds on damaged files
         raise InputError(f"{name}: cannot be read as an image ({', '.join(FORMATS)}): {error}") from error
+
+
+def file_for_llama_cpp(path: Path, folder: Path) -> Path:
+    """The picture's file if llama.cpp's programs can read it, or else one in `folder` with the same pixels.
+
+    Raises:
+        InputError: as `open_image_file`.
+    """
+    picture = open_image_file(path, str(path))
+    try:
+        with Image.open(path, formats=_OF_LLAMA_CPP):
+            return path
+    except UnidentifiedImageError:
+        picture.save(folder / "picture.png")
+        return folder / "picture.png"
 
 
 def _checked_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -81,7 +98,8 @@ def _eight_bits(values: np.ndarray, name: str, *, sixteen: bool) -> np.ndarray:
     if not (least >= 0 and most <= 0xFFFF):
         raise InputError(f"{name}: its values go from {least:g} to {most:g}, 0 to 65535 expected; save it with 8 bits")
     if values.dtype.kind == "f" and most <= 1:
-        return np.rint(values * 255)
+        fractions: np.ndarray = np.rint(values * 255)
+        return fractions
     scaled: np.ndarray = values // 256 if sixteen or most > 0xFF else np.rint(values)
     return scaled
 

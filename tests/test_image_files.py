@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from mode_gguf.errors import InputError
-from mode_gguf.image_files import open_image_file
+from mode_gguf.image_files import file_for_llama_cpp, open_image_file
 from mode_gguf.llama_cpp import c_api
 from mode_gguf.sample_files import read_rows
 from tests.refusals import refused_at_once
@@ -213,3 +213,14 @@ def test_a_pipe_is_not_waited_on(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
         with pytest.raises(InputError, match=r"is no regular file"):
             open_image_file(path, str(path))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_llama_cpp_reads_are_given_to_it(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(FILES[kind])
+    (tmp_path / "made").mkdir()
+    given = file_for_llama_cpp(path, tmp_path / "made")
+    assert (given == path) == (kind in ("PNG", "JPEG", "GIF", "BMP"))
+    shown = shown_by_llama_cpp(given.read_bytes()).astype(int)
+    assert np.abs(shown - np.asarray(open_image_file(path, kind))).max() <= 4
