@@ -83,7 +83,7 @@ def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
 def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> None:
     run_settings(options)
     find_llama_cpp(options.llama_cpp)
-    held_out = load_held_out(options.samples) if options.samples else None
+    held_out = load_held_out(options.samples, outside=options.allow_outside_samples) if options.samples else None
     if given_limits(options.limits):
         check_measurable(
             options.limits,

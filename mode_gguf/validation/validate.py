@@ -14,6 +14,7 @@ import numpy as np
 from mode_gguf import __version__
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.gguf.header import read_header
+from mode_gguf.image_files import file_for_llama_cpp
 from mode_gguf.llama_cpp.engines import Engine, engine_for, has_expert_groups
 from mode_gguf.llama_cpp.http_model import ServerModel, ServerUrl
 from mode_gguf.llama_cpp.in_process import LlamaModel
@@ -113,8 +114,8 @@ def validate(
             if mmproj:
                 check_structure(mmproj)
         if mmproj and held_out.questions:
-            with _timed(seconds, "smoke"):
-                smoke_image = held_out.questions[0].image
+            with _timed(seconds, "smoke"), tempfile.TemporaryDirectory() as pictures:
+                smoke_image = file_for_llama_cpp(held_out.questions[0].image, Path(pictures))
                 if settings.engine and settings.engine.folder and has_tools(settings.engine.folder):
                     tools = find_llama_cpp(settings.engine.folder)
                 tools = tools or LlamaCppTools({}, None)

@@ -1,7 +1,7 @@
 """Calibration: the model's statistics and the plain importance matrix, measured or from llama-imatrix's file."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
     from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.data.sample import Sample
     from mode_gguf.importance.imatrix import Imatrix
 
 log = logging.getLogger(__name__)
