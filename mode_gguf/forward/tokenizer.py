@@ -7,26 +7,36 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mode_gguf.architectures import ModelFamily
+from mode_gguf.chat_templates.sources import chat_templates
 from mode_gguf.checkpoint import tiktoken_model
 from mode_gguf.checkpoint.folder import Checkpoint, read_json
+from mode_gguf.errors import foreign_errors
 from mode_gguf.forward.model_config import model_config
 
 
 def open_tokenizer(checkpoint: Checkpoint, family: ModelFamily) -> Any:
-    """The tokenizer of `checkpoint`.
+    """The tokenizer of `checkpoint`, with the chat template that the GGUF file has, too (`chat_templates`).
 
     Raises:
-        OSError, ValueError, ImportError: transformers cannot read it.
-        InputError: as above, of a `tiktoken.model`.
+        InputError: it cannot be read.
     """
     folder = checkpoint.path
+    templates = chat_templates(folder)
+    with foreign_errors(f"{folder}: the tokenizer cannot be read", "use the one published with these weights"):
+        tokenizer = _opened(checkpoint, family)
+    tokenizer.chat_template = templates.default
+    return tokenizer
+
+
+def _opened(checkpoint: Checkpoint, family: ModelFamily) -> Any:
+    folder = checkpoint.path
     if not tiktoken_model.has_tiktoken_model(folder):
-        return AutoTokenizer.from_pretrained(folder, config=model_config(checkpoint, family), trust_remote_code=False)
-    config, template = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
-    named = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
+        config = model_config(checkpoint, family)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    settings = read_json(folder / "tokenizer_config.json")
+    named = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(tiktoken_model.tokenizer_json(folder))),
-        chat_template=template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template"),
         clean_up_tokenization_spaces=False,
         **{key: token["content"] if isinstance(token, dict) else token for key, token in named.items()},
     )

@@ -42,7 +42,8 @@ def folder_lock(folder: WorkFolder) -> Iterator[None]:
                 remove_parts(place)
             yield
     except BaseException:
-        if made and {path.name for path in folder.path.iterdir()} <= {folder.lock.name, folder.log.name}:
+        nothing = {folder.lock.name, folder.log.name, folder.digests.name}
+        if made and {path.name for path in folder.path.iterdir()} <= nothing:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.artifacts import fingerprint, read_metadata, write_text
+from mode_gguf.artifacts import read_metadata, write_text
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.export.imatrix_file import read_imatrix_header
 from mode_gguf.gguf.header import read_header
@@ -18,6 +18,7 @@ from mode_gguf.hub.released_files import FileRole, ModelRelease, ReleasedFile, c
 from mode_gguf.hub.upload import HubCommit, Upload, upload_files
 from mode_gguf.options import PublishingOptions
 from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.plain_text import shell_line
 from mode_gguf.progress import Progress, silent
@@ -102,7 +103,7 @@ def _opened(path: Path) -> tuple[WorkFolder, Plan]:
     check_own(plan_file, path)
     if not plan_file.is_file():
         raise InputError(f"{path}: no work folder (it has no {plan_file.name}); name the one that `convert` filled")
-    plan = Plan.load(plan_file)
+    plan = followed_plan(WorkFolder(path, ""))
     return WorkFolder(path, plan.made_from.model), plan
 
 
@@ -120,13 +121,13 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[ModelR
         raise InputError(f"{folder.path}: no export has finished here; run `mode-gguf convert` or `mode-gguf export`")
     for path, identity in {**model, **projector}.items():
         check_own(path, folder.path)
-        if file_identity(path) != identity:
+        if cache.identity(path) != identity:
             raise InputError(f"{path}: is gone, or is not what `export` wrote; export again")
-    if settings["plan"] != fingerprint(plan.model_dump(mode="json")):
+    if settings.get("plan") != plan.fingerprint:
         raise InputError(f"{folder.plan}: was changed after `export` had followed it; export again")
-    imatrix = folder.imatrix_of(settings["imatrix"])
+    imatrix = folder.imatrix_of(str(settings.get("imatrix")))
     check_own(imatrix, folder.path)
-    if file_identity(imatrix) != settings["imatrix file"]:
+    if cache.identity(imatrix) != settings.get("imatrix file"):
         raise InputError(f"{imatrix}: is gone, or is not the one that the model was packed with; export again")
     roles: dict[Path, FileRole] = {}
     roles |= dict.fromkeys(model, "text model")
