@@ -80,6 +80,7 @@ HEAVY_ONLY_IN = {
     "pulp": {"allocation"},
     "typer": {"mode_gguf_cli"},
     "rich": {"mode_gguf_cli"},
+    "httpx2": {"llama_cpp"},
     "xllamacpp": {"llama_cpp"},
     "matplotlib": set(),
 }
