@@ -4,9 +4,6 @@ What would stop a conversion after hours, at its last stage, stops it in the fir
 and shapes of both files as llama.cpp reads them, the samples, and what validation will ask for.
 """
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from mode_gguf.architectures import find_family, projector_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -22,6 +19,7 @@ from mode_gguf.pipeline.stages.calibrate import checked_samples
 from mode_gguf.pipeline.stages.export import reference_fits
 from mode_gguf.pipeline.stages.validate import run_settings
 from mode_gguf.recipe import Recipe
+from mode_gguf.temporary_folders import LockedFolder
 from mode_gguf.validation.bounds import check_measurable, given_limits
 from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.questions import load_held_out
@@ -63,15 +61,15 @@ def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
     if options.mtp:
         mtp_outline(checkpoint, options.mtp)
     with_projector = bool(projector_tensors(checkpoint))
-    with TemporaryDirectory(prefix="mode-gguf-") as folder:
-        model, mmproj = Path(folder) / "model.gguf", None
+    with LockedFolder("outline") as folder:
+        model, mmproj = folder / "model.gguf", None
         text_outline(checkpoint).write(model)
         if with_projector:
             outline = projector_outline(checkpoint, options.mmproj_type)
-            outline.write(Path(folder) / "mmproj.gguf")
+            outline.write(folder / "mmproj.gguf")
             # llama.cpp reads a projector's weights, holes or not.
             if projector_bytes(checkpoint, options.mmproj_type) < available_memory() / 4:
-                mmproj = Path(folder) / "mmproj.gguf"
+                mmproj = folder / "mmproj.gguf"
         reason = refusal(model, mmproj)
     if reason is not None:
         raise InputError(

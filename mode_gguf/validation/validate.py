@@ -114,8 +114,8 @@ def validate(
             if mmproj:
                 check_structure(mmproj)
         if mmproj and held_out.questions:
-            with _timed(seconds, "smoke"), tempfile.TemporaryDirectory() as pictures:
-                smoke_image = file_for_llama_cpp(held_out.questions[0].image, Path(pictures))
+            with _timed(seconds, "smoke"), LockedFolder("reference") as pictures:
+                smoke_image = file_for_llama_cpp(held_out.questions[0].image, pictures)
                 if settings.engine and settings.engine.folder and has_tools(settings.engine.folder):
                     tools = find_llama_cpp(settings.engine.folder)
                 tools = tools or LlamaCppTools({}, None)
