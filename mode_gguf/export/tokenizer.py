@@ -64,6 +64,7 @@ def add_tokenizer_keys(
         InputError: a tokenizer file cannot be used, or the pre-tokenizer is not known and not given.
     """
     vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer, expected)
+    templates = chat_templates(folder)
     tiktoken = tiktoken_model.has_tiktoken_model(folder)
     post_processor = {} if tiktoken else _read_tokenizer(folder, expected).get("post_processor") or {}
     with foreign_errors(
@@ -98,7 +99,7 @@ def add_tokenizer_keys(
             special.add_special_token.setdefault(kind, False)
     special.chat_template = None
     special.add_to_gguf(writer, quiet=True)
-    _add_chat_templates(writer, chat_templates(folder))
+    _add_chat_templates(writer, templates)
 
 
 def checked_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
