@@ -184,13 +184,16 @@ def _further_ends(folder: Path, tokens: Sequence[str], known: Mapping[str, int])
     """
     path = folder / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.exists() else None
-    ends = found if isinstance(found, list) else [found]
+    ends = [
+        end
+        for end in (found if isinstance(found, list) else [found])
+        if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(tokens)
+    ]
     roles = [role for role in ("eos", "eot", "eom") if role not in known]
     taken = {known[role] for role in ("eos", "eot", "eom") if role in known}
-    new = {}
+    new: dict[str, int] = {}
     for end in ends:
-        is_id = isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(tokens)
-        if is_id and end not in taken and tokens[end] not in _KNOWN_ENDS:
+        if end not in taken and tokens[end] not in _KNOWN_ENDS:
             if not roles:
                 log.warning("%s: llama.cpp has no place for %s among the ends of a text", path, tokens[end])
                 break

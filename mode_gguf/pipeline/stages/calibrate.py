@@ -90,7 +90,7 @@ class Calibrate(Stage):
             run.checkpoint,
             chats=any(sample.messages for sample in samples),
             pictures=any(sample.has_image for sample in samples),
-            tokens=vocabulary and vocabulary.tokens,
+            tokens=vocabulary.tokens if vocabulary else None,
         )
         with unknown_model_errors(run.checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
             statistics = on_all_ranks(
