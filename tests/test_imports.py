@@ -32,6 +32,7 @@ FOUNDATION = {
     "sample_files",
     "sizes",
     "text_prefix",
+    "temporary_folders",
     "vocabulary",
 }
 """Packages and modules that every stage may import."""
@@ -61,6 +62,7 @@ STAGE_MAY_IMPORT = {
     "sample_files": {"errors"},
     "sizes": {"errors"},
     "text_prefix": set(),
+    "temporary_folders": {"locks"},
     "vocabulary": set(),
     "plain_text": set(),
     "progress": set(),

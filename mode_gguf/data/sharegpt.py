@@ -65,6 +65,8 @@ def sample_of_row(row: Any, origin: str, dataset: str, folder: Path | None) -> S
             raise InputError(f"{origin}: `text` must be a string that is not blank")
         _placed([_Turn("user", _marked(row["text"], origin))], (), origin)
         return Sample(origin, dataset, text=row["text"])
+    if own and "text" in row and not turns:
+        raise InputError(f"{origin}: a picture beside `text`; `conversations` or `messages` about it were expected")
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{origin}: neither `text` nor a list of `conversations` was found")
     said = [_turn(turn, origin, folder) for turn in turns]

@@ -4,9 +4,6 @@ What would stop a conversion after hours, at its last stage, stops it in the fir
 and shapes of both files as llama.cpp reads them, the samples, and what validation will ask for.
 """
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from mode_gguf.architectures import find_family, projector_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -18,10 +15,11 @@ from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
 from mode_gguf.llama_cpp.trial_load import refusal
 from mode_gguf.options import ExportOptions, ValidationOptions
 from mode_gguf.pipeline.run import Run
-from mode_gguf.pipeline.samples_key import calibration_samples
+from mode_gguf.pipeline.stages.calibrate import checked_samples
 from mode_gguf.pipeline.stages.export import reference_fits
 from mode_gguf.pipeline.stages.validate import run_settings
 from mode_gguf.recipe import Recipe
+from mode_gguf.temporary_folders import LockedFolder
 from mode_gguf.validation.bounds import check_measurable, given_limits
 from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.questions import load_held_out
@@ -50,7 +48,7 @@ def check_before_measuring(run: Run, recipe: Recipe, *, inputs: bool = False) ->
     if inputs and recipe.calibration.from_imatrix is None:
         from mode_gguf.forward.inputs import model_inputs
 
-        model_inputs(checkpoint, calibration_samples(recipe.calibration))
+        model_inputs(checkpoint, checked_samples(checkpoint, recipe.calibration))
 
 
 def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
@@ -63,15 +61,15 @@ def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
     if options.mtp:
         mtp_outline(checkpoint, options.mtp)
     with_projector = bool(projector_tensors(checkpoint))
-    with TemporaryDirectory(prefix="mode-gguf-") as folder:
-        model, mmproj = Path(folder) / "model.gguf", None
+    with LockedFolder("outline") as folder:
+        model, mmproj = folder / "model.gguf", None
         text_outline(checkpoint).write(model)
         if with_projector:
             outline = projector_outline(checkpoint, options.mmproj_type)
-            outline.write(Path(folder) / "mmproj.gguf")
+            outline.write(folder / "mmproj.gguf")
             # llama.cpp reads a projector's weights, holes or not.
             if projector_bytes(checkpoint, options.mmproj_type) < available_memory() / 4:
-                mmproj = Path(folder) / "mmproj.gguf"
+                mmproj = folder / "mmproj.gguf"
         reason = refusal(model, mmproj)
     if reason is not None:
         raise InputError(
@@ -83,7 +81,7 @@ def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
 def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> None:
     run_settings(options)
     find_llama_cpp(options.llama_cpp)
-    held_out = load_held_out(options.samples) if options.samples else None
+    held_out = load_held_out(options.samples, outside=options.allow_outside_samples) if options.samples else None
     if given_limits(options.limits):
         check_measurable(
             options.limits,
