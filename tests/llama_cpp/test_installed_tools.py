@@ -95,5 +95,5 @@ def test_paths_that_begin_with_a_dash(
         shutil.copyfile(file, folder / name)
     picture.save(folder / "i.png")
     monkeypatch.chdir(tmp_path)
-    paths = [Path("-my work", name) for name in ("m.gguf", "mmproj.gguf", "i.png")]
-    assert smoke_test(*paths, LlamaCppTools({}, None), threads=1).answer
+    model, mmproj, image = (Path("-my work", name) for name in ("m.gguf", "mmproj.gguf", "i.png"))
+    assert smoke_test(model, mmproj, image, LlamaCppTools({}, None), threads=1).answer
