@@ -49,9 +49,11 @@ def check_before_measuring(run: Run, recipe: Recipe, *, inputs: bool = False) ->
         check_parameter_shapes(checkpoint)
     check_files(checkpoint, recipe.export)
     if inputs and recipe.calibration.from_imatrix is None:
-        from mode_gguf.forward.inputs import model_inputs
+        from mode_gguf.forward.inputs import InputBuilder
 
-        model_inputs(checkpoint, checked_samples(checkpoint, recipe.calibration))
+        builder = InputBuilder.open(checkpoint)
+        for sample in checked_samples(checkpoint, recipe.calibration):
+            builder.build(sample)
 
 
 def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:

@@ -96,7 +96,7 @@ def recipe(inputs: Inputs, changes: dict[str, Any] | None = None) -> Recipe:
         "calibration": {"source": str(inputs.samples)},
         "sensitivity": {"types": "Q2_K,Q4_K", "dense_types": "Q4_K"},
         "plan": {"budget": {"bpw": 3.6}},
-        "validation": {"samples": str(inputs.held_out)},
+        "validation": {"samples": str(inputs.held_out), "allow_outside_samples": True},
         "compute": {"threads": 1},
     }
     return Recipe.of(OptionLayer(values), *([OptionLayer(changes)] if changes else []))
@@ -321,6 +321,7 @@ OTHERWISE = {
     "plan.budget.fit": "BUDGETS",
     "plan.uniform": "refused by `convert`",
     "validation.validate": "whether the stage is asked for",
+    "validation.allow_outside_samples": "whether a set is refused",
     "validation.llama_cpp": "tests/llama_cpp",
     "validation.library": "tests/llama_cpp",
 }
