@@ -37,6 +37,7 @@ from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.validate import ComparedModels, validate
+from mode_gguf.vocabulary import ProjectorType
 from mode_gguf.workfolder import WorkFolder, failure_path
 
 
@@ -46,7 +47,7 @@ class Validate(Stage):
 
     export: ExportText
     options: ValidationOptions = ValidationOptions()
-    mmproj_type: str = ExportOptions.mmproj_type
+    mmproj_type: ProjectorType = ExportOptions.mmproj_type
     name: ClassVar[str] = "validate"
 
     def key(self, run: Run) -> dict[str, Any]:
