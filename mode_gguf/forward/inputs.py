@@ -108,7 +108,8 @@ class InputBuilder:
         family = find_family(checkpoint)
         image_processor, image_token = None, -1
         tokenizer = open_tokenizer(checkpoint, family)
-        log_choice(chat_templates(checkpoint.path))
+        templates = chat_templates(checkpoint.path)
+        log_choice(templates.file, templates.overruled)
         if family.projector_type and family.vision.needs_processor:
             check_image_settings(checkpoint)
             with foreign_errors(
