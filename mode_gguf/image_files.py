@@ -49,6 +49,8 @@ def open_image_file(source: ImageSource, name: str) -> Image.Image:
                 return _checked_rgb(opened, name)
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name}: cannot be read as an image ({', '.join(FORMATS)}); it is damaged or none") from error
     except Exception as error:  # Pillow's decoders raise dozens of kinds on damaged files
         raise InputError(f"{name}: cannot be read as an image ({', '.join(FORMATS)}): {error}") from error
 

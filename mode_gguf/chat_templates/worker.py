@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
@@ -22,7 +22,7 @@ from jinja2.utils import Namespace
 class Generation(Extension):
     """{% generation %}, which marks what the model is trained to write, and is rendered as if it were not there."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (declared so by Jinja)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

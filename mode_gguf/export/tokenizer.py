@@ -64,6 +64,7 @@ def add_tokenizer_keys(
         InputError: a tokenizer file cannot be used, or the pre-tokenizer is not known and not given.
     """
     vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer, expected)
+    templates = chat_templates(folder)
     tiktoken = tiktoken_model.has_tiktoken_model(folder)
     post_processor = {} if tiktoken else _read_tokenizer(folder, expected).get("post_processor") or {}
     with foreign_errors(
@@ -98,7 +99,7 @@ def add_tokenizer_keys(
             special.add_special_token.setdefault(kind, False)
     special.chat_template = None
     special.add_to_gguf(writer, quiet=True)
-    _add_chat_templates(writer, chat_templates(folder))
+    _add_chat_templates(writer, templates)
 
 
 def checked_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
@@ -183,13 +184,16 @@ def _further_ends(folder: Path, tokens: Sequence[str], known: Mapping[str, int])
     """
     path = folder / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.exists() else None
-    ends = found if isinstance(found, list) else [found]
+    ends = [
+        end
+        for end in (found if isinstance(found, list) else [found])
+        if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(tokens)
+    ]
     roles = [role for role in ("eos", "eot", "eom") if role not in known]
     taken = {known[role] for role in ("eos", "eot", "eom") if role in known}
-    new = {}
+    new: dict[str, int] = {}
     for end in ends:
-        is_id = isinstance(end, int) and not isinstance(end, bool) and 0 <= end < len(tokens)
-        if is_id and end not in taken and tokens[end] not in _KNOWN_ENDS:
+        if end not in taken and tokens[end] not in _KNOWN_ENDS:
             if not roles:
                 log.warning("%s: llama.cpp has no place for %s among the ends of a text", path, tokens[end])
                 break

@@ -1,4 +1,4 @@
-"""Settings of the text model as transformers resolves them, beside those that its file gets.
+"""Settings of a model as transformers resolves them, beside those that its files get.
 
 Configurations have settings under old and new names, at two levels, and twice; transformers has defaults for what is
 missing. Whatever we make of a configuration, calibration runs what transformers makes of it: both must be the same.
@@ -44,16 +44,27 @@ SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """transformers' names by GGUF key: the first that a class of configurations declares."""
 
+TOWER: Final[Mapping[str, tuple[str, ...]]] = {
+    Keys.ClipVision.BLOCK_COUNT: ("depth", "num_hidden_layers"),
+    Keys.ClipVision.EMBEDDING_LENGTH: ("hidden_size",),
+    Keys.ClipVision.FEED_FORWARD_LENGTH: ("intermediate_size",),
+    Keys.ClipVision.PATCH_SIZE: ("patch_size",),
+    Keys.ClipVision.SPATIAL_MERGE_SIZE: ("spatial_merge_size",),
+    Keys.ClipVision.Attention.HEAD_COUNT: ("num_heads", "num_attention_heads"),
+    Keys.ClipVision.Attention.LAYERNORM_EPS: ("layer_norm_eps", "rms_norm_eps"),
+}
+"""The same of the vision tower."""
+
 ROTARY: Final[Mapping[str, str]] = {
     Keys.Rope.FREQ_BASE: "rope_theta",
     Keys.Rope.SCALING_TYPE: "rope_type",
     Keys.Rope.SCALING_FACTOR: "factor",
 }
-"""The same of rotary settings, those of full attention where kinds of layers differ."""
+"""The same of rotary settings of the text model, those of full attention where kinds of layers differ."""
 
 
 def check_resolved(checkpoint: Checkpoint, family: ModelFamily, config: PreTrainedConfig) -> None:
-    """Refuse a configuration that transformers reads otherwise than it is written into the file.
+    """Refuse a configuration that transformers reads otherwise than it is written into the two files.
 
     Args:
         config: transformers' of the whole model.
@@ -64,19 +75,19 @@ def check_resolved(checkpoint: Checkpoint, family: ModelFamily, config: PreTrain
     text = config.text_config
     rotary = getattr(text, "rope_parameters", None) or {}
     rotary = rotary.get("full_attention", rotary)
-    resolved = {key: (name, rotary[name]) for key, name in ROTARY.items() if name in rotary}
+    written = family.text_metadata(checkpoint)
+    for key, name in ROTARY.items():
+        if name in rotary:
+            _compare(checkpoint, name, written.get(key.format(arch=family.gguf_arch)), rotary[name])
     for key, names in SETTINGS.items():
         name = declared_name(text, names)
         if name is not None:
-            resolved[key] = name, getattr(text, name)
-    written = family.text_metadata(checkpoint)
-    for key, (name, value) in resolved.items():
-        ours = written.get(key.format(arch=family.gguf_arch))
-        if ours is not None and not _same(ours, value):
-            raise InputError(
-                f"{checkpoint.path / 'config.json'}: {name} would be {ours!r} in the file, and transformers makes it "
-                f"{value!r}; remove other names and second values of it from the text model's configuration"
-            )
+            _compare(checkpoint, name, written.get(key.format(arch=family.gguf_arch)), getattr(text, name))
+    tower, written = config.vision_config, family.projector_metadata(checkpoint)
+    for key, names in TOWER.items():
+        name = declared_name(tower, names)
+        if name is not None:
+            _compare(checkpoint, f"vision {name}", written.get(key), getattr(tower, name))
 
 
 def declared_name(text: PreTrainedConfig, names: Sequence[str]) -> str | None:
@@ -85,7 +96,18 @@ def declared_name(text: PreTrainedConfig, names: Sequence[str]) -> str | None:
     return next((name for name in names if name in declared), None)
 
 
+def _compare(checkpoint: Checkpoint, name: str, written: Any, resolved: Any) -> None:
+    """Refuse what is written otherwise than it is resolved; None is not written."""
+    if written is not None and not _same(written, resolved):
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: {name} would be {written!r} in the file, and transformers makes it "
+            f"{resolved!r}; remove other names and second values of it from the configuration"
+        )
+
+
 def _same(written: Any, resolved: Any) -> bool:
     if isinstance(written, float) and isinstance(resolved, float | int):
         return math.isclose(written, resolved, rel_tol=1e-6)
+    if isinstance(resolved, list | tuple):  # of rows and columns
+        return all(side == written for side in resolved)
     return bool(written == resolved)

@@ -22,7 +22,10 @@ from mode_gguf.recipe import Recipe
 from mode_gguf.temporary_folders import LockedFolder
 from mode_gguf.validation.bounds import check_measurable, given_limits
 from mode_gguf.validation.default_held_out import default_held_out
-from mode_gguf.validation.questions import load_held_out
+from mode_gguf.validation.questions import HeldOutSet, load_held_out
+
+_SHORT = 32
+"""Characters from which on a text has two tokens in any vocabulary, or is no text."""
 
 
 def check_before_measuring(run: Run, recipe: Recipe, *, inputs: bool = False) -> None:
@@ -82,6 +85,8 @@ def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> Non
     run_settings(options)
     find_llama_cpp(options.llama_cpp)
     held_out = load_held_out(options.samples, outside=options.allow_outside_samples) if options.samples else None
+    if held_out is not None and checkpoint.base is None:
+        _check_short_texts(checkpoint, held_out)
     if given_limits(options.limits):
         check_measurable(
             options.limits,
@@ -89,3 +94,16 @@ def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> Non
             with_reference=reference_fits(checkpoint),
             with_images=bool(projector_tensors(checkpoint)),
         )
+
+
+def _check_short_texts(checkpoint: Checkpoint, held_out: HeldOutSet) -> None:
+    """Refuse held-out texts of a single token, after which nothing is predicted."""
+    short = [text for text in held_out.texts if len(text) < _SHORT]
+    if not short:
+        return
+    from mode_gguf.forward.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(checkpoint, find_family(checkpoint))
+    for text in short:
+        if len(tokenizer(text)["input_ids"]) < 2:
+            raise InputError(f"held-out set {held_out.name}: text {text!r} is shorter than two tokens; lengthen it")

@@ -193,6 +193,12 @@ FORMS: dict[str, tuple[dict[str, object], str, tuple[int, ...], int]] = {
         (0, 3),
         2,
     ),
+    "both keys for one": (
+        {"image": RED, "images": [RED], "conversations": turns("<image>\nWhat?", "That.")},
+        "What?",
+        (),
+        1,
+    ),
     "no marks for several": ({"images": [RED, BLUE], "conversations": turns("Which?", "That.")}, "Which?", (), 2),
     "Hugging Face's objects": (
         {
@@ -291,6 +297,7 @@ PROMISES: dict[str, tuple[dict[str, object], str]] = {
         "count the pictures in their order",
     ),
     "in an answer": ({"image": RED, "conversations": turns("Draw.", "<image>")}, "not the user's"),
+    "an empty place": ({"images": [None], "conversations": turns("<image>What?", "A cat.")}, "row without"),
     "a crowd": ({"images": [RED] * 9, "conversations": turns("What?", "A cat.")}, "more than 8 pictures"),
     "a video": ({"video": "v.mp4", "conversations": turns("<video>\nWhat?", "A man.")}, "key `video`"),
     "videos": ({"videos": ["v.mp4"], "messages": asks(text("What?"))}, "key `videos`"),
@@ -326,9 +333,9 @@ def test_media_that_is_not_loaded_is_counted(promise: str, folder: Path, caplog:
     assert [sample.origin for sample in load_samples(str(path))] == [f"{path}:1"]
     load_samples(str(path))
     (warning,) = [one.getMessage() for one in caplog.records]
-    assert re.search(rf"2 rows about media .* 2 with .*{kind}.* \({re.escape(str(path))}:2\)", warning)
+    assert re.search(rf"rows about media .* 2 with .*{kind}.* \({re.escape(str(path))}:2\)", warning)
     write_lines(path, row)
-    with pytest.raises(InputError, match=rf"no calibration sample .* was found \(1 rows .*{kind}"):
+    with pytest.raises(InputError, match=rf"no calibration sample .* was found \(rows .* 1 with .*{kind}"):
         load_samples(str(path))
 
 

@@ -131,3 +131,12 @@ def test_convert_reads_the_held_out_set_first(kind: str, data: Path, pico: Path,
         assert "lies outside" in said
         assert "--allow-outside-samples" in said
     assert not [file for file in out.rglob("*") if file.suffix in (".gguf", ".safetensors", ".html")]
+
+
+def test_held_out_texts_that_are_too_short(pico: Path, run: Run, tmp_path: Path) -> None:
+    folder = held_out(tmp_path / "held-out")
+    write_rows(folder / "text.jsonl", {"text": "A longer one."}, {"text": "a"})
+    for command in (("convert", "--dry-run"), ("convert",)):
+        said = run(*command, pico, "--bpw", "4.5", "--samples", folder, "--out", tmp_path / "work", *QUICK, code=4)
+        assert "held-out set held-out: text 'a' is shorter than two tokens" in said
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -69,6 +69,16 @@ def without_decoder(folder: Path) -> None:
     edit(folder, "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder"))
 
 
+def map_beside(folder: Path) -> None:
+    without_decoder(folder)
+    write(folder, "special_tokens_map.json", {"eos_token": "<|endoftext|>"})
+
+
+def list_of_tokens(folder: Path) -> None:
+    in_pieces(folder)
+    write(folder, "added_tokens.json", ["<|im_end|>"])
+
+
 def two_opinions(folder: Path) -> None:
     """tokenizer.json has a plain token that tokenizer_config.json calls special, and the other way round."""
     flags = {token["content"]: token for token in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
@@ -93,10 +103,7 @@ CHANGES: dict[str, Change] = {
         eos_token="<|im_end|>", additional_special_tokens=["<|vision_start|>", "<|image_pad|>"]
     ),
     "map without an end": with_map(pad_token="<|im_start|>"),
-    "map beside tokenizer.json": lambda folder: (
-        without_decoder(folder),
-        write(folder, "special_tokens_map.json", {"eos_token": "<|endoftext|>"}),
-    )[0],
+    "map beside tokenizer.json": map_beside,
     "tokenizer.json alone": without_decoder,
     "an object in the configuration": configured(eos_token={"__type": "AddedToken", **object_of("<|endoftext|>")}),
     "nothing said of padding": configured(pad_token=None),
@@ -170,7 +177,7 @@ def shared(folder: Path) -> None:
         (configured(added_tokens_decoder=3), "tokenizer_config.json: added tokens cannot be read"),
         (configured(eos_token=7), "tokenizer_config.json: added tokens cannot be read"),
         (with_map(eos_token=["<|im_end|>"]), "added tokens cannot be read"),
-        (lambda folder: (in_pieces(folder), write(folder, "added_tokens.json", ["<|im_end|>"]))[0], "a JSON object"),
+        (list_of_tokens, "a JSON object"),
         (lambda folder: edit(folder, "tokenizer.json", lambda t: t["model"]["vocab"].update(zzz=VOCAB)), "512 rows"),
     ],
     ids=["hole", "beyond", "shared", "decoder", "end", "map", "list", "vocabulary"],

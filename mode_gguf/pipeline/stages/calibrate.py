@@ -112,7 +112,7 @@ def checked_samples(checkpoint: Checkpoint, options: CalibrationOptions) -> "Seq
         checkpoint,
         chats=any(sample.messages for sample in samples),
         pictures=any(sample.has_image for sample in samples),
-        tokens=vocabulary and vocabulary.tokens,
+        tokens=vocabulary.tokens if vocabulary else None,
     )
     return samples
 
