@@ -26,6 +26,7 @@ from mode_gguf.errors import InputError, MissingResourceError
 
 SCHEMAS: Final[Mapping[str, int]] = {
     "calibration": 2,
+    "probes": 1,
     "sensitivity": 2,
     "token-weights": 2,
     "unit-kl": 2,

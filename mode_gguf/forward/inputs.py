@@ -125,6 +125,10 @@ class InputBuilder:
         owner = torch.tensor([_owner(start, end, spans) for start, end in encoded["offset_mapping"]])
         return self._image_inputs(sample, ids, owner)
 
+    def rendered(self, sample: Sample) -> str:
+        """The chat of `sample` as one string, by the checkpoint's chat template; raises like `build`."""
+        return self._render(sample)[0]
+
     def _text_inputs(self, sample: Sample, ids: Tensor) -> ModelInputs:
         if len(ids) < 2:
             raise InputError(f"{sample.origin}: text is shorter than two tokens")

@@ -17,8 +17,8 @@ from mode_gguf.options import ExportOptions, ValidationOptions
 from mode_gguf.pipeline.report_data import conversion_record
 from mode_gguf.pipeline.run import Run, Stage
 from mode_gguf.pipeline.settings import base_warnings
-from mode_gguf.pipeline.stage_cache import StageCache
-from mode_gguf.pipeline.stages.calibrate import stored_warnings
+from mode_gguf.pipeline.stage_cache import StageCache, file_identity
+from mode_gguf.pipeline.stages.calibrate import stored_probes, stored_warnings
 from mode_gguf.pipeline.stages.export import (
     ExportReference,
     ExportText,
@@ -52,6 +52,7 @@ class Validate(Stage):
             "projector": self.mmproj_type if projector_tensors(run.checkpoint) else None,
             "held-out data": str(options.samples or "built-in"),
             "held-out data's names, sizes and times": samples_fingerprint(options.samples),
+            "transformers' predictions": file_identity(run.folder.probes),
             "llama.cpp": options.llama_cpp,
             **_changed(options),
         }
@@ -77,6 +78,7 @@ class Validate(Stage):
                     reference,
                     projector_path(folder, self.mmproj_type) if with_projector else None,
                     plan.stored_types,
+                    stored_probes(folder, run.checkpoint.fingerprint),
                 ),
                 folder.report,
                 self.options,
