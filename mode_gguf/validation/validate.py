@@ -124,6 +124,10 @@ def validate(
             against_transformers = compare_with_transformers(
                 compared.probes, loaded[-1], mmproj, settings, predictions=reference in loaded
             )
+    elif reference and not stored:
+        logger.info(
+            "the reference was not held against transformers: no calibration has left its predictions beside it"
+        )
     if isinstance(candidate, Path) and mmproj and held_out.questions:
         with _timed(seconds, "smoke"):
             smoke_image = held_out.questions[0].image

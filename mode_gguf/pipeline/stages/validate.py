@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import projector_tensors
 from mode_gguf.artifacts import SCHEMAS, samples_fingerprint, write_text
-from mode_gguf.errors import ValidationError
+from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp.engines import named_engine
 from mode_gguf.llama_cpp.gpu_offload import placement_of
 from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
@@ -20,12 +20,14 @@ from mode_gguf.pipeline.settings import base_warnings
 from mode_gguf.pipeline.stage_cache import StageCache, file_identity
 from mode_gguf.pipeline.stages.calibrate import stored_probes, stored_warnings
 from mode_gguf.pipeline.stages.export import (
+    REFERENCE_TYPE,
     ExportReference,
     ExportText,
     projector_path,
     reference_fits,
 )
 from mode_gguf.pipeline.stages.feedback import warnings_of_rounding
+from mode_gguf.probes import Probes
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.conversion_record import ConversionRecord
 from mode_gguf.validation.questions import load_held_out
@@ -128,6 +130,15 @@ def validate_file(
     result = result.model_copy(update={"warnings": warnings, "conversion": notes.conversion})
     result.save(report)
     return result
+
+
+def probes_beside(reference: Path) -> Probes | None:
+    """The probes in a work folder whose full-precision file is `reference`; None for any other file."""
+    try:
+        probes = Probes.load(WorkFolder(reference.parent, "").probes)
+    except InputError:
+        return None
+    return probes if reference.name == f"{probes.model}-{REFERENCE_TYPE.name}.gguf" else None
 
 
 def run_settings(options: ValidationOptions, threads: int | None = None) -> RunSettings:
