@@ -40,8 +40,6 @@ SCHEMAS: Final[Mapping[str, int]] = {
 }
 """The schema number of every artefact: raised with its form, and with the method that makes it. A higher number of one
 artefact has its stage run again, and those that build on it; nothing else does, the tool's version included."""
-MAX_SAMPLE_BYTES = 2**30
-"""Size limit of a sample file in bytes; a few hundred samples are used."""
 _METADATA_KEY = "mode_gguf"
 _PART = ".mode-gguf.part"
 
@@ -178,47 +176,6 @@ def read_arrays(
         return {name: file.get_tensor(name) for name in names}, metadata
 
 
-def read_sample_text(path: Path) -> str:
-    """A file of samples as text.
-
-    Raises:
-        InputError: it is larger than `MAX_SAMPLE_BYTES`.
-        OSError, UnicodeDecodeError: it cannot be read as UTF-8.
-    """
-    if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
-        raise InputError(f"{path}: {size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it")
-    return path.read_text(encoding="utf-8")
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a JSON-lines file, each with `file:line` for messages about it; empty lines are passed over.
-
-    Raises:
-        InputError: the file cannot be read as UTF-8, or a line is not a JSON object.
-    """
-    try:
-        lines = read_sample_text(path).split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{origin}: not valid JSON ({error.msg} at column {error.colno})") from error
-        except (ValueError, RecursionError) as error:  # numbers too long, too much inside each other
-            raise InputError(f"{origin}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{origin}: a JSON object was expected, {type(row).__name__} found")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{origin}: half of a character ({error.object[error.start]!r})") from error
-        yield row, origin
-
-
 class Record(BaseModel):
     """Base of the JSON files that people may edit: unknown fields are refused, so that a slip of the pen is seen."""
 
@@ -251,15 +208,3 @@ def file_fingerprint(path: Path) -> str:
     """A digest of a file's whole content; meant for files that are small next to a model."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def samples_fingerprint(source: str | Path | None) -> str:
-    """A digest of `source` that changes when the file or folder is edited, added to or removed from, or of its name.
-
-    Sizes and times are looked at, not contents: a set of samples may hold gigabytes of pictures.
-    """
-    path = Path(source) if source is not None else None
-    if path is None or not path.exists():
-        return fingerprint(source)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return fingerprint(str(path), [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])

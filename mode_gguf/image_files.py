@@ -1,33 +1,98 @@
-"""Decoding of image files that users name, which may be damaged or made to do harm."""
+"""Decoding of image files that users name, which may be damaged or made to do harm.
+
+What comes out is what llama.cpp's reader (stb_image) shows the model, for calibration and validation alike: 16 bits per
+channel are cut to the upper 8, transparency is dropped, an animation is its first frame, and pixels stay as they are
+stored, whatever the EXIF data say about which side is up.
+"""
 
 import io
+import stat
+import warnings
 from pathlib import Path
+from typing import Final, TypeAlias
 
+import numpy as np
 from PIL import Image
 
 from mode_gguf.errors import InputError
 
-MAX_PIXELS = 2**26
+ImageSource: TypeAlias = Path | bytes | Image.Image
+"""An image: its file, what is in such a file, or decoded."""
+
+MAX_PIXELS: Final = 2**26
 """Size limit of an image, which takes 200 MB decoded then; every model looks at far fewer pixels."""
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_RATIO: Final = 200
+"""Limit of one side to the other, which is that of Qwen's image processors."""
+FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded; for some others Pillow starts other programs."""
+_SIXTEEN_BITS: Final = ("PNG", "PPM")
+"""Formats whose pixels of mode `I` have 16 bits; others may hold any number."""
 
 
-def open_image_file(source: Path | bytes | Image.Image, name: str) -> Image.Image:
+def open_image_file(source: ImageSource, name: str) -> Image.Image:
     """The image in RGB; `name` is what messages call it. Its size is checked before it is decoded.
 
     Raises:
-        InputError: it cannot be read, or has more than `MAX_PIXELS`.
+        InputError: it cannot be read, is no regular file, has more than `MAX_PIXELS` or one side more than `MAX_RATIO`
+            times the other, or holds numbers that say nothing about their range.
     """
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                raise InputError(f"{name}: {width} x {height} pixels, {MAX_PIXELS:,} at most are read; scale it down")
-            return opened.convert("RGB")
+        if isinstance(source, Image.Image):
+            return _checked_rgb(source, name)
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
+            raise InputError(f"{name}: is no regular file; name a picture's file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes, checked here, and about damage that does not matter
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
+                return _checked_rgb(opened, name)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise dozens of kinds on damaged files
         raise InputError(f"{name}: cannot be read as an image ({', '.join(FORMATS)}): {error}") from error
+
+
+def _checked_rgb(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if min(width, height) < 1:
+        raise InputError(f"{name}: {width} x {height} pixels, at least one of both expected")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name}: {width} x {height} pixels, {MAX_PIXELS:,} at most are read; scale it down")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise InputError(
+            f"{name}: {width} x {height} pixels, one side may be {MAX_RATIO} times the other at most; cut it"
+        )
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(image) >> 8)
+    if image.mode in ("I", "F"):
+        return _grey(_eight_bits(np.asarray(image), name, sixteen=image.format in _SIXTEEN_BITS))
+    if image.format == "GIF":
+        return _on_background(image)
+    # With a transparent colour, by way of RGBA: straight to RGB Pillow warns.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, name: str, *, sixteen: bool) -> np.ndarray:
+    """Numbers of 32 bits as 8 bits; what white is follows from the largest: 1, of fractions, 255 or 65535.
+
+    Raises:
+        InputError: some are negative, larger than that, or not finite.
+    """
+    least, most = float(values.min()), float(values.max())
+    if not (least >= 0 and most <= 0xFFFF):
+        raise InputError(f"{name}: its values go from {least:g} to {most:g}, 0 to 65535 expected; save it with 8 bits")
+    if values.dtype.kind == "f" and most <= 1:
+        return np.rint(values * 255)
+    return values // 256 if sixteen or most > 0xFF else np.rint(values)
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
+def _on_background(image: Image.Image) -> Image.Image:
+    """The first frame of a GIF; what it leaves transparent has its background colour, black where that is the first."""
+    background, palette = image.info.get("background", 0), image.getpalette() or []
+    colour = tuple(palette[3 * background : 3 * background + 3]) if isinstance(background, int) and background else ()
+    shown = image.convert("RGBA")
+    below = Image.new("RGBA", image.size, (*colour, 255) if len(colour) == 3 else (0, 0, 0, 255))
+    return Image.alpha_composite(below, shown).convert("RGB")

@@ -388,6 +388,8 @@ class ValidationOptions:
     samples: Annotated[Path | None, BeforeValidator(_existing), Flag(VALIDATION, metavar="PATH", everyday=True)] = None
     """Held-out folder with text.jsonl and questions.jsonl, or one JSONL file of either, to validate on; default: a
     small built-in set."""
+    allow_outside_samples: Annotated[bool, Flag(VALIDATION)] = False
+    """Read files that --samples names outside its folder; its pictures are shown in the report."""
     llama_cpp: Annotated[Path | None, BeforeValidator(_existing), Flag(VALIDATION, metavar="FOLDER", everyday=True)] = (
         None
     )

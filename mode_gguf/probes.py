@@ -72,9 +72,9 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ChatSource:
-    """The chat template that transformers takes, with the special tokens that it can name."""
+    """Chat templates that transformers takes, its tokenizer and its processor, and the special tokens they can name."""
 
-    template: str
+    templates: tuple[str, ...]
     bos: str = ""
     eos: str = ""
 
@@ -121,7 +121,7 @@ class Probes:
                     "place": probe.place,
                 }
             )
-        chat = self.chat and {"template": self.chat.template, "bos": self.chat.bos, "eos": self.chat.eos}
+        chat = self.chat and {"templates": self.chat.templates, "bos": self.chat.bos, "eos": self.chat.eos}
         metadata = {
             "kind": KIND,
             "model": self.model,

@@ -152,6 +152,7 @@ def _of_json(path: Path) -> Any:
         value["made_from"].pop("tool_version", None)
         # The identity of a file of measurements, whose arrays have a digest of their own.
         value["made_from"].pop("sensitivity_fingerprint", None)
+        value["made_from"].pop("model_fingerprint", None)  # of all weights now, where it was of some bytes of them
         value.pop("expert_granularity", None)  # what a type per expert would cost, which plans no longer say
         value["tensors"] = {tensor["name"]: json.dumps(tensor, sort_keys=True) for tensor in value["tensors"]}
         return value

@@ -10,7 +10,6 @@ from mode_gguf.artifacts import (
     read_arrays,
     read_metadata,
     replaced_atomically,
-    samples_fingerprint,
     write_arrays,
     write_text,
 )
@@ -66,18 +65,3 @@ def test_metadata_that_is_none(tmp_path: Path, said: str) -> None:
     save_file({"a": np.zeros(1, np.float32)}, path, {"mode_gguf": said})
     with pytest.raises(InputError, match=r"x\.safetensors: its metadata mode_gguf is not valid JSON"):
         read_metadata(path)
-
-
-def test_samples_fingerprint_sees_every_change_in_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    path = tmp_path / "deep" / "a.txt"
-    path.write_text("one")
-    seen = {samples_fingerprint(tmp_path), samples_fingerprint(None), samples_fingerprint("owner/dataset")}
-    assert samples_fingerprint(tmp_path) in seen
-    path.write_text("three")
-    seen.add(samples_fingerprint(tmp_path))
-    (tmp_path / "b.txt").write_text("")
-    seen.add(samples_fingerprint(tmp_path))
-    path.unlink()
-    seen.add(samples_fingerprint(tmp_path))
-    assert len(seen) == 6

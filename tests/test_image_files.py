@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mode_gguf.artifacts import read_json_lines
 from mode_gguf.errors import InputError
 from mode_gguf.image_files import open_image_file
+from mode_gguf.sample_files import read_rows
 from tests.refusals import refused_at_once
 
 
@@ -67,7 +67,7 @@ def test_hostile_lines(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_bytes(line)
     with pytest.raises(InputError, match=r"samples\.jsonl"):
-        list(read_json_lines(path))
+        list(read_rows(path))
 
 
 def test_gigabytes_of_lines(tmp_path: Path) -> None:
@@ -75,4 +75,4 @@ def test_gigabytes_of_lines(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(2**33)
     with pytest.raises(InputError, match=r"samples\.jsonl: 8,589,934,592 bytes"):
-        list(read_json_lines(path))
+        list(read_rows(path))

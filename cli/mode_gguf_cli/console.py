@@ -14,6 +14,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from mode_gguf.plain_text import PrintableFormatter, printable
 from mode_gguf.progress import Advance, Progress, silent
 
 LONGEST_SILENCE = 60
@@ -26,7 +27,8 @@ stderr = Console(stderr=True)
 def log_to_stderr() -> None:
     """Send the library's log records to stderr; warnings of the libraries below it only when they are warnings."""
     handler = RichHandler(console=stderr, show_time=False, show_path=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
+    handler.setFormatter(PrintableFormatter("%(message)s", "\n\t"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("mode_gguf").setLevel(logging.INFO)
     logging.getLogger("mode_gguf.libllama").setLevel(logging.WARNING)  # it remarks on every model it loads
 
@@ -38,9 +40,9 @@ def be_quiet() -> None:
 
 
 def fail(message: str) -> None:
-    """Print an error to stderr, even with --quiet."""
+    """Print an error to stderr as one line, even with --quiet."""
     stderr.quiet = False
-    text = Text.assemble(("error:", "bold red"), f" {printable(message)}")
+    text = Text.assemble(("error:", "bold red"), f" {printable(message.strip(), kept='')}")
     stderr.print(text, soft_wrap=not stderr.is_terminal)
 
 
@@ -56,9 +58,9 @@ def show(line: str) -> None:
     stdout.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def printable(text: str) -> str:
-    """`text` without what could steer a terminal: names and metadata come from files of strangers."""
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+def cell(text: str) -> Text:
+    """A cell of a table: `text` as it is, which is no markup and cannot steer the terminal."""
+    return Text(printable(text, kept=""))
 
 
 def say(message: str) -> None:

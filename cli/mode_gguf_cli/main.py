@@ -2,10 +2,11 @@
 
 import errno
 import sys
+from pathlib import Path
 
 import typer
 
-from mode_gguf.errors import ModeGgufError
+from mode_gguf.errors import InputError, ModeGgufError
 from mode_gguf.forward import distributed
 from mode_gguf_cli.commands import (
     calibrate,
@@ -76,6 +77,7 @@ def _run() -> None:
         if distributed.is_follower():
             distributed.follow()
             sys.exit()
+        _check_readable(*sys.argv[1:], str(Path.cwd()))
         with distributed.leading():
             app()
     except ModeGgufError as error:
@@ -93,3 +95,12 @@ def _run() -> None:
         raise
     except KeyboardInterrupt:  # in a process that helps: the first one has something to say about it
         sys.exit(INTERRUPTED)
+
+
+def _check_readable(*words: str) -> None:
+    """Refuse paths that are no text: they can stand in no report, and neither tokenizers nor llama.cpp open them."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{word}: has bytes that are not UTF-8; rename that file or folder") from None

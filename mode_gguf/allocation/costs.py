@@ -85,6 +85,7 @@ def tensor_units(
         is_expert = tensor.role is Role.EXPERT
         axis = _measured_types(tensor, measured)
         if tensor.is_measured:
+            offered = _worth_offering(offered, measured, tensor.name, slice(None))
             costs = _offered_costs(_tensor_costs(tensor, measured, model), axis, offered, tensor.name, always=is_expert)
         else:
             costs = [0.0]
@@ -119,9 +120,8 @@ def expert_units(
         for expert in range(projections[0].n_experts):
             name = f"blk.{layer}.expert.{expert}"
             own = _offered_costs(costs[expert], axis, [*offered.values()], name, always=True)
-            candidates = tuple(
-                Candidate(offer, size, cost) for offer, size, cost in zip(offered, sizes, own, strict=True)
-            )
+            worth = _worth_offering([*offered], measured, f"blk.{layer}.ffn_exps", expert)
+            candidates = tuple(map(Candidate, worth, sizes, own))  # the smallest ones, which come first
             tensor_names = tuple(tensor.name for tensor in projections)
             n_weights = sum(tensor.n_weights // tensor.n_experts for tensor in projections)
             units.append(AllocationUnit(name, tensor_names, n_weights, candidates, layer, expert, True))
@@ -269,6 +269,20 @@ def _array(measured: MeasuredCosts, name: str) -> np.ndarray:
     if name not in measured.arrays:
         raise InputError(f"sensitivity: {name} is missing; measure it again with the model and types of this plan")
     return measured.arrays[name]
+
+
+def _worth_offering(
+    offered: Sequence[QuantType], measured: MeasuredCosts, name: str, expert: int | slice
+) -> Sequence[QuantType]:
+    """The offered types, smallest first; of a matrix that all of them store exactly, one of zeros, the smallest alone.
+
+    Else a budget that is to be used up would be spent on it where nothing else can take more.
+    """
+    errors = measured.arrays.get(f"{name}.weight_error")
+    if errors is None or len(offered) == 1:
+        return offered
+    known = errors[expert][np.isfinite(errors[expert])]
+    return offered[:1] if known.size and not known.any() else offered
 
 
 def _offered_costs(

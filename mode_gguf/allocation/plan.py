@@ -1,20 +1,29 @@
-"""plan.json: the types of a file's tensors. People may edit it; `export` obeys it and needs nothing else to decide."""
+"""plan.json: the types of a file's tensors. People may edit it; `export` obeys it and needs nothing else to decide.
 
+What follows from the types (sizes, bits per weight, the type that names the file) is computed from them whenever a plan
+is made or read, so that an edited one cannot say something else.
+"""
+
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from mode_gguf.allocation.budget import Budget
 from mode_gguf.allocation.presets import Preset
-from mode_gguf.artifacts import Record, read_record, write_text
+from mode_gguf.artifacts import Record, fingerprint, read_record, write_text
 from mode_gguf.errors import InputError
 from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
 from mode_gguf.options import Packing
 from mode_gguf.quantization.expert_groups import layer_groups, stored_types
 from mode_gguf.quantization.packing import EXACT
-from mode_gguf.quantization.types import QUANT_TYPES, QuantType
+from mode_gguf.quantization.types import INDEX, QUANT_TYPES, QuantType, bits_per_weight, type_of_most_weights
 from mode_gguf.vocabulary import Rounding
+
+_EXPERTS: Final = re.compile(r"blk\.\d+\.ffn_\w+_exps\.weight")
 
 
 class PlannedTensor(Record):
@@ -29,6 +38,11 @@ class PlannedTensor(Record):
     n_weights: Annotated[int, Field(gt=0)]
     size_bytes: Annotated[int, Field(gt=0)]
     cost: float | None = None
+
+    @property
+    def types(self) -> list[str]:
+        """Type of every expert, or of the tensor as a whole."""
+        return [self.type] if self.experts is None else self.experts
 
 
 class SolverRecord(Record):
@@ -94,6 +108,18 @@ class Plan(Record):
     tensors: list[PlannedTensor]
 
     @property
+    def is_edited(self) -> bool:
+        """Whether the types are not those that were chosen for the budget: then nothing is proven of them."""
+        return self.budget is not None and self.solver is None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what a file made by the plan depends on; proofs, costs and trials are no part of it."""
+        types = [(tensor.name, tensor.types) for tensor in self.tensors]
+        packed = (self.packing.mode, self.packing.effort, self.packing.size_power, self.packing.unbiased)
+        return fingerprint(types, packed, self.rounding, self.made_from.imatrix_kind, self.made_from.model_fingerprint)
+
+    @property
     def types(self) -> dict[str, QuantType]:
         return {tensor.name: QUANT_TYPES[tensor.type] for tensor in self.tensors}
 
@@ -129,16 +155,100 @@ class Plan(Record):
         """Write the plan, atomically."""
         write_text(path, self.model_dump_json(indent=1, exclude_none=True) + "\n")
 
+    def as_edited(self) -> "Plan":
+        """The plan without what was found out about types that it no longer has: proof, costs, trials and memory."""
+        tensors = [tensor.model_copy(update={"cost": None}) for tensor in self.tensors]
+        return self.model_copy(update={"tensors": tensors, "solver": None, "refinement": None, "memory": None})
+
     @staticmethod
     def load(path: Path) -> "Plan":
-        """Read and check a plan.
+        """Read and check a plan; one whose sizes are not those of its types was edited, and gets the right ones.
 
         Raises:
             InputError: not there, not JSON, or a field that makes no sense; the message names it.
         """
         plan = read_record(path, Plan, "plan")
+        if plan.main_type not in QUANT_TYPES:
+            raise InputError(f"{path}: main_type is {plan.main_type!r:.200}, expected one of {', '.join(QUANT_TYPES)}")
         for tensor in plan.tensors:
-            for name in (tensor.type, *(tensor.experts or ())):
-                if name not in QUANT_TYPES:
-                    raise InputError(f"{path}: {tensor.name} has unknown type {name!r}")
-        return plan
+            _check(path, tensor)
+        if not plan.tensors:
+            return plan
+        if len({tensor.name for tensor in plan.tensors}) < len(plan.tensors):
+            raise InputError(f"{path}: a tensor is named twice; make a new plan")
+        if not any(map(_is_expert, plan.tensors)):
+            raise InputError(f"{path}: names no tensor of experts (blk.N.ffn_*_exps.weight); make a new plan")
+        try:
+            right = sizes_of([tensor.model_copy(update={"size_bytes": _bytes(tensor)}) for tensor in plan.tensors])
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        as_stored = right["tensors"] == plan.tensors and all(
+            math.isclose(right[name], getattr(plan, name), rel_tol=1e-9) for name in _SIZES
+        )
+        if as_stored and right["main_type"] == plan.main_type:
+            return plan
+        return plan.model_copy(update=right).as_edited()
+
+
+_SIZES: Final = ("size_bytes", "bpw", "experts_bpw")
+
+
+def sizes_of(tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+    """Fields of a plan that follow from its tensors; maps of experts count as bytes, not as weights.
+
+    Raises:
+        InputError: expert tensors of a layer have different numbers of experts.
+    """
+    experts = [tensor for tensor in tensors if _is_expert(tensor)]
+    by_expert = {tensor.name: [QUANT_TYPES[name] for name in tensor.experts] for tensor in tensors if tensor.experts}
+    maps = sum(len(groups) * sum(len(one.experts) for one in groups) for groups in layer_groups(by_expert).values())
+    size = sum(tensor.size_bytes for tensor in tensors) + maps * INDEX.type_size
+    return {
+        "tensors": list(tensors),
+        "bpw": 8 * size / sum(tensor.n_weights for tensor in tensors),
+        "experts_bpw": bits_per_weight(experts),
+        "size_bytes": size,
+        "main_type": type_of_most_weights(
+            (QUANT_TYPES[name], tensor.n_weights // len(tensor.types)) for tensor in experts for name in tensor.types
+        ).name,
+    }
+
+
+def _is_expert(tensor: PlannedTensor) -> bool:
+    return _EXPERTS.fullmatch(tensor.name) is not None
+
+
+def _bytes(tensor: PlannedTensor) -> int:
+    """Bytes of the tensor in its types, whose blocks its rows are a multiple of."""
+    one = tensor.n_weights // len(tensor.types)
+    blocks = ((one // kind.block_size, kind.type_size) for kind in (QUANT_TYPES[name] for name in tensor.types))
+    return sum(number * size for number, size in blocks)
+
+
+def _check(path: Path, tensor: PlannedTensor) -> None:
+    """Types are known and go with the tensor's weights.
+
+    Raises:
+        InputError: they do not.
+    """
+    for name in (tensor.type, *tensor.types):
+        if name not in QUANT_TYPES:
+            raise InputError(f"{path}: {tensor.name:.200} has unknown type {name!r:.200}")
+    if not tensor.types or tensor.n_weights % len(tensor.types):
+        raise InputError(
+            f"{path}: {tensor.name:.200} has types of {len(tensor.types)} experts, which do not divide its "
+            f"{tensor.n_weights} weights; make a new plan"
+        )
+    one = tensor.n_weights // len(tensor.types)
+    most = type_of_most_weights((QUANT_TYPES[name], one) for name in tensor.types).name
+    if tensor.type != most:
+        raise InputError(
+            f"{path}: {tensor.name:.200} has type {tensor.type}, but most of its experts have {most}; edit `experts`, "
+            "which counts, or remove it"
+        )
+    for name in set(tensor.types):
+        if one % (block := QUANT_TYPES[name].block_size):
+            raise InputError(
+                f"{path}: {tensor.name:.200} has type {name}, whose blocks of {block} do not divide {one} weights; "
+                "choose a type with smaller blocks"
+            )

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mode_gguf.allocation.budget import Budget, ReachableSizes, check_reachable, effective_types
 from mode_gguf.allocation.costs import MeasuredCosts, expert_units, tensor_units
@@ -11,6 +10,7 @@ from mode_gguf.allocation.plan import (
     PlannedTensor,
     Provenance,
     SolverRecord,
+    sizes_of,
 )
 from mode_gguf.allocation.presets import Preset
 from mode_gguf.allocation.reachable import greatest_size
@@ -26,9 +26,9 @@ from mode_gguf.allocation.units import (
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
 from mode_gguf.options import Packing
-from mode_gguf.quantization.expert_groups import map_bytes, stored_tensors
+from mode_gguf.quantization.expert_groups import map_bytes
 from mode_gguf.quantization.packing import EXACT
-from mode_gguf.quantization.types import INDEX, QUANT_TYPES, QuantType, bits_per_weight, type_of_most_weights
+from mode_gguf.quantization.types import QUANT_TYPES, QuantType, type_of_most_weights
 
 UNDERSHOOT = 0.005
 """Largest part of its budget that a plan leaves unused, so that files of one name have one size."""
@@ -225,7 +225,7 @@ def _plan(
         budget=budget,
         solver=SolverRecord.model_validate(solution, from_attributes=True),
         reachable_bpw=(problem.reach.lowest_bpw, problem.reach.highest_bpw),
-        **_sizes(problem.tensors, planned),
+        **sizes_of(planned),
     )
 
 
@@ -279,30 +279,10 @@ def uniform_plan(
         made_from=made_from,
         preset=f"uniform-{quant_type.name}",
         packing=packing,
-        **_sizes(tensors, planned),
+        **sizes_of(planned),
     )
 
 
 def _smallest(units: Iterable[AllocationUnit]) -> int:
     """Bytes of units that each take their smallest candidate."""
     return sum(min(candidate.size_bytes for candidate in unit.candidates) for unit in units)
-
-
-def _sizes(tensors: Sequence[SourceTensor], planned: list[PlannedTensor]) -> dict[str, Any]:
-    """Fields of a plan that follow from its tensors' sizes; maps of experts count as bytes, not as weights."""
-    experts = [p for t, p in zip(tensors, planned, strict=True) if t.role is Role.EXPERT]
-    by_expert = {p.name: [QUANT_TYPES[name] for name in p.experts] for p in planned if p.experts}
-    maps = [t for t in stored_tensors(tensors, by_expert).tensors if t.role is Role.INDEX]
-    size = sum(tensor.size_bytes for tensor in planned) + sum(tensor_bytes(tensor, INDEX) for tensor in maps)
-    return {
-        "tensors": planned,
-        "bpw": 8 * size / sum(tensor.n_weights for tensor in planned),
-        "experts_bpw": bits_per_weight(experts),
-        "size_bytes": size,
-        "main_type": type_of_most_weights(
-            (QUANT_TYPES[name], p.n_weights // len(names))
-            for p in experts
-            for names in [p.experts or [p.type]]
-            for name in names
-        ).name,
-    }

@@ -4,11 +4,10 @@ Keys stand in a file in the order in which a family lists them.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
-from gguf import Keys, RopeScalingType
+from gguf import Keys
 
 from mode_gguf.architectures.hparams import Hparams, expert_sizes, image_hparams, text_hparams
 from mode_gguf.architectures.rules import Ranges, numbered
@@ -17,9 +16,6 @@ MetadataValue: TypeAlias = str | bool | int | float | list[str] | list[bool] | l
 """A GGUF value: int is stored as uint32, float as float32, and a list of int as an int32 array."""
 
 Metadata: TypeAlias = Mapping[str, MetadataValue]
-
-YARN_BETAS: Final[Mapping[str, Any]] = {"beta_fast": 32.0, "beta_slow": 1.0}
-"""transformers' defaults."""
 
 SIZES: Final = (Keys.LLM.BLOCK_COUNT, Keys.LLM.CONTEXT_LENGTH, Keys.LLM.EMBEDDING_LENGTH)
 HEADS: Final = (
@@ -46,6 +42,19 @@ def _float(*names: str) -> Callable[[Hparams], float]:
     return lambda text: text.float(*names)
 
 
+def _top_k(text: Hparams) -> int:
+    """Experts that a token is sent to.
+
+    Raises:
+        InputError: none, or more than there are.
+    """
+    name = "num_experts_per_tok" if text.has("num_experts_per_tok") else "top_k_experts"
+    experts, top_k = expert_sizes(text)[0], text.int(name)
+    if not 1 <= top_k <= experts:
+        text.refuse(name, f"1 to {experts}, the number of experts", "correct it, as where experts were pruned")
+    return top_k
+
+
 _TEXT: Final[Mapping[str, Callable[[Hparams], MetadataValue]]] = {
     Keys.LLM.VOCAB_SIZE: _int("vocab_size"),
     Keys.LLM.BLOCK_COUNT: _int("num_hidden_layers"),
@@ -59,7 +68,7 @@ _TEXT: Final[Mapping[str, Callable[[Hparams], MetadataValue]]] = {
     Keys.Attention.VALUE_LENGTH: head_dim,
     Keys.Attention.LAYERNORM_RMS_EPS: _float("rms_norm_eps"),
     Keys.LLM.EXPERT_COUNT: lambda text: expert_sizes(text)[0],
-    Keys.LLM.EXPERT_USED_COUNT: _int("num_experts_per_tok", "top_k_experts"),
+    Keys.LLM.EXPERT_USED_COUNT: _top_k,
     Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: lambda text: expert_sizes(text)[2],
     Keys.LLM.EXPERT_SHARED_COUNT: _int("n_shared_experts"),
     Keys.LLM.EXPERT_GROUP_COUNT: _int("n_group"),
@@ -72,25 +81,6 @@ _TEXT: Final[Mapping[str, Callable[[Hparams], MetadataValue]]] = {
 def common_text_keys(text: Hparams, *keys: str) -> dict[str, MetadataValue]:
     """Values of GGUF keys that text models have under the same names in config.json, in the order of `keys`."""
     return {key: _TEXT[key](text) for key in keys}
-
-
-def mrope_sections(rope: Hparams) -> list[int]:
-    """Channel pairs for time, row and column, and a fourth that llama.cpp reads and no model here has."""
-    return [*rope.list("mrope_section"), 0, 0, 0, 0][:4]
-
-
-def yarn_keys(rope: Hparams) -> dict[str, MetadataValue]:
-    """YaRN's scaling of positions."""
-    rope = replace(rope, values={**YARN_BETAS, **rope.values})
-    return {
-        Keys.Rope.SCALING_TYPE: RopeScalingType.YARN.value,
-        Keys.Rope.SCALING_FACTOR: rope.float("factor"),
-        Keys.Rope.SCALING_ORIG_CTX_LEN: rope.int("original_max_position_embeddings"),
-        Keys.Rope.SCALING_YARN_BETA_FAST: rope.float("beta_fast"),
-        Keys.Rope.SCALING_YARN_BETA_SLOW: rope.float("beta_slow"),
-        # A tenth: llama.cpp's loader of DeepSeek models divides by 0.1.
-        Keys.Rope.SCALING_YARN_LOG_MUL: 0.1 * rope.float("mscale_all_dim"),
-    }
 
 
 def text_ranges(text: Hparams, subsets: Mapping[str, Iterable[int]] = MappingProxyType({})) -> Ranges:
@@ -132,6 +122,6 @@ def common_vision_keys(vision: Hparams, *, epsilon: float, image_size: int | Non
         keys.BLOCK_COUNT: vision.int("num_hidden_layers", "depth"),
         keys.Attention.HEAD_COUNT: vision.int("num_attention_heads", "num_heads"),
         keys.Attention.LAYERNORM_EPS: epsilon,
-        keys.IMAGE_MEAN: images.list("image_mean"),
-        keys.IMAGE_STD: images.list("image_std"),
+        keys.IMAGE_MEAN: images.floats("image_mean", 3),
+        keys.IMAGE_STD: images.floats("image_std", 3),
     }

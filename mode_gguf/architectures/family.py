@@ -1,32 +1,45 @@
 """Model families: a text model, a vision tower, a layout of names, and a tokenizer that go together."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from mode_gguf.architectures.common_keys import Metadata, text_ranges, vision_ranges
-from mode_gguf.architectures.hparams import Hparams
+from mode_gguf.architectures.hparams import Hparams, config, text_hparams
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage, image_token_id
-from mode_gguf.architectures.rules import EMBEDDING, Ranges, TensorRule
+from mode_gguf.architectures.rules import EMBEDDING, OUTPUT, Ranges, TensorRule
 from mode_gguf.architectures.tensors import Array
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.gpu_memory.model_graphs import ModelGraphs
 
+log = logging.getLogger(__name__)
+
 PLAIN_SIZE: ImageSize = (448, 224)
 """A multiple of most towers' patches and merged patches, and as large as their smallest pictures."""
 
 
-def is_tied(checkpoint: Checkpoint, default: bool = False) -> bool:
-    """Whether the output head is the token embedding: transformers reads the outermost setting."""
-    return bool(checkpoint.config.get("tie_word_embeddings", default))
+def says_tied(checkpoint: Checkpoint, default: bool = False) -> bool:
+    """Whether config.json says that the output head is the token embedding: transformers reads the outermost setting.
+
+    Args:
+        default: transformers' value of a setting that is absent.
+
+    Raises:
+        InputError: the setting is neither true nor false.
+    """
+    settings = config(checkpoint, {"tie_word_embeddings": default})
+    return settings.has("tie_word_embeddings") and settings.bool("tie_word_embeddings")
 
 
-def config_with_tied(checkpoint: Checkpoint, tied: Callable[[Checkpoint], bool] = is_tied) -> Mapping[str, Any]:
-    """config.json, saying whether embeddings are tied."""
-    return {**checkpoint.config, "tie_word_embeddings": tied(checkpoint)}
+def says_tied_at_either_level(checkpoint: Checkpoint) -> bool:
+    """Whether config.json says so for the model or for its text model; raises like `says_tied`."""
+    return says_tied(checkpoint) or bool(text_hparams(checkpoint).get("tie_word_embeddings", False))
 
 
 def no_parameter(checkpoint: Checkpoint, parameter: str) -> Array | None:
@@ -118,13 +131,28 @@ class Layout:
         read_parameter: reads a parameter outside the decoder layers that is not one tensor as it is, by its name in
             transformers; None for those that are.
         model_config: what transformers' configuration is made of.
-        tied: whether the output head is the token embedding.
+        tied: whether config.json says that the output head is the token embedding (see `ties_head`).
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     read_parameter: Callable[[Checkpoint, str], Array | None] = no_parameter
     model_config: Callable[[Checkpoint], Mapping[str, Any]] = attrgetter("config")
-    tied: Callable[[Checkpoint], bool] = is_tied
+    tied: Callable[[Checkpoint], bool] = says_tied
+
+    def ties_head(self, checkpoint: Checkpoint) -> bool:
+        """Whether the output head is the token embedding: config.json says so, and no other head is stored.
+
+        transformers 5 does not tie, either, what is stored with different values.
+        """
+        if not self.tied(checkpoint):
+            return False
+        head, embedding = self.stored_name(OUTPUT.source), self.stored_name(EMBEDDING.source)
+        if head not in checkpoint.tensors or embedding not in checkpoint.tensors:
+            return True
+        tied = checkpoint.equal(head, embedding)
+        if not tied and checkpoint.config.get("tie_word_embeddings"):  # said, not just transformers' default
+            _report_head(checkpoint.path, head)
+        return tied
 
     def stored_name(self, parameter: str) -> str:
         """The checkpoint's name of a parameter of transformers' model, or of a rule with placeholders."""
@@ -136,6 +164,16 @@ class Layout:
         """A rule under the checkpoint's names."""
         each = rule.each and self.stored_name(rule.each)
         return replace(rule, source=self.stored_name(rule.source), each=each)
+
+
+@cache
+def _report_head(path: Path, head: str) -> None:
+    """Log, once, that a head is written although config.json says that there is none."""
+    log.warning(
+        "%s: config.json says that embeddings are tied, but %s is stored and differs; it is kept, as in transformers",
+        path,
+        head,
+    )
 
 
 SAVED: tuple[tuple[str, str], ...] = (

@@ -12,10 +12,12 @@ from mode_gguf.errors import InputError
 
 T = TypeVar("T")
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""No defaults."""
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names of the number of routed experts."""
-_ROTARY = ("rope_theta", "partial_rotary_factor", "mrope_section")
+_LARGEST = 2**1000
+"""Integers below it have a float."""
 _AS_PUBLISHED = "use the configuration published with the model"
 
 
@@ -55,7 +57,7 @@ class Hparams:
         if name is None:
             raise InputError(f"{self.file}: {' or '.join(names)} ({kind.__name__}) is missing; {_AS_PUBLISHED}")
         value = self.values[name]
-        if kind is builtins.float and type(value) is builtins.int:
+        if kind is builtins.float and type(value) is builtins.int and abs(value) < _LARGEST:
             value = builtins.float(value)
         if not isinstance(value, kind) or (kind is not builtins.bool and isinstance(value, builtins.bool)):
             raise InputError(f"{self.file}: {name} is {value!r}, expected {kind.__name__}; {_AS_PUBLISHED}")
@@ -77,7 +79,20 @@ class Hparams:
         """A list of anything."""
         return self.read(builtins.list, *names)
 
-    def section(self, *names: str, defaults: Mapping[str, Any] = _NOTHING) -> "Hparams":
+    def floats(self, name: str, count: builtins.int) -> builtins.list[builtins.float]:
+        """A list of `count` numbers.
+
+        Raises:
+            InputError: there are others, or not as many.
+        """
+        values = self.list(name)
+        if len(values) != count or any(
+            type(one) not in (builtins.int, builtins.float) or abs(one) >= _LARGEST for one in values
+        ):
+            self.refuse(name, f"{count} numbers")
+        return [builtins.float(one) for one in values]
+
+    def section(self, *names: str, defaults: Mapping[str, Any] = NOTHING) -> "Hparams":
         """The hyperparameters of an object within these, such as `rope_parameters`."""
         return replace(self, values={**defaults, **self.read(dict, *names)})
 
@@ -106,12 +121,12 @@ class Hparams:
         raise InputError(f"{self.file}: {self.label}{name} is {self.get(name)!r}, expected {expected}; {way_out}")
 
 
-def config(checkpoint: Checkpoint, defaults: Mapping[str, Any] = _NOTHING, reader: str = "") -> Hparams:
+def config(checkpoint: Checkpoint, defaults: Mapping[str, Any] = NOTHING, reader: str = "") -> Hparams:
     """Hyperparameters outside every section of config.json; arguments as of `text_hparams`."""
     return Hparams(checkpoint, checkpoint.path / "config.json", {**defaults, **checkpoint.config}, reader)
 
 
-def text_hparams(checkpoint: Checkpoint, defaults: Mapping[str, Any] = _NOTHING, reader: str = "") -> Hparams:
+def text_hparams(checkpoint: Checkpoint, defaults: Mapping[str, Any] = NOTHING, reader: str = "") -> Hparams:
     """Hyperparameters of the text model: `text_config`, or `llm_config` where a model's authors have called it so.
 
     Args:
@@ -123,12 +138,12 @@ def text_hparams(checkpoint: Checkpoint, defaults: Mapping[str, Any] = _NOTHING,
     return _part(checkpoint, "llm_config" if "llm_config" in checkpoint.config else "text_config", defaults, reader)
 
 
-def vision_hparams(checkpoint: Checkpoint, defaults: Mapping[str, Any] = _NOTHING, reader: str = "") -> Hparams:
+def vision_hparams(checkpoint: Checkpoint, defaults: Mapping[str, Any] = NOTHING, reader: str = "") -> Hparams:
     """Hyperparameters of the vision tower, `vision_config`; arguments and errors as of `text_hparams`."""
     return replace(_part(checkpoint, "vision_config", defaults, reader), label="vision ")
 
 
-def image_hparams(checkpoint: Checkpoint, defaults: Mapping[str, Any] = _NOTHING) -> Hparams:
+def image_hparams(checkpoint: Checkpoint, defaults: Mapping[str, Any] = NOTHING) -> Hparams:
     """Settings of the image processor: preprocessor_config.json, or the processor_config.json of transformers 5.
 
     Raises:
@@ -143,23 +158,6 @@ def image_hparams(checkpoint: Checkpoint, defaults: Mapping[str, Any] = _NOTHING
         found = values.get("image_processor")
         raise InputError(f"{new}: expected an object image_processor, found {found!r}; download it again")
     return Hparams(checkpoint, new, {**defaults, **values["image_processor"]})
-
-
-def rope_hparams(text: Hparams, defaults: Mapping[str, Any] = _NOTHING) -> Hparams:
-    """Rotary settings of a text model: `rope_parameters` since transformers 5; beside and in `rope_scaling` before.
-
-    Args:
-        defaults: transformers' values of what config.json may lack.
-
-    Raises:
-        InputError: one of the two is something else than an object.
-    """
-    beside = {name: text.get(name) for name in _ROTARY if text.has(name)}
-    within: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        within |= text.read(dict, name) if text.get(name) else {}
-    kind = within.get("type", "default")
-    return replace(text, values={"rope_type": kind, **defaults, **beside, **within})
 
 
 def expert_sizes(text: Hparams) -> tuple[int, int, int]:

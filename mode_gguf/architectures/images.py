@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from mode_gguf.architectures.hparams import config
 from mode_gguf.architectures.tensors import Array
 from mode_gguf.checkpoint.folder import Checkpoint
@@ -62,6 +64,38 @@ class PlacedImage:
 
     tokens: Sequence[int]
     arguments: Mapping[str, Array]
+
+
+def joined_arguments(placed: Sequence[PlacedImage], origin: str) -> Mapping[str, Array]:
+    """The arguments of a forward with all of these images: their arrays one after the other.
+
+    Images of different sizes that are not cut into patches are padded with zeros at their ends; `image_sizes` tells
+    the model what of them is an image.
+
+    Raises:
+        InputError: the arrays are of shapes that cannot be joined.
+    """
+    if len(placed) == 1:
+        return placed[0].arguments
+    joined = {}
+    for name in placed[0].arguments:
+        arrays = [one.arguments[name] for one in placed]
+        if name == "pixel_values" and "image_sizes" in placed[0].arguments:
+            arrays = _padded(arrays)
+        if len({(array.dtype, array.shape[1:]) for array in arrays}) > 1 or not arrays[0].ndim:
+            raise InputError(
+                f"{origin}: this model's pictures of different sizes do not go into one sample; give it one picture"
+            )
+        joined[name] = np.concatenate(arrays)
+    return joined
+
+
+def _padded(arrays: Sequence[Array]) -> list[Array]:
+    shape = np.max([array.shape[1:] for array in arrays], axis=0)
+    return [
+        np.pad(array, [(0, 0), *((0, most - n) for most, n in zip(shape, array.shape[1:], strict=True))])
+        for array in arrays
+    ]
 
 
 def image_token_id(checkpoint: Checkpoint) -> int:

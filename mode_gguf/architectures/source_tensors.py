@@ -1,11 +1,12 @@
 """A family's rules applied to a checkpoint: its GGUF tensors, and what no rule reads."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from mode_gguf.architectures.family import ModelFamily
-from mode_gguf.architectures.rules import Ranges, TensorRule, Values, placeholder_of, stacked
+from mode_gguf.architectures.rules import EMBEDDING, Ranges, TensorRule, Values, placeholder_of, refuse_shape, stacked
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.checkpoint.names import other_name
 from mode_gguf.errors import InputError
 
 
@@ -17,13 +18,15 @@ def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint:
     Raises:
         InputError: a tensor is missing, or has a shape its transform cannot read.
     """
-    tied = family.layout.tied(checkpoint)
+    tied = family.layout.ties_head(checkpoint)
     ranges = family.ranges(checkpoint)
     tensors = []
     for rule, values in _repeated(rules, ranges):
         if tied and rule.role is Role.OUTPUT:
             continue
         sources = _sources(rule, values, ranges, checkpoint)
+        if rule.role is Role.OUTPUT:
+            _check_head(family, checkpoint, rule.source)
         one = sources == (rule.source,)
         view = rule.transform(checkpoint, rule.source) if one else stacked(checkpoint, sources)
         tensors.append(
@@ -40,6 +43,20 @@ def source_tensors(family: ModelFamily, rules: Sequence[TensorRule], checkpoint:
             )
         )
     return tensors
+
+
+def _check_head(family: ModelFamily, checkpoint: Checkpoint, head: str) -> None:
+    """Refuse a model without an output head, or with one of another shape than the token embedding's."""
+    if head not in checkpoint.tensors:
+        raise InputError(
+            f"{checkpoint.path}: tensor {head} is missing from the checkpoint, and config.json does not say that "
+            "embeddings are tied (tie_word_embeddings); download it again or check config.json"
+        )
+    embedding = family.layout.stored_name(EMBEDDING.source)
+    if embedding in checkpoint.tensors:
+        expected = checkpoint.shape(embedding)
+        if checkpoint.shape(head) != expected:
+            refuse_shape(checkpoint, head, f"that of {embedding}, {list(expected)}")
 
 
 def ignored_prefixes(family: ModelFamily, ranges: Ranges) -> tuple[str, ...]:
@@ -62,10 +79,21 @@ def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
     ignored = ignored_prefixes(family, ranges)
     for name in checkpoint.tensors:
         if name not in known and not name.startswith(ignored):
-            raise InputError(
-                f"{checkpoint.path}: tensor {name} {list(checkpoint.shape(name))} has no place in a "
-                f"{family.gguf_arch} GGUF file; expected the original {family.hf_class} weights"
-            )
+            raise InputError(_no_place(family, checkpoint, name, known))
+
+
+def _no_place(family: ModelFamily, checkpoint: Checkpoint, name: str, known: Set[str]) -> str:
+    """What a tensor is that no rule reads: another one under a name with other beginnings, or none of the family."""
+    other = other_name(name, known - checkpoint.tensors.keys())
+    if other is not None:
+        return (
+            f"{checkpoint.path}: tensor {name} is called {other} in a checkpoint of {family.hf_class}; save the model "
+            "again with transformers' save_pretrained, or rename the tensors so"
+        )
+    return (
+        f"{checkpoint.path}: tensor {name} {list(checkpoint.shape(name))} has no place in a {family.gguf_arch} GGUF "
+        f"file; expected the original {family.hf_class} weights"
+    )
 
 
 def _sources(rule: TensorRule, values: Values, ranges: Ranges, checkpoint: Checkpoint) -> tuple[str, ...]:

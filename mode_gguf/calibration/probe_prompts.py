@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mode_gguf.architectures.images import ImageSize
 from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.checkpoint.tiktoken_model import has_tiktoken_model
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import InputError
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
+from mode_gguf.forward.tokenizer import processor_chat_template
 from mode_gguf.probes import LISTED, ChatSource, Distributions, Probe, Probes
 
 SCORED: Final = 32
@@ -108,13 +110,16 @@ def probe_prompts(builder: InputBuilder, *, with_picture: bool) -> Iterator[Prom
 
 
 def chat_source(builder: InputBuilder) -> ChatSource | None:
-    """The chat template that transformers takes; None where there is none."""
+    """The chat templates that transformers takes, read by itself where it can; None where there is none."""
     tokenizer = builder.tokenizer
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError:  # none, or several without a default
-        return None
-    return ChatSource(template, *(str(getattr(tokenizer, name) or "") for name in ("bos_token", "eos_token")))
+    own = tokenizer.own_chat_template
+    templates = [own.get("default") if isinstance(own, dict) else own]
+    if tokenizer.chat_template not in templates:  # what the tokenizer reads is not all: there is the processor
+        templates.append(processor_chat_template(builder.checkpoint.path))
+    if has_tiktoken_model(builder.checkpoint.path):  # transformers reads none without code that is published with it
+        templates.append(tokenizer.chat_template)
+    found = tuple(dict.fromkeys(template for template in templates if template))
+    return ChatSource(found, tokenizer.bos_token or "", tokenizer.eos_token or "") if found else None
 
 
 def special_tokens(builder: InputBuilder, vocabulary: int) -> dict[str, int]:

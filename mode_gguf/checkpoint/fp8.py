@@ -1,7 +1,7 @@
 """FP8 weights (E4M3) with scales, as some models are published: decoded while they are read.
 
-A tensor `x` has its scales in `x_scale_inv`: one, one per leading index, or one per block of rows and columns. Despite
-the name, weights are multiplied with them.
+A tensor `x` has its scales in `x_scale_inv`, or in `x_scale` where compressed-tensors wrote it: one, one per leading
+index, or one per block of rows and columns. Despite the former name, weights are multiplied with them.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,10 @@ SCALE = "_scale_inv"
 
 ACTIVATION_SCALE = "activation_scale"
 """Suffix of the names of tensors that only arithmetic in FP8 needs."""
+
+
+SCALE_DTYPES = ("F32", "BF16", "F16", "F64")
+"""Types of scales."""
 
 
 def _values() -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mode_gguf.checkpoint.folder import read_json
+from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError
 
 FILE = "tiktoken.model"
@@ -56,6 +57,7 @@ def read_ranks(path: Path) -> Mapping[bytes, int]:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (OSError, ValueError, binascii.Error) as error:
+        refuse_lfs_pointer(path)
         raise InputError(f"{path}: expected a token in base64 and its rank per line ({error})") from error
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
         raise InputError(f"{path}: expected ranks 0, 1, 2, ... of different tokens; download it again")

@@ -154,9 +154,8 @@ class TokenCounts:
             of_text = min(MAX_TOKENS, round(characters / _CHARACTERS_PER_TOKEN)) + _TEMPLATE_TOKENS * (
                 sample.text is None
             )
-            of_image = 0
-            if sample.has_image:
-                of_image = sizes.image_tokens(scaled_size(sample.open_image().size, MAX_IMAGE_PIXELS))
+            area = MAX_IMAGE_PIXELS // max(1, len(sample.images))
+            of_image = sum(sizes.image_tokens(scaled_size(image.size, area)) for image in sample.open_images())
             text, vision, longest = text + of_text, vision + of_image, max(longest, of_text + of_image)
         return cls(text, vision, longest)
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf import GGUFWriter
 
-from mode_gguf.architectures import Metadata
+from mode_gguf.architectures import Metadata, MetadataValue
 from mode_gguf.architectures.tensors import SourceTensor
 from mode_gguf.artifacts import free_bytes, replaced_atomically
 from mode_gguf.checkpoint.folder import Checkpoint
@@ -24,6 +24,34 @@ log = logging.getLogger(__name__)
 
 _METADATA_BYTES = 64 * 2**20
 """Most bytes of everything but weights; a vocabulary of 250,000 tokens with its merges takes a quarter of it."""
+_MAX_FLOAT32 = 3.4e38
+
+
+@dataclass(frozen=True, slots=True)
+class FileOutline:
+    """A file without its weights: what llama.cpp needs to say whether it can load it.
+
+    Attributes:
+        architecture: general.architecture.
+        add_keys: adds every other key to a writer.
+        tensors: name, shape in weights and type of each, in file order.
+    """
+
+    architecture: str
+    add_keys: Callable[[GGUFWriter], None]
+    tensors: Sequence[tuple[str, tuple[int, ...], QuantType]]
+
+    def write(self, path: Path) -> None:
+        """Write the file with a hole in the place of its weights, which takes no space on most disks."""
+        writer, size = GGUFWriter(None, self.architecture), 0
+        self.add_keys(writer)
+        for name, shape, quant_type in self.tensors:
+            tensor = OutgoingTensor(name, shape, quant_type, lambda: iter(()))
+            writer.add_tensor_info(name, tensor.byte_shape, np.dtype(np.uint8), tensor.nbytes, quant_type.ggml_type)
+            size += writer.ggml_pad(tensor.nbytes, writer.data_alignment)
+        _write(writer, path)
+        with path.open("rb+") as file:
+            file.truncate(writer.ggml_pad(path.stat().st_size, writer.data_alignment) + size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +94,13 @@ class OutgoingTensor:
 
 
 def add_metadata(writer: GGUFWriter, metadata: Metadata) -> None:
-    """Add keys and values: int as uint32, float as float32, lists by the type of their elements."""
+    """Add keys and values: int as uint32, float as float32, lists by the type of their elements.
+
+    Raises:
+        InputError: a number that this type cannot hold.
+    """
     for key, value in metadata.items():
+        _check_range(key, value)
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
@@ -78,6 +111,21 @@ def add_metadata(writer: GGUFWriter, metadata: Metadata) -> None:
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
+
+
+def _check_range(key: str, value: MetadataValue) -> None:
+    in_list = isinstance(value, list)
+    for one in value if isinstance(value, list) else [value]:
+        fits = True
+        if isinstance(one, int):
+            fits = -(2**31) <= one < 2**31 if in_list else 0 <= one < 2**32
+        elif isinstance(one, float):
+            fits = abs(one) < _MAX_FLOAT32  # no NaN either
+        if not fits:
+            raise InputError(
+                f"config.json: {key} would be {one!r}, expected a number that GGUF's type for it can hold; use the "
+                "configuration published with the model"
+            )
 
 
 def write_gguf(

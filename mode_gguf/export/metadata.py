@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
-import yaml  # what gguf reads model cards with
 from gguf import GGUFValueType, GGUFWriter, LlamaFileType
 
 from mode_gguf.architectures import Metadata
 from mode_gguf.architectures.base_gguf import copied_keys
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix_file import read_imatrix_header
+from mode_gguf.export.model_card import read_model_card
 from mode_gguf.gguf.header import GgufHeader
 from mode_gguf.quantization.types import QuantType, type_of_most_weights
 
@@ -72,16 +71,7 @@ def add_general_keys(writer: GGUFWriter, checkpoint: Checkpoint, tensors: Sequen
     Raises:
         InputError: the model card's front matter or generation_config.json cannot be read.
     """
-    try:
-        about = gguf.Metadata.load(model_path=checkpoint.path)
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{checkpoint.path}: README.md or generation_config.json cannot be read ({error}); correct or remove it"
-        ) from error
-    if checkpoint.repository:  # the folder's name, which gguf reads, is a hash
-        full_name, _, *parts = gguf.Metadata.get_model_id_components(checkpoint.repository)
-        about.name = gguf.Metadata.id_to_title(full_name)
-        about.basename, about.finetune, about.version, about.size_label = parts
+    about = read_model_card(checkpoint)
     about.quantized_by = QUANTIZED_BY
     about.size_label = about.size_label or size_label(tensors)
     about.base_models = [_base_model(checkpoint)]

@@ -13,7 +13,7 @@ from mode_gguf.architectures import find_family, mtp_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import UsageError
-from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, write_gguf
+from mode_gguf.export.gguf_writer import FileOutline, OutgoingTensor, add_metadata, write_gguf
 from mode_gguf.export.metadata import add_general_keys, file_type
 from mode_gguf.export.text_model import tensor_chunks
 from mode_gguf.export.tokenizer import add_tokenizer_keys
@@ -44,6 +44,16 @@ def write_mtp(
         InputError: the checkpoint has no such block or cannot be converted, or a weight is not finite.
         MissingResourceError: not enough disk space.
     """
+    outline, tensors = mtp_outline(checkpoint, quant_type), mtp_tensors(checkpoint)
+    outgoing = []
+    for tensor, (name, shape, stored) in zip(tensors, outline.tensors, strict=True):
+        chunks = partial(tensor_chunks, checkpoint, tensor, stored, threads, DEFAULT_PACKING)
+        outgoing.append(OutgoingTensor(name, shape, stored, chunks, n_chunks(tensor)))
+    write_gguf(path, outline.architecture, outline.add_keys, outgoing, description="packing", progress=progress)
+
+
+def mtp_outline(checkpoint: Checkpoint, quant_type: str = "Q8_0") -> FileOutline:
+    """The file for multi-token prediction without its weights; arguments and errors are those of `write_mtp`."""
     if quant_type.upper() not in MTP_TYPES:
         raise UsageError(f"unknown type {quant_type!r} for multi-token prediction: choose from {', '.join(MTP_TYPES)}")
     file_quant_type = QUANT_TYPES[quant_type.upper()]
@@ -58,12 +68,8 @@ def write_mtp(
         special = family.tokenizer.special_tokens
         add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, special)
 
-    outgoing = []
-    for tensor in tensors:
-        stored = _stored_type(tensor, file_quant_type)
-        chunks = partial(tensor_chunks, checkpoint, tensor, stored, threads, DEFAULT_PACKING)
-        outgoing.append(OutgoingTensor(tensor.name, tensor.shape, stored, chunks, n_chunks(tensor)))
-    write_gguf(path, family.gguf_arch, add_keys, outgoing, description="packing", progress=progress)
+    stored = [(tensor.name, tensor.shape, _stored_type(tensor, file_quant_type)) for tensor in tensors]
+    return FileOutline(family.gguf_arch, add_keys, stored)
 
 
 def _stored_type(tensor: SourceTensor, file_quant_type: QuantType) -> QuantType:

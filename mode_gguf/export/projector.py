@@ -12,7 +12,7 @@ from mode_gguf.architectures import find_family, projector_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError, UsageError
-from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, finite, write_gguf
+from mode_gguf.export.gguf_writer import FileOutline, OutgoingTensor, add_metadata, finite, write_gguf
 from mode_gguf.export.metadata import add_base_keys, add_general_keys, file_type
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
@@ -35,6 +35,23 @@ def write_projector(
         InputError: the checkpoint cannot be converted, or a weight is not finite or overflows F16.
         MissingResourceError: not enough disk space.
     """
+    outline, tensors = projector_outline(checkpoint, quant_type), projector_tensors(checkpoint)
+    outgoing = [
+        OutgoingTensor(name, shape, stored, partial(_packed, checkpoint, tensor, stored))
+        for tensor, (name, shape, stored) in zip(tensors, outline.tensors, strict=True)
+    ]
+    write_gguf(
+        path, outline.architecture, outline.add_keys, outgoing, description="writing projector", progress=progress
+    )
+
+
+def projector_outline(checkpoint: Checkpoint, quant_type: str = "F16") -> FileOutline:
+    """The projector's file without its weights.
+
+    Raises:
+        UsageError: another type than `PROJECTOR_TYPES` has.
+        InputError: the checkpoint cannot be converted.
+    """
     if quant_type.upper() not in PROJECTOR_TYPES:
         raise UsageError(f"unknown projector type {quant_type!r}: choose from {', '.join(PROJECTOR_TYPES)}")
     file_quant_type = QUANT_TYPES[quant_type.upper()]
@@ -51,8 +68,8 @@ def write_projector(
         add_metadata(writer, {Keys.Clip.HAS_VISION_ENCODER: True, Keys.Clip.PROJECTOR_TYPE: family.projector_type})
         add_metadata(writer, family.projector_metadata(checkpoint))
 
-    outgoing = [_outgoing(checkpoint, tensor, _stored_type(tensor, file_quant_type)) for tensor in tensors]
-    write_gguf(path, ARCHITECTURE, add_keys, outgoing, description="writing projector", progress=progress)
+    stored = [(tensor.name, tensor.shape, _stored_type(tensor, file_quant_type)) for tensor in tensors]
+    return FileOutline(ARCHITECTURE, add_keys, stored)
 
 
 def projector_bytes(checkpoint: Checkpoint, quant_type: str = "F16") -> int:
@@ -71,10 +88,6 @@ def _stored_type(tensor: SourceTensor, file_quant_type: QuantType) -> QuantType:
     if len(tensor.shape) > 2:  # a convolution: ggml takes F16 or F32 kernels only
         return QUANT_TYPES["F16" if file_quant_type.name == "F16" else "F32"]
     return file_quant_type if file_quant_type.fits(tensor.row_width) else QUANT_TYPES["F16"]
-
-
-def _outgoing(checkpoint: Checkpoint, tensor: SourceTensor, quant_type: QuantType) -> OutgoingTensor:
-    return OutgoingTensor(tensor.name, tensor.shape, quant_type, partial(_packed, checkpoint, tensor, quant_type))
 
 
 def _packed(checkpoint: Checkpoint, tensor: SourceTensor, quant_type: QuantType) -> Iterator[np.ndarray]:

@@ -14,7 +14,7 @@ from mode_gguf.architectures import Metadata, find_family, ignored_tensors, text
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
-from mode_gguf.export.gguf_writer import OutgoingTensor, add_metadata, finite, header_bytes, write_gguf
+from mode_gguf.export.gguf_writer import FileOutline, OutgoingTensor, add_metadata, finite, header_bytes, write_gguf
 from mode_gguf.export.metadata import add_base_keys, add_general_keys, file_type, main_expert_type
 from mode_gguf.export.tokenizer import add_tokenizer_keys
 from mode_gguf.gguf.shards import assign_to_shards, shard_paths
@@ -136,6 +136,22 @@ def _stored_layout(
     """The tensors of the file, and their types by name."""
     layout = stored_tensors(tensors, experts)
     return layout, expert_groups.stored_types(checked_types(tensors, types), experts)
+
+
+def text_outline(checkpoint: Checkpoint) -> FileOutline:
+    """The text model's file without its weights, in BF16 where it is packed.
+
+    Raises:
+        InputError: the checkpoint cannot be used.
+    """
+    tensors = text_tensors(checkpoint)
+    kept = (Role.KEEP, Role.INDEX)
+    types = {tensor.name: QUANT_TYPES["F32" if tensor.role in kept else "BF16"] for tensor in tensors}
+    return FileOutline(
+        find_family(checkpoint).gguf_arch,
+        partial(_add_keys, checkpoint, tensors, stored_tensors(tensors, {}), types, {}),
+        [(tensor.name, tensor.shape, types[tensor.name]) for tensor in tensors],
+    )
 
 
 def metadata_bytes(checkpoint: Checkpoint, groups: int = 1) -> int:

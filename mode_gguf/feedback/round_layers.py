@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mode_gguf.architectures.tensors import Role, SourceTensor
+from mode_gguf.architectures.tensors import Array, Role, SourceTensor
 from mode_gguf.feedback.rounded_tensors import OUTSIDE_LAYERS, RoundedTensors, is_rounded, layer_part, part_of
 from mode_gguf.feedback.second_moments import DAMPING, DOWN_DAMPING, MIN_TOKENS, Moments, feedback_of, with_shared
 from mode_gguf.forward.hooks import ExpertsCall, SampleTrace
@@ -128,8 +128,9 @@ class _LayerRounder:
             for tensor in self._tensors[part]:
                 if tensor.role is not Role.EXPERT:
                     feedback = _feedback(self._moments.pop(tensor.name))
-                    nearest[tensor.name] = int(feedback is None)
-                    packed[tensor.name] = self._pack(tensor, 0, feedback)[None]
+                    matrix = read_matrix(tensor, 0)
+                    nearest[tensor.name] = _is_nearest(matrix, feedback)
+                    packed[tensor.name] = self._pack(matrix, tensor, 0, feedback)[None]
             if experts:
                 self._round_experts(self._streamed.experts_module(layer), experts, packed, nearest)
             self._rounded.write(part, packed, nearest)
@@ -183,16 +184,17 @@ class _LayerRounder:
             at_hidden, at_input = _feedback(after, damping=DOWN_DAMPING), _feedback(before, shared)
             for tensor, position in matrices:
                 chosen = at_hidden if tensor.projection == "down" else at_input
-                nearest[tensor.name] = nearest.get(tensor.name, 0) + int(chosen is None)
-                matrix = self._pack(tensor, position, chosen)
+                original = read_matrix(tensor, position)
+                nearest[tensor.name] = nearest.get(tensor.name, 0) + _is_nearest(original, chosen)
+                matrix = self._pack(original, tensor, position, chosen)
                 if tensor.name not in packed:
                     packed[tensor.name] = np.empty((tensor.n_experts, *matrix.shape), np.uint8)
                 packed[tensor.name][position] = matrix
 
-    def _pack(self, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
+    def _pack(self, matrix: Array, tensor: SourceTensor, index: int, feedback: Feedback | None) -> np.ndarray:
         importance = self._stored.rows_of(tensor.name, self._settings.importance)
         return pack_by_rows(
-            read_matrix(tensor, index),
+            matrix,
             self._types[tensor.name],
             None if importance is None else importance[index],
             name=matrix_name(tensor, index),
@@ -202,9 +204,14 @@ class _LayerRounder:
         )
 
 
+def _is_nearest(matrix: Array, feedback: Feedback | None) -> int:
+    """1 for a matrix that is rounded for want of tokens; 0 with feedback, and for zeros, which need no rounding."""
+    return int(feedback is None and bool(matrix.any()))
+
+
 def _feedback(moments: Moments, shared: Moments | None = None, damping: float = DAMPING) -> Feedback | None:
-    """Feedback of a matrix's moments; None where there were too few tokens."""
-    if moments.effective_tokens < MIN_TOKENS:
+    """Feedback of a matrix's moments; None where there were too few tokens, or their inputs were zeros."""
+    if moments.effective_tokens < MIN_TOKENS or not moments.is_informative:
         return None
     sums = moments.sums if shared is None else with_shared(moments.sums, shared.sums)
     return feedback_of(sums, damping)

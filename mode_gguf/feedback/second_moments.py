@@ -53,6 +53,11 @@ class Moments:
         """Kish's effective sample size, (sum w)^2 / sum w^2."""
         return self._weight**2 / self._weight2 if self._weight2 > 0 else 0.0
 
+    @property
+    def is_informative(self) -> bool:
+        """Whether the moments say anything: inputs behind all-zero weights are zero, whatever the token."""
+        return float(self.sums.diagonal().mean()) >= torch.finfo(torch.float32).tiny
+
 
 def with_shared(own: Tensor, shared: Tensor) -> Tensor:
     """An expert's moments, regularised by those of its layer where its tokens are few.

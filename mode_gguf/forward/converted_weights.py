@@ -63,6 +63,19 @@ class ConvertedWeights:
         """Parameters that are one unchanged checkpoint tensor, by its name."""
         return {parts[0][0]: name for name, parts in self.sources.items() if len(parts) == 1 and parts[0][1] is None}
 
+    def untie_other_head(self) -> None:
+        """Give the output head a parameter of its own where another one than the embedding is stored, as transformers
+        does when it loads a model whose configuration ties them."""
+        model: Any = self.model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is None or head.weight is not embedding.weight:
+            return
+        names = {module: f"{name}.weight" for name, module in model.named_modules() if module in (head, embedding)}
+        if names[head] in self and not torch.equal(self.read(names[head]), self.read(names[embedding])):
+            head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False
+
     def read(self, name: str) -> torch.Tensor:
         """A parameter on the CPU in the checkpoint's type.
 

@@ -1,5 +1,7 @@
 """transformers' configuration of a checkpoint, whatever layout its own is in."""
 
+from copy import deepcopy
+
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from mode_gguf.architectures import ModelFamily
@@ -18,5 +20,8 @@ def model_config(checkpoint: Checkpoint, family: ModelFamily) -> PreTrainedConfi
     model_type = Hparams(checkpoint, file, settings).read(str, "model_type")
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"{file}: transformers has no model_type {model_type!r}")
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(settings))
+    # A copy: transformers changes what it is given, down to the objects within.
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(settings)))
+    if checkpoint.base is None:
+        config.tie_word_embeddings = family.layout.ties_head(checkpoint)
     return config

@@ -261,7 +261,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     chosen = choose_device(device)
     dtype = dtype or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
     config = model_config(checkpoint, family)
-    model = _empty_model(checkpoint, config, dtype)
+    model = empty_model(checkpoint, config, dtype)
     model.eval()
     # Rotary frequencies and the like are computed, not stored: give them memory, then let the model's own
     # initialisation fill them, as from_pretrained does. Parameters are on the meta device, where it costs nothing.
@@ -279,6 +279,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
         linears = _linears(model, family, tensors)
     else:
         converted = ConvertedWeights.of(checkpoint, model)
+        converted.untie_other_head()
         text_model = _find_text_model(checkpoint, model, tensors)
         model.set_attn_implementation({"text_config": ATTENTION} if "text_config" in config.sub_configs else ATTENTION)
         stored = converted.stored_alone()
@@ -304,7 +305,7 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
 _HINT = "give llama-imatrix's file of this model with --calibration-from"
 
 
-def _empty_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Any:
+def empty_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The model on the meta device; text-only ones of a base GGUF included.
 
     Raises:

@@ -1,32 +1,58 @@
 """A checkpoint's tokenizer in transformers, without any code that is published with it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 
 from mode_gguf.architectures import ModelFamily
+from mode_gguf.chat_templates.sources import chat_templates
 from mode_gguf.checkpoint import tiktoken_model
 from mode_gguf.checkpoint.folder import Checkpoint, read_json
+from mode_gguf.errors import foreign_errors
 from mode_gguf.forward.model_config import model_config
 
 
 def open_tokenizer(checkpoint: Checkpoint, family: ModelFamily) -> Any:
-    """The tokenizer of `checkpoint`.
+    """The tokenizer of `checkpoint`, with the chat template that the GGUF file has, too (`chat_templates`).
+
+    `own_chat_template` is the one that transformers has read for it.
 
     Raises:
-        OSError, ValueError, ImportError: transformers cannot read it.
-        InputError: as above, of a `tiktoken.model`.
+        InputError: it cannot be read.
     """
     folder = checkpoint.path
+    templates = chat_templates(folder)
+    with foreign_errors(f"{folder}: the tokenizer cannot be read", "use the one published with these weights"):
+        tokenizer = _opened(checkpoint, family)
+    tokenizer.own_chat_template = tokenizer.chat_template
+    tokenizer.chat_template = templates.default
+    return tokenizer
+
+
+def _opened(checkpoint: Checkpoint, family: ModelFamily) -> Any:
+    folder = checkpoint.path
     if not tiktoken_model.has_tiktoken_model(folder):
-        return AutoTokenizer.from_pretrained(folder, config=model_config(checkpoint, family), trust_remote_code=False)
-    config, template = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
-    named = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(key)}
+        config = model_config(checkpoint, family)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    settings = read_json(folder / "tokenizer_config.json")
+    named = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(tiktoken_model.tokenizer_json(folder))),
-        chat_template=template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template"),
         clean_up_tokenization_spaces=False,
         **{key: token["content"] if isinstance(token, dict) else token for key, token in named.items()},
     )
+
+
+def processor_chat_template(folder: Path) -> str | None:
+    """The chat template that a processor of transformers would take from a checkpoint's folder; None for none."""
+    config = folder / "processor_config.json"
+    if config.exists() and "audio_tokenizer" in read_json(config):
+        return None  # reading it would load another model
+    with foreign_errors(f"{folder}: the processor's configuration cannot be read"):
+        settings, _ = ProcessorMixin.get_processor_dict(folder)
+    template = settings.get("chat_template")
+    template = template.get("default") if isinstance(template, dict) else template
+    return template if isinstance(template, str) else None

@@ -37,14 +37,19 @@ def hub_model(model: str | Path) -> HubModel | None:
     return HubModel(match["repository"], match["revision"])
 
 
+def is_repository(text: str) -> bool:
+    """Whether `text` is `OWNER/NAME`."""
+    match = _MODEL.fullmatch(text)
+    return match is not None and match["revision"] is None
+
+
 def repository_name(text: str) -> str:
     """`text` as the name of a repository to publish to.
 
     Raises:
         UsageError: it is none.
     """
-    match = _MODEL.fullmatch(text)
-    if match is None or match["revision"]:
+    if not is_repository(text):
         raise UsageError(f"{text}: no name of a repository on the hub; give OWNER/NAME")
     return text
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.errors import InputError
 from mode_gguf.hub.local_paths import without_local_paths
-from mode_gguf.hub.names import quant_tag
+from mode_gguf.hub.names import is_repository, quant_tag
+from mode_gguf.hub.own_files import opened_own
 from mode_gguf.progress import Progress
 from mode_gguf.validation.report import ValidationReport
 
@@ -79,24 +80,23 @@ class ModelRelease:
     @property
     def base_model(self) -> str | None:
         """`owner/name` of the checkpoint on the hub, where anything says so."""
-        found = re.fullmatch(
-            r"https://huggingface\.co/([^/]+/[^/]+)", str(self.model["metadata"].get("general.base_model.0.repo_url"))
-        )
-        return self.plan.made_from.repository or (found[1] if found else None)
+        url = str(self.model["metadata"].get("general.base_model.0.repo_url"))
+        named = (self.plan.made_from.repository, url.removeprefix("https://huggingface.co/"))
+        return next((name for name in named if name and is_repository(name)), None)
 
 
 def sha256_of(paths: Sequence[Path], progress: Progress) -> list[str]:
     """Digests of whole files.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: a file cannot be read, or is a link.
     """
     digests = []
     try:
         with progress.step("hashing", sum(path.stat().st_size for path in paths), "bytes") as advance:
             for path in paths:
                 digest = hashlib.sha256()
-                with path.open("rb") as file:
+                with opened_own(path) as file:
                     while chunk := file.read(_CHUNK):
                         digest.update(chunk)
                         advance(len(chunk))
@@ -120,7 +120,7 @@ def commands_of(log_file: Path, plan: Plan) -> tuple[str, ...]:
     last: dict[str, list[str]] = {}
     for message in messages[: exported[-1]] if exported else ():
         match = _COMMAND.fullmatch(message)
-        words = shlex.split(match["line"]) if match else []
+        words = _words(match["line"]) if match else []
         if len(words) > 1 and words[1] in _STAGES:
             last.pop(words[1], None)
             last[words[1]] = words
@@ -131,8 +131,17 @@ def commands_of(log_file: Path, plan: Plan) -> tuple[str, ...]:
     return tuple(shlex.join(["mode-gguf", *(_public(word, plan) for word in words[1:])]) for words in last.values())
 
 
+def _words(line: str) -> list[str]:
+    """The words of a command; none where the line is a part of one."""
+    try:
+        return shlex.split(line)
+    except ValueError:
+        return []
+
+
 def _public(word: str, plan: Plan) -> str:
     source = plan.made_from
     if source.repository and source.revision and word.rstrip("/").endswith(f"/snapshots/{source.revision}"):
         return f"{source.repository}@{source.revision}"
-    return Path(word).name if word.startswith("/") else without_local_paths(word)
+    name = without_local_paths(word) if not word.startswith("/") else Path(word).name
+    return f"./{name}" if name.startswith("-") and not word.startswith("-") else name

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mode_gguf.errors import UsageError, ValidationError
+from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.hub.client import hub_api, progress_bars_disabled
 from mode_gguf.hub.error_messages import hub_errors
 from mode_gguf.hub.names import is_model_file, quant_tag
@@ -54,6 +54,7 @@ def upload_files(
 
     Raises:
         UsageError: the repository is there and is not `private`, or is and should not be.
+        InputError: a file is not what was looked at before.
         InputError, MissingResourceError: see `hub.error_messages.hub_errors`.
         ValidationError: the hub has something else than what was sent.
     """
@@ -65,11 +66,14 @@ def upload_files(
         existing = _repository(api, repository, private)
         _warn_of_others(repository, existing, uploads)
         operations = [
-            CommitOperationAdd(one.name, str(one.content) if isinstance(one.content, Path) else one.content)
+            CommitOperationAdd(one.name, _place(one.content) if isinstance(one.content, Path) else one.content)
             for one in uploads
         ]
         pairs = zip(uploads, operations, strict=True)
         large = [(one, operation) for one, operation in pairs if isinstance(one.content, Path)]
+        for one, operation in large:
+            if operation.upload_info.sha256.hex() != one.sha256:
+                raise InputError(f"{one.content}: was changed while it was being published; run the command again")
         with _upload_progress(progress, sum(one.size_bytes for one, _ in large)) as advance:
             for one, operation in large:
                 api.preupload_lfs_files(repository, [operation])
@@ -77,6 +81,11 @@ def upload_files(
         done = api.create_commit(repository, operations, commit_message=_MESSAGE)
         _check_arrived(api, repository, done.oid, uploads)
         return HubCommit(f"{api.endpoint}/{repository}", done.oid, bool(existing.private))
+
+
+def _place(path: Path) -> str:
+    """The path as the client takes it for what it is: it reads `~` and `..` in its own way."""
+    return str(path.parent.resolve() / path.name)
 
 
 @contextmanager

@@ -94,8 +94,13 @@ def matrix_changes(
         assert quant_type is not None
         if last is None or last[0] != quant_type:  # neighbouring candidates may share a fallback type
             last = quant_type, change_of_weights(tensor, 0, quant_type, importance, settings.request.packing, device)
-        errors[0, t] = _sum_of_squares(last[1]) / squares
+        errors[0, t] = _relative(_sum_of_squares(last[1]), squares)
         yield t, last[1]
+
+
+def _relative(error: float, squares: float) -> float:
+    """Squared errors in parts of a matrix's squares; a matrix of zeros, which is stored as zeros, loses nothing."""
+    return error / squares if squares > 0 else 0.0
 
 
 def _sum_of_squares(matrix: Tensor) -> float:
@@ -132,10 +137,9 @@ def expert_changes(
         hidden = module._apply_gate(before)
         rows = {name: rows_of(name, len(gate_up)) for name in projections if name != "down"}
         original = {name: gate_up[rows[name]] if name in rows else down for name in projections}
+        squares = {name: float(weights.square().sum()) for name, weights in original.items()}
         for type_index, change in enumerate(by_type):
-            error = {
-                name: float(value.square().sum() / original[name].square().sum()) for name, value in change.items()
-            }
+            error = {name: _relative(float(value.square().sum()), squares[name]) for name, value in change.items()}
             outputs: dict[QuantizedPart, Tensor] = {}
             after = before.clone()
             for name in (name for name in rows if name in change):

@@ -1,14 +1,9 @@
 """A model's own chat template, rendered from the Jinja source that its GGUF file stores."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from mode_gguf.chat_templates.rendering import TemplateError, render
 from mode_gguf.errors import InputError
 
 
@@ -28,7 +23,7 @@ class ChatTemplate:
         tokens around it, so the template must not. Thinking is switched off where a template knows the switch.
 
         Raises:
-            InputError: the template is broken, or drops the question.
+            InputError: the template is broken, takes too long or too much memory, or drops the question.
         """
         asked = f"{image_marker or ''}{text}"
         return self._render([("user", asked)], generate=True)
@@ -39,45 +34,28 @@ class ChatTemplate:
         return self._render([("user", "?"), ("assistant", mark)], generate=False).rpartition(mark)[2].lstrip()
 
     def _render(self, turns: list[tuple[str, str]], *, generate: bool) -> str:
-        failure: Exception | None = None
+        failure: TemplateError | None = None
         for in_parts in (False, True):  # some templates want a string, some a list of parts
             messages: list[dict[str, Any]] = [
                 {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
                 for role, text in turns
             ]
+            variables = {
+                "messages": messages,
+                "add_generation_prompt": generate,
+                "enable_thinking": False,
+                "tools": None,
+                "bos_token": self.bos,
+                "eos_token": self.eos,
+            }
             try:
-                rendered = (
-                    self._environment()
-                    .from_string(self.source)
-                    .render(
-                        messages=messages,
-                        add_generation_prompt=generate,
-                        enable_thinking=False,
-                        tools=None,
-                        bos_token=self.bos,
-                        eos_token=self.eos,
-                    )
-                )
-            except (TemplateError, TypeError) as error:
+                rendered = render(self.source, variables)
+            except TemplateError as error:
                 failure = error
+                if error.over_limit:
+                    break
                 continue
             if all(text.strip() in rendered for _, text in turns):
                 return rendered
         reason = failure or "its output does not hold the messages"
         raise InputError(f"{self.origin}: the stored chat template cannot be used: {reason}")
-
-    @staticmethod
-    def _environment() -> ImmutableSandboxedEnvironment:
-        """Jinja as tokenizers configure it, in a sandbox: the template came with the file."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        functions: dict[str, Callable[..., Any]] = {"raise_exception": _raise, "strftime_now": _now}
-        environment.globals.update(functions)
-        return environment
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _now(layout: str) -> str:
-    return datetime.now().strftime(layout)

@@ -7,21 +7,19 @@ How many are listed is a matter of time, see `ServerModel`; the full vocabulary 
 
 import base64
 import io
-import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 
-from mode_gguf.errors import InputError, MissingResourceError, ValidationError
+from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp.chat_template import ChatTemplate
 from mode_gguf.llama_cpp.in_process import open_image
 from mode_gguf.llama_cpp.model_protocol import ImageInput, Logits
+from mode_gguf.llama_cpp.server_answers import Answer, Generated, Listed, Models, Props, Row, Text, Tokens
+from mode_gguf.llama_cpp.server_client import AnswerLimits, ServerClient
 
 Array: TypeAlias = np.ndarray
 
@@ -29,13 +27,24 @@ TOP: Final = 4096
 """Tokens listed per position: about 400 KB of JSON."""
 ENTRIES_PER_REQUEST: Final = 1 << 20
 """Positions times listed tokens; an answer about a picture is never cut."""
-TIMEOUT_SECONDS: Final = 900
+ABOUT: Final = AnswerLimits(15, 1 << 24)
+"""What a server says of itself, chat template included."""
+WORDS: Final = AnswerLimits(15, 1 << 16)
+"""Token numbers or text, besides what was sent."""
+COMPLETION: Final = AnswerLimits(900, 1 << 24)
+"""Besides what is listed."""
+_BYTES_PER_ENTRY: Final = 256
+"""Of a listed token in JSON, on average: its number, text, bytes and log-probability take about 100."""
+_BYTES_PER_TOKEN: Final = 2048
+"""Of the text of one token."""
+_ADDED: Final = 16
+"""More tokens than a text has bytes: what a vocabulary puts around it."""
 _REPLACEMENT: Final = "\ufffd"
 """Unicode replacement character, which a server writes for bytes that are no character."""
 _UNDERFLOW: Final = -104.0
 """The server takes logarithms of probabilities in float32, and says -3e38 where they are zero there."""
-API_KEY: Final = "LLAMA_API_KEY"
-"""The environment variable that llama-server reads its key from, too."""
+
+AnswerT = TypeVar("AnswerT", bound=Answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +66,19 @@ class ServerModel:
     Raises:
         MissingResourceError: no server answers.
         InputError: it is another program, or too old to say what it has loaded.
+        UsageError: the address is none.
     """
 
     def __init__(self, server: ServerUrl, top: int = TOP) -> None:
-        self._url = server.url.rstrip("/")
-        self._props = self._get("/props")
-        try:
-            meta = self._get("/v1/models")["data"][0]["meta"]
-            self.n_vocab = int(meta["n_vocab"])
-            self.size_bytes, self.n_weights = int(meta["size"]), int(meta["n_params"])
-            self.alias, self.build = str(self._props["model_alias"]), str(self._props["build_info"])
-            self._template = str(self._props["chat_template"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"{self._url}: is no llama-server of 2026 ({error!r} in what it says of itself)") from None
+        self._client = ServerClient(server.url)
+        self._url = self._client.url
+        self._props = self._client.ask("/props", Props, ABOUT)
+        meta = self._client.ask("/v1/models", Models, ABOUT).first.meta
+        self.n_vocab, self.size_bytes, self.n_weights = meta.n_vocab, meta.size, meta.n_params
+        self.alias, self.build = self._props.model_alias, self._props.build_info
         self.listed = min(top or self.n_vocab, self.n_vocab)
         self._takes: dict[int, bool] = {}
-        self._ends = set(self.tokenize(str(self._props.get("eos_token", "")))[:1])
+        self._ends = set(self.tokenize(self._props.eos_token)[:1])
 
     @property
     def name(self) -> str:
@@ -86,11 +92,11 @@ class ServerModel:
     @property
     def has_vision(self) -> bool:
         """Whether the server has a projector loaded."""
-        return bool(self._props.get("modalities", {}).get("vision"))
+        return self._props.modalities.vision
 
     def identity(self) -> list[Any]:
         """Identity of the model: its file, size and number of weights, and the build that runs it."""
-        return [self._props.get("model_path"), self.size_bytes, self.n_weights, self.build]
+        return [self._props.model_path, self.size_bytes, self.n_weights, self.build]
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         return self._tokenized(text, False, special)
@@ -105,8 +111,18 @@ class ServerModel:
 
     @cached_property
     def beginning(self) -> list[int]:
-        plain, whole = self._tokenized("a", False, False), self._tokenized("a", True, False)
-        return whole[: whole.index(plain[0])]
+        plain, whole = self._harmless, self._tokenized("a", True, False)
+        if plain not in whole:
+            raise InputError(f"{self.name}: tokens of a text differ with and without what begins a sequence")
+        return whole[: whole.index(plain)]
+
+    @cached_property
+    def _harmless(self) -> int:
+        """A token that any grammar takes."""
+        tokens = self._tokenized("a", False, False)
+        if not tokens:
+            raise InputError(f"{self.name}: the server has no token for the letter a")
+        return tokens[0]
 
     @property
     def end_of_turn(self) -> list[int]:
@@ -115,17 +131,18 @@ class ServerModel:
     @property
     def chat_template(self) -> ChatTemplate:
         props = self._props
-        return ChatTemplate(self._template, props.get("bos_token", ""), props.get("eos_token", ""), self.name)
+        return ChatTemplate(props.chat_template, props.bos_token, props.eos_token, self.name)
 
     @property
     def image_marker(self) -> str:
-        return str(self._props.get("media_marker", "<__media__>"))
+        return self._props.media_marker
 
     def continuation_logits(self, tokens: Sequence[int]) -> Logits:
         """Log-probabilities of each of tokens[1:]; of tokens that are not listed, NaN.
 
         Raises:
-            ValidationError: the server fails at it.
+            InputError: the server refuses, or does not do what it is asked.
+            ValidationError: the model computes no numbers.
         """
         parts = []
         step = max(1, ENTRIES_PER_REQUEST // self.listed)
@@ -145,11 +162,11 @@ class ServerModel:
     def generate(self, prompt: str, image: ImageInput | None = None, *, max_tokens: int = 128) -> list[int]:
         """The greedy answer, the token that ends it included; raises as `continuation_logits` does."""
         request = {"n_predict": max_tokens, "return_tokens": True, "samplers": ["top_k"], "top_k": 1}
-        done = self._complete(self._prompt(prompt, image), request)
-        tokens = [int(token) for token in done.get("tokens", [])]
-        if not tokens:
-            raise ValidationError(f"{self.name}: the server answers without the tokens it was asked for")
-        if done.get("stop_type") == "eos":
+        done = self._complete(Generated, self._prompt(prompt, image), request)
+        tokens = self._known(done.tokens)
+        if not 0 < len(tokens) <= max_tokens:
+            raise InputError(f"{self.name}: {len(tokens)} tokens of an answer came, 1 to {max_tokens} were asked for")
+        if done.stop_type == "eos":
             self._ends.add(tokens[-1])
         return tokens
 
@@ -197,77 +214,60 @@ class ServerModel:
             self._takes[token] = bool(text) and _REPLACEMENT not in text and text[0] != "\0"
         return self._takes[token]
 
-    def _listed(self, prompt: Any, fed: list[int], count: int) -> list[dict[str, Any]]:
+    def _listed(self, prompt: Any, fed: list[int], count: int) -> list[Row]:
         """`count` rows after `prompt`, of which the first are about the tokens `fed`.
 
         Where none is fed, a harmless one is: of a token within a character the server would say nothing.
         """
-        allowed = " ".join(f"<[{token}]>" for token in fed or self.tokenize("a")[:1])
+        allowed = " ".join(f"<[{token}]>" for token in fed or [self._harmless])
         request = {"n_predict": count, "n_probs": self.listed, "temperature": 0, "grammar": f"root ::= {allowed}"}
-        rows: list[dict[str, Any]] = self._complete(prompt, request).get("completion_probabilities", [])
-        if len(rows) != count or [row["id"] for row in rows[: len(fed)]] != fed:
-            raise ValidationError(f"{self.name}: the server did not keep to a grammar of tokens; llama.cpp b11434 does")
+        rows = self._complete(Listed, prompt, request, count * self.listed).completion_probabilities
+        if len(rows) != count or [row.id for row in rows[: len(fed)]] != fed:
+            raise InputError(f"{self.name}: the server did not keep to a grammar of tokens; llama.cpp b11434 does")
         return rows
 
-    def _fill(self, target: Array, row: dict[str, Any]) -> None:
+    def _fill(self, target: Array, row: Row) -> None:
         """Write one position's log-probabilities to `target`, (vocabulary,)."""
-        listed = [*row["top_logprobs"], row]
-        values = np.asarray([entry["logprob"] for entry in listed], np.float32)
-        if not np.isfinite(values).all():
-            raise ValidationError(f"{self.name}: the server gives log-probabilities that are not finite numbers")
-        target[[entry["id"] for entry in listed]] = np.maximum(values, _UNDERFLOW)
+        listed = [*row.top_logprobs, row]
+        if any(entry.logprob is None for entry in listed):
+            raise ValidationError(f"{self.name}: the model computes log-probabilities that are no numbers")
+        values = np.asarray([entry.logprob for entry in listed], np.float64)
+        target[self._known([entry.id for entry in listed])] = np.maximum(values, _UNDERFLOW)
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        """`tokens`, all of which must be of the vocabulary."""
+        if tokens and max(tokens) >= self.n_vocab:
+            raise InputError(
+                f"{self.name}: the server speaks of token {max(tokens)}, its vocabulary has {self.n_vocab} tokens"
+            )
+        return tokens
 
     def _text(self, tokens: list[int]) -> str:
-        return str(self._post("/detokenize", {"tokens": tokens})["content"])
+        limits = _raised(WORDS, _BYTES_PER_TOKEN * len(tokens))
+        return self._client.ask("/detokenize", Text, limits, {"tokens": tokens}).content
 
     def _prompt(self, prompt: str, image: ImageInput | None) -> Any:
         """A prompt as the server takes it; it adds the token that every sequence begins with by itself."""
         if self.beginning:
-            prompt = prompt.removeprefix(str(self._props.get("bos_token", "")))
+            prompt = prompt.removeprefix(self._props.bos_token)
         if image is None:
             return prompt
         buffer = io.BytesIO()
         open_image(image).save(buffer, "PNG")
         return {"prompt_string": prompt, "multimodal_data": [base64.b64encode(buffer.getvalue()).decode()]}
 
-    def _complete(self, prompt: Any, request: dict[str, Any]) -> dict[str, Any]:
-        return self._post("/completion", {"prompt": prompt, "cache_prompt": False, **request})
+    def _complete(self, form: type[AnswerT], prompt: Any, request: dict[str, Any], n_entries: int = 0) -> AnswerT:
+        limits = _raised(COMPLETION, _BYTES_PER_ENTRY * n_entries)
+        return self._client.ask("/completion", form, limits, {"prompt": prompt, "cache_prompt": False, **request})
 
     def _tokenized(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         request = {"content": text, "add_special": add_special, "parse_special": parse_special}
-        return [int(token) for token in self._post("/tokenize", request)["tokens"]]
-
-    def _get(self, path: str) -> dict[str, Any]:
-        return self._ask(urllib.request.Request(self._url + path))
-
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        data = json.dumps(body).encode()
-        return self._ask(urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"}))
-
-    def _ask(self, request: urllib.request.Request) -> dict[str, Any]:
-        key = os.environ.get(API_KEY)
-        if key:
-            request.add_header("Authorization", f"Bearer {key}")
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                answer = json.load(response)
-        except urllib.error.HTTPError as error:
-            with error:
-                body = error.read(2000).decode("utf-8", "replace")
-            raise ValidationError(f"{request.full_url}: the server says {error.code}: {_message(body)}") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise MissingResourceError(
-                f"{request.full_url}: no llama-server answers there ({reason}); start one with: mode-gguf run MODEL "
-                "--mmproj FILE"
-            ) from None
-        if not isinstance(answer, dict):
-            raise InputError(f"{request.full_url}: a JSON object was expected, {type(answer).__name__} found")
-        return answer
+        most = len(text.encode(errors="replace")) + _ADDED
+        tokens = self._client.ask("/tokenize", Tokens, _raised(WORDS, 16 * most), request).tokens
+        if len(tokens) > most or (text and not tokens):
+            raise InputError(f"{self.name}: {len(tokens)} tokens came for a text of {len(text)} characters")
+        return self._known(tokens)
 
 
-def _message(body: str) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.strip()[:200]
+def _raised(limits: AnswerLimits, n_bytes: int) -> AnswerLimits:
+    return replace(limits, n_bytes=limits.n_bytes + n_bytes)

@@ -152,8 +152,12 @@ class LlamaModel:
         source = self._lib.llama_model_chat_template(self._model, None)
         if source is None:
             raise InputError(f"{self.text_gguf}: no chat template is stored, so questions cannot be asked")
+        try:
+            text: str = source.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.text_gguf}: the stored chat template is not UTF-8 ({error})") from error
         return ChatTemplate(
-            source=source.decode(),
+            source=text,
             bos=self._token_text(self._lib.llama_vocab_bos(self._vocab)),
             eos=self._token_text(self._lib.llama_vocab_eos(self._vocab)),
             origin=str(self.text_gguf),

@@ -10,13 +10,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
-from urllib.error import URLError
-from urllib.request import ProxyHandler, build_opener
 
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
 from mode_gguf.gguf.header import read_header
@@ -24,7 +22,9 @@ from mode_gguf.gpu_memory.fit_settings import FitSettings
 from mode_gguf.llama_cpp.c_api import library_version
 from mode_gguf.llama_cpp.command_line import command_line
 from mode_gguf.llama_cpp.engines import has_expert_groups
+from mode_gguf.llama_cpp.server_client import is_healthy
 from mode_gguf.options import ServingOptions
+from mode_gguf.plain_text import shell_line
 from mode_gguf.vocabulary import KvType
 
 DEFAULT_CONTEXT: Final = 16384
@@ -130,7 +130,7 @@ def server_command(serving: ServerSettings, extra: Sequence[str], llama_cpp: Pat
             raise
         if extra:
             raise UsageError(
-                f"{' '.join(extra)} goes to llama-server, and none was found: name the folder of your llama.cpp with "
+                f"{shell_line(extra)} goes to llama-server, and none was found: name the folder of your llama.cpp with "
                 "--llama-cpp, or leave it out"
             ) from None
         settings = json.dumps(asdict(serving), default=str)
@@ -185,11 +185,9 @@ class ServerProcess:
 
     def wait_until_ready(self) -> None:
         """Return when /health is ok; raises as `running_server` does."""
-        opener = build_opener(ProxyHandler({}))
         while self.process.poll() is None:
-            with suppress(URLError, OSError), opener.open(f"{self._serving.url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
+            if is_healthy(self._serving.url):
+                return
             time.sleep(_POLL_SECONDS)
         raise self._ended()
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import projector_tensors
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.estimate.free_resources import memory_warning, shortages
 from mode_gguf.pipeline.estimating import ConversionEstimate, estimate
 from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.followed_plan import followed_plan
+from mode_gguf.pipeline.preflight import check_before_measuring
 from mode_gguf.pipeline.reporting import draw_converted
 from mode_gguf.pipeline.run import Run, Stage
 from mode_gguf.pipeline.settings import (
@@ -28,6 +29,7 @@ from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
 from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
 from mode_gguf.pipeline.stages.validate import Validate
 from mode_gguf.recipe import Recipe
+from mode_gguf.validation.questions import load_held_out
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +69,13 @@ class Conversion:
         """Check that the model is supported, options go together and the budget can be met.
 
         Raises:
-            InputError: the checkpoint cannot be converted.
+            InputError: the checkpoint cannot be converted, or the held-out set not be read.
             UsageError: options that do not go together.
             InfeasibleBudgetError: the budget is out of reach.
         """
+        validation = recipe.validation
+        if validation.validate and validation.samples:  # what cannot be validated on should stop the run now
+            load_held_out(validation.samples, outside=validation.allow_outside_samples)
         recipe = resolved(run.checkpoint, recipe)
         types = candidates_of(recipe, run.folder)
         settings = PlanSettings.of(recipe, types)
@@ -104,6 +109,7 @@ class Conversion:
 def estimate_conversion(run: Run, recipe: Recipe) -> ConversionEstimate:
     """Estimate of `convert` here, with times; nothing is written. Raises like `Conversion.of`."""
     conversion = Conversion.of(run, recipe)
+    check_before_measuring(run, conversion.recipe, inputs=True)
     return estimate(run, conversion.recipe, conversion.settings, conversion.target, measured=True)
 
 
@@ -121,6 +127,8 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
         ModeGgufError: whatever the stages raise; what earlier stages wrote stays and is reused next time.
     """
     conversion = Conversion.of(run, recipe)
+    if not conversion.calibrate.is_current(run):  # else it was checked when that ran
+        check_before_measuring(run, conversion.recipe)
     expected = estimate(run, conversion.recipe, conversion.settings, conversion.target)
     for shortage in shortages(expected.stages, expected.free):
         raise MissingResourceError(shortage)
@@ -129,6 +137,7 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
     with folder_lock(run.folder):
         for warning in base_warnings(run.checkpoint):
             log.warning("%s", warning)
+        run.identify()
         if not restart:
             run.cache.check_unchanged([stage.state(run) for stage in conversion.measuring_stages()])
         run.ensure(*conversion.measuring_stages())
@@ -139,7 +148,7 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
 
 def _result(run: Run, conversion: Conversion) -> ConvertResult:
     folder, recipe = run.folder, conversion.recipe
-    plan = Plan.load(folder.plan)
+    plan = followed_plan(folder)
     files = conversion.export_stage().outputs(run)
     validated = recipe.validation.validate
     mtp = ExportMtp(recipe.export.mtp).outputs(run)[0] if recipe.export.mtp else None
@@ -150,7 +159,7 @@ def _result(run: Run, conversion: Conversion) -> ConvertResult:
         imatrix=folder.imatrix_of(conversion.sensitivity.imatrix),
         plan=folder.plan,
         report=folder.report if validated else None,
-        page=draw_converted(folder, recipe.validation.samples, validated=validated),
+        page=draw_converted(folder, recipe.validation, validated=validated),
         bpw=plan.bpw,
         size_bytes=sum(file.stat().st_size for file in files),
         seconds=run.seconds,

@@ -18,8 +18,8 @@ from mode_gguf.estimate.stage_estimates import (
 from mode_gguf.gpu_memory.breakdown import MemoryBreakdown
 from mode_gguf.pipeline.gpu_budget import breakdown_of_reach
 from mode_gguf.pipeline.run import Run
+from mode_gguf.pipeline.samples_key import calibration_samples
 from mode_gguf.pipeline.settings import PlanSettings, Target
-from mode_gguf.pipeline.stages.calibrate import calibration_samples
 from mode_gguf.recipe import Recipe
 
 

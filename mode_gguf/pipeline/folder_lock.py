@@ -16,6 +16,7 @@ from mode_gguf import __version__
 from mode_gguf.artifacts import remove_parts
 from mode_gguf.errors import InputError, ModeGgufError
 from mode_gguf.locks import try_lock
+from mode_gguf.plain_text import PrintableFormatter
 from mode_gguf.workfolder import JOURNAL, WorkFolder
 
 library, journal = logging.getLogger("mode_gguf"), logging.getLogger(JOURNAL)
@@ -41,7 +42,8 @@ def folder_lock(folder: WorkFolder) -> Iterator[None]:
                 remove_parts(place)
             yield
     except BaseException:
-        if made and {path.name for path in folder.path.iterdir()} <= {folder.lock.name, folder.log.name}:
+        nothing = {folder.lock.name, folder.log.name, folder.digests.name}
+        if made and {path.name for path in folder.path.iterdir()} <= nothing:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
     finally:
@@ -74,7 +76,7 @@ def _owner(lock: Path) -> str:
 def _logged(folder: WorkFolder) -> Iterator[None]:
     """Append to the folder's log: what is run, stages with their settings and times, warnings, and how it ends."""
     handler = _LogFile(folder.log, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)-7s %(message)s"))
     for logger in (library, journal):
         logger.addHandler(handler)
     level = journal.level

@@ -12,6 +12,7 @@ from mode_gguf.errors import InputError
 from mode_gguf.gguf.header import read_header
 from mode_gguf.gguf.shards import earlier_shards, is_later_shard
 from mode_gguf.gpu_memory.fit_settings import FitSettings
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.stages.export import model_path
 from mode_gguf.workfolder import WorkFolder
 
@@ -51,8 +52,8 @@ def find_model_files(folder: Path) -> ModelFiles:
     texts = [path for path in files if not path.name.startswith(_NO_MODELS) and not is_later_shard(path)]
     if not texts:
         raise InputError(f"{folder}: holds no GGUF model; make one with `mode-gguf convert`, or name another folder")
-    plan_file = WorkFolder(folder, "").plan
-    plan = Plan.load(plan_file) if plan_file.exists() else None
+    unnamed = WorkFolder(folder, "")
+    plan = followed_plan(unnamed) if unnamed.plan.exists() else None
     planned = _planned(folder, plan) if plan else None
     model = planned if planned in texts else sorted(texts, key=_is_full_precision)[0]
     assert model is not None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mode_gguf.architectures import checkpoint_with_base
@@ -12,7 +13,7 @@ from mode_gguf.hub.source import Download, checkpoint_folder, checkpoint_outline
 from mode_gguf.pipeline.run import Run
 from mode_gguf.progress import Progress, silent
 from mode_gguf.recipe import Recipe
-from mode_gguf.workfolder import WorkFolder
+from mode_gguf.workfolder import WorkFolder, file_stem
 
 
 def open_model(
@@ -62,5 +63,6 @@ def _opened(path: Path | None, out: Path | None, recipe: Recipe, progress: Progr
         base = open_base(options.base_gguf, options.base_mmproj)
         checkpoint = checkpoint_with_base(checkpoint, base, compared=compared)
     assert checkpoint is not None
-    folder = WorkFolder(out or Path.cwd() / f"{checkpoint.name}-mode-gguf", checkpoint.name)
-    return Run(checkpoint, folder, progress)
+    folder = WorkFolder(out or Path.cwd() / f"{file_stem(checkpoint.name)}-mode-gguf", checkpoint.name)
+    kept = replace(checkpoint.identity, kept=folder.digests)
+    return Run(replace(checkpoint, identity=kept), folder, progress)

@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.artifacts import fingerprint, read_metadata, write_text
+from mode_gguf.artifacts import read_metadata, write_text
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.export.imatrix_file import read_imatrix_header
 from mode_gguf.gguf.header import read_header
 from mode_gguf.hub.card import model_card
 from mode_gguf.hub.local_paths import without_local_paths
 from mode_gguf.hub.names import repository_name
+from mode_gguf.hub.own_files import check_own, read_own
 from mode_gguf.hub.released_files import FileRole, ModelRelease, ReleasedFile, commands_of, sha256_of
 from mode_gguf.hub.upload import HubCommit, Upload, upload_files
 from mode_gguf.options import PublishingOptions
 from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
+from mode_gguf.plain_text import shell_line
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.structure import describe
@@ -74,12 +77,14 @@ def publish(
 
     Raises:
         UsageError: no name of a repository, or see `hub.upload.upload_files`.
-        InputError: `path` is no work folder with a finished export, or a file was changed since; the hub refuses.
+        InputError: `path` is no work folder with a finished export, or a file was changed since, is a link or was put
+            there by something else; the hub refuses.
         ValidationError: the files were not validated, or failed, which `unvalidated` does not help.
     """
     named = repository_name(repository)
     base_model = repository_name(options.base_model) if options.base_model else None
     folder, plan = _opened(path)
+    check_own(folder.readme, path)
     with folder_lock(folder):
         release, doubt = _release(folder, plan, progress)
         if doubt and not options.unvalidated:
@@ -95,9 +100,10 @@ def publish(
 
 def _opened(path: Path) -> tuple[WorkFolder, Plan]:
     plan_file = WorkFolder(path, "").plan
+    check_own(plan_file, path)
     if not plan_file.is_file():
         raise InputError(f"{path}: no work folder (it has no {plan_file.name}); name the one that `convert` filled")
-    plan = Plan.load(plan_file)
+    plan = followed_plan(WorkFolder(path, ""))
     return WorkFolder(path, plan.made_from.model), plan
 
 
@@ -114,12 +120,14 @@ def _release(folder: WorkFolder, plan: Plan, progress: Progress) -> tuple[ModelR
     if not model or not (projector or settings.get("projector") == "none"):
         raise InputError(f"{folder.path}: no export has finished here; run `mode-gguf convert` or `mode-gguf export`")
     for path, identity in {**model, **projector}.items():
-        if file_identity(path) != identity:
+        check_own(path, folder.path)
+        if cache.identity(path) != identity:
             raise InputError(f"{path}: is gone, or is not what `export` wrote; export again")
-    if settings["plan"] != fingerprint(plan.model_dump(mode="json")):
+    if settings.get("plan") != plan.fingerprint:
         raise InputError(f"{folder.plan}: was changed after `export` had followed it; export again")
-    imatrix = folder.imatrix_of(settings["imatrix"])
-    if file_identity(imatrix) != settings["imatrix file"]:
+    imatrix = folder.imatrix_of(str(settings.get("imatrix")))
+    check_own(imatrix, folder.path)
+    if cache.identity(imatrix) != settings.get("imatrix file"):
         raise InputError(f"{imatrix}: is gone, or is not the one that the model was packed with; export again")
     roles: dict[Path, FileRole] = {}
     roles |= dict.fromkeys(model, "text model")
@@ -156,18 +164,20 @@ def _report(folder: WorkFolder, files: tuple[ReleasedFile, ...]) -> tuple[Valida
     if failure.exists() and failure.stat().st_mtime >= first.stat().st_mtime:
         message = without_local_paths(failure.read_text(encoding="utf-8").strip(), [folder.path])
         raise ValidationError(f"{first}: validation failed ({message})")
+    check_own(path, folder.path)
     if not path.exists():
         return None, f"{path}: not there; the model was never validated"
     report = ValidationReport.load(path)
-    _, last_run = StageCache(folder).last_run("validate")
-    if last_run and last_run.get(path) != file_identity(path):
+    cache = StageCache(folder)
+    _, last_run = cache.last_run("validate")
+    if last_run.get(path) != file_identity(path):
         return None, f"{path}: is not what `validate` wrote"
     sizes = {first.name: sum(file.size_bytes for file in files if file.role == "text model")}
     sizes |= {file.path.name: file.size_bytes for file in files if file.role == "projector"}
     for found in filter(None, (report.candidate, report.mmproj)):
         if sizes.get(found.name) != found.size_bytes:
             return None, f"{path}: speaks of another file, {found.name} of {found.size_bytes:,} bytes"
-    if not last_run and path.stat().st_mtime < first.stat().st_mtime:
+    if cache.finished("validate") < max(cache.finished("export"), cache.finished("projector")):
         return None, f"{path}: is older than {first.name}"
     broken = [check for check in report.checks if not check.kept]
     if broken:
@@ -190,10 +200,7 @@ def _save_card(folder: WorkFolder, card: str, repository: str | None, base_model
 
 def _edited_card(folder: WorkFolder, release: ModelRelease) -> str:
     """A README.md that people changed; it must speak of the files that it comes with."""
-    try:
-        card = folder.readme.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder.readme}: cannot be read as UTF-8 ({error})") from error
+    card = read_own(folder.readme)
     for file in release.files:
         if file.sha256 not in card:
             raise InputError(
@@ -203,14 +210,33 @@ def _edited_card(folder: WorkFolder, release: ModelRelease) -> str:
     return card
 
 
+def _has_page(folder: WorkFolder) -> bool:
+    """Whether report.html is there and is of report.json as it is.
+
+    Raises:
+        InputError: it is not what was drawn here.
+    """
+    page = folder.page
+    check_own(page, folder.path)
+    if not page.exists():
+        return False
+    settings, drawn = StageCache(folder).last_run("report")
+    again = f"draw it with `{shell_line(['mode-gguf', 'report', folder.path])}`"
+    if drawn.get(page) != file_identity(page):
+        raise InputError(f"{page}: is not what was drawn here; {again}, or move it away")
+    if settings.get(folder.report.name) != file_identity(folder.report):
+        log.warning("%s: is of another %s, and left out; %s", page, folder.report.name, again)
+        return False
+    return True
+
+
 def _uploads(folder: WorkFolder, release: ModelRelease, card: str) -> tuple[Upload, ...]:
     """Uploads of a release; texts without local paths."""
-    documents = {folder.readme: card, folder.plan: folder.plan.read_text(encoding="utf-8")}
+    documents = {folder.readme: card, folder.plan: read_own(folder.plan)}
     if release.report:
-        documents[folder.report] = folder.report.read_text(encoding="utf-8")
-        page = folder.page
-        if page.exists() and page.stat().st_mtime >= folder.report.stat().st_mtime:
-            documents[page] = page.read_text(encoding="utf-8")
+        documents[folder.report] = read_own(folder.report)
+        if _has_page(folder):
+            documents[folder.page] = read_own(folder.page)
     contents = {path.name: without_local_paths(text, [folder.path]).encode() for path, text in documents.items()}
     texts = (Upload(name, content, len(content)) for name, content in contents.items())
     return (*(Upload(file.path.name, file.path, file.size_bytes, file.sha256) for file in release.files), *texts)

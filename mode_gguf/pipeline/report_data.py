@@ -24,6 +24,7 @@ from mode_gguf.architectures.text.mla import ABSORBED_PARTS
 from mode_gguf.artifacts import read_metadata
 from mode_gguf.errors import InputError, ModeGgufError
 from mode_gguf.feedback.feedback_factor import with_feedback_factor
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.planning import measured_costs
 from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.quantization.types import QUANT_TYPES, QuantType
@@ -63,7 +64,7 @@ def conversion_record(folder: WorkFolder) -> ConversionRecord:
     from mode_gguf.importance.sensitivity_table import SensitivityTable
 
     missing: dict[str, str] = {}
-    plan = _loaded(folder.plan, Plan.load, "plan", "plan", missing)
+    plan = _loaded(folder.plan, lambda _: followed_plan(folder), "plan", "plan", missing)
     load_statistics = partial(CalibrationStatistics.load, sums=False)
     statistics = _loaded(folder.calibration, load_statistics, "calibration", "calibrate", missing)
     table = _loaded(folder.sensitivity, SensitivityTable.load, "sensitivity", "sensitivity", missing)

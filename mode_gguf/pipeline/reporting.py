@@ -1,15 +1,18 @@
 """The report people read: report.html, from report.json and whatever else a work folder holds."""
 
 import logging
+import time
 from pathlib import Path
+from typing import TypeAlias
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.artifacts import write_text
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.gguf.header import read_header
+from mode_gguf.options import ValidationOptions
 from mode_gguf.pipeline.folder_lock import folder_lock
 from mode_gguf.pipeline.report_data import conversion_record, work_folder
-from mode_gguf.pipeline.stage_cache import StageCache, file_identity
+from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.report.page import matches_plan, render_page, same_bpw
 from mode_gguf.validation.conversion_record import ConversionRecord, unknown_conversion
 from mode_gguf.validation.default_held_out import default_held_out
@@ -18,15 +21,18 @@ from mode_gguf.validation.report import ValidationReport
 from mode_gguf.workfolder import WorkFolder
 
 BUILT_IN = "built-in"
+Images: TypeAlias = dict[tuple[str, str], Path]
+"""Files of pictures by their name and the question about them."""
 
 log = logging.getLogger(__name__)
 
 
-def run_report(path: Path, held_out: Path | None = None) -> Path:
+def run_report(path: Path, held_out: Path | None = None, *, outside: bool = False) -> Path:
     """Draw report.html again from the files in a work folder; what report.json says of the conversion is renewed, too.
 
     Args:
         held_out: the set with the questions' images; None for the one that the folder was validated with.
+        outside: whether that may name pictures outside its folder.
 
     Returns:
         The page.
@@ -43,18 +49,19 @@ def run_report(path: Path, held_out: Path | None = None) -> Path:
             report = report.model_copy(update={"conversion": record})
             report.save(folder.report)
             StageCache(folder).update_output("validate", folder.report, before)
-        return write_page(folder.page, record, report, held_out or validated_with(folder))
+        return _draw(folder, record, report, _images(report, held_out or validated_with(folder), outside))
 
 
-def draw_converted(folder: WorkFolder, held_out: Path | None, *, validated: bool) -> Path:
+def draw_converted(folder: WorkFolder, options: ValidationOptions, *, validated: bool) -> Path:
     """report.html at the end of a conversion.
 
     Args:
+        options: name the held-out set.
         validated: whether report.json is of this conversion, so that it has all that is to be said of it.
     """
     report = ValidationReport.load(folder.report) if folder.report.exists() else None
     record = report.conversion if report and validated else None
-    return write_page(folder.page, record or conversion_record(folder), report, held_out)
+    return _draw(folder, record or conversion_record(folder), report, _pictures(report, options))
 
 
 def conversion_of(candidate: Path) -> ConversionRecord | None:
@@ -73,16 +80,33 @@ def conversion_of(candidate: Path) -> ConversionRecord | None:
         return None
 
 
-def draw_validated(path: Path, report: ValidationReport, held_out: Path | None) -> Path:
-    """The page of a validation alone, beside its JSON file `path`, with what that says of the conversion."""
+def draw_validated(path: Path, report: ValidationReport, options: ValidationOptions) -> Path:
+    """The page of a validation alone, beside its JSON file `path`, with what that says of the conversion.
+
+    In the place of a work folder's report both are noted as this folder's, so that they can be published.
+    """
     reason = "the file does not lie in the work folder that it was made in."
     record = report.conversion or unknown_conversion(report.candidate.name, reason)
-    return write_page(path.with_suffix(".html"), record, report, held_out)
+    folder, images = WorkFolder(path.parent, ""), _pictures(report, options)
+    if path != folder.report or not folder.plan.exists():
+        return write_page(path.with_suffix(".html"), record, report, images)
+    settings = {"held-out data": str(options.samples or BUILT_IN)}
+    StageCache(folder).record(StageState("validate", settings, (path,)), sum(report.seconds.values()))
+    return _draw(folder, record, report, images)
 
 
-def write_page(path: Path, record: ConversionRecord, report: ValidationReport | None, held_out: Path | None) -> Path:
-    """Write the page to `path`, with the pictures of a held-out set (None for the built-in one) as far as they are."""
-    write_text(path, render_page(record, report, _images(report, held_out)))
+def _draw(folder: WorkFolder, record: ConversionRecord, report: ValidationReport | None, images: Images) -> Path:
+    """Write a work folder's page, and note of which report.json it is."""
+    started = time.monotonic()
+    page = write_page(folder.page, record, report, images)
+    state = StageState("report", {folder.report.name: file_identity(folder.report)}, (page,))
+    StageCache(folder).record(state, round(time.monotonic() - started, 3))
+    return page
+
+
+def write_page(path: Path, record: ConversionRecord, report: ValidationReport | None, images: Images) -> Path:
+    """Write the page to `path`, with the questions' pictures as far as they are."""
+    write_text(path, render_page(record, report, images))
     return path
 
 
@@ -93,12 +117,16 @@ def validated_with(folder: WorkFolder) -> Path | None:
     return None if source == BUILT_IN else Path(str(entry.get("directory", "")), source)
 
 
-def _images(report: ValidationReport | None, held_out: Path | None) -> dict[tuple[str, str], Path]:
-    """Files by name and question; empty where the set is not what the report's answers are to."""
+def _pictures(report: ValidationReport | None, options: ValidationOptions) -> Images:
+    return _images(report, options.samples, options.allow_outside_samples)
+
+
+def _images(report: ValidationReport | None, held_out: Path | None, outside: bool) -> Images:
+    """Pictures of a held-out set (None for the built-in one); none where it is not what the report's answers are to."""
     if report is None or not report.answers:
         return {}
     try:
-        questions = (load_held_out(held_out) if held_out else default_held_out()).questions
+        questions = (load_held_out(held_out, outside=outside) if held_out else default_held_out()).questions
     except (InputError, MissingResourceError) as error:
         log.warning("the page has no pictures: %s", error)
         return {}

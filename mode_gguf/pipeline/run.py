@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from mode_gguf.artifacts import SCHEMAS
 from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.checkpoint.identity import GENERAL, SideFiles, side_files
 from mode_gguf.pipeline.stage_cache import StageCache, StageState
 from mode_gguf.progress import Progress, silent
 from mode_gguf.workfolder import WorkFolder
@@ -18,20 +19,30 @@ from mode_gguf.workfolder import WorkFolder
 class Run:
     """A checkpoint, the folder of everything written about it, and how long each stage took.
 
-    `seconds` has 0 for a stage that was reused.
+    `seconds` has 0 for a stage that was reused. `known` has parts of keys that take long to find out, for all stages.
     """
 
     checkpoint: Checkpoint
     folder: WorkFolder
     progress: Progress = silent
     seconds: dict[str, float] = field(default_factory=dict)
+    known: dict[object, Any] = field(default_factory=dict)
 
     @property
     def cache(self) -> StageCache:
-        return StageCache(self.folder)
+        return StageCache(self.folder, self.progress)
+
+    def identify(self) -> None:
+        """Read the weights for the model's fingerprint, unless a run in this folder has, and they are as they were.
+
+        Raises:
+            InputError: a file of the weights cannot be read.
+        """
+        self.checkpoint.identity.fingerprint(self.progress)
 
     def ensure(self, *stages: "Stage") -> None:
         """Execute each stage unless what it left is still right."""
+        self.identify()
         for stage in stages:
             self.seconds[stage.name] = 0.0
             if not stage.is_current(self):
@@ -81,3 +92,15 @@ def base_key(checkpoint: Checkpoint, schema: str) -> dict[str, Any]:
     base = {} if checkpoint.base is None else {"base": [path.name for path in checkpoint.base.files]}
     named = {"model": checkpoint.name, "model fingerprint": checkpoint.fingerprint, **base}
     return {**named, f"{schema} schema": SCHEMAS[schema]}
+
+
+def general_key(checkpoint: Checkpoint, *kinds: SideFiles) -> dict[str, Any]:
+    """Settings of a stage that writes a GGUF file: names of the model, and files beside its weights.
+
+    Of a base GGUF keys are copied, and its content is part of the fingerprint.
+
+    Raises:
+        InputError: one of the files cannot be read.
+    """
+    called = {"called": checkpoint.repository or checkpoint.path.name}
+    return called if checkpoint.base is not None else {**called, **side_files(checkpoint.path, GENERAL, *kinds)}

@@ -25,6 +25,7 @@ from mode_gguf.options import (
     SensitivityOptions,
 )
 from mode_gguf.pipeline.gpu_budget import reachable_sizes
+from mode_gguf.plain_text import shell_line
 from mode_gguf.recipe import Recipe
 from mode_gguf.vocabulary import Granularity, Method, Rounding
 from mode_gguf.workfolder import WorkFolder
@@ -243,7 +244,7 @@ def _with_base(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
 
 
 def _without_model(recipe: Recipe, calibration: CalibrationOptions, imatrix: Path) -> Recipe:
-    given = f"--calibration-from {imatrix}"
+    given = shell_line(["--calibration-from", imatrix])
     if recipe.preset != "mode" or recipe.sensitivity.method not in ("fisher", MODEL_FREE_METHOD):
         raise UsageError(
             f"{given}: costs are errors weighed by importance ({MODEL_FREE_METHOD}); leave --preset and "

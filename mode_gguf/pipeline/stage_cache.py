@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mode_gguf import __version__
-from mode_gguf.artifacts import file_fingerprint, write_json
+from mode_gguf.artifacts import write_json
 from mode_gguf.errors import UsageError
+from mode_gguf.file_digests import digests_of
+from mode_gguf.progress import Progress, silent
 from mode_gguf.workfolder import JOURNAL, WorkFolder
-
-DIGESTED_BYTES = 1 << 30
-"""Files up to this size are known by their content, larger ones by their size: reading a model takes minutes."""
 
 VERSIONED_PACKAGES = ("gguf", "numba", "numpy", "torch", "transformers", "xllamacpp")
 """Packages whose versions may change results."""
@@ -50,8 +49,9 @@ class StageCache:
     A stage that has begun and not finished is not remembered: whatever it may have left of its outputs is made again.
     """
 
-    def __init__(self, folder: WorkFolder) -> None:
+    def __init__(self, folder: WorkFolder, progress: Progress = silent) -> None:
         self._folder = folder
+        self._progress = progress
 
     @contextmanager
     def recorded(self, stage: StageState) -> Iterator[None]:
@@ -80,10 +80,18 @@ class StageCache:
         return [path for name, path in names.items() if now[name] and left.get(name) not in (None, now[name])]
 
     def last_run(self, stage: str) -> tuple[Mapping[str, Any], Mapping[Path, str]]:
-        """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished."""
+        """Settings of a stage's last run, and its outputs as they were (`file_identity`); empty if unfinished.
+
+        Raises:
+            InputError: stages.json, which may come from a stranger, names an output outside the folder.
+        """
         entry = self._entry(stage)
-        outputs = {self._folder.path / name: str(found) for name, found in entry.get("outputs", {}).items()}
+        outputs = {self._folder.file(name): str(found) for name, found in entry.get("outputs", {}).items()}
         return entry.get("settings", {}), outputs
+
+    def finished(self, stage: str) -> str:
+        """When the stage's last run ended, as ISO 8601 text in UTC, to the second; empty if that is not known."""
+        return str(self._entry(stage).get("finished", ""))
 
     def seconds(self, stage: str) -> float:
         """Duration of the stage's last run."""
@@ -98,7 +106,7 @@ class StageCache:
         entries = self._read()
         outputs = self._entry(stage).get("outputs", {})
         if outputs.get(self._name(path)) == before:
-            entries[stage]["outputs"][self._name(path)] = file_identity(path)
+            entries[stage]["outputs"][self._name(path)] = self.identity(path)
             write_json(self._folder.stages, entries)
 
     def check_unchanged(self, stages: Sequence[StageState]) -> None:
@@ -125,6 +133,10 @@ class StageCache:
                     f"{path}: is not what `{stage.name}` wrote; remove it or give --restart to have it made again, or "
                     "use it with the commands of single stages"
                 )
+
+    def identity(self, path: Path) -> str:
+        """`file_identity` of a file, whose digest the folder keeps."""
+        return file_identity(path, self._folder.digests, self._progress)
 
     def forget(self, stage: str) -> None:
         """Count the stage as never run."""
@@ -159,7 +171,7 @@ class StageCache:
         return entries if isinstance(entries, dict) else {}
 
     def _identities(self, paths: Sequence[Path]) -> dict[str, str]:
-        return {self._name(path): file_identity(path) for path in paths}
+        return {self._name(path): self.identity(path) for path in paths}
 
     def _name(self, path: Path) -> str:
         """Path relative to the folder, so that it may be moved."""
@@ -182,20 +194,12 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def file_identity(path: Path) -> str:
-    """Size and, unless it is large, digest of a file; empty if it is not there."""
-    try:
-        stat = path.stat()
-    except OSError:
+def file_identity(path: Path, kept: Path | None = None, progress: Progress = silent) -> str:
+    """Size and digest of a file's content, which `kept` keeps (see `digests_of`); empty if it is not there."""
+    if not path.is_file():
         return ""
-    if stat.st_size > DIGESTED_BYTES:
-        return f"{stat.st_size} bytes"
-    return f"{stat.st_size} bytes, {_digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)}"
-
-
-@lru_cache(maxsize=64)
-def _digest(path: Path, size: int, mtime_ns: int, inode: int) -> str:
-    return file_fingerprint(path)
+    (digest,) = digests_of([path], kept, progress)
+    return f"{path.stat().st_size} bytes, {digest[:16]}"
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:

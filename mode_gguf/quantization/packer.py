@@ -212,6 +212,7 @@ def _pack_into(
             raise _value_error(error.value, name, first_row + error.row, error.column, quant_type.name) from error
         except PackingError as error:
             raise InputError(f"{name}: {error}") from error
+        _check_large(packed, matrix, quant_type, name, first_row)
         return
     step = max(1, _CHUNK_WEIGHTS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
@@ -226,6 +227,36 @@ def _pack_into(
             raise _value_error(value, name, first_row + start + int(row), int(column), quant_type.name)
 
 
+def _check_large(packed: np.ndarray, matrix: Array, quant_type: QuantType, name: str, first_row: int) -> None:
+    """Make sure that weights beyond float16 are stored: scales and minima are float16, and overflow or are clipped.
+
+    Of each block the largest weight is looked at, since scales are made for it. Ordinary matrices have no such rows.
+    """
+    for row in _rows_beyond_float16(matrix):
+        values = as_float32(matrix[row : row + 1])
+        found = unpack(np.ascontiguousarray(packed[row : row + 1]), quant_type.name, values.shape[1])
+        blocks, stored = values.reshape(-1, quant_type.block_size), found.reshape(-1, quant_type.block_size)
+        largest = np.abs(blocks).argmax(axis=1)[:, None]
+        wanted, got = np.take_along_axis(blocks, largest, axis=1), np.take_along_axis(stored, largest, axis=1)
+        lost = ~np.isfinite(stored).all(axis=1) | (np.abs(got - wanted) > np.abs(wanted) / 4)[:, 0]
+        lost &= np.abs(wanted[:, 0]) > _LARGEST_HALF
+        if lost.any():
+            block = int(np.argmax(lost))
+            column = block * quant_type.block_size + int(largest[block, 0])
+            raise _value_error(float(values[0, column]), name, first_row + int(row), column, quant_type.name)
+
+
+def _rows_beyond_float16(matrix: Array) -> np.ndarray:
+    """Rows with a weight that float16 does not reach."""
+    if matrix.dtype == np.float16:
+        return np.empty(0, np.intp)
+    bits = matrix.view(np.uint32 if matrix.dtype == np.float32 else np.uint16)
+    sign = np.array(1 << (8 * bits.itemsize - 1), bits.dtype)
+    limit = np.array([_LARGEST_HALF], np.float32).view(np.uint32) >> (32 - 8 * bits.itemsize)
+    return np.flatnonzero(((bits & ~sign) > limit.astype(bits.dtype)).any(axis=1))
+
+
+_LARGEST_HALF = 65504.0
 _FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _EXPONENTS: dict[str, np.uint16 | np.uint32] = {
     "F32": np.uint32(0x7F80_0000),
@@ -284,5 +315,9 @@ def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _value_error(value: float, name: str, row: int, column: int, type_name: str) -> InputError:
-    way_out = "choose F32 for this tensor" if np.isfinite(value) else "the checkpoint may be damaged"
+    way_out = (
+        "choose F32 for this tensor, or candidates that hold it (sensitivity.types, sensitivity.dense_types)"
+        if np.isfinite(value)
+        else "the checkpoint may be damaged"
+    )
     return InputError(f"{name}: {value} in row {row}, column {column} cannot be stored as {type_name}; {way_out}")

@@ -98,18 +98,26 @@ class _Comparison:
         chat = self.probes.chat
         if chat is None:
             return False
-        expected = _rendered(lambda: ChatTemplate(chat.template, chat.bos, chat.eos, "the checkpoint's template"))
-        for what, wanted, found in zip(_PARTS, expected, _rendered(lambda: self.model.chat_template), strict=True):
-            if found != wanted:
-                start = _agreement(wanted, found)
-                self._differs(
-                    "chat template",
-                    f"it writes {what} as {_excerpt(found, start)}, the one that transformers takes as "
-                    f"{_excerpt(wanted, start)}",
-                    own=not self.probes.from_base,
-                )
-                return False
-        return True
+        found = _rendered(lambda: self.model.chat_template)
+        expected = [
+            _rendered(lambda source=source: ChatTemplate(source, chat.bos, chat.eos, "the checkpoint's template"))
+            for source in chat.templates
+        ]
+        if found in expected:
+            return True
+        what, wanted, here = next(
+            (what, wanted, here)
+            for what, wanted, here in zip(_PARTS, expected[0], found, strict=True)
+            if here != wanted
+        )
+        start = _agreement(wanted, here)
+        self._differs(
+            "chat template",
+            f"it writes {what} as {_excerpt(here, start)}, the one that transformers takes as "
+            f"{_excerpt(wanted, start)}",
+            own=not self.probes.from_base,
+        )
+        return False
 
     def check_texts(self) -> ProbeDistance | None:
         """Distance of the predictions behind texts and a chat."""

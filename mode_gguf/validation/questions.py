@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mode_gguf.artifacts import read_json_lines
 from mode_gguf.errors import InputError
 from mode_gguf.llama_cpp.in_process import open_image
+from mode_gguf.sample_files import read_rows
 
 MATCHES: Final = ("exact", "contains", "number")
+MOST_CHARACTERS: Final = 1 << 18
+"""Limit of a question and of an answer: more fits no context."""
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -48,25 +50,35 @@ class HeldOutSet:
         return (*self.texts, *self.questions)
 
 
-def load_held_out(path: Path) -> HeldOutSet:
+def load_held_out(path: Path, *, outside: bool = False) -> HeldOutSet:
     """Read a folder's `text.jsonl` ({"text"}) and `questions.jsonl` ({"image", "question", "answer", "match", "kind"}).
 
     Either file may be absent, not both; one JSONL file with lines of both kinds does as well. Images are named relative
     to the folder; `match` is `exact` and `kind` is `question` unless given; other keys are ignored.
 
+    What a stranger's set names outside its folder, by an absolute path, `..` or a symbolic link, would be shown in the
+    report, which may be published: it is refused.
+
+    Args:
+        outside: whether that is read all the same.
+
     Raises:
-        InputError: naming file and line: not JSON, a missing or wrong key, an image that cannot be read.
+        InputError: naming file and line: not JSON, a missing or wrong key, an image that cannot be read or lies
+            outside.
     """
-    if path.is_file():
-        return _load_file(path)
+    if path.exists() and not path.is_dir():
+        return _load_file(path, outside=outside)
     folder = path
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such file or folder; a folder should hold text.jsonl, questions.jsonl and images/, a JSONL "
             "file texts or questions"
         )
-    texts = tuple(_text(row, origin) for row, origin in _rows(folder / "text.jsonl"))
-    questions = tuple(_question(row, origin, folder) for row, origin in _rows(folder / "questions.jsonl"))
+    files = [folder / name for name in ("text.jsonl", "questions.jsonl")]
+    for file in files if not outside else ():
+        _refuse_outside(file, folder, str(folder))
+    texts = tuple(_text(row, origin) for row, origin in _rows(files[0]))
+    questions = tuple(_question(row, origin, folder, outside=outside) for row, origin in _rows(files[1]))
     if not texts and not questions:
         raise InputError(f"{folder}: holds neither text.jsonl nor questions.jsonl with any line")
     return HeldOutSet(folder.resolve().name, texts, questions)
@@ -86,28 +98,28 @@ def is_right(answer: str, expected: str, match: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given) is not None
 
 
-def _load_file(path: Path) -> HeldOutSet:
+def _load_file(path: Path, *, outside: bool) -> HeldOutSet:
     texts: list[str] = []
     questions: list[Question] = []
-    for row, origin in read_json_lines(path):
+    for row, origin in read_rows(path):
         if "text" in row:
             texts.append(_text(row, origin))
         else:
-            questions.append(_question(row, origin, path.parent))
+            questions.append(_question(row, origin, path.parent, outside=outside))
     if not texts and not questions:
         raise InputError(f"{path}: holds no line")
     return HeldOutSet(path.stem, tuple(texts), tuple(questions))
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    return read_json_lines(path) if path.exists() else iter(())
+    return read_rows(path) if path.exists() else iter(())
 
 
 def _text(row: dict[str, Any], origin: str) -> str:
     return _string(row, "text", origin)
 
 
-def _question(row: dict[str, Any], origin: str, folder: Path) -> Question:
+def _question(row: dict[str, Any], origin: str, folder: Path, *, outside: bool) -> Question:
     match = _string(row, "match", origin, default="exact")
     answer = None if row.get("answer") is None else _string(row, "answer", origin)
     if match not in MATCHES:
@@ -115,13 +127,29 @@ def _question(row: dict[str, Any], origin: str, folder: Path) -> Question:
     if match == "number" and answer is not None and _first_number(answer) is None:
         raise InputError(f"{origin}: match is number, and the answer {answer!r} holds none")
     image = folder / _string(row, "image", origin)
+    if not outside:
+        _refuse_outside(image, folder, origin)
     try:
         open_image(image)
     except InputError as error:
         raise InputError(f"{origin}: {error}") from error
-    return Question(
-        image, _string(row, "question", origin), answer, match, _string(row, "kind", origin, default="question"), origin
-    )
+    question = _string(row, "question", origin)
+    for name, text in (("question", question), ("answer", answer or "")):
+        if len(text) > MOST_CHARACTERS:
+            raise InputError(f"{origin}: {name!r} has {len(text):,} characters, {MOST_CHARACTERS:,} at most expected")
+    return Question(image, question, answer, match, _string(row, "kind", origin, default="question"), origin)
+
+
+def _refuse_outside(file: Path, folder: Path, origin: str) -> None:
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself, characters that no name has
+        inside = False
+    if not inside:
+        raise InputError(
+            f"{origin}: {file} lies outside {folder}, and the report would show it; copy it into the folder, or, if you "
+            "know what is there, give --allow-outside-samples (to convert: --set validation.allow_outside_samples=true)"
+        )
 
 
 def _string(row: dict[str, Any], key: str, origin: str, default: str | None = None) -> str:

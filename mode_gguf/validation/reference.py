@@ -30,6 +30,7 @@ from mode_gguf.llama_cpp.http_model import TOP, ServerModel, ServerUrl
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.llama_cpp.model_protocol import Logits, Model
 from mode_gguf.progress import Progress, silent
+from mode_gguf.text_prefix import sufficient_prefix
 from mode_gguf.validation.distributions import normalised, pack_distributions, unpack_distributions
 from mode_gguf.validation.questions import HeldOutSet, Question
 from mode_gguf.validation.report import FileRecord
@@ -143,6 +144,7 @@ def score_text(model: Model, text: str, settings: RunSettings) -> tuple[list[int
     Raises:
         InputError: the text is shorter than two tokens.
     """
+    text = sufficient_prefix(text, settings.max_text_tokens, lambda part: len(model.tokenize(part, special=False)))
     tokens = [*model.beginning, *model.tokenize(text, special=False)][: settings.max_text_tokens]
     if len(tokens) < 2:
         raise InputError(f"held-out text {text!r} is shorter than two tokens")

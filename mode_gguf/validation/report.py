@@ -1,6 +1,7 @@
 """report.json: measurements of one file in llama.cpp."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -63,12 +64,18 @@ class Divergence(Record):
             kl_p99=float(np.percentile(kl, 99)) if with_reference else None,
             kl_p99_9=float(np.percentile(kl, 99.9)) if with_reference else None,
             top1_agreement=float(scores.same_top1.mean()) if with_reference else None,
-            perplexity=float(np.exp(scores.nll.mean())),
-            reference_perplexity=float(np.exp(scores.reference_nll.mean())) if with_reference else None,
+            perplexity=_perplexity(scores.nll),
+            reference_perplexity=_perplexity(scores.reference_nll) if with_reference else None,
             kl_at_most=float(at_most.mean()) if with_reference else None,
             kl_p99_at_most=float(np.percentile(at_most, 99)) if with_reference else None,
             kl_p99_9_at_most=float(np.percentile(at_most, 99.9)) if with_reference else None,
         )
+
+
+def _perplexity(nll: np.ndarray) -> float:
+    """exp of the mean; the largest number there is where that overflows, as of a model that is sure and wrong."""
+    with np.errstate(over="ignore"):
+        return min(float(np.exp(nll.mean())), sys.float_info.max)
 
 
 class Accuracy(Record):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mode_gguf.architectures.hparams import config, image_hparams, rope_hparams, text_hparams, vision_hparams
+from mode_gguf.architectures.hparams import config, image_hparams, text_hparams, vision_hparams
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
@@ -75,33 +75,6 @@ class TestExpectations:
             vision_hparams(checkpoint).expect("hidden_act", "gelu", "uses this activation")
         with pytest.raises(InputError, match=r"config\.json: select_layer is -4"):
             config(checkpoint).expect("select_layer", -1, "takes the last layer")
-
-
-class TestRotarySettings:
-    @pytest.mark.parametrize(
-        "settings",
-        [
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5.0, "factor": 2}},
-            {"rope_theta": 5.0, "rope_scaling": {"type": "yarn", "factor": 2}},
-            {"rope_theta": 1.0, "rope_scaling": {"factor": 3}, "rope_parameters": {"type": "yarn", "rope_theta": 5.0}},
-        ],
-    )
-    def test_wherever_they_are(self, tmp_path: Path, settings: dict[str, Any]) -> None:
-        rope = rope_hparams(text_of(tmp_path, **settings), {"partial_rotary_factor": 0.5, "rope_theta": 7.0})
-        assert (rope.get("rope_type"), rope.float("rope_theta"), rope.float("partial_rotary_factor")) == (
-            "yarn",
-            5,
-            0.5,
-        )
-        assert rope.float("factor") in (2, 3)
-
-    def test_none_are_the_defaults(self, tmp_path: Path) -> None:
-        rope = rope_hparams(text_of(tmp_path, rope_scaling=None), {"rope_theta": 7.0})
-        assert rope.values == {"rope_type": "default", "rope_theta": 7.0}
-
-    def test_something_else_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="rope_scaling is 'yarn', expected dict"):
-            rope_hparams(text_of(tmp_path, rope_scaling="yarn"))
 
 
 def test_settings_of_the_image_processor(tmp_path: Path) -> None:

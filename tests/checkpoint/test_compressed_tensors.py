@@ -43,5 +43,7 @@ def test_other_packing_is_refused(pico_kimi_k25_packed: Path, tmp_path: Path, ch
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["quantization_config"]["config_groups"]["group_0"]["weights"] |= change
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"already quantized \(compressed-tensors\).*symmetric 4-bit groups"):
+    with pytest.raises(
+        InputError, match=r"already quantized \(compressed-tensors pack-quantized; .*\).*symmetric 4-bit groups"
+    ):
         Checkpoint.open(folder)

@@ -5,9 +5,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from rich.table import Table
 from typer.testing import CliRunner
 
 from mode_gguf.errors import InputError
+from mode_gguf.plain_text import PrintableFormatter
 from mode_gguf_cli import console, main
 
 COMMANDS = {str(one.name) for one in main.app.registered_commands} - {"recipe", "run"}
@@ -27,6 +29,24 @@ def test_files_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> 
     captured = capsys.readouterr()
     assert captured.out == "name \\x1b[2J\\x1b]0;owned\\x07 \\u202egpj.exe [red] über 漢字\n"
     assert captured.err == "caution: \\x1b[31m\n"
+
+
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.fail("pi\nco/config.json: \x1b[2J\r\nerror: fake\udcff\n")
+    assert capsys.readouterr().err == "error: pi\\nco/config.json: \\x1b[2J\\r\\nerror: fake\\udcff\n"
+
+
+def test_logs_cannot_steer_the_terminal() -> None:
+    record = logging.LogRecord("mode_gguf", logging.WARNING, "", 0, "%s: caution \x1b[31m\u202e", ("a\nb",), None)
+    assert PrintableFormatter("%(message)s").format(record) == "a\\nb: caution \\x1b[31m\\u202e"
+    assert PrintableFormatter("%(message)s", "\n").format(record) == "a\nb: caution \\x1b[31m\\u202e"
+
+
+def test_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("name", box=None)
+    table.add_row(console.cell("blk.[red]0[/blue]\x1b[31m\n"))
+    console.stdout.print(table)
+    assert capsys.readouterr().out.splitlines()[1].strip() == "blk.[red]0[/blue]\\x1b[31m\\n"
 
 
 def test_progress_is_lines_on_stderr_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mode_gguf.data import hub_dataset
 from mode_gguf.data.default_calibration import default_samples
+from mode_gguf.data.passed_over import PassedOver
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.data.samples import load_samples, split_text
 from mode_gguf.errors import InputError, MissingResourceError, UsageError
@@ -123,7 +124,7 @@ def test_files_that_are_not_text(tmp_path: Path) -> None:
 
 
 def test_empty_folder_and_wrong_path(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no \*\.jsonl and no \*\.txt"):
+    with pytest.raises(InputError, match=r"no \*\.json, no \*\.jsonl and no \*\.txt"):
         load_samples(str(tmp_path))
     with pytest.raises(MissingResourceError, match="no such file or folder"):
         load_samples(str(tmp_path / "gone"))
@@ -159,7 +160,7 @@ def test_data_set_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingResourceError, match=r"owner/offline: .*\(no route to host\)"):
         load_samples("owner/offline")
     with pytest.raises(InputError, match="train split is empty"):
-        hub_dataset.read_hub_dataset("owner/empty", limit=3, seed=0)
+        hub_dataset.read_hub_dataset("owner/empty", limit=3, seed=0, passed_over=PassedOver())
 
 
 @given(st.text(alphabet="ab \n", max_size=200), st.integers(2, 30))

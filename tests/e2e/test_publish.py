@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from PIL import Image
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.hub.names import is_model_file, quant_tag
+from mode_gguf.pipeline.stage_cache import file_identity
 from mode_gguf.workfolder import WorkFolder
 from tests.e2e.conftest import QUICK, Run, settings
 from tests.hub_server import READER, WRITER, Hub
@@ -53,6 +53,13 @@ def front_matter(card: str) -> dict[str, object]:
     match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     assert match
     return dict(yaml.safe_load(match[1]))
+
+
+def as_left_by(stage: str, folder: WorkFolder, path: Path) -> None:
+    """Note a file as it is as an output of a stage, as if that had written it."""
+    stages = json.loads(folder.stages.read_text())
+    stages[stage]["outputs"][path.name] = file_identity(path)
+    folder.stages.write_text(json.dumps(stages))
 
 
 def ggufs(folder: Path) -> list[Path]:
@@ -302,13 +309,16 @@ def test_what_was_not_validated_is_refused(logged_in: Hub, copy: WorkFolder, run
     copy.report.write_text(json.dumps(report))
     assert "is not what `validate` wrote" in run(*publish, code=5)
     copy.stages.write_text(json.dumps({name: entry for name, entry in stages.items() if name != "validate"}))
-    run("publish", TARGET, copy.path)  # as `mode-gguf validate` leaves a report
-    old = time.time() - 86400
-    os.utime(copy.report, (old, old))
+    assert "is not what `validate` wrote" in run(*publish, code=5)
+    stages["validate"]["finished"] = "2026-01-01T00:00:00+00:00"
+    copy.stages.write_text(json.dumps(stages))
+    as_left_by("validate", copy, copy.report)
     assert "is older than" in run(*publish, code=5)
-    os.utime(copy.report)
+    stages["validate"]["finished"] = "2999-01-01T00:00:00+00:00"
+    copy.stages.write_text(json.dumps(stages))
     report["candidate"]["size_bytes"] += 1
     copy.report.write_text(json.dumps(report))
+    as_left_by("validate", copy, copy.report)
     assert "speaks of another file" in run(*publish, code=5)
     copy.report.unlink()
     line = run(*publish, code=5)
@@ -345,16 +355,97 @@ def test_the_paths_of_the_smoke_test_stay_here(logged_in: Hub, copy: WorkFolder,
     report = json.loads(copy.report.read_text())
     report["smoke"]["runtime"] = f"{copy.path.parent}/llama.cpp/bin/llama-mtmd-cli (1234)"
     copy.report.write_text(json.dumps(report))
-    stages = json.loads(copy.stages.read_text())
-    copy.stages.write_text(json.dumps({name: entry for name, entry in stages.items() if name != "validate"}))
+    as_left_by("validate", copy, copy.report)
+    run("report", copy.path)
     picture = "<img src='data:image/jpeg;base64,/9j/4'>"
-    (copy.path / "report.html").write_text(f"<p>{report['smoke']['runtime']}</p>{picture}")
+    copy.page.write_text(f"<p>{report['smoke']['runtime']}</p>{picture}")
+    as_left_by("report", copy, copy.page)
     run("publish", TARGET, copy.path, "--yes")
     files = logged_in.repositories[TARGET].files
     assert json.loads(files["report.json"])["smoke"]["runtime"].endswith("llama-mtmd-cli (1234)")
     for name in ("report.json", "report.html"):
         assert_no_local_paths(files[name].decode(), copy.path)
     assert picture.encode() in files["report.html"]
+
+
+def published(folder: WorkFolder) -> list[Path]:
+    """Everything that `publish` uploads."""
+    return [folder.path / name for name in sorted(expected_names(folder.path))]
+
+
+def test_what_a_link_leads_to_is_not_sent(logged_in: Hub, copy: WorkFolder, tmp_path: Path, run: Run) -> None:
+    """Neither of another file nor of the very same, which may be another one a moment later."""
+    run("publish", TARGET, copy.path, "--card-only")
+    secret = tmp_path / "secret"
+    secret.write_text("SECRET=1\n")
+    paths = published(copy)
+    assert len(paths) >= 8
+    for path in paths:
+        there = path.rename(tmp_path / "aside")
+        for target in (secret, there, tmp_path / "not-there"):
+            path.symlink_to(target)
+            line = run("publish", TARGET, copy.path, "--unvalidated", code=4)
+            assert f"{path}: is a link, and what it leads to is not published" in line
+            path.unlink()
+        there.rename(path)
+    assert logged_in.requests == []
+    run("publish", TARGET, copy.path)
+
+
+def test_what_is_no_file_or_another_one_is_not_sent(logged_in: Hub, copy: WorkFolder, tmp_path: Path, run: Run) -> None:
+    run("publish", TARGET, copy.path, "--card-only")
+    secret = tmp_path / "secret"
+    secret.write_text("SECRET=1\n")
+    for path in published(copy):
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        assert "is no regular file" in run("publish", TARGET, copy.path, "--unvalidated", code=4)
+        path.unlink()
+        path.mkdir()
+        assert "is no regular file" in run("publish", TARGET, copy.path, "--unvalidated", code=4)
+        path.rmdir()
+        path.hardlink_to(secret)
+        said = run("publish", TARGET, copy.path, code=4)
+        assert str(path) in said
+        path.unlink()
+        path.write_bytes(content)
+    run("publish", TARGET, copy.path)
+    assert logged_in.requests == []
+
+
+def test_a_page_of_something_else(logged_in: Hub, copy: WorkFolder, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    copy.page.write_text(copy.page.read_text() + "<p>more</p>")
+    line = run("publish", TARGET, copy.path, code=4)
+    assert f"{copy.page}: is not what was drawn here; draw it with `mode-gguf report {copy.path}`, or move it" in line
+    run("report", copy.path)
+    assert "report.html" in run("publish", TARGET, copy.path)
+    report = json.loads(copy.report.read_text())
+    copy.report.write_text(json.dumps(report))
+    as_left_by("validate", copy, copy.report)
+    assert "report.html" not in {
+        file["name"] for file in json.loads(run("publish", TARGET, copy.path, "--json"))["files"]
+    }
+    assert "is of another report.json, and left out" in caplog.text
+
+
+def test_what_lies_elsewhere_is_not_sent(logged_in: Hub, copy: WorkFolder, tmp_path: Path, run: Run) -> None:
+    """stages.json may name any path."""
+    secret = tmp_path / "secret"
+    secret.write_text("SECRET=1\n")
+    stages = json.loads(copy.stages.read_text())
+    for name in ("../secret", str(secret)):
+        changed = json.loads(json.dumps(stages))
+        changed["export"]["outputs"][name] = file_identity(secret)
+        copy.stages.write_text(json.dumps(changed))
+        assert "lies outside of the work folder" in run("publish", TARGET, copy.path, code=4)
+    assert logged_in.requests == []
+
+
+def test_a_linked_work_folder_is_one(logged_in: Hub, copy: WorkFolder, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "~link").symlink_to(copy.path)
+    run("publish", TARGET, tmp_path / "~link", "--yes")
+    assert set(logged_in.repositories[TARGET].files) == expected_names(copy.path)
 
 
 def test_a_type_per_expert_says_what_it_needs(pico: Path, tmp_path: Path, run: Run) -> None:

@@ -25,7 +25,7 @@ from mode_gguf.progress import Advance
 from mode_gguf.recipe import OptionLayer, Recipe
 
 KILLS = 24
-IGNORED = {"mode-gguf.log", ".mode-gguf.lock", "report.html"}  # the page shows times
+IGNORED = {"mode-gguf.log", ".mode-gguf.lock", "digests.json", "report.html"}  # the page shows times
 OF_TIMES = ("seconds", "finished", "text_identity", "image_identity")
 """Keys of JSON files; identities of reference.json hold the times of the files it was made from."""
 

@@ -42,5 +42,25 @@ def of_rope(setting: str, section: str, name: str, *values: Mapping[str, Any]) -
     return [Refusal(section, {setting: value}, rf"config\.json: {name} is .*expected") for value in values]
 
 
+def refused_ropes(**settings: Any) -> list[dict[str, Any]]:
+    """Scalings that llama.cpp's decoders do not run as transformers does, with `settings` beside them."""
+    scalings: list[dict[str, Any]] = [
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0], "long_factor": [2.0]},
+        {"type": "su", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"type": "mrope"},
+        {"rope_type": None, "type": "yarn"},
+        {"factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "linear", "factor": 0.5},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16},
+        {"rope_type": "yarn", "factor": 4.0, "beta_slow": 2},
+        {"rope_type": "yarn", "factor": 4.0, "truncate": False},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0},
+        {"rope_type": "yarn", "factor": "4"},
+    ]
+    return [{**settings, **scaling} for scaling in scalings]
+
+
 TEXT, VISION = "text_config", "vision_config"
 """Sections of config.json."""

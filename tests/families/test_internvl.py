@@ -16,6 +16,7 @@ from mode_gguf.architectures.vision import internvl
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.forward.model_config import model_config
 from mode_gguf.forward.streaming import open_streamed
 from tests.families.case.internvl import INTERNVL
 from tests.families.changed import changed
@@ -80,8 +81,7 @@ def test_both_layouts_make_one_configuration(families: Families) -> None:
     configs: list[dict[str, Any]] = []
     for layout in INTERNVL.layouts:
         checkpoint = families.checkpoint(layout)
-        settings = dict(find_family(checkpoint).layout.model_config(checkpoint))
-        config = InternVLConfig.from_dict(settings).to_dict()
+        config = model_config(checkpoint, find_family(checkpoint)).to_dict()
         del config["transformers_version"], config["vision_config"]["architectures"]
         configs.append(config)
     assert configs[0] == configs[1]

@@ -21,6 +21,7 @@ from mode_gguf.export.tokenizer import add_tokenizer_keys, read_vocabulary
 from mode_gguf.forward.converted_weights import as_tensor
 from mode_gguf.forward.inputs import InputBuilder
 from mode_gguf.forward.modality import TEXT_ATTENTION
+from mode_gguf.forward.model_config import model_config
 from mode_gguf.forward.streaming import open_streamed
 from mode_gguf.importance.quantized_kl import KlSettings, quantized_kl
 from mode_gguf.importance.sensitivity_table import SensitivityTable
@@ -96,7 +97,7 @@ def test_a_stored_head_is_the_head_whatever_config_json_says(
 ) -> None:
     tied = changed(checkpoint.path, tmp_path / "tied", tie_word_embeddings=said)
     assert "output.weight" in {tensor.name for tensor in text_tensors(tied)}
-    assert find_family(tied).layout.model_config(tied)["tie_word_embeddings"] is False
+    assert model_config(tied, find_family(tied)).tie_word_embeddings is False
 
 
 def test_a_vocabulary_without_the_break(checkpoint: Checkpoint, tmp_path: Path) -> None:

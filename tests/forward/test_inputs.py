@@ -62,7 +62,7 @@ def test_a_template_that_knows_only_text(pico: Path) -> None:
     """Refused for a family whose templates write the image; see `test_internvl` for one whose do not."""
     builder = InputBuilder.open(Checkpoint.open(pico))
     builder.tokenizer.chat_template = "{% for message in messages %}{{ 'user: ' + message.content }}{% endfor %}"
-    with pytest.raises(InputError, match="the chat template failed"):
+    with pytest.raises(InputError, match="the chat template of .* fails"):
         builder.build(chat("Describe the picture.", None))
 
 
@@ -96,5 +96,5 @@ def test_broken_tokenizer(pico: Path, tmp_path: Path) -> None:
     for file in pico.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(InputError, match="tokenizer or image processor cannot be read"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json"):
         InputBuilder.open(Checkpoint.open(tmp_path))

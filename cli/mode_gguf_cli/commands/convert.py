@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mode_gguf.options import RUN
+from mode_gguf.plain_text import shell_line
 from mode_gguf.recipe import Recipe
 from mode_gguf_cli import arguments
 from mode_gguf_cli.console import duration, emit_json, progress, say, show
@@ -90,7 +91,7 @@ def _show(result: "ConvertResult", folder: Path) -> None:
     if result.mmproj:
         show(f"mmproj   {result.mmproj}")
     show(f"report   {result.page}")
-    say(f"talk to it with: mode-gguf run {folder}")
+    say(f"talk to it with: {shell_line(['mode-gguf', 'run', folder])}")
     reused = [stage for stage, seconds in result.seconds.items() if seconds == 0]
     if reused:
         say(f"reused from the last run in this folder: {', '.join(reused)}")

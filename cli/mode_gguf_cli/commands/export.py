@@ -40,16 +40,17 @@ def command(
     [bold]-md mtp-….gguf --spec-type draft-mtp[/bold].
     """
     from mode_gguf import pipeline
-    from mode_gguf.allocation.plan import Plan
     from mode_gguf.architectures import projector_tensors
 
     run = pipeline.open_model(model, out, recipe, progress())
-    followed = Plan.load(plan or run.folder.plan)
+    followed = pipeline.followed_plan(run.folder, plan)
     text = pipeline.ExportText(followed, recipe.export, recipe.compute, imatrix=imatrix, rounding=rounding)
     projector = pipeline.ExportProjector(recipe.export.mmproj_type)
     mtp = pipeline.ExportMtp(recipe.export.mtp, recipe.compute) if recipe.export.mtp else None
     with pipeline.folder_lock(run.folder):
         run.ensure(text)
+        if plan is None:
+            pipeline.save_tensor_types(run.folder, followed)
         if has_projector := bool(projector_tensors(run.checkpoint)):
             run.ensure(projector)
         if mtp:

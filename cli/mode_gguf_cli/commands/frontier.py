@@ -9,7 +9,7 @@ from rich.table import Table
 from mode_gguf.options import OUTPUT
 from mode_gguf.recipe import Recipe
 from mode_gguf_cli import arguments
-from mode_gguf_cli.console import progress, show, stdout
+from mode_gguf_cli.console import cell, progress, show, stdout
 from mode_gguf_cli.generated import with_recipe
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def command(
 def _table(frontier: "Frontier") -> Table:
     """Planned and uniform points by size."""
     titles = ["cost"] if frontier.answers == ("cost",) else [f"{answer} KL" for answer in frontier.answers]
-    table = Table("", box=None, title=f"predicted for {frontier.model}, preset {frontier.preset}", title_justify="left")
+    title = cell(f"predicted for {frontier.model}, preset {frontier.preset}")
+    table = Table("", box=None, title=title, title_justify="left")
     for title in ("size", "bpw", *titles):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("types, % of experts' bytes")

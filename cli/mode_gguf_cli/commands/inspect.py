@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mode_gguf_cli import arguments
-from mode_gguf_cli.console import emit_json, progress, show, stdout
+from mode_gguf_cli.console import cell, emit_json, progress, show, stdout
 
 if TYPE_CHECKING:
     from mode_gguf.quantization.file_comparison import Comparison
@@ -78,14 +78,14 @@ def _compare(first: Path, second: Path, threads: int | None, *, as_json: bool) -
 def _tensors(rows: list[dict[str, Any]]) -> Table:
     table = Table("tensor", "shape", "type", box=None)
     for row in rows:
-        table.add_row(row["name"], " x ".join(map(str, row["shape"])), row["type"])
+        table.add_row(cell(row["name"]), " x ".join(map(str, row["shape"])), cell(row["type"]))
     return table
 
 
 def _types(types: dict[str, dict[str, int]]) -> Table:
     table = Table("type", "tensors", "weights", "bytes", box=None)
     for name, totals in types.items():
-        table.add_row(name, *(f"{totals[column]:,}" for column in ("tensors", "n_weights", "size_bytes")))
+        table.add_row(cell(name), *(f"{totals[column]:,}" for column in ("tensors", "n_weights", "size_bytes")))
     return table
 
 
@@ -95,7 +95,8 @@ def _compared_tensors(found: "Comparison") -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for one in found.tensors:
         sizes = [f"{size:,}" for size in one.size_bytes]
-        table.add_row(one.name, *map(_mixed, one.types), *sizes, one.note or _error(one.error))
+        note = one.note or _error(one.error)
+        table.add_row(cell(one.name), *map(cell, map(_mixed, one.types)), *sizes, cell(note))
     return table
 
 
@@ -105,7 +106,7 @@ def _compared_types(found: "Comparison") -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for one in found.by_types:
         counts = [f"{number:,}" for number in (one.tensors, one.n_weights, *one.size_bytes)]
-        table.add_row(*one.types, *counts, _error(one.error))
+        table.add_row(*map(cell, one.types), *counts, _error(one.error))
     return table
 
 

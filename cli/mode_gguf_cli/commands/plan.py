@@ -21,7 +21,6 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
     The plan may be edited by hand; `export` follows it.
     """
     from mode_gguf import pipeline
-    from mode_gguf.allocation.plan import Plan
 
     run = pipeline.open_model(model, out, recipe, progress())
     if recipe.plan.uniform:
@@ -32,7 +31,7 @@ def command(recipe: Recipe, model: arguments.Model, out: arguments.Out = None, j
         settings = pipeline.PlanSettings.of(pipeline.with_measured_packing(recipe, measured.packing), candidates)
         with pipeline.folder_lock(run.folder):
             run.ensure(pipeline.MakePlan(settings, measured))
-    made = Plan.load(run.folder.plan)
+    made = pipeline.followed_plan(run.folder)
     types_file = None if made.has_expert_groups else run.folder.tensor_types
     if not json:
         _show(made, run)

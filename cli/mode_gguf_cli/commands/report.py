@@ -15,6 +15,10 @@ def command(
         Path | None,
         typer.Option(help="Held-out folder whose pictures are shown; default: the one it was validated with."),
     ] = None,
+    allow_outside_samples: Annotated[
+        bool,
+        typer.Option("--allow-outside-samples", help="Show pictures, too, that the held-out folder names outside it."),
+    ] = False,
     json: arguments.Json = False,
 ) -> None:
     """Draw report.html again from the files in FOLDER; nothing is computed but the frontier.
@@ -24,7 +28,7 @@ def command(
     """
     from mode_gguf import pipeline
 
-    page = pipeline.run_report(folder, samples)
+    page = pipeline.run_report(folder, samples, outside=allow_outside_samples)
     if json:
         emit_json({"page": str(page)})
         return

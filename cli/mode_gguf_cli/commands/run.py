@@ -1,7 +1,6 @@
 """mode-gguf run: a finished model in the llama.cpp that can load it."""
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mode_gguf.options import SERVING, ServingOptions
+from mode_gguf.plain_text import printable, shell_line, shell_word
 from mode_gguf_cli.console import say, show
 from mode_gguf_cli.generated import with_options
 
@@ -62,7 +62,7 @@ def command(
         return
     with_pictures = files.mmproj if serving.tool == "llama-mtmd-cli" else None
     line = command_line(files.model, serving.tool, mmproj or with_pictures, extra or (), serving.llama_cpp)
-    say(shlex.join(line))
+    say(shell_line(line))
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "nt":  # its exec returns to the shell at once and leaves the program without a console
@@ -101,12 +101,12 @@ def _interrupted_by_all() -> Iterator[None]:
 
 
 def _echo(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"{printable(line)}\n")
 
 
 def _example(url: str, *, with_picture: bool) -> str:
     """A command that asks the server; the picture's file is read by the shell."""
-    post = f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d"
+    post = f"curl -s {shell_word(f'{url}/v1/chat/completions')} -H 'Content-Type: application/json' -d"
     if not with_picture:
         return f"""{post} '{{"messages": [{{"role": "user", "content": "Who are you?"}}]}}'"""
     before = (

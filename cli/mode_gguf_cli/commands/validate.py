@@ -87,7 +87,7 @@ def command(
         reference_folder=reference_data or report.parent / "reference",
         progress=progress(),
     )
-    page = pipeline.draw_validated(report, result, options.samples)
+    page = pipeline.draw_validated(report, result, options)
     if json:
         emit_json(result.model_dump(mode="json"))
     else:

@@ -1,6 +1,5 @@
 """A family made at run time, for a checkpoint whose names, metadata and tensors come from a base GGUF."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from mode_gguf.architectures.hparams import Hparams, config
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.checkpoint.identity import ModelIdentity
 from mode_gguf.errors import InputError
 
 T = TypeVar("T")
@@ -37,16 +37,16 @@ def checkpoint_with_base(checkpoint: Checkpoint | None, base: BaseGguf, *, compa
         InputError: the base is another model's, or lacks the projector of a model with a vision encoder.
     """
     if checkpoint is None:
-        return Checkpoint(base.text.files[0], base.name, None, None, {}, {}, base.fingerprint, base)
+        return Checkpoint(base.text.files[0], base.name, None, None, {}, {}, ModelIdentity("", base.files), base)
     if base.projector is None and has_vision(checkpoint.config):
         raise InputError(
             f"{checkpoint.path}: config.json names a vision encoder; make its projector with convert_hf_to_gguf.py "
             "--mmproj, and give it with --base-mmproj"
         )
-    both = f"{checkpoint.fingerprint} {base.fingerprint}".encode()
+    identity = replace(checkpoint.identity, files=(*checkpoint.identity.files, *base.files))
     if compared:
         base = match.matched_base(checkpoint, base)
-    return replace(checkpoint, base=base, fingerprint=hashlib.sha256(both).hexdigest()[:16])
+    return replace(checkpoint, base=base, identity=identity)
 
 
 def has_vision(config: Mapping[str, Any]) -> bool:

@@ -4,8 +4,6 @@ The text model's file says what every tensor is by its name alone; the projector
 and an expert is read when it is asked for.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Role, Source
 from mode_gguf.errors import InputError
 from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
 from mode_gguf.gguf.shards import COUNT_KEY, NUMBER_KEY, TENSORS_KEY
+from mode_gguf.plain_text import file_name_part
 
 FLOAT_TYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
@@ -60,7 +59,6 @@ _NOT_COPIED: Final = (
 _PROJECTOR: Final = "clip"
 _NAME_END: Final = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
 _TYPE_END: Final = re.compile(r"[-_.](BF16|F16|F32|FP16|FP32)$", re.IGNORECASE)
-_SAMPLE_BYTES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,6 @@ class BaseGguf:
     Attributes:
         text, projector: heads of the files; no projector for text-only models.
         tensors, projector_tensors: of the files, in their order.
-        fingerprint: digest of metadata, tensor names, shapes and types, and some bytes of every tensor.
         unmatched: dense matrices that no checkpoint tensor was found to equal, so that nothing is known of their
             inputs; None where there is no checkpoint to compare with.
     """
@@ -95,7 +92,6 @@ class BaseGguf:
     projector: GgufHeader | None
     tensors: tuple[SourceTensor, ...]
     projector_tensors: tuple[SourceTensor, ...]
-    fingerprint: str
     unmatched: tuple[str, ...] | None = None
 
     @property
@@ -111,7 +107,8 @@ class BaseGguf:
     @property
     def name(self) -> str:
         """The model's name: the file's, without shard number and type."""
-        return _TYPE_END.sub("", _NAME_END.sub("", self.text.files[0].name)) or self.text.files[0].stem
+        file = self.text.files[0]
+        return file_name_part(_TYPE_END.sub("", _NAME_END.sub("", file.name)) or file.stem)
 
     def setting(self, key: str) -> Any:
         """A value of the text model's architecture, by a key with `{arch}`; None if it is not there."""
@@ -156,7 +153,7 @@ def open_base(path: Path, mmproj: Path | None = None) -> BaseGguf:
         _check_projector(mmproj, projector)
         widest = {info.type for info in projector.tensors.values()} - {"F32"}
         projector_tensors = tuple(_projector_tensor(info, bool(widest)) for info in projector.tensors.values())
-    return BaseGguf(text, projector, tensors, projector_tensors, _fingerprint(text, projector))
+    return BaseGguf(text, projector, tensors, projector_tensors)
 
 
 def copied_keys(header: GgufHeader) -> list[tuple[str, Any, tuple[int, ...]]]:
@@ -243,20 +240,3 @@ def _projector_tensor(info: TensorInfo, mixed: bool) -> SourceTensor:
     kept = len(info.shape) < 2 or "position_embd" in info.name or (mixed and info.type == "F32" and len(info.shape) < 4)
     role = Role.KEEP if kept else Role.DENSE
     return SourceTensor(info.name, info.shape, role, (info.name,), GgufReader(info, False))
-
-
-def _fingerprint(*headers: GgufHeader | None) -> str:
-    digest = hashlib.sha256()
-    for header in headers:
-        if header is None:
-            continue
-        digest.update(json.dumps(header.metadata, sort_keys=True, default=str).encode())
-        for path in header.files:
-            with path.open("rb") as file:
-                for info in header.tensors.values():
-                    if info.file == path:
-                        middle = info.size_bytes // 2
-                        file.seek(info.offset + middle)
-                        digest.update(json.dumps([info.name, info.type, info.shape]).encode())
-                        digest.update(file.read(min(_SAMPLE_BYTES, info.size_bytes - middle)))
-    return digest.hexdigest()[:16]

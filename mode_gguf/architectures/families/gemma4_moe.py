@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mode_gguf.architectures.family import Layout, ModelFamily, is_tied
+from mode_gguf.architectures.family import Layout, ModelFamily, says_tied
 from mode_gguf.architectures.text import gemma4
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.architectures.vision import gemma4 as gemma4_vision
@@ -33,6 +33,6 @@ FAMILY = ModelFamily(
     text=gemma4.TEXT_MODEL,
     vision=gemma4_vision.TOWER,
     tokenizer=TOKENIZER,
-    layout=Layout(model_config=model_config, tied=partial(is_tied, default=True)),
+    layout=Layout(model_config=model_config, tied=partial(says_tied, default=True)),
     ignored=("model.audio_tower.", "model.embed_audio."),
 )

@@ -4,12 +4,10 @@ Blocks for multi-token prediction, which some checkpoints have behind the last l
 model gives no statistics of them, and without them the file says the same; llama.cpp cannot draft then.
 """
 
-from mode_gguf.architectures.family import Layout, ModelFamily, is_tied
-from mode_gguf.architectures.hparams import text_hparams
+from mode_gguf.architectures.family import Layout, ModelFamily, says_tied_at_either_level
 from mode_gguf.architectures.text import glm4_moe
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.architectures.vision import glm4v
-from mode_gguf.checkpoint.folder import Checkpoint
 
 TOKENIZER = Tokenizer(
     "glm4",
@@ -19,16 +17,11 @@ TOKENIZER = Tokenizer(
 )
 
 
-def is_tied_at_either_level(checkpoint: Checkpoint) -> bool:
-    """Whether the output head is the token embedding: transformers takes the inner level's setting over."""
-    return is_tied(checkpoint) or bool(text_hparams(checkpoint).get("tie_word_embeddings", False))
-
-
 FAMILY = ModelFamily(
     hf_class="Glm4vMoeForConditionalGeneration",
     text=glm4_moe.TEXT_MODEL,
     vision=glm4v.TOWER,
     tokenizer=TOKENIZER,
-    layout=Layout(tied=is_tied_at_either_level),
+    layout=Layout(tied=says_tied_at_either_level),
     ignored=("model.language_model.layers.{mtp}.",),
 )

@@ -7,9 +7,10 @@ The original one is `InternVLChatModel`, whose own code is never run; transforme
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from mode_gguf.architectures.family import SAVED, Layout, ModelFamily, config_with_tied, is_tied
+from mode_gguf.architectures.family import SAVED, Layout, ModelFamily, says_tied, says_tied_at_either_level
 from mode_gguf.architectures.hparams import Hparams, config, has_experts, text_hparams
 from mode_gguf.architectures.tensors import Array
 from mode_gguf.architectures.text import qwen3_moe
@@ -39,8 +40,8 @@ _ORIGINAL_RENAMES = (
 )
 """Names that transformers stores, and the original ones."""
 
-_NOT_TRANSFORMERS = {"auto_map", "rope_scaling", "_attn_implementation", "attn_implementation", "_name_or_path"}
-"""Names in llm_config that say nothing about the model as transformers and llama.cpp run it (see `check`)."""
+_NOT_TRANSFORMERS = {"auto_map", "_attn_implementation", "attn_implementation", "_name_or_path"}
+"""Names in llm_config that say nothing about the model."""
 
 
 def _check(text: Hparams) -> None:
@@ -76,12 +77,11 @@ def original_vision_config(vision: Hparams) -> Mapping[str, Any]:
 
 def original_model_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """transformers' configuration, made from the original one."""
-    tied = is_tied(checkpoint)
     text = {name: value for name, value in text_hparams(checkpoint).values.items() if name not in _NOT_TRANSFORMERS}
     return {
         "architectures": [HF_CLASS],
         "model_type": "internvl",
-        "text_config": {**text, "model_type": TEXT_TYPE, "tie_word_embeddings": tied},
+        "text_config": {**text, "model_type": TEXT_TYPE},
         "vision_config": original_vision_config(internvl.tower_hparams(checkpoint)),
         "image_token_id": internvl.image_token(checkpoint),
         "image_seq_length": internvl.tokens_per_tile(checkpoint),
@@ -89,7 +89,6 @@ def original_model_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": tied,
     }
 
 
@@ -107,12 +106,12 @@ FAMILY = ModelFamily(
     text=replace(qwen3_moe.TEXT_MODEL, check=_check),
     vision=internvl.TOWER,
     tokenizer=QWEN2,
-    layout=Layout(SAVED, model_config=config_with_tied),
+    layout=Layout(SAVED, tied=partial(says_tied, default=True)),
 )
 
 ORIGINAL = replace(
     FAMILY,
     hf_class="InternVLChatModel",
     vision=replace(internvl.TOWER, placeholder="<image>"),
-    layout=Layout((*SAVED, *_ORIGINAL_RENAMES), read_original, original_model_config),
+    layout=Layout((*SAVED, *_ORIGINAL_RENAMES), read_original, original_model_config, says_tied_at_either_level),
 )

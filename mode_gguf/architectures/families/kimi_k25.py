@@ -11,7 +11,7 @@ from gguf.constants import VisionProjectorType
 
 from mode_gguf.architectures.common_keys import Metadata
 from mode_gguf.architectures.families import kimi_vl
-from mode_gguf.architectures.family import SAVED, ModelFamily, VisionTower
+from mode_gguf.architectures.family import SAVED, ModelFamily, VisionTower, says_tied
 from mode_gguf.architectures.hparams import Hparams, image_hparams
 from mode_gguf.architectures.rules import as_stored
 from mode_gguf.architectures.text import deepseek
@@ -69,6 +69,8 @@ FAMILY = ModelFamily(
         token_types=None,
     ),
     tokenizer=kimi_vl.TOKENIZER,
-    layout=replace(kimi_vl.FAMILY.layout, renames=(*moon_vit.RENAMES, *_RENAMES, *SAVED)),
-    ignored=(*kimi_vl.IGNORED, "model.vision_tower.patch_embed.pos_emb.time_weight"),
+    layout=replace(
+        kimi_vl.FAMILY.layout, renames=(*moon_vit.RENAMES, *_RENAMES, *SAVED), tied=partial(says_tied, default=True)
+    ),
+    ignored=("model.vision_tower.patch_embed.pos_emb.time_weight",),
 )

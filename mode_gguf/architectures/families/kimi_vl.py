@@ -20,9 +20,6 @@ from mode_gguf.checkpoint.folder import Checkpoint
 
 TOKENIZER = Tokenizer("kimi-k2", tiktoken_model.KIMI_SPLIT)
 
-IGNORED = ("model.language_model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
-"""Frequencies, which models compute and some checkpoints store."""
-
 _PROJECTOR = VisionProjectorType.KIMIVL
 _RENAMES = (
     (r"^model\.mm_projector\.pre_norm\.", "multi_modal_projector.pre_norm."),
@@ -53,5 +50,4 @@ FAMILY = ModelFamily(
     ),
     tokenizer=TOKENIZER,
     layout=Layout((*moon_vit.RENAMES, *_RENAMES, *SAVED), moon_vit.read_parameter, model_config),
-    ignored=IGNORED,
 )

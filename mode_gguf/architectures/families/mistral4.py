@@ -6,11 +6,10 @@ Its class, Mistral3ForConditionalGeneration, also has the dense Mistral Small 3 
 from dataclasses import replace
 from functools import partial
 
-from mode_gguf.architectures.family import SAVED, Layout, ModelFamily, config_with_tied
+from mode_gguf.architectures.family import SAVED, Layout, ModelFamily, says_tied
 from mode_gguf.architectures.text import mistral4
 from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.architectures.vision import pixtral
-from mode_gguf.checkpoint.folder import Checkpoint
 
 TOKENIZER = Tokenizer(
     "tekken",
@@ -20,19 +19,12 @@ TOKENIZER = Tokenizer(
 )
 
 
-def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head is the token embedding: transformers ties by default, but not a head that is stored."""
-    if {"lm_head.weight", "language_model.lm_head.weight"} & checkpoint.tensors.keys():
-        return False
-    return bool(checkpoint.config.get("tie_word_embeddings", True))
-
-
 PARAMETERS = ModelFamily(
     hf_class="Mistral3ForConditionalGeneration",
     text=mistral4.TEXT_MODEL,
     vision=pixtral.TOWER,
     tokenizer=TOKENIZER,
-    layout=Layout(model_config=partial(config_with_tied, tied=is_tied), tied=is_tied),
+    layout=Layout(tied=partial(says_tied, default=True)),
 )
 """Checkpoints with the names of transformers' parameters."""
 

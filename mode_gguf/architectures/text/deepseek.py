@@ -18,11 +18,11 @@ from mode_gguf.architectures.common_keys import (
     MetadataValue,
     common_text_keys,
     text_ranges,
-    yarn_keys,
 )
 from mode_gguf.architectures.experts import expert_rules
 from mode_gguf.architectures.family import TextModel
-from mode_gguf.architectures.hparams import Hparams, rope_hparams, text_hparams
+from mode_gguf.architectures.hparams import Hparams, text_hparams
+from mode_gguf.architectures.rope import check_rope, check_whole_heads, latent_scaling_keys, rope_hparams
 from mode_gguf.architectures.rules import LAYER, Ranges, text_rules
 from mode_gguf.architectures.text import mla
 from mode_gguf.checkpoint.folder import Checkpoint
@@ -32,6 +32,9 @@ GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.DEEPSEEK2]
 
 DENSE, SPARSE, BIASED = "dense layers", "sparse layers", "layers that choose with a bias"
 """Subsets of the layers: one feed-forward network, or experts; and what chooses these."""
+
+DEFAULT_GROUPS = (8, 4)
+"""transformers' own, of experts and of those that a token may choose from."""
 
 FULL_QUERY_LAYERS = (26, 27)
 """llama.cpp takes models of so many layers for ones without a low-rank query, and looks for its rank in all others."""
@@ -88,11 +91,11 @@ def _keys(text: Hparams) -> Metadata:
         Keys.LLM.EXPERT_GROUP_COUNT: 1,
         Keys.LLM.EXPERT_GROUP_USED_COUNT: 1,
     }
-    if text.get("norm_topk_prob"):
+    if text.get("norm_topk_prob", True):
         keys[Keys.LLM.EXPERT_WEIGHTS_NORM] = True
     if not text.has("q_lora_rank") and text.int("num_hidden_layers") not in FULL_QUERY_LAYERS:
         keys[Keys.Attention.Q_LORA_RANK] = 0
-    return {**keys, **(yarn_keys(rope) if rope.get("rope_type") == "yarn" else {}), **mla.keys(text)}
+    return {**keys, **latent_scaling_keys(rope), **mla.keys(text)}
 
 
 def _check(text: Hparams) -> None:
@@ -100,18 +103,16 @@ def _check(text: Hparams) -> None:
     text.expect("hidden_act", "silu", "always gates with silu")
     text.expect("scoring_func", "sigmoid", "is told so here, as transformers computes")
     text.expect("topk_method", "noaux_tc", "chooses experts with a bias")
-    text.expect("n_group", 1, "is told here that all experts are one group")
-    text.expect("topk_group", 1, "is told here that all experts are one group")
+    text.expect("n_group", 1, "is told here that all experts are one group", default=DEFAULT_GROUPS[0])
+    text.expect("topk_group", 1, "is told here that all experts are one group", default=DEFAULT_GROUPS[1])
     text.expect("moe_layer_freq", 1, "has experts in every layer after the dense ones")
     text.expect("num_nextn_predict_layers", 0, "gets no block for it here")
     text.expect("rope_interleave", True, "rotates neighbouring channels")
     mla.check(text)
     rope = rope_hparams(text)
-    if rope.get("rope_type") == "yarn":
-        rope.expect("mscale", rope.get("mscale_all_dim"), "scales rotated channels as all others", default=None)
-        rope.expect("attention_factor", None, "computes it")
-    elif rope.get("rope_type") != "default":
-        rope.expect("rope_type", "yarn", "is exported with this scaling or none")
+    check_rope(text, rope)
+    check_whole_heads(rope)
+    latent_scaling_keys(rope)
     layers = text.int("num_hidden_layers")
     if text.has("q_lora_rank") and layers in FULL_QUERY_LAYERS:
         raise InputError(

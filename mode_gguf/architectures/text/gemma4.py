@@ -4,6 +4,7 @@ Every layer has a dense feed-forward network beside the routed experts; gate and
 of full attention have heads of another size than those with a sliding window, and may take their keys for values.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from mode_gguf.architectures.common_keys import EXPERTS, SIZES, Metadata, Metada
 from mode_gguf.architectures.experts import expert_rules
 from mode_gguf.architectures.family import TextModel
 from mode_gguf.architectures.hparams import Hparams, text_hparams
+from mode_gguf.architectures.rope import DEFAULT, LINEAR
 from mode_gguf.architectures.rules import LAYER, Ranges, TensorRule, View, text_rules
 from mode_gguf.architectures.tensors import ALL_ROWS, Role
 from mode_gguf.checkpoint.folder import Checkpoint
@@ -36,6 +38,10 @@ ROPE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """transformers' own, of what config.json may lack."""
 
+PROPORTIONAL, LLAMA3 = "proportional", "llama3"
+FULL_SCALINGS = (PROPORTIONAL, DEFAULT, LINEAR, LLAMA3)
+"""Kinds of rotary frequencies that divisors make of the spread ones; YaRN's amplitude would be that of all layers."""
+
 UNROTATED = 1e30
 """Frequencies are divided by it, which leaves a position no angle to speak of."""
 
@@ -53,9 +59,33 @@ def rope_frequencies(checkpoint: Checkpoint, source: str) -> View:
     """
     text = _hparams(checkpoint)
     head_dim, _ = full_attention(text)
-    turning = int(_rope(text, FULL).float("partial_rotary_factor") * head_dim // 2)
-    factors = np.array([1.0] * turning + [UNROTATED] * (head_dim // 2 - turning), np.float32)
+    factors = full_divisors(_rope(text, FULL), head_dim).astype(np.float32)
     return View(factors.shape, lambda _, rows=ALL_ROWS: factors[rows])
+
+
+def full_divisors(rope: Hparams, head_dim: int) -> np.ndarray:
+    """Divisors (head_dim / 2) of the frequencies of full attention.
+
+    Of a head's channel pairs, `proportional` turns the first ones, by frequencies spread over the whole head, and the
+    others not at all. A factor stretches all positions, Llama 3's only those of long waves (transformers'
+    `_compute_llama3_parameters`).
+    """
+    kind, pairs = rope.get("rope_type"), head_dim // 2
+    if kind == LLAMA3:
+        return _llama3_divisors(rope, head_dim)
+    turning = int(rope.float("partial_rotary_factor") * head_dim // 2) if kind == PROPORTIONAL else pairs
+    factor = 1.0 if kind == DEFAULT else rope.float("factor")
+    return np.array([factor] * turning + [UNROTATED] * (pairs - turning))
+
+
+def _llama3_divisors(rope: Hparams, head_dim: int) -> np.ndarray:
+    factor, low, high = (rope.float(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    if not low < high:
+        rope.refuse("high_freq_factor", f"more than low_freq_factor, {low}")
+    waves = 2 * np.pi * rope.float("rope_theta") ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = rope.int("original_max_position_embeddings") / waves
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / factor + smooth)
 
 
 _RULES = (
@@ -125,9 +155,15 @@ def _full_attention_by_layer(text: Hparams) -> tuple[int, int]:
 
 
 def _rope(text: Hparams, kind: str) -> Hparams:
-    """Rotary settings of the layers of one kind."""
+    """Rotary settings of the layers of one kind; transformers has defaults for all of them together only."""
     by_kind = text.section("rope_parameters") if text.has("rope_parameters") else replace(text, values=ROPE_DEFAULTS)
-    return by_kind.section(kind, defaults=ROPE_DEFAULTS[kind])
+    of_kind = by_kind.section(kind, defaults={"partial_rotary_factor": 1.0})
+    values = {"rope_type": of_kind.get("type", DEFAULT), **of_kind.values}
+    if values["rope_type"] == PROPORTIONAL:
+        values.setdefault("factor", 1.0)
+    if values["rope_type"] == LLAMA3:
+        values.setdefault("original_max_position_embeddings", text.get("max_position_embeddings"))
+    return replace(of_kind, values=values, label=f"{kind} ")
 
 
 def _keys_are_values(text: Hparams) -> bool:
@@ -187,12 +223,29 @@ def _check(text: Hparams) -> None:
     )
     text.expect("hidden_activation", "gelu_pytorch_tanh", "always takes this activation")
     text.expect("attention_bias", False, "has no attention biases")
-    full, sliding = _rope(text, FULL), _rope(text, SLIDING)
-    full.require(f"rope_type of {FULL}", full.get("rope_type"), "proportional", "export supports no other")
-    full.require(f"factor of {FULL}", full.get("factor", 1.0), 1.0, "export supports no scaling of positions")
-    sliding.require(f"rope_type of {SLIDING}", sliding.get("rope_type"), "default", "export supports no other")
     layer_types(text)
+    _check_rope(text)
     full_attention(text)
+
+
+def _check_rope(text: Hparams) -> None:
+    """Refuse rotary settings that llama.cpp has no place for, or that transformers would not read."""
+    if text.get("rope_scaling"):
+        text.refuse("rope_scaling", "rope_parameters of each kind of layer, the only ones that transformers reads here")
+    full, sliding = _rope(text, FULL), _rope(text, SLIDING)
+    sliding.expect("rope_type", DEFAULT, "scales positions of full attention only")
+    if full.get("rope_type") not in FULL_SCALINGS:
+        full.refuse("rope_type", " or ".join(map(repr, FULL_SCALINGS)), f"llama.cpp's {text.reader} runs no other")
+    for rope in (full, sliding):
+        if not 1.0 < rope.float("rope_theta") < math.inf:
+            rope.refuse("rope_theta", "a number above 1")
+    if full.get("rope_type") != PROPORTIONAL:
+        full.expect("partial_rotary_factor", 1.0, "rotates whole heads")
+    elif not 0.0 <= full.float("partial_rotary_factor") <= 1.0:
+        full.refuse("partial_rotary_factor", "a share")
+    divisors = full_divisors(full, full_attention(text)[0])
+    if not (np.isfinite(divisors).all() and (divisors >= 1.0).all()):
+        full.refuse("factor", "1 or more")
 
 
 TEXT_MODEL = TextModel(GGUF_ARCH, _hparams, _RULES, _keys, _check, _ranges)

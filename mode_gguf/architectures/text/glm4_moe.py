@@ -18,12 +18,12 @@ from mode_gguf.architectures.common_keys import (
     Metadata,
     common_text_keys,
     head_dim,
-    mrope_sections,
     text_ranges,
 )
 from mode_gguf.architectures.experts import expert_rules
 from mode_gguf.architectures.family import TextModel
-from mode_gguf.architectures.hparams import Hparams, expert_sizes, rope_hparams, text_hparams
+from mode_gguf.architectures.hparams import Hparams, expert_sizes, text_hparams
+from mode_gguf.architectures.rope import check_rope, check_sections, mrope_sections, rope_hparams, scaling_keys
 from mode_gguf.architectures.rules import LAYER, Ranges, numbered, text_rules
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.GLM4_MOE]
@@ -97,6 +97,7 @@ def _keys(text: Hparams) -> Metadata:
         Keys.Rope.DIMENSION_SECTIONS: mrope_sections(rope),
         Keys.Rope.DIMENSION_COUNT: _rotated(text),
         Keys.Rope.FREQ_BASE: rope.float("rope_theta"),
+        **scaling_keys(rope),
         **common_text_keys(
             text,
             Keys.LLM.EXPERT_COUNT,
@@ -116,7 +117,7 @@ def _check(text: Hparams) -> None:
     """Refuse hyperparameters that llama.cpp's `glm4moe`, or transformers' model, has no place for."""
     rope = _rope(text)
     text.expect("hidden_act", "silu", "always gates with silu")
-    rope.expect("rope_type", "default", "export supports no other scaling")
+    check_rope(text, rope)
     if text.get("use_qk_norm", False):
         text.refuse(
             "use_qk_norm",
@@ -133,10 +134,7 @@ def _check(text: Hparams) -> None:
             "n_group",
             f"1, or a divisor of {experts} experts of which topk_group, {used}, are fewer: llama.cpp stops at others",
         )
-    sections, rotated = rope.list("mrope_section"), _rotated(text)
-    numbers = all(isinstance(pairs, int) for pairs in sections)
-    if len(sections) > 3 or not numbers or 2 * sum(sections) != rotated:
-        rope.refuse("mrope_section", f"up to three sections with {rotated // 2} pairs in all, as many as are rotated")
+    check_sections(rope, _rotated(text))
 
 
 TEXT_MODEL = TextModel(

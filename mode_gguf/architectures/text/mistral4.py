@@ -11,9 +11,10 @@ from functools import partial
 from gguf import Keys
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 
-from mode_gguf.architectures.common_keys import EXPERTS, SIZES, Metadata, MetadataValue, common_text_keys, yarn_keys
+from mode_gguf.architectures.common_keys import EXPERTS, SIZES, Metadata, MetadataValue, common_text_keys
 from mode_gguf.architectures.family import TextModel
-from mode_gguf.architectures.hparams import Hparams, rope_hparams, text_hparams
+from mode_gguf.architectures.hparams import Hparams, text_hparams
+from mode_gguf.architectures.rope import LINEAR, YARN, check_rope, latent_scaling_keys, rope_hparams
 from mode_gguf.architectures.text import deepseek, mla
 from mode_gguf.errors import InputError
 
@@ -32,7 +33,7 @@ def _keys(text: Hparams) -> Metadata:
         Keys.Attention.TEMPERATURE_SCALE: rope.float("llama_4_scaling_beta"),
         Keys.Attention.TEMPERATURE_LENGTH: rope.int("original_max_position_embeddings"),
         Keys.Rope.FREQ_BASE: rope.float("rope_theta"),
-        **yarn_keys(rope),
+        **latent_scaling_keys(rope),
         **common_text_keys(text, *EXPERTS, Keys.LLM.EXPERT_SHARED_COUNT),
         Keys.LLM.EXPERT_GROUP_COUNT: 1,
         Keys.LLM.EXPERT_GROUP_USED_COUNT: 1,
@@ -60,11 +61,9 @@ def _check(text: Hparams) -> None:
     )
     text.require("n_group", text.get("n_group") or 1, 1, "export supports no groups of experts")
     text.expect("rope_interleave", True, "rotates neighbouring channels")
-    rope.expect("rope_type", "yarn", "export supports no other scaling")
-    rope.expect("mscale", 1.0, "scales cosines by no other factor")
-    rope.expect("mscale_all_dim", 1.0, "was compared with transformers at this value only", default=None)
-    rope.expect("attention_factor", None, "computes it from the scaling factor")
-    rope.expect("truncate", True, "rounds the range of channels that YaRN corrects")
+    check_rope(text, rope, (YARN, LINEAR))
+    latent_scaling_keys(rope)
+    rope.float("llama_4_scaling_beta"), rope.int("original_max_position_embeddings")  # transformers has no defaults
     rotated = text.int("qk_rope_head_dim")
     head = rotated + text.int("qk_nope_head_dim")
     rope.require(

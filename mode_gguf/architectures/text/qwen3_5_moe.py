@@ -20,12 +20,12 @@ from mode_gguf.architectures.common_keys import (
     Metadata,
     MetadataValue,
     common_text_keys,
-    mrope_sections,
     text_ranges,
 )
 from mode_gguf.architectures.experts import expert_rules
 from mode_gguf.architectures.family import MtpBlock, TextModel
-from mode_gguf.architectures.hparams import Hparams, rope_hparams, text_hparams
+from mode_gguf.architectures.hparams import Hparams, text_hparams
+from mode_gguf.architectures.rope import check_rope, check_sections, mrope_sections, rope_hparams, scaling_keys
 from mode_gguf.architectures.rules import (
     EMBEDDING,
     LAYER,
@@ -215,8 +215,17 @@ def _ranges(text: Hparams) -> Ranges:
     )
 
 
+def _rope(text: Hparams) -> Hparams:
+    return rope_hparams(text, ROPE_DEFAULTS)
+
+
+def _rotated(text: Hparams) -> int:
+    """Channels of a head that its position rotates."""
+    return int(text.int("head_dim") * _rope(text).float("partial_rotary_factor"))
+
+
 def _keys(text: Hparams) -> Metadata:
-    rope = rope_hparams(text, ROPE_DEFAULTS)
+    rope = _rope(text)
     head_dim, n_value = text.int("head_dim"), text.int("linear_num_value_heads")
     keys: dict[str, MetadataValue] = {
         **common_text_keys(text, *SIZES, Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV),
@@ -224,8 +233,9 @@ def _keys(text: Hparams) -> Metadata:
         Keys.Attention.VALUE_LENGTH: head_dim,
         **common_text_keys(text, Keys.Attention.LAYERNORM_RMS_EPS),
         Keys.Rope.DIMENSION_SECTIONS: mrope_sections(rope),
-        Keys.Rope.DIMENSION_COUNT: int(head_dim * rope.float("partial_rotary_factor")),
+        Keys.Rope.DIMENSION_COUNT: _rotated(text),
         Keys.Rope.FREQ_BASE: rope.float("rope_theta"),
+        **scaling_keys(rope),
         **common_text_keys(text, *EXPERTS),
         Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: text.int("shared_expert_intermediate_size"),
         Keys.SSM.CONV_KERNEL: text.int("linear_conv_kernel_dim"),
@@ -258,7 +268,8 @@ def _check(text: Hparams) -> None:
     text.expect("hidden_act", "silu", "always gates with silu")
     text.expect("attention_bias", False, "has no attention biases")
     text.expect("attn_output_gate", True, "always gates attention's output")
-    rope_hparams(text).expect("rope_type", "default", "export supports no other scaling")
+    check_rope(text, _rope(text))
+    check_sections(_rope(text), _rotated(text), interleaved=True)
     key_dim, n_key = text.int("linear_key_head_dim"), text.int("linear_num_key_heads")
     text.expect("linear_value_head_dim", key_dim, "has keys and values of one size", default=None)
     if n_key < 1 or text.int("linear_num_value_heads") % n_key:

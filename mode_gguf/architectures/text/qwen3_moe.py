@@ -8,15 +8,13 @@ from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 from mode_gguf.architectures.common_keys import EXPERTS, HEADS, SIZES, Metadata, common_text_keys
 from mode_gguf.architectures.experts import FusedTransform, expert_rules, fused_experts
 from mode_gguf.architectures.family import TextModel
-from mode_gguf.architectures.hparams import Hparams, rope_hparams, text_hparams
+from mode_gguf.architectures.hparams import Hparams, text_hparams
+from mode_gguf.architectures.rope import check_rope, check_whole_heads, rope_hparams, scaling_keys
 from mode_gguf.architectures.rules import LAYER, TensorRule, text_rules
 
 GGUF_ARCH = MODEL_ARCH_NAMES[MODEL_ARCH.QWEN3MOE]
 DEFAULTS = {"norm_topk_prob": False}
 """transformers' own, of what config.json may lack."""
-
-DYNAMIC = "dynamic"
-"""Scaling of positions beyond max_position_embeddings only, where llama.cpp is told the context to end."""
 
 
 def rules(experts: FusedTransform = fused_experts) -> tuple[TensorRule, ...]:
@@ -44,14 +42,16 @@ def check(text: Hparams) -> None:
     text.expect("decoder_sparse_step", 1, "has experts in every layer")
     text.expect("use_sliding_window", False, "attends to everything before")
     rope = rope_hparams(text)
-    if rope.get("rope_type") != DYNAMIC:
-        rope.expect("rope_type", "default", "export supports no other scaling")
+    check_rope(text, rope)
+    check_whole_heads(rope)
 
 
 def _keys(text: Hparams) -> Metadata:
+    rope = rope_hparams(text)
     return {
         **common_text_keys(text, *SIZES, Keys.LLM.FEED_FORWARD_LENGTH, *HEADS, Keys.Attention.LAYERNORM_RMS_EPS),
-        Keys.Rope.FREQ_BASE: rope_hparams(text).float("rope_theta"),
+        Keys.Rope.FREQ_BASE: rope.float("rope_theta"),
+        **scaling_keys(rope),
         **common_text_keys(text, *EXPERTS),
     }
 

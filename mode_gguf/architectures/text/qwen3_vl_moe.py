@@ -5,10 +5,11 @@ from functools import partial
 from gguf import Keys
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 
-from mode_gguf.architectures.common_keys import EXPERTS, HEADS, SIZES, Metadata, common_text_keys, mrope_sections
+from mode_gguf.architectures.common_keys import EXPERTS, HEADS, SIZES, Metadata, common_text_keys, head_dim
 from mode_gguf.architectures.experts import Projection, fused_experts, fused_shape
 from mode_gguf.architectures.family import TextModel
-from mode_gguf.architectures.hparams import Hparams, rope_hparams, text_hparams, vision_hparams
+from mode_gguf.architectures.hparams import Hparams, text_hparams, vision_hparams
+from mode_gguf.architectures.rope import check_sections, mrope_sections, rope_hparams, scaling_keys
 from mode_gguf.architectures.rules import View, refuse_shape
 from mode_gguf.architectures.text import qwen3_moe
 from mode_gguf.architectures.vision.qwen import deepstack_taps
@@ -55,9 +56,16 @@ def _keys(text: Hparams) -> Metadata:
         **common_text_keys(text, *SIZES, Keys.LLM.FEED_FORWARD_LENGTH, *HEADS, Keys.Attention.LAYERNORM_RMS_EPS),
         Keys.Rope.DIMENSION_SECTIONS: mrope_sections(rope),
         Keys.Rope.FREQ_BASE: rope.float("rope_theta"),
+        **scaling_keys(rope),
         **common_text_keys(text, *EXPERTS),
         Keys.LLM.NUM_DEEPSTACK_LAYERS: len(deepstack_taps(vision_hparams(text.checkpoint))),
     }
+
+
+def _check(text: Hparams) -> None:
+    """Refuse what llama.cpp runs with one value only, with an `InputError`."""
+    qwen3_moe.check(text)
+    check_sections(rope_hparams(text), head_dim(text), interleaved=True)
 
 
 TEXT_MODEL = TextModel(
@@ -65,5 +73,5 @@ TEXT_MODEL = TextModel(
     hparams=partial(text_hparams, reader=GGUF_ARCH),
     rules=qwen3_moe.rules(experts_either_way),
     keys=_keys,
-    check=qwen3_moe.check,
+    check=_check,
 )

@@ -18,7 +18,6 @@ import numpy as np
 from gguf import Keys
 
 from mode_gguf.architectures.common_keys import MetadataValue, common_vision_keys
-from mode_gguf.architectures.family import is_tied
 from mode_gguf.architectures.hparams import Hparams, config, image_hparams, vision_hparams
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage
 from mode_gguf.architectures.rules import ModuleRules, TensorRule, Transform, View, refuse_shape
@@ -192,7 +191,6 @@ def model_config(checkpoint: Checkpoint, text: Mapping[str, Any]) -> Mapping[str
         "projection_hidden_size": vision.int("hidden_size"),
         "projection_layer_norm_eps": LAYER_NORM_EPSILON,
         "image_token_id": image_token(checkpoint),
-        "tie_word_embeddings": is_tied(checkpoint),
     }
 
 

@@ -1,26 +1,24 @@
 """Calibration: the model's statistics, the plain importance matrix and the probes, or llama-imatrix's file instead."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mode_gguf.architectures import text_tensors
-from mode_gguf.artifacts import samples_fingerprint
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.options import CalibrationOptions, ComputeOptions
 from mode_gguf.pipeline.run import Run, Stage, base_key
-from mode_gguf.pipeline.stage_cache import file_identity
+from mode_gguf.pipeline.samples_key import calibration_key, calibration_samples
 from mode_gguf.probes import Probes
 from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
     from mode_gguf.calibration.statistics import CalibrationStatistics
-    from mode_gguf.data.sample import Sample
     from mode_gguf.importance.imatrix import Imatrix
 
 log = logging.getLogger(__name__)
@@ -41,19 +39,17 @@ class Calibrate(Stage):
         Raises:
             InputError: it did not run there, or for another model.
         """
-        statistics = stored_statistics(run)
+        statistics = stored_statistics(run, sums=False)
         return cls(statistics.options, ComputeOptions(statistics.device, compute.threads, compute.hidden_memory))
 
     def key(self, run: Run) -> dict[str, Any]:
         options, common = self.options, base_key(run.checkpoint, "calibration")
         if options.from_imatrix is not None:
-            content = file_identity(options.from_imatrix)
+            content = run.cache.identity(options.from_imatrix)
             return {**common, "calibration from": options.from_imatrix.name, "its content": content}
-        source = options.source or "built-in"
         return {
             **common,
-            "calibration data": Path(source).name if Path(source).exists() else source,
-            "calibration data's names, sizes and times": samples_fingerprint(options.source),
+            **calibration_key(run, options),
             "image samples": options.image_samples,
             "text samples": options.text_samples,
             "key tokens": options.key_tokens,
@@ -95,7 +91,7 @@ class Calibrate(Stage):
         with unknown_model_errors(run.checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
             statistics, probes = on_all_ranks(
                 calibrate_and_probe,
-                run.checkpoint,
+                run.checkpoint.identified(),
                 calibration_samples(self.options),
                 device=self.compute.device,
                 key_tokens=KeyTokens.of(self.options),
@@ -110,27 +106,15 @@ class Calibrate(Stage):
         save_imatrix(run.folder.imatrix, balanced_imatrix(statistics, text_tensors(run.checkpoint)), statistics)
 
 
-def calibration_samples(options: CalibrationOptions) -> "Sequence[Sample]":
-    """The samples that the options stand for."""
-    from mode_gguf.data.samples import load_samples
-
-    return load_samples(
-        options.source,
-        max_image_samples=options.image_samples,
-        max_text_samples=options.text_samples,
-        seed=options.seed,
-    )
-
-
-def stored_statistics(run: Run) -> "CalibrationStatistics":
-    """The statistics that `calibrate` left in the folder.
+def stored_statistics(run: Run, *, sums: bool = True) -> "CalibrationStatistics":
+    """The statistics that `calibrate` left in the folder; without `sums` what is quickly read.
 
     Raises:
         InputError: nothing, or of another model.
     """
     from mode_gguf.calibration.statistics import CalibrationStatistics
 
-    statistics = CalibrationStatistics.load(run.folder.calibration)
+    statistics = CalibrationStatistics.load(run.folder.calibration, sums=sums)
     check_same_model(run.checkpoint, run.folder.calibration, statistics.fingerprint)
     return statistics
 

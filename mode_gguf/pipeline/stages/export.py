@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import projector_tensors, text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.checkpoint.identity import PROCESSOR, TEMPLATE, TOKENIZER
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.estimate.machine import fits_half_of_memory, total_memory
 from mode_gguf.export.imatrix_file import read_imatrix
@@ -17,14 +18,22 @@ from mode_gguf.export.mtp import write_mtp
 from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, text_model_files, write_text_model
 from mode_gguf.options import ComputeOptions, ExportOptions
+from mode_gguf.pipeline.followed_plan import check_tensors, followed_plan
+from mode_gguf.pipeline.gpu_budget import with_breakdown
 from mode_gguf.pipeline.planning import make_uniform_plan
-from mode_gguf.pipeline.run import Run, Stage, base_key
+from mode_gguf.pipeline.run import Run, Stage, base_key, general_key
 from mode_gguf.pipeline.stages.calibrate import Calibrate, check_same_model
 from mode_gguf.pipeline.stages.feedback import RoundWithFeedback, forget_rounded, packed_sources
 from mode_gguf.pipeline.stages.packed_key import packed_key
 from mode_gguf.quantization.types import QUANT_TYPES
 from mode_gguf.vocabulary import ImatrixKind, MtpType, ProjectorType, Rounding
-from mode_gguf.workfolder import WorkFolder, model_file_name, mtp_file_name, projector_file_name
+from mode_gguf.workfolder import (
+    WorkFolder,
+    model_file_name,
+    mtp_file_name,
+    projector_file_name,
+    uniform_file_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +63,12 @@ class ExportText(Stage):
 
     def key(self, run: Run) -> dict[str, Any]:
         plan = self.resolved_plan(run)
-        settings = packed_key(run, plan, self.imatrix, self.rounding or plan.rounding)
+        settings = packed_key(run, plan, self.imatrix, self._feedback(run, plan))
         if not projector_tensors(run.checkpoint):
             settings["projector"] = "none"
         return {
             **settings,
+            **general_key(run.checkpoint, TOKENIZER, TEMPLATE),
             "pre-tokenizer": run.checkpoint.pre_tokenizer,
             "shard size": self.options.shard_size,
         }
@@ -73,9 +83,15 @@ class ExportText(Stage):
         path = model_path(run.folder, plan)
         return tuple(text_model_files(path, run.checkpoint, plan.types, plan.experts, self.options.shard_size))
 
+    def _feedback(self, run: Run, plan: Plan) -> Calibrate | None:
+        """The stage on whose samples weights are rounded with feedback; None where they are rounded to nearest."""
+        if (self.rounding or plan.rounding) == "nearest":
+            return None
+        return self.calibrate or Calibrate.of_folder(run, self.compute)
+
     def resolved_plan(self, run: Run) -> Plan:
         """The plan that the file is made by."""
-        return self.plan or Plan.load(run.folder.plan)
+        return self.plan or followed_plan(run.folder)
 
     def execute(self, run: Run) -> None:
         """Raises:
@@ -84,8 +100,10 @@ class ExportText(Stage):
         MissingResourceError: not enough disk space, or an importance matrix or token weights are not there.
         """
         plan = self.resolved_plan(run)
-        if (self.rounding or plan.rounding) == "feedback":
-            calibrate = self.calibrate or Calibrate.of_folder(run, self.compute)
+        check_tensors(run.checkpoint, plan)
+        if beyond := _beyond_budget(run.checkpoint, plan):
+            log.warning("%s", beyond)
+        if calibrate := self._feedback(run, plan):
             run.ensure(RoundWithFeedback(plan, calibrate, self.imatrix))
         with run.recorded(self):
             self.write(run)
@@ -100,7 +118,7 @@ class ExportText(Stage):
         if kind == "fisher" and not packed_with.exists():
             raise MissingResourceError(f"{packed_with}: not there; `mode-gguf sensitivity` writes it")
         with_imatrix = packed_with.exists() and not plan.is_full_precision
-        feedback = (self.rounding or plan.rounding) == "feedback"
+        calibrate = self._feedback(run, plan)
         write_text_model(
             model_path(folder, plan),
             run.checkpoint,
@@ -109,7 +127,7 @@ class ExportText(Stage):
                 read_imatrix(packed_with) if with_imatrix else None,
                 plan.experts,
                 plan.packing,
-                packed_sources(run, plan, self.imatrix) if feedback else {},
+                packed_sources(run, plan, calibrate, self.imatrix) if calibrate else {},
             ),
             metadata=imatrix_keys(packed_with) if with_imatrix else None,
             shard_bytes=self.options.shard_size,
@@ -126,7 +144,7 @@ class ExportProjector(Stage):
     name: ClassVar[str] = "projector"
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {**base_key(run.checkpoint, "projector"), "type": self.type}
+        return {**base_key(run.checkpoint, "projector"), **general_key(run.checkpoint, PROCESSOR), "type": self.type}
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
         return (projector_path(run.folder, self.type),)
@@ -147,12 +165,13 @@ class ExportMtp(Stage):
     def key(self, run: Run) -> dict[str, Any]:
         return {
             **base_key(run.checkpoint, "mtp"),
+            **general_key(run.checkpoint, TOKENIZER, TEMPLATE),
             "type": self.type,
             "pre-tokenizer": run.checkpoint.pre_tokenizer,
         }
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
-        return (run.folder.path / mtp_file_name(run.folder.name, self.type),)
+        return (run.folder.file(mtp_file_name(run.folder.name, self.type)),)
 
     def execute(self, run: Run) -> None:
         """Raises:
@@ -172,7 +191,11 @@ class ExportReference(Stage):
     name: ClassVar[str] = "reference"
 
     def key(self, run: Run) -> dict[str, Any]:
-        return {**base_key(run.checkpoint, "text model"), "pre-tokenizer": run.checkpoint.pre_tokenizer}
+        return {
+            **base_key(run.checkpoint, "text model"),
+            **general_key(run.checkpoint, TOKENIZER, TEMPLATE),
+            "pre-tokenizer": run.checkpoint.pre_tokenizer,
+        }
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
         return (model_path(run.folder, self._plan(run)),)
@@ -186,29 +209,52 @@ class ExportReference(Stage):
 
 
 def model_path(folder: WorkFolder, plan: Plan) -> Path:
-    """Path of the text model of `plan`."""
+    """Path of the text model of `plan`: its name has the size that was asked for, or that an edited plan comes to."""
     if plan.budget is None:
-        return folder.path / f"{folder.name}-{plan.main_type}.gguf"
-    bpw = plan.budget.value if plan.budget.kind == "bpw" else plan.bpw
-    return folder.path / model_file_name(folder.name, bpw, plan.main_type, groups=plan.has_expert_groups)
+        return folder.file(uniform_file_name(folder.name, plan.main_type))
+    bpw = plan.budget.value if plan.budget.kind == "bpw" and not plan.is_edited else plan.bpw
+    return folder.file(model_file_name(folder.name, bpw, plan.main_type, groups=plan.has_expert_groups))
+
+
+def _beyond_budget(checkpoint: Checkpoint, plan: Plan) -> str | None:
+    """Warning about an edited plan whose types take more than the budget that it was made for; None if they do not."""
+    if plan.budget is None or not plan.is_edited:
+        return None
+    memory = with_breakdown(checkpoint, plan).memory
+    within = {
+        "bpw": plan.bpw <= plan.budget.value,
+        "size": plan.size_bytes <= plan.budget.value,
+        "expert-bpw": plan.experts_bpw <= plan.budget.value,
+        "fit": memory is None or memory.used <= memory.memory,
+    }
+    if within[plan.budget.kind]:
+        return None
+    return f"the edited plan takes {plan.bpw:.3f} bits per weight, more than the budget it was made for ({plan.budget})"
 
 
 def projector_path(folder: WorkFolder, projector_type: str) -> Path:
     """Path of the projector."""
-    return folder.path / projector_file_name(folder.name, projector_type)
+    return folder.file(projector_file_name(folder.name, projector_type))
+
+
+def fits_to_compare(checkpoint: Checkpoint) -> bool:
+    """Whether the full-precision file would leave half of this machine's memory free."""
+    return fits_half_of_memory(_reference_bytes(checkpoint))
 
 
 def reference_fits(checkpoint: Checkpoint) -> bool:
-    """Whether the full-precision file would leave half of this machine's memory free; logs a warning if not."""
-    needed = sum(tensor.n_weights for tensor in text_tensors(checkpoint)) * REFERENCE_TYPE.type_size
-    memory = total_memory()
-    fits = fits_half_of_memory(needed)
+    """`fits_to_compare`; logs a warning if it does not."""
+    fits = fits_to_compare(checkpoint)
     if not fits:
         log.warning(
             "the %s file to compare with would take %.0f GiB of this machine's %.0f GiB of memory, so the result is "
             "only loaded and asked; compare it with `mode-gguf validate --reference` on a larger machine",
             REFERENCE_TYPE.name,
-            needed / 2**30,
-            memory / 2**30,
+            _reference_bytes(checkpoint) / 2**30,
+            total_memory() / 2**30,
         )
     return fits
+
+
+def _reference_bytes(checkpoint: Checkpoint) -> int:
+    return sum(tensor.n_weights for tensor in text_tensors(checkpoint)) * REFERENCE_TYPE.type_size

@@ -14,13 +14,14 @@ import numpy as np
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import text_tensors
 from mode_gguf.architectures.tensors import SourceTensor
-from mode_gguf.artifacts import SCHEMAS, Record, file_fingerprint, fingerprint, read_record, write_text
+from mode_gguf.artifacts import SCHEMAS, Record, fingerprint, read_record, write_text
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.feedback.rounded_tensors import RoundedTensors, is_rounded, part_of
 from mode_gguf.pipeline.run import Run, Stage
-from mode_gguf.pipeline.stages.calibrate import Calibrate, calibration_samples, check_same_model
+from mode_gguf.pipeline.samples_key import calibration_samples
+from mode_gguf.pipeline.stages.calibrate import Calibrate, check_same_model
 from mode_gguf.pipeline.stages.packed_key import packed_key
 from mode_gguf.quantization.expert_groups import stored_tensors
 from mode_gguf.vocabulary import ImatrixKind
@@ -68,7 +69,7 @@ class RoundWithFeedback(Stage):
     name: ClassVar[str] = "round"
 
     def key(self, run: Run) -> dict[str, Any]:
-        return packed_key(run, self.plan, self.imatrix, "feedback")
+        return packed_key(run, self.plan, self.imatrix, self.calibrate)
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
         return (run.folder.rounding,)
@@ -83,7 +84,7 @@ class RoundWithFeedback(Stage):
         MissingResourceError: no importance matrix or token weights in the folder, or not enough disk space.
         """
         check_same_model(run.checkpoint, run.folder.plan, self.plan.made_from.model_fingerprint)
-        rounded = rounded_tensors(run, self.plan, self.imatrix)
+        rounded = rounded_tensors(run, self.plan, self.calibrate, self.imatrix)
         with run.recorded(self):
             self._round(run, rounded)
             chosen = _rounded_tensors(run.checkpoint, self.plan)
@@ -124,8 +125,8 @@ class RoundWithFeedback(Stage):
         round_tensors(open_streamed(run.checkpoint, compute.device), inputs, settings, rounded, run.progress)
 
 
-def rounded_tensors(run: Run, plan: Plan, imatrix: ImatrixKind | None = None) -> RoundedTensors:
-    """The folder of the plan's rounded tensors.
+def rounded_tensors(run: Run, plan: Plan, calibrate: Calibrate, imatrix: ImatrixKind | None = None) -> RoundedTensors:
+    """The folder of the plan's tensors, rounded on the samples of `calibrate`.
 
     Raises:
         MissingResourceError: a file that they are made from is not in the folder.
@@ -137,25 +138,19 @@ def rounded_tensors(run: Run, plan: Plan, imatrix: ImatrixKind | None = None) ->
         if not source.exists():
             stage = "calibrate" if kind == "plain" else "sensitivity"
             raise MissingResourceError(f"{source}: not there; `mode-gguf {stage}` writes it")
-    key = fingerprint(
-        run.checkpoint.fingerprint,
-        [(tensor.name, tensor.experts or tensor.type) for tensor in plan.tensors],
-        plan.packing,
-        [file_fingerprint(source) for source in sources],
-        SCHEMAS["rounded"],
-    )
+    key = fingerprint(packed_key(run, plan, imatrix, calibrate), SCHEMAS["rounded"])
     return RoundedTensors(folder.rounded, key)
 
 
 def packed_sources(
-    run: Run, plan: Plan, imatrix: ImatrixKind | None = None
+    run: Run, plan: Plan, calibrate: Calibrate, imatrix: ImatrixKind | None = None
 ) -> dict[str, Callable[[], Iterator[np.ndarray]]]:
     """Iterators over the plan's rounded tensors for the export, by name.
 
     Raises:
         MissingResourceError: some of them are not there.
     """
-    rounded = rounded_tensors(run, plan, imatrix)
+    rounded = rounded_tensors(run, plan, calibrate, imatrix)
     chosen = _rounded_tensors(run.checkpoint, plan)
     for part in dict.fromkeys(map(part_of, chosen)):
         rounded.check(part)

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.allocation.planner import expert_plan, optimal_plan, plan_of
 from mode_gguf.artifacts import write_text
+from mode_gguf.checkpoint.identity import PROCESSOR, side_files
 from mode_gguf.export.tensor_types import tensor_types_text
+from mode_gguf.pipeline.followed_plan import followed_plan
 from mode_gguf.pipeline.gpu_budget import with_breakdown
 from mode_gguf.pipeline.planning import PlanningProblem, planning_problem
 from mode_gguf.pipeline.refinement import measure_plans, refine
 from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.settings import PlanSettings, Target
-from mode_gguf.pipeline.stage_cache import file_identity
 from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
 from mode_gguf.pipeline.stages.unit_kl import kl_measurement
 from mode_gguf.workfolder import WorkFolder
@@ -44,7 +45,7 @@ class MakePlan(Stage):
         budget = settings.budget
         return {
             **base_key(run.checkpoint, "plan"),
-            "measured": {path.name: file_identity(path) for path in measured},
+            "measured": {path.name: run.cache.identity(path) for path in measured},
             "budget": f"{budget.kind} {budget.value:.15g}",
             **({"fit": budget.fit.model_dump()} if budget.fit else {}),
             "preset": asdict(settings.preset),
@@ -54,8 +55,19 @@ class MakePlan(Stage):
             "granularity": settings.granularity,
             "rounding": settings.rounding,
             "pre-tokenizer": run.checkpoint.pre_tokenizer,
+            "called": run.checkpoint.repository,
+            "revision": run.checkpoint.revision,
+            **self._beside_tensors(run),
             **({"refinement": self._refinement(run)} if settings.refine else {}),
         }
+
+    def _beside_tensors(self, run: Run) -> dict[str, Any]:
+        """What a budget pays for beside tensors, where it pays for anything: metadata, or what else a GPU holds."""
+        if self.settings.budget.kind not in ("size", "fit"):
+            return {}
+        target = self.target or self.settings.target(run.checkpoint)
+        pictures = side_files(run.checkpoint.path, PROCESSOR) if self.settings.budget.fit else {}
+        return {"bytes beside tensors": target.overhead, **pictures}
 
     def _refinement(self, run: Run) -> dict[str, Any]:
         """Settings that only a refined plan depends on."""
@@ -73,7 +85,7 @@ class MakePlan(Stage):
             return cache.is_current(state)
         if cache.has_settings(state):
             log.warning("%s was edited and is followed as it is; remove it to have it made again", plan)
-            save_tensor_types(run.folder, Plan.load(plan))
+            save_tensor_types(run.folder, followed_plan(run.folder))
             return True
         kept = plan.with_name("plan-edited.json")
         plan.replace(kept)

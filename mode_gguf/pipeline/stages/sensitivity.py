@@ -9,9 +9,9 @@ from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.importance.imatrix_kind import chosen_imatrix
 from mode_gguf.options import ComputeOptions, Packing, SensitivityOptions
 from mode_gguf.pipeline.run import Run, Stage, base_key
+from mode_gguf.pipeline.samples_key import calibration_samples
 from mode_gguf.pipeline.stages.calibrate import (
     Calibrate,
-    calibration_samples,
     check_same_model,
     save_imatrix,
     stored_statistics,
@@ -109,7 +109,7 @@ class MeasureSensitivity(Stage):
         with unknown_model_errors(run.checkpoint, way_out):
             measured = on_all_ranks(
                 measure_sensitivity,
-                run.checkpoint,
+                run.checkpoint.identified(),
                 calibration_samples(self.calibrate.options),
                 dict(read_imatrix(folder.imatrix)),
                 statistics,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mode_gguf.export.imatrix_file import read_imatrix
 from mode_gguf.options import SensitivityOptions
 from mode_gguf.pipeline.run import Run, Stage, base_key
-from mode_gguf.pipeline.stages.calibrate import calibration_samples, stored_statistics
+from mode_gguf.pipeline.samples_key import calibration_samples
+from mode_gguf.pipeline.stages.calibrate import stored_statistics
 from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity, stored_table
 
 if TYPE_CHECKING:

@@ -8,21 +8,26 @@ from typing import Any, ClassVar
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import projector_tensors
-from mode_gguf.artifacts import SCHEMAS, samples_fingerprint, write_text
+from mode_gguf.artifacts import SCHEMAS, fingerprint, write_text
 from mode_gguf.errors import InputError, ValidationError
+from mode_gguf.llama_cpp.c_api import library_version
 from mode_gguf.llama_cpp.engines import named_engine
 from mode_gguf.llama_cpp.gpu_offload import placement_of
 from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
+from mode_gguf.llama_cpp.runtime.installed import find_runtime
 from mode_gguf.options import ExportOptions, ValidationOptions
 from mode_gguf.pipeline.report_data import conversion_record
 from mode_gguf.pipeline.run import Run, Stage
+from mode_gguf.pipeline.samples_key import held_out_contents
 from mode_gguf.pipeline.settings import base_warnings
 from mode_gguf.pipeline.stage_cache import StageCache, file_identity
 from mode_gguf.pipeline.stages.calibrate import stored_probes, stored_warnings
 from mode_gguf.pipeline.stages.export import (
     REFERENCE_TYPE,
+    ExportProjector,
     ExportReference,
     ExportText,
+    fits_to_compare,
     projector_path,
     reference_fits,
 )
@@ -51,13 +56,33 @@ class Validate(Stage):
         return {
             **self.export.key(run),
             "report schema": SCHEMAS["report"],
-            "projector": self.mmproj_type if projector_tensors(run.checkpoint) else None,
+            "projector": self._projector(run),
             "held-out data": str(options.samples or "built-in"),
-            "held-out data's names, sizes and times": samples_fingerprint(options.samples),
+            "its samples": held_out_contents(run, options.samples),
             "transformers' predictions": file_identity(run.folder.probes),
             "llama.cpp": options.llama_cpp,
+            **self._runtimes(run),
             **_changed(options),
         }
+
+    def _projector(self, run: Run) -> str | None:
+        if not projector_tensors(run.checkpoint):
+            return None
+        return f"{self.mmproj_type} {fingerprint(ExportProjector(self.mmproj_type).key(run))}"
+
+    def _runtimes(self, run: Run) -> dict[str, Any]:
+        """What runs the file, and whether this machine can run the one that it is compared with.
+
+        Raises:
+            UsageError, InputError, MissingResourceError: a library or tool that cannot be used.
+        """
+        options, groups = self.options, self.export.resolved_plan(run).has_expert_groups
+        asked = ("runtimes", options.library, options.llama_cpp, groups)
+        if asked not in run.known:
+            engine, runtime = named_engine(options.library) if options.library else None, find_runtime()
+            version = engine.version if engine else str(runtime and runtime.version) if groups else library_version()
+            run.known[asked] = f"{version}, tools {find_llama_cpp(options.llama_cpp).version}"
+        return {"runtime": run.known[asked], "compared": fits_to_compare(run.checkpoint)}
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
         return (run.folder.report,)
@@ -119,7 +144,7 @@ def validate_file(
     with _failure_noted(report):
         result = validate(
             compared,
-            load_held_out(options.samples) if options.samples else None,
+            load_held_out(options.samples, outside=options.allow_outside_samples) if options.samples else None,
             tools=find_llama_cpp(options.llama_cpp),
             settings=run_settings(options, threads),
             reference_folder=reference_folder,
@@ -161,7 +186,7 @@ def run_settings(options: ValidationOptions, threads: int | None = None) -> RunS
 
 def _changed(options: ValidationOptions) -> dict[str, Any]:
     """Options that change what is measured, where they are not the default."""
-    common = ("validate", "samples", "llama_cpp")
+    common = ("validate", "samples", "allow_outside_samples", "llama_cpp")
     plain = ValidationOptions()
     alike = replace(options, **{name: getattr(plain, name) for name in common})
     return {} if alike == plain else {"validation": repr(alike)}

@@ -18,6 +18,11 @@ def patches_of_pixels(matrix: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(patches.transpose(0, 3, 1, 2))
 
 
+FULL = {"rope_type": "proportional", "rope_theta": 1e6}
+SLIDING = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+
+
 def gemma_layer(values: str) -> dict[str, Role]:
     """A decoder layer; those of full attention have no values of their own."""
     return block(
@@ -38,11 +43,20 @@ GEMMA4 = FamilyCase(
         *unlike(VISION, names="vision ", hidden_activation="gelu", attention_bias=True, num_key_value_heads=1),
         *unlike(VISION, names="vision ", head_dim=64),
         *of_rope("rope_parameters", VISION, "vision rope_theta", {"rope_theta": 50.0}),
-        Refusal(
-            TEXT,
-            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}},
-            "rope_type of full_attention is 'yarn', expected 'proportional'",
+        *(
+            Refusal(TEXT, {"rope_parameters": {"full_attention": {**FULL, **full}, "sliding_attention": sliding}}, says)
+            for full, sliding, says in (
+                ({"rope_type": "yarn", "factor": 2.0}, SLIDING, "full_attention rope_type is 'yarn', expected 'prop"),
+                ({"rope_type": "linear", "factor": 0.5}, SLIDING, "full_attention factor is 0.5, expected 1 or more"),
+                ({"rope_type": "linear"}, SLIDING, r"factor \(float\) is missing"),
+                ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25}, SLIDING, "partial_.* is 0.25"),
+                ({"rope_theta": None}, SLIDING, r"rope_theta \(float\) is missing"),
+                (LLAMA3, SLIDING, "high_freq_factor is 1.0, expected more than low_freq_factor, 1.0"),
+                ({}, {**SLIDING, "rope_type": "linear", "factor": 2.0}, "sliding_attention rope_type is 'linear'"),
+                ({}, {}, r"rope_theta \(float\) is missing"),
+            )
         ),
+        *unlike(TEXT, rope_scaling={"rope_type": "linear", "factor": 8.0}),
         Refusal(TEXT, {"enable_moe_block": False}, "not a Mixture-of-Experts model"),
         Refusal(
             VISION,

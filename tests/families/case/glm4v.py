@@ -9,7 +9,7 @@ from tests.families.case.shared import DENSE_FFN, FRAMES, OUTSIDE, SHARED_EXPERT
 from tests.families.family_case import Change, Conversion, FamilyCase, MeasuredChange, block, weights
 from tests.families.pico import glm4v_moe as pico
 from tests.families.pico import qwen3_vl_moe as pico_qwen3_vl
-from tests.families.refusal import TEXT, VISION, Refusal, of_rope, unlike
+from tests.families.refusal import TEXT, VISION, Refusal, of_rope, refused_ropes, unlike
 
 
 def glm(model: nn.Module) -> None:
@@ -31,10 +31,11 @@ GLM4V = FamilyCase(
             "rope_scaling",
             TEXT,
             "(rope_type|mrope_section)",
-            {"rope_type": "yarn", "mrope_section": [4, 6, 6]},
+            {"rope_type": "longrope", "mrope_section": [4, 6, 6]},
             {"rope_type": "default", "mrope_section": [8, 12, 12]},
             {"rope_type": "default", "mrope_section": ["4", 6, 6]},
         ),
+        *of_rope("rope_scaling", TEXT, r"\w+", *refused_ropes(mrope_section=[4, 6, 6])),
         *unlike(VISION, names="(vision )?", hidden_act="gelu", attention_bias=True, temporal_patch_size=1),
         *unlike(VISION, names="(vision )?", spatial_merge_size=4, out_hidden_size=128),
         *of_rope(

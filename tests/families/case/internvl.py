@@ -8,7 +8,7 @@ from tests.families.case.shared import OUTSIDE, QWEN3_LAYER, QWEN3_PARAMETERS, S
 from tests.families.family_case import Change, Conversion, FamilyCase, StockDifference, weights
 from tests.families.pico import internvl as pico
 from tests.families.pico import qwen3_vl_moe as pico_qwen3_vl
-from tests.families.refusal import TEXT, VISION, Refusal, unlike
+from tests.families.refusal import TEXT, VISION, Refusal, of_rope, refused_ropes, unlike
 
 INTERNVL = FamilyCase(
     name="internvl",
@@ -18,11 +18,7 @@ INTERNVL = FamilyCase(
         *unlike(VISION, qk_normalization=True, norm_type="rms_norm", image_size=[448, 224]),
         *unlike(None, ps_version="v1", select_layer=-4, dynamic_image_size=False, use_thumbnail=False),
         *unlike(None, pad2square=True, downsample_ratio=0.3, min_dynamic_patch=0),
-        Refusal(
-            "llm_config",
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_type is 'yarn', expected 'default'",
-        ),
+        *of_rope("rope_scaling", "llm_config", r"\w+", *refused_ropes()),
         *unlike(TEXT, layout="pico_internvl_hf", norm_topk_prob=False),
         *unlike(VISION, layout="pico_internvl_hf", use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=False),
         *unlike(VISION, layout="pico_internvl_hf", use_mask_token=True, use_absolute_position_embeddings=False),

@@ -15,7 +15,7 @@ from tests.families import prompts
 from tests.families.case.shared import DENSE_FFN, FEW, OUTSIDE, SHARED_EXPERTS, absorbed
 from tests.families.family_case import Conversion, FamilyCase, StockDifference, block, weights
 from tests.families.pico import kimi as pico
-from tests.families.refusal import TEXT, VISION, Refusal, of_rope, unlike
+from tests.families.refusal import TEXT, VISION, Refusal, of_rope, refused_ropes, unlike
 
 
 def columns_then_rows(array: np.ndarray) -> np.ndarray:
@@ -78,12 +78,15 @@ KIMI_VL = FamilyCase(
     refusals=(
         *unlike(TEXT, hidden_act="gelu", scoring_func="softmax", topk_method="greedy", n_group=2, topk_group=2),
         *unlike(TEXT, moe_layer_freq=2, num_nextn_predict_layers=1, attention_bias=True, num_key_value_heads=2),
+        *unlike(TEXT, partial_rotary_factor=0.5),
+        Refusal(TEXT, {"n_group": None}, "n_group is 8, expected 1"),
+        *of_rope("rope_scaling", TEXT, r"\w+", *refused_ropes()),
         *of_rope(
             "rope_scaling",
             TEXT,
-            "(rope_type|mscale)",
-            {"type": "linear", "factor": 2.0},
-            {"type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+            "(mscale_all_dim|attention_factor)",
+            {"type": "dynamic", "factor": 2.0, "mscale_all_dim": 1.0},
+            {"type": "yarn", "factor": 1, "attention_factor": 1.3},
         ),
     ),
     layouts=("pico_kimi_vl",),

@@ -40,10 +40,8 @@ MISTRAL4 = FamilyCase(
         *(
             Refusal(TEXT, {"rope_parameters": {**pico.ROPE, key: value}}, rf"config\.json: {key} is .*expected")
             for key, value in {
-                "rope_type": "linear",
-                "mscale": 0.7,
-                "mscale_all_dim": None,
-                "attention_factor": 1.2,
+                "rope_type": "default",
+                "beta_fast": 16,
                 "truncate": False,
                 "partial_rotary_factor": 1.0,
             }.items()

@@ -6,7 +6,7 @@ from mode_gguf.architectures import text_tensors
 from tests.families.case.shared import FRAMES, QWEN, QWEN_VISION, SHARED_EXPERTS, SOME
 from tests.families.family_case import Change, Conversion, FamilyCase, MeasuredChange, block
 from tests.families.pico import qwen3_5_moe as pico
-from tests.families.refusal import TEXT, Refusal, of_rope, unlike
+from tests.families.refusal import TEXT, Refusal, of_rope, refused_ropes, unlike
 
 
 def tiled(array: np.ndarray, head_dim: int) -> np.ndarray:
@@ -36,7 +36,8 @@ QWEN3_5 = FamilyCase(
         *unlike(TEXT, norm_topk_prob=False, hidden_act="gelu", attention_bias=True, attn_output_gate=False),
         *unlike(TEXT, linear_value_head_dim=64, linear_num_value_heads=5),
         *unlike(TEXT, layer_types=["linear_attention", "sliding_attention"]),
-        *of_rope("rope_parameters", TEXT, "rope_type", {"rope_type": "yarn", "rope_theta": 10_000}),
+        *of_rope("rope_parameters", TEXT, r"\w+", *refused_ropes(rope_theta=10_000)),
+        *of_rope("rope_parameters", TEXT, "full_attention", {"full_attention": {"rope_type": "yarn", "factor": 2.0}}),
         Refusal(
             TEXT,
             {"linear_num_value_heads": 4},

@@ -1,0 +1,28 @@
+"""Shapes of transformers' parameters beside those of the checkpoint's tensors, without a weight being read."""
+
+from mode_gguf.architectures import find_family
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.errors import InputError
+from mode_gguf.forward.model_config import model_config
+from mode_gguf.forward.streaming import empty_model
+
+
+def check_parameter_shapes(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose configuration is of another model than its tensors.
+
+    Experts are left out, which checkpoints store in more than one way; `text_tensors` has compared them.
+
+    Raises:
+        InputError: a tensor has another shape than transformers' model of this configuration, or that cannot be made.
+    """
+    family = find_family(checkpoint)
+    model = empty_model(checkpoint, model_config(checkpoint, family))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        stored = family.layout.stored_name(name)
+        if ".experts." in name or stored not in checkpoint.tensors:
+            continue
+        if checkpoint.shape(stored) != tuple(parameter.shape):
+            raise InputError(
+                f"{checkpoint.path}: tensor {stored} has shape {list(checkpoint.shape(stored))}, expected "
+                f"{list(parameter.shape)} by config.json; use the configuration published with these weights"
+            )

@@ -1,0 +1,93 @@
+"""Preflight: before anything is measured, everything that later stages need beside weights is built once.
+
+What would stop a conversion after hours, at its last stage, stops it in the first seconds: tokenizer and template, keys
+and shapes of both files as llama.cpp reads them, the samples, and what validation will ask for.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mode_gguf.architectures import find_family, projector_tensors
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.errors import InputError
+from mode_gguf.estimate.machine import available_memory
+from mode_gguf.export.mtp import mtp_outline
+from mode_gguf.export.projector import projector_bytes, projector_outline
+from mode_gguf.export.text_model import text_outline
+from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
+from mode_gguf.llama_cpp.trial_load import refusal
+from mode_gguf.options import ExportOptions, ValidationOptions
+from mode_gguf.pipeline.run import Run
+from mode_gguf.pipeline.samples_key import calibration_samples
+from mode_gguf.pipeline.stages.export import reference_fits
+from mode_gguf.pipeline.stages.validate import run_settings
+from mode_gguf.recipe import Recipe
+from mode_gguf.validation.bounds import check_measurable, given_limits
+from mode_gguf.validation.default_held_out import default_held_out
+from mode_gguf.validation.questions import load_held_out
+
+
+def check_before_measuring(run: Run, recipe: Recipe, *, inputs: bool = False) -> None:
+    """Refuse now what calibration, export or validation would refuse.
+
+    Args:
+        recipe: resolved for the model.
+        inputs: build the inputs of all samples, too, which calibration does first of all.
+
+    Raises:
+        InputError: the checkpoint or a sample cannot be used, or llama.cpp would not open the files.
+        UsageError: an option of validation that makes no sense here.
+        MissingResourceError: what validation runs in is not there.
+    """
+    checkpoint = run.checkpoint
+    if recipe.validation.validate:
+        _check_validation(checkpoint, recipe.validation)
+    if checkpoint.base is None:
+        from mode_gguf.forward.parameter_shapes import check_parameter_shapes
+
+        check_parameter_shapes(checkpoint)
+    check_files(checkpoint, recipe.export)
+    if inputs and recipe.calibration.from_imatrix is None:
+        from mode_gguf.forward.inputs import model_inputs
+
+        model_inputs(checkpoint, calibration_samples(recipe.calibration))
+
+
+def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """Build both files without their weights, and have llama.cpp open them.
+
+    Raises:
+        InputError: a key, the tokenizer or a tensor cannot be written, or llama.cpp refuses what would be.
+        UsageError: an unknown type.
+    """
+    if options.mtp:
+        mtp_outline(checkpoint, options.mtp)
+    with_projector = bool(projector_tensors(checkpoint))
+    with TemporaryDirectory(prefix="mode-gguf-") as folder:
+        model, mmproj = Path(folder) / "model.gguf", None
+        text_outline(checkpoint).write(model)
+        if with_projector:
+            outline = projector_outline(checkpoint, options.mmproj_type)
+            outline.write(Path(folder) / "mmproj.gguf")
+            # llama.cpp reads a projector's weights, holes or not.
+            if projector_bytes(checkpoint, options.mmproj_type) < available_memory() / 4:
+                mmproj = Path(folder) / "mmproj.gguf"
+        reason = refusal(model, mmproj)
+    if reason is not None:
+        raise InputError(
+            f"{checkpoint.path}: llama.cpp would not open the files of this model ({find_family(checkpoint).gguf_arch}"
+            f"): {reason}; use configuration and tokenizer as they were published with these weights"
+        )
+
+
+def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> None:
+    run_settings(options)
+    find_llama_cpp(options.llama_cpp)
+    held_out = load_held_out(options.samples) if options.samples else None
+    if given_limits(options.limits):
+        check_measurable(
+            options.limits,
+            held_out or default_held_out(),
+            with_reference=reference_fits(checkpoint),
+            with_images=bool(projector_tensors(checkpoint)),
+        )

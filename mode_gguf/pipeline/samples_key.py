@@ -1,0 +1,87 @@
+"""Samples in the keys of stages: the contents that are really used, wherever their files lie."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from PIL import Image
+
+from mode_gguf.artifacts import fingerprint
+from mode_gguf.checkpoint.identity import PROCESSOR, TEMPLATE, TOKENIZER, side_files
+from mode_gguf.file_digests import digests_of
+from mode_gguf.options import CalibrationOptions
+from mode_gguf.pipeline.run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mode_gguf.data.sample import Sample
+
+_PLACES: Final = ("origin",)
+"""Fields that say where a sample comes from."""
+
+
+def calibration_samples(options: CalibrationOptions) -> "Sequence[Sample]":
+    """The samples that the options stand for."""
+    from mode_gguf.data.samples import load_samples
+
+    return load_samples(
+        options.source,
+        max_image_samples=options.image_samples,
+        max_text_samples=options.text_samples,
+        seed=options.seed,
+    )
+
+
+def calibration_key(run: Run, options: CalibrationOptions) -> dict[str, Any]:
+    """The samples that the options choose, pictures included, and the files of the model that their inputs are made by.
+
+    What the built-in set holds goes with its stage's schema number; a data set on the hub is not asked again.
+
+    Raises:
+        InputError: a sample cannot be read.
+    """
+    source, chosen = options.source, (options.source, options.image_samples, options.text_samples, options.seed)
+    if source is None or not Path(source).exists():
+        name, digest, kinds = source or "built-in", None, (TOKENIZER, TEMPLATE, PROCESSOR)
+    else:
+        if chosen not in run.known:
+            samples = calibration_samples(options)
+            chats, pictures = any(one.messages for one in samples), any(one.has_image for one in samples)
+            read = (TOKENIZER, *([TEMPLATE] if chats else []), *([PROCESSOR] if pictures else []))
+            run.known[chosen] = fingerprint(_content(samples)), read
+        name, (digest, kinds) = Path(source).name, run.known[chosen]
+    return {**side_files(run.checkpoint.path, *kinds), "calibration data": name, "its samples": digest}
+
+
+def held_out_contents(run: Run, source: Path | None) -> str | None:
+    """Digest of a held-out set, pictures included; None for the built-in one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if source is None:
+        return None
+    if source not in run.known:
+        from mode_gguf.validation.questions import load_held_out
+
+        run.known[source] = fingerprint(_content(load_held_out(source)))
+    digest: str = run.known[source]
+    return digest
+
+
+def _content(value: Any) -> Any:
+    """What a value comes to without places: files and pictures as digests."""
+    if isinstance(value, Path):
+        return [value.name, *digests_of([value])]
+    if is_dataclass(value):
+        return [_content(getattr(value, one.name)) for one in fields(value) if one.name not in _PLACES]
+    if isinstance(value, Mapping):
+        return {str(key): _content(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(one) for one in value]
+    if isinstance(value, Image.Image):
+        return [value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value
