@@ -82,6 +82,7 @@ class WorkFolder:
     name: str
 
     calibration = _FolderEntry("calibration.safetensors")
+    probes = _FolderEntry("probes.safetensors")
     sensitivity = _FolderEntry("sensitivity.safetensors")
     token_weights = _FolderEntry("token-weights.safetensors")
     rounded = _FolderEntry("rounded")

@@ -145,6 +145,10 @@ class InputBuilder:
         owner = torch.tensor([_owner(start, end, spans) for start, end in encoded["offset_mapping"]])
         return self._image_inputs(sample, ids, owner)
 
+    def rendered(self, sample: Sample) -> str:
+        """The chat of `sample` as one string, by the checkpoint's chat template; raises like `build`."""
+        return self._render(sample)[0]
+
     def _count(self, text: str) -> int:
         """Number of tokens of a text, however long."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,7 +1,7 @@
 """The transformers model of a checkpoint with at most one decoder layer's weights in memory."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,14 +126,15 @@ class StreamedModel:
             self.free_layer(index)
 
     @contextmanager
-    def without_logits(self) -> Iterator[None]:
-        """Context in which the output head records its input and computes nothing.
+    def without_logits(self, needed: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Context in which the output head records its input and computes nothing, unless it is `needed`.
 
         For forwards whose logits are not needed: over a vocabulary of 150,000 the head takes as long as several
         decoder layers, and its output more memory than anything else of a sample.
         """
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        head.forward = lambda hidden: hidden[..., :0]
+        compute = head.forward
+        head.forward = lambda hidden: compute(hidden) if needed() else hidden[..., :0]
         try:
             yield
         finally:

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 
 from mode_gguf.architectures import ModelFamily
 from mode_gguf.chat_templates.sources import chat_templates
@@ -19,6 +20,8 @@ from mode_gguf.forward.model_config import model_config
 def open_tokenizer(checkpoint: Checkpoint, family: ModelFamily) -> Any:
     """The tokenizer of `checkpoint`, with the chat template that the GGUF file has, too (`chat_templates`).
 
+    `own_chat_template` is the one that transformers has read for it.
+
     Raises:
         InputError: it cannot be read.
     """
@@ -26,6 +29,7 @@ def open_tokenizer(checkpoint: Checkpoint, family: ModelFamily) -> Any:
     templates = chat_templates(folder)
     with foreign_errors(f"{folder}: the tokenizer cannot be read", "use the one published with these weights"):
         tokenizer = _opened(checkpoint, family)
+    tokenizer.own_chat_template = tokenizer.chat_template
     tokenizer.chat_template = templates.default
     return tokenizer
 
@@ -63,3 +67,15 @@ def _opened(checkpoint: Checkpoint, family: ModelFamily) -> Any:
         clean_up_tokenization_spaces=False,
         **{key: token["content"] if isinstance(token, dict) else token for key, token in named.items()},
     )
+
+
+def processor_chat_template(folder: Path) -> str | None:
+    """The chat template that a processor of transformers would take from a checkpoint's folder; None for none."""
+    config = folder / "processor_config.json"
+    if config.exists() and "audio_tokenizer" in read_json(config):
+        return None  # reading it would load another model
+    with foreign_errors(f"{folder}: the processor's configuration cannot be read"):
+        settings, _ = ProcessorMixin.get_processor_dict(folder)
+    template = settings.get("chat_template")
+    template = template.get("default") if isinstance(template, dict) else template
+    return template if isinstance(template, str) else None

@@ -194,6 +194,12 @@ def _measured(report: ValidationReport | None) -> Iterator[str]:
         before = report.reference_accuracy.get("all")
         beside = f"; {_share(before)} before quantization" if before else ""
         yield f"Right answers to questions about pictures: {_share(total)}{beside}."
+    if (export := report.transformers) and export.text:
+        pictures = f", and {export.image.kl_median:.1g} behind one about a picture" if export.image else ""
+        yield (
+            f"The unquantized export was checked first: tokens and chat template are those of transformers, and its "
+            f"predictions are {export.text.kl_median:.1g} nats (median KL) away from them on text prompts{pictures}."
+        )
     for warning in report.warnings:
         yield f"Note: {text(warning)}."
 
