@@ -25,7 +25,8 @@ from safetensors.numpy import save_file
 from mode_gguf.errors import InputError, MissingResourceError
 
 SCHEMAS: Final[Mapping[str, int]] = {
-    "calibration": 2,
+    "calibration": 3,
+    "probes": 1,
     "sensitivity": 2,
     "token-weights": 2,
     "unit-kl": 2,

@@ -82,6 +82,7 @@ class WorkFolder:
     name: str
 
     calibration = _FolderEntry("calibration.safetensors")
+    probes = _FolderEntry("probes.safetensors")
     sensitivity = _FolderEntry("sensitivity.safetensors")
     token_weights = _FolderEntry("token-weights.safetensors")
     rounded = _FolderEntry("rounded")
@@ -96,7 +97,7 @@ class WorkFolder:
     page = _FolderEntry("report.html")
     readme = _FolderEntry("README.md")
     stages = _FolderEntry("stages.json")
-    digests = _FolderEntry("digests.json")
+    digests = _FolderEntry(".mode-gguf.digests")
     reference = _FolderEntry("reference")
     log = _FolderEntry("mode-gguf.log")
     lock = _FolderEntry(".mode-gguf.lock")

@@ -34,6 +34,9 @@ def test_ordinary_names_stay(name: str) -> None:
         ("\x1b[31mred", "31mred"),
         ("$(rm);`x`&", "(rm)_x"),
         ("\n", "model"),
+        ("mmproj-a", "mm_proj-a"),
+        ("a-imatrix", "a-i_matrix"),
+        ("-mtp-a", "mtp_a"),
         ("...", "model"),
         ("", "model"),
     ],
@@ -61,7 +64,7 @@ def test_lines(text: str) -> None:
 
 
 def test_commands() -> None:
-    words = ["mode-gguf", "run", Path("-a b"), Path("/x/it's"), "--out", "a\nb"]
+    words: list[str | Path] = ["mode-gguf", "run", Path("-a b"), Path("/x/it's"), "--out", "a\nb"]
     assert shell_line(words) == "mode-gguf run './-a b' '/x/it'\"'\"'s' --out 'a\nb'"
     assert shlex.split(shell_line(words)) == ["mode-gguf", "run", "./-a b", "/x/it's", "--out", "a\nb"]
 

@@ -20,6 +20,9 @@ from mode_gguf.gpu_memory.model_graphs import ModelGraphs
 
 log = logging.getLogger(__name__)
 
+PLAIN_SIZE: ImageSize = (448, 224)
+"""A multiple of most towers' patches and merged patches, and as large as their smallest pictures."""
+
 
 def says_tied(checkpoint: Checkpoint, default: bool = False) -> bool:
     """Whether config.json says that the output head is the token embedding: transformers reads the outermost setting.
@@ -98,6 +101,8 @@ class VisionTower:
         image_token: id of the token that stands for a piece of an image.
         placeholder: what the chat template writes for an image, or, where it knows only text, what is written into the
             text; None for the image token.
+        plain_size: of a picture that neither transformers nor llama.cpp scales, nor interpolates positions for where
+            the two do it differently; not square if possible, so that swapped sides show.
         token_types: argument of the model's forward that is 1 at image tokens and 0 elsewhere; None if it takes none.
     """
 
@@ -112,6 +117,7 @@ class VisionTower:
     image_tokens: Callable[[Checkpoint, ImageSize | None], int] | None = None
     image_token: Callable[[Checkpoint], int] = image_token_id
     placeholder: str | None = None
+    plain_size: Callable[[Checkpoint], ImageSize] = lambda checkpoint: PLAIN_SIZE
     token_types: str | None = "mm_token_type_ids"
 
 

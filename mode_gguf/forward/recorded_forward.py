@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
 from mode_gguf.forward.hidden_store import HiddenStore
 from mode_gguf.forward.hooks import LayerRecorder, SampleTrace, recording
 from mode_gguf.forward.inputs import ModelInputs
@@ -33,10 +35,28 @@ class LayerConsumer:
     keep_hidden: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class PredictedInputs:
+    """Samples that run along with the recorded ones, through the same loaded layers, for what the model predicts.
+
+    Nothing of them is recorded, and no other sample computes anything else because of them.
+
+    Attributes:
+        inputs: of the samples.
+        positions: at the end of each whose logits are asked for.
+        keep: keep(n, logits) with sample n's logits (positions, vocabulary).
+    """
+
+    inputs: Sequence[ModelInputs] = ()
+    positions: int = 1
+    keep: Callable[[int, Tensor], None] = lambda number, logits: None
+
+
 def run_recorded(
     streamed: StreamedModel,
     inputs: Sequence[ModelInputs],
     consumer: LayerConsumer,
+    predicted: PredictedInputs = PredictedInputs(),
     *,
     hidden_bytes: int = ComputeOptions.hidden_memory,
     description: str,
@@ -45,30 +65,40 @@ def run_recorded(
     """Run all samples forward, layer by layer, with experts, linear layers and key tokens recorded; without logits.
 
     Args:
+        predicted: samples that are not recorded, and whose logits are asked for.
         hidden_bytes: memory for hidden states of suspended samples; further ones go to temporary files.
     """
     traces = [SampleTrace.of(one, streamed.device) for one in inputs]
     recorder = LayerRecorder(consumer.key_tokens, consumer.keep_hidden)
 
     def enter(number: int) -> None:
-        recorder.current = traces[number]
+        recorder.current = traces[number] if number < len(traces) else None
 
     def leave(number: int, layer: int) -> None:
-        consumer.leave(traces[number], layer)
-        traces[number].forget()
+        if number < len(traces):
+            consumer.leave(traces[number], layer)
+            traces[number].forget()
+
+    def predict(number: int) -> None:
+        output = streamed.run(predicted.inputs[number], logits_to_keep=predicted.positions)
+        predicted.keep(number, output.logits[0, -predicted.positions :])
 
     def free(layer: int) -> None:
         consumer.finish(layer)
         streamed.free_layer(layer)
 
     recorded = recording(streamed.model, streamed.recorded_linears(), recorder)
-    with HiddenStore(hidden_bytes) as store, recorded, streamed.without_logits():
+    logits_off = streamed.without_logits(needed=lambda: recorder.current is None)
+    with HiddenStore(hidden_bytes) as store, recorded, logits_off:
         run_layerwise(
             streamed.layers,
-            [partial(streamed.run, one) for one in inputs],
+            [
+                *(partial(streamed.run, one) for one in inputs),
+                *(partial(predict, number) for number in range(len(predicted.inputs))),
+            ],
             LayerCallbacks(load=streamed.load_layer, free=free, enter=enter, leave=leave),
             offload=TensorOffload(store, streamed.model, streamed.text_model),
-            tokens=[len(one.input_ids) for one in inputs],
+            tokens=[len(one.input_ids) for one in (*inputs, *predicted.inputs)],
             description=description,
             progress=progress,
         )

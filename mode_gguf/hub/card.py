@@ -137,7 +137,7 @@ def _files(release: ModelRelease) -> Iterator[str]:
 def _how_to_run(release: ModelRelease, repository: str) -> Iterator[str]:
     mmproj = next((file.path.name for file in release.of_role("projector")), None)
     first = Path(release.first_file)
-    model = shell_line([first, *(["--mmproj", Path(mmproj)] if mmproj else [])])
+    model = shell_line([first, "--mmproj", Path(mmproj)] if mmproj else [first])
     ask = '--image picture.jpg -p "What is in this picture?"'
     yield "## How to run it"
     if release.has_expert_groups:
@@ -194,6 +194,12 @@ def _measured(report: ValidationReport | None) -> Iterator[str]:
         before = report.reference_accuracy.get("all")
         beside = f"; {_share(before)} before quantization" if before else ""
         yield f"Right answers to questions about pictures: {_share(total)}{beside}."
+    if (export := report.transformers) and export.text:
+        pictures = f", and {export.image.kl_median:.1g} behind one about a picture" if export.image else ""
+        yield (
+            f"The unquantized export was checked first: tokens and chat template are those of transformers, and its "
+            f"predictions are {export.text.kl_median:.1g} nats (median KL) away from them on text prompts{pictures}."
+        )
     for warning in report.warnings:
         yield f"Note: {text(warning)}."
 

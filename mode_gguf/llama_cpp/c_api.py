@@ -32,6 +32,8 @@ GGML_TYPE_F32: Final = 0
 GGML_TYPE_F16: Final = 1
 FLASH_ATTENTION_AUTO: Final = -1
 FLASH_ATTENTION_OFF: Final = 0
+IMAGE_CHUNK: Final = 1
+"""`MTMD_INPUT_CHUNK_TYPE_IMAGE`."""
 SPLIT_MODES: Final = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 """`enum llama_split_mode`."""
 
@@ -226,10 +228,18 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mtmd_bitmap_free": (None, (c_void_p,)),
     "mtmd_input_chunks_init": (c_void_p, ()),
     "mtmd_input_chunks_free": (None, (c_void_p,)),
+    "mtmd_input_chunks_size": (c_size_t, (c_void_p,)),
+    "mtmd_input_chunks_get": (c_void_p, (c_void_p, c_size_t)),
+    "mtmd_input_chunk_get_type": (c_int, (c_void_p,)),
+    "mtmd_input_chunk_get_n_tokens": (c_size_t, (c_void_p,)),
     "mtmd_tokenize": (c_int32, (c_void_p, c_void_p, POINTER(InputText), POINTER(c_void_p), c_size_t)),
     "mtmd_helper_log_set": (None, (_LogCallback, c_void_p)),
     "mtmd_helper_get_n_tokens": (c_size_t, (c_void_p,)),
     "mtmd_helper_eval_chunks": (
+        c_int32,
+        (c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_bool, POINTER(c_int32)),
+    ),
+    "mtmd_helper_eval_chunk_single": (
         c_int32,
         (c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_bool, POINTER(c_int32)),
     ),

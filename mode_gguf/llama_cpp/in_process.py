@@ -193,6 +193,32 @@ class LlamaModel:
         rest = self._decode(answer[:-1], position=position, first_scored=0)
         return np.concatenate([first, *rest])
 
+    def predictions(
+        self, tokens: Sequence[int], count: int, image: ImageInput | None = None, place: tuple[int, int] = (0, 0)
+    ) -> Logits:
+        """Logits behind each of the last `count` of `tokens`, which are fed as they are.
+
+        Args:
+            image: is fed in the place of tokens[place[0]:place[1]], without the marks that a prompt would have around
+                it: those are among the tokens.
+
+        Raises:
+            InputError: tokens exceed the context, or `image` cannot be read.
+            ValidationError: llama.cpp fails at it.
+        """
+        self._check_context(len(tokens))
+        self._clear()
+        position, rest = 0, tokens
+        if image is not None:
+            position = self._decode_image(tokens[: place[0]], image)
+            rest = tokens[place[1] :]
+        return np.concatenate(list(self._decode(rest, position=position, first_scored=len(rest) - count)))
+
+    def image_tokens(self, image: ImageInput) -> int:
+        """Tokens that an image takes, those between its parts included, marks around it not; raises as `logits`."""
+        with self._image_chunks(image) as chunks:
+            return sum(self._lib.mtmd_input_chunk_get_n_tokens(chunk) for chunk in chunks)
+
     def generate(self, prompt: str, image: ImageInput | None = None, *, max_tokens: int = 128) -> list[int]:
         """The greedy answer to `prompt`: token ids, the one that ends it included; raises as `logits` does."""
         rows, position = self._prompt(prompt, image, reserved=max_tokens)
@@ -303,6 +329,37 @@ class LlamaModel:
         finally:
             self._lib.mtmd_input_chunks_free(chunks)
             self._lib.mtmd_bitmap_free(bitmap)
+
+    @contextmanager
+    def _image_chunks(self, image: ImageInput) -> Iterator[list[int]]:
+        """The chunks of an image alone, from its first part to its last."""
+        if self._mtmd is None:
+            raise InputError(f"{self.text_gguf}: an image needs the model's projector, and no mmproj file was given")
+        with self._chunks(self.image_marker, image) as chunks:
+            all_chunks = [
+                self._lib.mtmd_input_chunks_get(chunks, index)
+                for index in range(self._lib.mtmd_input_chunks_size(chunks))
+            ]
+            parts = [
+                index
+                for index, chunk in enumerate(all_chunks)
+                if self._lib.mtmd_input_chunk_get_type(chunk) == c_api.IMAGE_CHUNK
+            ]
+            yield all_chunks[parts[0] : parts[-1] + 1]
+
+    def _decode_image(self, before: Sequence[int], image: ImageInput) -> int:
+        """Feed `before` and an image behind it; the position that follows."""
+        for _ in self._decode(before, position=0, first_scored=len(before)):
+            pass
+        position = ctypes.c_int32(len(before))
+        with self._image_chunks(image) as chunks:
+            for chunk in chunks:
+                status = self._lib.mtmd_helper_eval_chunk_single(
+                    self._mtmd, self._context, chunk, position, 0, self._n_batch, False, ctypes.byref(position)
+                )
+                if status != 0:
+                    raise ValidationError(f"{self.text_gguf}: llama.cpp fails at an image: {c_api.last_errors()}")
+        return position.value
 
     def _check_context(self, tokens: int) -> None:
         size = self._lib.llama_n_ctx(self._context)

@@ -26,4 +26,4 @@ from mode_gguf.pipeline.stages.feedback import RoundWithFeedback
 from mode_gguf.pipeline.stages.plan import MakePlan, save_plan, save_tensor_types
 from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
 from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
-from mode_gguf.pipeline.stages.validate import Notes, validate_file
+from mode_gguf.pipeline.stages.validate import Notes, probes_beside, validate_file

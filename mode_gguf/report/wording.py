@@ -15,6 +15,7 @@ STAGES = {
     "projector": "write the image encoder",
     "reference": "write the full-precision file to compare with",
     "validate: structure": "check that the file holds what was planned",
+    "validate: transformers": "compare the export with the checkpoint in transformers",
     "validate: smoke": "load it and let it answer",
     "validate: reference": "run the full-precision file",
     "validate: candidate": "run this file",

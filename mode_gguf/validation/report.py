@@ -129,6 +129,39 @@ class Check(Record):
     kept: bool
 
 
+class ProbeDistance(Record):
+    """Distance of predictions behind a few prompts from those of transformers, in nats; its median is the largest of a
+    prompt."""
+
+    positions: int
+    kl_median: float
+    kl_mean: float
+    top1_agreement: float
+
+
+class AgainstTransformers(Record):
+    """The exported files beside the checkpoint in transformers, before anything was judged by them.
+
+    Attributes:
+        file: that was run: the full-precision one, or the candidate where that one was not made.
+        dtype: that transformers computed in.
+        kl_bound: largest median KL of a prompt that counts as the same model; None where predictions were not compared.
+        tokens: number of tokens that both tokenizers make of the prompts.
+        chat_template: whether both write chats alike; False for a model without a template.
+        text, image: behind texts, and behind a question about a picture; None where not compared.
+        warnings: differences of what a base GGUF has brought.
+    """
+
+    file: str
+    dtype: str
+    kl_bound: float | None
+    tokens: int
+    chat_template: bool
+    text: ProbeDistance | None
+    image: ProbeDistance | None
+    warnings: tuple[str, ...] = ()
+
+
 class ValidationReport(Record):
     """Everything `validate` found; `accuracy` is by kind, and over everything under `all`.
 
@@ -136,7 +169,8 @@ class ValidationReport(Record):
     `image` is about: the reference's own (`reference`), or the right ones of the questions (`given`). `settings` is how
     models were run (`reference.RunSettings`), `checks` are the limits that were given.
     `warnings` are what calibration could not see (`calibration/coverage.py`), where the file was converted just now;
-    `conversion` is how it was made, where that is known.
+    `conversion` is how it was made, where that is known; `transformers` is the check of the export by the checkpoint in
+    transformers, where calibration ran it.
     """
 
     schema_version: Literal[1] = 1
@@ -159,6 +193,7 @@ class ValidationReport(Record):
     settings: dict[str, Any] = Field(default_factory=dict)
     checks: tuple[Check, ...] = ()
     conversion: ConversionRecord | None = None
+    transformers: AgainstTransformers | None = None
 
     @property
     def divergences(self) -> dict[str, Divergence]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,14 +14,18 @@ import numpy as np
 from mode_gguf import __version__
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.gguf.header import read_header
+from mode_gguf.image_files import file_for_llama_cpp
 from mode_gguf.llama_cpp.engines import Engine, engine_for, has_expert_groups
 from mode_gguf.llama_cpp.http_model import ServerModel, ServerUrl
 from mode_gguf.llama_cpp.in_process import LlamaModel
 from mode_gguf.llama_cpp.installed_tools import LlamaCppTools, find_llama_cpp, smoke_test
 from mode_gguf.llama_cpp.model_protocol import Logits, Model
 from mode_gguf.options import Limits
+from mode_gguf.probes import Probes
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
+from mode_gguf.temporary_folders import LockedFolder
+from mode_gguf.validation.against_transformers import compare_with_transformers
 from mode_gguf.validation.bounds import ALL_KINDS, check_measurable, checks_of
 from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.divergence import Scores, compare
@@ -56,12 +59,15 @@ class ComparedModels:
             is measured against it.
         mmproj: the projector of both; without it, questions are left out. Servers have their own.
         planned: type of every tensor of the candidate, when it was made from a plan.
+        probes: what transformers makes of the checkpoint that both were made from; with them the reference is checked
+            before the candidate is judged by it, or the candidate itself as far as that can be without a reference.
     """
 
     candidate: ModelSource
     reference: ModelSource | None = None
     mmproj: Path | None = None
     planned: Mapping[str, QuantType] | None = None
+    probes: Probes | None = None
 
 
 def validate(
@@ -92,7 +98,8 @@ def validate(
         UsageError: a limit is about something that is not measured, or a file does not run in the chosen engine.
         InputError: a file or sample cannot be used, or candidate and reference have different vocabularies.
         MissingResourceError: no usable llama.cpp, no server answers, or our own build is needed and is not there.
-        ValidationError: the candidate is not what was planned, does not load or answer, or computes nonsense.
+        ValidationError: the candidate is not what was planned, does not load or answer, or computes nonsense; or the
+            reference differs from the checkpoint in transformers.
     """
     candidate, reference, mmproj = compared.candidate, compared.reference, compared.mmproj
     held_out = held_out or default_held_out()
@@ -112,13 +119,23 @@ def validate(
             check_structure(candidate, compared.planned)
             if mmproj:
                 check_structure(mmproj)
-        if mmproj and held_out.questions:
-            with _timed(seconds, "smoke"):
-                smoke_image = held_out.questions[0].image
-                if settings.engine and settings.engine.folder and has_tools(settings.engine.folder):
-                    tools = find_llama_cpp(settings.engine.folder)
-                tools = tools or LlamaCppTools({}, None)
-                smoke = smoke_test(candidate, mmproj, smoke_image, tools, threads=settings.threads)
+    against_transformers = None
+    if compared.probes and loaded:
+        with _timed(seconds, "transformers"):
+            against_transformers = compare_with_transformers(
+                compared.probes, loaded[-1], mmproj, settings, predictions=reference in loaded
+            )
+    elif reference and not stored:
+        logger.info(
+            "the reference was not held against transformers: no calibration has left its predictions beside it"
+        )
+    if isinstance(candidate, Path) and mmproj and held_out.questions:
+        with _timed(seconds, "smoke"), LockedFolder("reference") as pictures:
+            smoke_image = file_for_llama_cpp(held_out.questions[0].image, pictures)
+            if settings.engine and settings.engine.folder and has_tools(settings.engine.folder):
+                tools = find_llama_cpp(settings.engine.folder)
+            tools = tools or LlamaCppTools({}, None)
+            smoke = smoke_test(candidate, mmproj, smoke_image, tools, threads=settings.threads)
     with ExitStack() as stack:
         measured = None
         with _timed(seconds, "reference"):
@@ -126,7 +143,7 @@ def validate(
                 assert isinstance(reference, Path)
                 measured = stored_reference(reference, held_out, settings)
             elif reference:
-                folder = reference_folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                folder = reference_folder or stack.enter_context(LockedFolder("reference"))
                 measured = measure_reference(reference, mmproj, held_out, folder, settings, progress)
         with _timed(seconds, "candidate"), settings.open(candidate, mmproj) as model:
             runtime = _runtime(model, settings)
@@ -156,7 +173,11 @@ def validate(
         reference_runtime=measured.record.runtime if measured else None,
         scored_answers=settings.answers if image else None,
         settings=_settings_record(settings),
-        warnings=_warnings(sum(judged.left_out)),
+        warnings=(
+            *(against_transformers.warnings if against_transformers else ()),
+            *_warnings(sum(judged.left_out)),
+        ),
+        transformers=against_transformers,
     )
     return report.model_copy(update={"checks": checks_of(limits, report)})
 

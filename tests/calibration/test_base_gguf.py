@@ -140,7 +140,7 @@ def test_a_form_that_was_never_seen_is_named(olmoe: Path, tmp_path: Path, monkey
     def broken(*arguments: object, **options: object) -> None:
         raise TypeError("forward() got an unexpected keyword argument 'use_cache'\nand more")
 
-    monkeypatch.setattr("mode_gguf.calibration.calibrate.calibrate", broken)
+    monkeypatch.setattr("mode_gguf.calibration.calibrate.calibrate_and_probe", broken)
     options = CalibrationOptions(image_samples=0, text_samples=1)
     with pytest.raises(InputError, match=r"unexpected keyword argument 'use_cache'\); give llama-imatrix's file"):
         Run(based(olmoe), WorkFolder(tmp_path, "m")).ensure(Calibrate(options))

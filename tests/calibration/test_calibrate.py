@@ -6,13 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
-from mode_gguf.calibration.calibrate import calibrate
+from mode_gguf.calibration.calibrate import calibrate, calibrate_and_probe
 from mode_gguf.calibration.observers import Observer
+from mode_gguf.calibration.probe_prompts import SCORED, probe_prompts
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
 from mode_gguf.errors import InputError, UsageError
+from mode_gguf.forward.inputs import InputBuilder
+from mode_gguf.probes import LISTED
+from mode_gguf.validation.divergence import compare
 
 CPU = torch.device("cpu")
 TOP_K = 2
@@ -89,3 +94,54 @@ def test_silent_capture_is_an_error(
 def test_bad_options(checkpoint: Checkpoint, samples: list[Sample]) -> None:
     with pytest.raises(UsageError, match="at least one sample"):
         calibrate(checkpoint, [], device="cpu")
+
+
+def test_probes_count_in_no_statistics(
+    checkpoint: Checkpoint, statistics: CalibrationStatistics, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: a file is the same whether there are probes or not."""
+    monkeypatch.setattr("mode_gguf.calibration.calibrate.probe_prompts", lambda builder, with_picture: iter(()))
+    monkeypatch.setattr("mode_gguf.calibration.calibrate.probes_of", lambda *arguments: None)
+    without = calibrate(checkpoint, samples, device="cpu")
+    assert replace(without, arrays={}) == replace(statistics, arrays={})
+    assert set(without.arrays) == set(statistics.arrays)
+    for name, array in statistics.arrays.items():
+        np.testing.assert_array_equal(without.arrays[name], array)
+
+
+def test_probes_are_what_the_whole_model_predicts(checkpoint: Checkpoint, samples: list[Sample]) -> None:
+    """Run beside the samples, layer by layer, and only where their logits are asked for."""
+    _, probes = calibrate_and_probe(checkpoint, samples[:1], device="cpu")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint.path, dtype="float32").eval()
+    for prompt, probe in zip(
+        probe_prompts(InputBuilder.open(checkpoint), with_picture=True), probes.probes, strict=True
+    ):
+        with torch.no_grad():
+            logits = model(**prompt.inputs.model_arguments(CPU, torch.float32)).logits[0, -SCORED:]
+        assert probe.tokens == tuple(prompt.inputs.input_ids.tolist())
+        assert probe.distributions.rows.shape == logits.shape
+        np.testing.assert_allclose(probe.distributions.rows, logits.log_softmax(-1).numpy(), atol=2e-4)
+
+
+def test_a_template_that_takes_no_pictures_costs_one_probe(
+    checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder = InputBuilder.open(checkpoint)
+    builder.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content if m.content is string else '' }}{% endfor %}"
+    )
+    names = [prompt.name for prompt in probe_prompts(builder, with_picture=True)]
+    assert names == ["prose", "code", "numbers and signs", "chat"]
+    assert "the exported file will not be compared with transformers on a probe picture: " in caplog.text
+
+
+def test_likeliest_tokens_of_a_large_vocabulary(checkpoint: Checkpoint) -> None:
+    prompt = next(probe_prompts(InputBuilder.open(checkpoint), with_picture=False))
+    logits = torch.arange(2 * 10000.0).reshape(2, 10000) / 1000
+    probe = prompt.predicted(logits)
+    rows = probe.distributions.rows
+    assert (~np.isnan(rows)).sum(axis=1).tolist() == [LISTED, LISTED]
+    np.testing.assert_allclose(rows[:, -LISTED:], logits.log_softmax(-1)[:, -LISTED:].numpy(), rtol=1e-6)
+    scores = compare(rows, logits.numpy(), [9999, 9999])
+    assert scores.kl.max() < 1e-4
+    assert compare(rows, logits.flip(1).numpy(), [9999, 9999]).kl.min() > 1

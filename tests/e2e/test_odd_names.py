@@ -8,11 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from gguf import GGUFWriter
 from markdown_it import MarkdownIt
 
 from mode_gguf.artifacts import write_json
+from mode_gguf.hub.names import is_model_file
+from mode_gguf.pipeline import find_model_files
 from mode_gguf_cli.main import main
 from tests.e2e.conftest import QUICK, Run, settings
 
@@ -32,6 +36,7 @@ NAMES = [
     "$(touch owned);&",
     ".hidden",
     "[red]x[/y]",
+    "mmproj-imatrix",
 ]
 
 
@@ -61,6 +66,8 @@ def test_from_the_folder_to_the_card(name: str, pico: Path, tmp_path: Path, run:
     page = Path(json.loads(run("report", out, "--json"))["page"]).read_text()
     assert "<script>alert" not in page
     run("inspect", made["model"])
+    assert find_model_files(out).model == Path(made["model"])
+    assert is_model_file(made["model"])
     assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in (out / "mode-gguf.log").read_text().splitlines()), (
         "a line a message"
     )
@@ -93,6 +100,25 @@ def test_bytes_that_are_no_text(pico: Path, tmp_path: Path, run: Run, monkeypatc
         assert "not UTF-8; rename" in line
     monkeypatch.chdir(model)
     assert "not UTF-8; rename" in run("plan", ".", *UNIFORM, code=4)
+
+
+def test_names_of_tensors(tmp_path: Path, run: Run) -> None:
+    """A table takes them as they are: neither markup, nor lines, nor what steers a terminal."""
+    names = ["[red]blk.0[/nothing]", "blk.\x1b[2J\x1b]0;owned\x07", "a\nb:smile:", "\u202egpj"]
+    path = tmp_path / "[bold].gguf"
+    writer = GGUFWriter(path, "llama")
+    for name in names:
+        writer.add_tensor(name, np.zeros((1, 32), np.float32))
+    writer.add_string("general.name", "[/x]\x1b[31m:smile:")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for arguments in ((), (path,)):
+        shown = run("inspect", path, *arguments)
+        assert shown.replace("\n", "").isprintable()
+        for name in ("[red]blk.0[/nothing]", "blk.\\x1b[2J\\x1b]0;owned\\x07", "a\\nb:smile:", "\\u202egpj"):
+            assert name in shown
 
 
 CARD = {

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from mode_gguf.allocation.planner import uniform_type
 from mode_gguf.architectures import text_tensors
-from mode_gguf.calibration.calibrate import calibrate
+from mode_gguf.calibration.calibrate import calibrate_and_probe
 from mode_gguf.calibration.statistics import CalibrationStatistics
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.data.sample import Sample
@@ -17,7 +18,9 @@ from mode_gguf.export.projector import write_projector
 from mode_gguf.export.text_model import TensorPacking, write_text_model
 from mode_gguf.forward.inputs import InputBuilder, ModelInputs
 from mode_gguf.llama_cpp.in_process import LlamaModel
+from mode_gguf.probes import Probes
 from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.vocabulary import ProjectorType
 from tests.calibration.conftest import calibration_samples
 from tests.e2e.conftest import ended, run
 from tests.families.family_case import FamilyCase
@@ -75,10 +78,21 @@ class Families:
         builder = self._once("builder", layout, lambda: InputBuilder.open(self.checkpoint(layout)))
         return self._once("inputs", layout, lambda: [builder.build(sample) for sample in self.samples])
 
+    def calibration(self, case: FamilyCase) -> tuple[CalibrationStatistics, Probes]:
+        """Calibration on all samples, and the probes."""
+        checkpoint = self.checkpoint(case.layouts[0])
+        return self._once("calibration", case.name, lambda: calibrate_and_probe(checkpoint, self.samples, device="cpu"))
+
     def statistics(self, case: FamilyCase) -> CalibrationStatistics:
         """Calibration on all samples."""
+        return self.calibration(case)[0]
+
+    def full_precision(self, case: FamilyCase) -> tuple[Path, Path]:
+        """Text model in BF16 and projector in F16, as validation has them."""
         checkpoint = self.checkpoint(case.layouts[0])
-        return self._once("statistics", case.name, lambda: calibrate(checkpoint, self.samples, device="cpu"))
+        return self._once(
+            "full precision", case.name, lambda: exported(checkpoint, self.factory.mktemp("gguf"), "BF16", "F16")
+        )
 
     def files(self, case: FamilyCase) -> tuple[Path, Path]:
         """Text model and projector in F32."""
@@ -90,13 +104,14 @@ class Families:
         return self._once("llama", case.name, lambda: self.stack.enter_context(exact(*self.files(case))))
 
 
-def exported(checkpoint: Checkpoint, folder: Path) -> tuple[Path, Path]:
-    """A checkpoint's two files in F32."""
-    text, mmproj = folder / "pico-F32.gguf", folder / "mmproj-pico-F32.gguf"
-    write_text_model(
-        text, checkpoint, TensorPacking({tensor.name: QUANT_TYPES["F32"] for tensor in text_tensors(checkpoint)})
-    )
-    write_projector(mmproj, checkpoint, "F32")
+def exported(
+    checkpoint: Checkpoint, folder: Path, text_type: str = "F32", projector_type: ProjectorType = "F32"
+) -> tuple[Path, Path]:
+    """A checkpoint's two files."""
+    text, mmproj = folder / f"pico-{text_type}.gguf", folder / f"mmproj-pico-{projector_type}.gguf"
+    types = {tensor.name: uniform_type(tensor, QUANT_TYPES[text_type]) for tensor in text_tensors(checkpoint)}
+    write_text_model(text, checkpoint, TensorPacking(types))
+    write_projector(mmproj, checkpoint, projector_type)
     return text, mmproj
 
 

@@ -1,8 +1,9 @@
 """A GGUF file with less, or with other values, in it."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFReader, GGUFWriter
 
@@ -10,19 +11,26 @@ from tests.families.family_case import Converted
 
 
 def gguf_copy(
-    source: Path, target: Path, *, left_out: Collection[str] = (), rewritten: Mapping[str, Converted] | None = None
+    source: Path,
+    target: Path,
+    *,
+    left_out: Collection[str] = (),
+    rewritten: Mapping[str, Converted] | None = None,
+    keys: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> Path:
     """Copies `source` to `target` without some keys and tensors.
 
     Args:
-        rewritten: what becomes of the values of F32 tensors, by patterns of their names.
+        rewritten: what becomes of the values of F32 tensors, or of other tensors' bytes, by patterns of their names.
+        keys: what becomes of the values of keys.
     """
-    reader, changes = GGUFReader(source), dict(rewritten or {})
+    reader, changes, values = GGUFReader(source), dict(rewritten or {}), dict(keys or {})
     writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
     for name, field in reader.fields.items():
         if name not in {*left_out, "general.architecture"} and not name.startswith("GGUF."):
             inner = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), field.types[0], inner)
+            value = values[name](field.contents()) if name in values else field.contents()
+            writer.add_key_value(name, value, field.types[0], inner)
     for tensor in reader.tensors:
         if tensor.name not in left_out:
             data = tensor.data

@@ -64,7 +64,8 @@ def command(
     """Load CANDIDATE in llama.cpp, let it answer, and measure how far it is from the reference.
 
     KL divergence over the full vocabulary, top-1 agreement and perplexity, of text and of answers about pictures apart;
-    accuracy. A server lists the most likely tokens only: KL is then what it is at least and at most.
+    accuracy. A server lists the most likely tokens only: KL is then what it is at least and at most. A reference in the
+    work folder that wrote it is first held against what calibration saw of the checkpoint in transformers.
     """
     from mode_gguf import pipeline
     from mode_gguf.validation.bounds import require_kept
@@ -75,8 +76,10 @@ def command(
             f"--report {report}: names the JSON file; the page is written beside it, give {report.stem}.json"
         )
     source, options = _source(candidate), recipe.validation
+    compared_with = _source(reference) if reference else None
+    probes = pipeline.probes_beside(compared_with) if isinstance(compared_with, Path) else None
     result = pipeline.validate_file(
-        ComparedModels(source, _source(reference) if reference else None, mmproj),
+        ComparedModels(source, compared_with, mmproj, probes=probes),
         report,
         options,
         pipeline.Notes((), pipeline.conversion_of(source) if isinstance(source, Path) else None),
@@ -99,6 +102,12 @@ def _source(text: str) -> "ModelSource":
 
 
 def _show(result: "ValidationReport", page: Path) -> None:
+    if (export := result.transformers) and export.text:
+        pictures = f", {export.image.kl_median:.1e} behind a picture" if export.image else ""
+        show(
+            f"export    as transformers: {export.tokens} tokens equal, median KL {export.text.kl_median:.1e} on text"
+            f"{pictures}"
+        )
     for name, part in result.divergences.items():
         show(f"{name:<9} perplexity {part.perplexity:.4f} over {part.positions} tokens")
         if part.kl_mean is None:

@@ -45,6 +45,7 @@ FAMILY = ModelFamily(
         place_image=partial(moon_vit.place_image, limit="in_token_limit"),
         needs_processor=False,
         image_token=moon_vit.image_token,
+        plain_size=moon_vit.table_size,  # llama.cpp interpolates Kimi-VL's positions in another way
         token_types=None,
     ),
     tokenizer=TOKENIZER,

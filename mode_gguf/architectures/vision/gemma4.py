@@ -165,4 +165,21 @@ def _largest_limit(n_tokens: int) -> int:
     return max((n for n in SOFT_TOKENS if n <= n_tokens), default=SOFT_TOKENS[0])
 
 
-TOWER = VisionTower(PROJECTOR, _hparams, _RULES, _keys, _check, place_image, _ranges, image_tokens=image_tokens)
+def plain_size(checkpoint: Checkpoint) -> ImageSize:
+    """10 x 7 tokens: the smallest limit, to which transformers scales pictures up and llama.cpp does not."""
+    vision = _hparams(checkpoint)
+    side = vision.int("patch_size") * vision.int("pooling_kernel_size")
+    return 10 * side, 7 * side
+
+
+TOWER = VisionTower(
+    PROJECTOR,
+    _hparams,
+    _RULES,
+    _keys,
+    _check,
+    place_image,
+    _ranges,
+    image_tokens=image_tokens,
+    plain_size=plain_size,
+)

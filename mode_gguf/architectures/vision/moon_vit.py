@@ -19,7 +19,7 @@ from gguf import Keys
 
 from mode_gguf.architectures.common_keys import MetadataValue, common_vision_keys
 from mode_gguf.architectures.hparams import Hparams, config, image_hparams, vision_hparams
-from mode_gguf.architectures.images import ImagePlace, PlacedImage
+from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage
 from mode_gguf.architectures.rope import check_tower
 from mode_gguf.architectures.rules import ModuleRules, TensorRule, Transform, View, refuse_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Array
@@ -205,6 +205,13 @@ def image_token(checkpoint: Checkpoint) -> int:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def table_size(checkpoint: Checkpoint) -> ImageSize:
+    """A picture's size with a patch for each entry of the table of positions, which is then not interpolated."""
+    vision = tower_hparams(checkpoint)
+    side = positions_per_side(vision) * vision.int("patch_size")
+    return side, side
 
 
 def place_image(place: ImagePlace, limit: str) -> PlacedImage:

@@ -13,6 +13,7 @@ from math import sqrt
 from gguf import MODEL_TENSOR, TENSOR_NAMES, Keys
 from gguf.constants import VisionProjectorType
 
+from mode_gguf.architectures.added_tokens import special_token
 from mode_gguf.architectures.common_keys import Metadata, common_vision_keys, vision_ranges
 from mode_gguf.architectures.family import VisionTower
 from mode_gguf.architectures.hparams import Hparams, config, vision_hparams
@@ -20,7 +21,6 @@ from mode_gguf.architectures.images import ImagePlace, PlacedImage
 from mode_gguf.architectures.rope import check_tower
 from mode_gguf.architectures.rules import EMBEDDING, ModuleRules, Ranges, TensorRule, View, refuse_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
-from mode_gguf.architectures.tokenizer import special_token
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 

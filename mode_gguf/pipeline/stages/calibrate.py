@@ -1,7 +1,7 @@
-"""Calibration: the model's statistics and the plain importance matrix, measured or from llama-imatrix's file."""
+"""Calibration: the model's statistics, the plain importance matrix and the probes, or llama-imatrix's file instead."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.errors import InputError
+from mode_gguf.errors import InputError, reason
 from mode_gguf.export.imatrix_file import write_imatrix
+from mode_gguf.export.tokenizer import checked_vocabulary
 from mode_gguf.options import CalibrationOptions, ComputeOptions
 from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.samples_key import calibration_key, calibration_samples
+from mode_gguf.probes import Probes
 from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
     from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.data.sample import Sample
     from mode_gguf.importance.imatrix import Imatrix
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Calibrate(Stage):
-    """Writes calibration.safetensors and the importance matrix."""
+    """Writes calibration.safetensors, the importance matrix and, where the model is run, the probes."""
 
     options: CalibrationOptions = CalibrationOptions()
     compute: ComputeOptions = ComputeOptions()
@@ -58,7 +61,14 @@ class Calibrate(Stage):
         }
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
-        return run.folder.calibration, run.folder.imatrix
+        measured = () if self.options.from_imatrix is not None else (run.folder.probes,)
+        return run.folder.calibration, run.folder.imatrix, *measured
+
+    def is_current(self, run: Run) -> bool:
+        """Whether the outputs are current; probes of another form of the file are not, and no settings of a stage."""
+        return Stage.is_current(self, run) and (
+            self.options.from_imatrix is not None or stored_probes(run.folder, run.checkpoint.fingerprint) is not None
+        )
 
     def execute(self, run: Run) -> None:
         """Raises:
@@ -69,21 +79,23 @@ class Calibrate(Stage):
                 from mode_gguf.pipeline.from_imatrix import write_statistics
 
                 write_statistics(run.checkpoint, run.folder, self.options)
+                run.folder.probes.unlink(missing_ok=True)
             else:
                 self._measure(run)
 
     def _measure(self, run: Run) -> None:
-        from mode_gguf.calibration.calibrate import calibrate
+        from mode_gguf.calibration.calibrate import calibrate_and_probe
         from mode_gguf.calibration.coverage import calibration_warnings
         from mode_gguf.forward.distributed import on_all_ranks
         from mode_gguf.forward.modality import KeyTokens
         from mode_gguf.importance.imatrix import balanced_imatrix
 
+        samples = checked_samples(run.checkpoint, self.options)
         with unknown_model_errors(run.checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
-            statistics = on_all_ranks(
-                calibrate,
+            statistics, probes = on_all_ranks(
+                calibrate_and_probe,
                 run.checkpoint.identified(),
-                calibration_samples(self.options),
+                samples,
                 device=self.compute.device,
                 key_tokens=KeyTokens.of(self.options),
                 hidden_bytes=self.compute.hidden_memory,
@@ -91,9 +103,28 @@ class Calibrate(Stage):
             )
         statistics = replace(statistics, options=self.options, device=self.compute.device)
         statistics.save(run.folder.calibration)
+        probes.save(run.folder.probes)
         for warning in calibration_warnings(statistics):
             log.warning("%s", warning)
         save_imatrix(run.folder.imatrix, balanced_imatrix(statistics, text_tensors(run.checkpoint)), statistics)
+
+
+def checked_samples(checkpoint: Checkpoint, options: CalibrationOptions) -> "Sequence[Sample]":
+    """The samples that the options stand for, of a checkpoint whose tokenizer, template and processor take them.
+
+    Raises:
+        InputError: a sample cannot be read, or one of the checkpoint's files cannot be used.
+    """
+    from mode_gguf.forward.inputs import check_inputs
+
+    samples, vocabulary = calibration_samples(options), checked_vocabulary(checkpoint)
+    check_inputs(
+        checkpoint,
+        chats=any(sample.messages for sample in samples),
+        pictures=any(sample.has_image for sample in samples),
+        tokens=vocabulary.tokens if vocabulary else None,
+    )
+    return samples
 
 
 def stored_statistics(run: Run, *, sums: bool = True) -> "CalibrationStatistics":
@@ -107,6 +138,15 @@ def stored_statistics(run: Run, *, sums: bool = True) -> "CalibrationStatistics"
     statistics = CalibrationStatistics.load(run.folder.calibration, sums=sums)
     check_same_model(run.checkpoint, run.folder.calibration, statistics.fingerprint)
     return statistics
+
+
+def stored_probes(folder: WorkFolder, fingerprint: str) -> Probes | None:
+    """The probes of a checkpoint that `calibrate` left in the folder; None where there are none, or another's."""
+    try:
+        probes = Probes.load(folder.probes)
+    except InputError:
+        return None
+    return probes if probes.fingerprint == fingerprint else None
 
 
 def stored_warnings(folder: WorkFolder) -> list[str]:
@@ -152,8 +192,10 @@ def unknown_model_errors(checkpoint: Checkpoint, way_out: str) -> Iterator[None]
     """
     try:
         yield
+    except (MemoryError, RecursionError, OverflowError) as error:
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason(error)})") from error
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         if checkpoint.base is None:
             raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason}); {way_out}") from error
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({said}); {way_out}") from error

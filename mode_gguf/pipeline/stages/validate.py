@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.architectures import projector_tensors
 from mode_gguf.artifacts import SCHEMAS, fingerprint, write_text
-from mode_gguf.errors import ValidationError
+from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp.c_api import library_version
 from mode_gguf.llama_cpp.engines import named_engine
 from mode_gguf.llama_cpp.gpu_offload import placement_of
@@ -21,8 +21,9 @@ from mode_gguf.pipeline.run import Run, Stage
 from mode_gguf.pipeline.samples_key import held_out_contents
 from mode_gguf.pipeline.settings import base_warnings
 from mode_gguf.pipeline.stage_cache import StageCache
-from mode_gguf.pipeline.stages.calibrate import stored_warnings
+from mode_gguf.pipeline.stages.calibrate import stored_probes, stored_warnings
 from mode_gguf.pipeline.stages.export import (
+    REFERENCE_TYPE,
     ExportProjector,
     ExportReference,
     ExportText,
@@ -31,12 +32,14 @@ from mode_gguf.pipeline.stages.export import (
     reference_fits,
 )
 from mode_gguf.pipeline.stages.feedback import warnings_of_rounding
+from mode_gguf.probes import Probes
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.conversion_record import ConversionRecord
 from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.validate import ComparedModels, validate
+from mode_gguf.vocabulary import ProjectorType
 from mode_gguf.workfolder import WorkFolder, failure_path
 
 
@@ -46,7 +49,7 @@ class Validate(Stage):
 
     export: ExportText
     options: ValidationOptions = ValidationOptions()
-    mmproj_type: str = ExportOptions.mmproj_type
+    mmproj_type: ProjectorType = ExportOptions.mmproj_type
     name: ClassVar[str] = "validate"
 
     def key(self, run: Run) -> dict[str, Any]:
@@ -56,7 +59,8 @@ class Validate(Stage):
             "report schema": SCHEMAS["report"],
             "projector": self._projector(run),
             "held-out data": str(options.samples or "built-in"),
-            "its samples": held_out_contents(run, options.samples),
+            "its samples": held_out_contents(run, options),
+            "transformers' predictions": run.cache.identity(run.folder.probes),
             "llama.cpp": options.llama_cpp,
             **self._runtimes(run),
             **_changed(options),
@@ -102,6 +106,7 @@ class Validate(Stage):
                     reference,
                     projector_path(folder, self.mmproj_type) if with_projector else None,
                     plan.stored_types,
+                    stored_probes(folder, run.checkpoint.fingerprint),
                 ),
                 folder.report,
                 self.options,
@@ -151,6 +156,15 @@ def validate_file(
     result = result.model_copy(update={"warnings": warnings, "conversion": notes.conversion})
     result.save(report)
     return result
+
+
+def probes_beside(reference: Path) -> Probes | None:
+    """The probes in a work folder whose full-precision file is `reference`; None for any other file."""
+    try:
+        probes = Probes.load(WorkFolder(reference.parent, "").probes)
+    except InputError:
+        return None
+    return probes if reference.name == f"{probes.model}-{REFERENCE_TYPE.name}.gguf" else None
 
 
 def run_settings(options: ValidationOptions, threads: int | None = None) -> RunSettings:
