@@ -1,8 +1,8 @@
 """Decoding of image files that users name, which may be damaged or made to do harm.
 
 What comes out is what llama.cpp's reader (stb_image) shows the model, for calibration and validation alike: 16 bits per
-channel are cut to the upper 8, transparency is dropped, an animation is its first frame, and pixels stay as they are
-stored, whatever the EXIF data say about which side is up.
+channel are cut to the upper 8, transparency is dropped (it is black in a GIF), an animation is its first frame, and
+pixels stay as they are stored, whatever the EXIF data say about which side is up.
 """
 
 import io
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mode_gguf.errors import InputError
 
@@ -25,6 +25,8 @@ MAX_RATIO: Final = 200
 """Limit of one side to the other, which is that of Qwen's image processors."""
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded; for some others Pillow starts other programs."""
+_OF_LLAMA_CPP: Final = ("BMP", "GIF", "JPEG", "PNG")
+"""Formats that llama.cpp's reader shows right: it takes the bytes of 16-bit PPM files in the wrong order."""
 _SIXTEEN_BITS: Final = ("PNG", "PPM")
 """Formats whose pixels of mode `I` have 16 bits; others may hold any number."""
 
@@ -47,8 +49,25 @@ def open_image_file(source: ImageSource, name: str) -> Image.Image:
                 return _checked_rgb(opened, name)
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name}: cannot be read as an image ({', '.join(FORMATS)}); it is damaged or none") from error
     except Exception as error:  # Pillow's decoders raise dozens of kinds on damaged files
         raise InputError(f"{name}: cannot be read as an image ({', '.join(FORMATS)}): {error}") from error
+
+
+def file_for_llama_cpp(path: Path, folder: Path) -> Path:
+    """The picture's file if llama.cpp's programs can read it, or else one in `folder` with the same pixels.
+
+    Raises:
+        InputError: as `open_image_file`.
+    """
+    picture = open_image_file(path, str(path))
+    try:
+        with Image.open(path, formats=_OF_LLAMA_CPP):
+            return path
+    except UnidentifiedImageError:
+        picture.save(folder / "picture.png")
+        return folder / "picture.png"
 
 
 def _checked_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -66,7 +85,7 @@ def _checked_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "F"):
         return _grey(_eight_bits(np.asarray(image), name, sixteen=image.format in _SIXTEEN_BITS))
     if image.format == "GIF":
-        return _on_background(image)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA")).convert("RGB")
     # With a transparent colour, by way of RGBA: straight to RGB Pillow warns.
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
@@ -81,18 +100,11 @@ def _eight_bits(values: np.ndarray, name: str, *, sixteen: bool) -> np.ndarray:
     if not (least >= 0 and most <= 0xFFFF):
         raise InputError(f"{name}: its values go from {least:g} to {most:g}, 0 to 65535 expected; save it with 8 bits")
     if values.dtype.kind == "f" and most <= 1:
-        return np.rint(values * 255)
-    return values // 256 if sixteen or most > 0xFF else np.rint(values)
+        fractions: np.ndarray = np.rint(values * 255)
+        return fractions
+    scaled: np.ndarray = values // 256 if sixteen or most > 0xFF else np.rint(values)
+    return scaled
 
 
 def _grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-
-
-def _on_background(image: Image.Image) -> Image.Image:
-    """The first frame of a GIF; what it leaves transparent has its background colour, black where that is the first."""
-    background, palette = image.info.get("background", 0), image.getpalette() or []
-    colour = tuple(palette[3 * background : 3 * background + 3]) if isinstance(background, int) and background else ()
-    shown = image.convert("RGBA")
-    below = Image.new("RGBA", image.size, (*colour, 255) if len(colour) == 3 else (0, 0, 0, 255))
-    return Image.alpha_composite(below, shown).convert("RGB")

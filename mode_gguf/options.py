@@ -150,8 +150,8 @@ class CalibrationOptions:
         BeforeValidator(_existing),
         Flag(CALIBRATION, "--calibration", metavar="PATH|DATASET", everyday=True),
     ] = None
-    """Samples: a folder or JSONL in ShareGPT4V form, text files, or the name of a Hugging Face data set; default: a
-    built-in set of photos, charts, documents, prose, code and several languages."""
+    """Samples: a folder or file of chats in JSON (ShareGPT4V, OpenAI, Hugging Face), text files, or the name of a data
+    set on the hub; default: a built-in set of photos, charts, documents, prose, code and several languages."""
     from_imatrix: Annotated[
         Path | None,
         BeforeValidator(_existing),

@@ -97,7 +97,7 @@ class WorkFolder:
     page = _FolderEntry("report.html")
     readme = _FolderEntry("README.md")
     stages = _FolderEntry("stages.json")
-    digests = _FolderEntry("digests.json")
+    digests = _FolderEntry(".mode-gguf.digests")
     reference = _FolderEntry("reference")
     log = _FolderEntry("mode-gguf.log")
     lock = _FolderEntry(".mode-gguf.lock")

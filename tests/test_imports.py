@@ -33,6 +33,7 @@ FOUNDATION = {
     "sample_files",
     "sizes",
     "text_prefix",
+    "temporary_folders",
     "vocabulary",
 }
 """Packages and modules that every stage may import."""
@@ -63,6 +64,7 @@ STAGE_MAY_IMPORT = {
     "sample_files": {"errors"},
     "sizes": {"errors"},
     "text_prefix": set(),
+    "temporary_folders": {"locks"},
     "vocabulary": set(),
     "plain_text": set(),
     "progress": set(),
@@ -80,6 +82,7 @@ HEAVY_ONLY_IN = {
     "pulp": {"allocation"},
     "typer": {"mode_gguf_cli"},
     "rich": {"mode_gguf_cli"},
+    "httpx2": {"llama_cpp"},
     "xllamacpp": {"llama_cpp"},
     "matplotlib": set(),
 }

@@ -61,7 +61,7 @@ def test_lines(text: str) -> None:
 
 
 def test_commands() -> None:
-    words = ["mode-gguf", "run", Path("-a b"), Path("/x/it's"), "--out", "a\nb"]
+    words: list[str | Path] = ["mode-gguf", "run", Path("-a b"), Path("/x/it's"), "--out", "a\nb"]
     assert shell_line(words) == "mode-gguf run './-a b' '/x/it'\"'\"'s' --out 'a\nb'"
     assert shlex.split(shell_line(words)) == ["mode-gguf", "run", "./-a b", "/x/it's", "--out", "a\nb"]
 

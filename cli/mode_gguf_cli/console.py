@@ -55,7 +55,7 @@ def progress() -> Progress:
 
 def show(line: str) -> None:
     """Print a line of a command's result, never wrapped or coloured, so that paths can be copied and piped."""
-    stdout.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+    stdout.print(printable(line), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def cell(text: str) -> Text:
@@ -65,7 +65,7 @@ def cell(text: str) -> Text:
 
 def say(message: str) -> None:
     """Print a note to stderr."""
-    stderr.print(printable(message), markup=False, highlight=False, soft_wrap=not stderr.is_terminal)
+    stderr.print(printable(message), markup=False, emoji=False, highlight=False, soft_wrap=not stderr.is_terminal)
 
 
 def emit_json(value: Mapping[str, Any]) -> None:

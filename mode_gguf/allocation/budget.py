@@ -23,7 +23,7 @@ class Budget(Record):
     """
 
     kind: Literal["bpw", "size", "expert-bpw", "fit"] = "bpw"
-    value: Annotated[float, Field(gt=0)]
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     fit: FitSettings | None = None
 
     def __str__(self) -> str:

@@ -114,10 +114,8 @@ class Plan(Record):
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what a file made by the plan depends on; proofs, costs and trials are no part of it."""
-        types = [(tensor.name, tensor.types) for tensor in self.tensors]
-        packed = (self.packing.mode, self.packing.effort, self.packing.size_power, self.packing.unbiased)
-        return fingerprint(types, packed, self.rounding, self.made_from.imatrix_kind, self.made_from.model_fingerprint)
+        """Digest of what a file is made by and its card says; proofs, costs and trials are no part of it."""
+        return fingerprint(self.as_edited().model_dump(mode="json"))
 
     @property
     def types(self) -> dict[str, QuantType]:

@@ -48,7 +48,7 @@ def _top_k(text: Hparams) -> int:
     Raises:
         InputError: none, or more than there are.
     """
-    name = "num_experts_per_tok" if text.has("num_experts_per_tok") else "top_k_experts"
+    name = "top_k_experts" if text.has("top_k_experts") else "num_experts_per_tok"
     experts, top_k = expert_sizes(text)[0], text.int(name)
     if not 1 <= top_k <= experts:
         text.refuse(name, f"1 to {experts}, the number of experts", "correct it, as where experts were pruned")

@@ -21,6 +21,7 @@ from mode_gguf.architectures.hparams import NOTHING, Hparams
 log = logging.getLogger(__name__)
 
 DEFAULT, DYNAMIC, LINEAR, YARN = "default", "dynamic", "linear", "yarn"
+AXIAL = "axial"
 SCALINGS: Final = (DEFAULT, DYNAMIC, LINEAR, YARN)
 """Kinds that llama.cpp's decoders run where nothing else is said."""
 
@@ -96,6 +97,18 @@ def check_rope(text: Hparams, rope: Hparams, kinds: Sequence[str] = SCALINGS) ->
 def check_whole_heads(rope: Hparams) -> None:
     """Refuse a share of channels to rotate where llama.cpp, and transformers by default, rotate all of a head's."""
     rope.expect("partial_rotary_factor", 1.0, "rotates whole heads")
+
+
+def check_tower(vision: Hparams, theta: float) -> None:
+    """Refuse rotary positions of a vision tower but the ones that llama.cpp computes, rows and columns apart.
+
+    Args:
+        theta: the base that llama.cpp has for this projector.
+    """
+    rope = rope_hparams(vision, {"rope_theta": theta})
+    if rope.get("rope_type") != DEFAULT:  # which transformers takes for the same in towers
+        rope.expect("rope_type", AXIAL, "rotates rows and columns apart")
+    rope.expect("rope_theta", theta, "has this base")
 
 
 def mrope_sections(rope: Hparams) -> list[int]:

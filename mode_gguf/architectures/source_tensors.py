@@ -1,12 +1,12 @@
 """A family's rules applied to a checkpoint: its GGUF tensors, and what no rule reads."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 from mode_gguf.architectures.family import ModelFamily
 from mode_gguf.architectures.rules import EMBEDDING, Ranges, TensorRule, Values, placeholder_of, refuse_shape, stacked
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.checkpoint.names import other_name
+from mode_gguf.checkpoint.names import other_beginnings
 from mode_gguf.errors import InputError
 
 
@@ -77,23 +77,17 @@ def check_all_used(family: ModelFamily, checkpoint: Checkpoint) -> None:
         source for rule, values in _repeated(rules, ranges) for source in _sources(rule, values, ranges, checkpoint)
     }
     ignored = ignored_prefixes(family, ranges)
-    for name in checkpoint.tensors:
-        if name not in known and not name.startswith(ignored):
-            raise InputError(_no_place(family, checkpoint, name, known))
-
-
-def _no_place(family: ModelFamily, checkpoint: Checkpoint, name: str, known: Set[str]) -> str:
-    """What a tensor is that no rule reads: another one under a name with other beginnings, or none of the family."""
-    other = other_name(name, known - checkpoint.tensors.keys())
-    if other is not None:
-        return (
-            f"{checkpoint.path}: tensor {name} is called {other} in a checkpoint of {family.hf_class}; save the model "
-            "again with transformers' save_pretrained, or rename the tensors so"
+    unknown = [name for name in checkpoint.tensors if name not in known and not name.startswith(ignored)]
+    if renamed := other_beginnings(unknown, known - checkpoint.tensors.keys()):
+        raise InputError(
+            f"{checkpoint.path}: tensor {renamed[0]} is called {renamed[1]} in a checkpoint of {family.hf_class}; save "
+            "the model again with transformers' save_pretrained, or rename the tensors so"
         )
-    return (
-        f"{checkpoint.path}: tensor {name} {list(checkpoint.shape(name))} has no place in a {family.gguf_arch} GGUF "
-        f"file; expected the original {family.hf_class} weights"
-    )
+    if unknown:
+        raise InputError(
+            f"{checkpoint.path}: tensor {unknown[0]} {list(checkpoint.shape(unknown[0]))} has no place in a "
+            f"{family.gguf_arch} GGUF file; expected the original {family.hf_class} weights"
+        )
 
 
 def _sources(rule: TensorRule, values: Values, ranges: Ranges, checkpoint: Checkpoint) -> tuple[str, ...]:

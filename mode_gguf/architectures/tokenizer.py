@@ -1,12 +1,8 @@
 """Tokenizers by llama.cpp's names, and their recognition in a checkpoint's tokenizer.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
-
-from mode_gguf.checkpoint.folder import Checkpoint, read_json
-from mode_gguf.errors import InputError
 
 BYTE_LEVEL: Final = "gpt2"
 """tokenizer.ggml.model of byte-level BPE, where a letter stands for every byte."""
@@ -28,6 +24,7 @@ class Tokenizer:
         visible: special tokens that llama.cpp writes out, as its chat parser looks for them.
         special_tokens: roles of tokens, such as `eot`, that llama.cpp's converter gives and no tokenizer file names.
         slow_class: transformers' class of the tokenizer, where vocab.json and merges.txt are enough for it.
+        defaults: tokens by role, such as `pad`, where no file says anything of it; of transformers' class.
     """
 
     pre_tokenizer: str
@@ -37,6 +34,7 @@ class Tokenizer:
     visible: frozenset[str] = frozenset()
     special_tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
     slow_class: str | None = None
+    defaults: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def is_byte_level(self) -> bool:
@@ -69,47 +67,15 @@ class Tokenizer:
         }
 
 
-def added_tokens(folder: Path, tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int, bool]]:
-    """Token, id and whether it is special, from tokenizer.json and tokenizer_config.json, which may know more.
-
-    Args:
-        tokenizer: the content of tokenizer.json.
-
-    Raises:
-        InputError: one of them cannot be read so.
-    """
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
-    try:
-        for token in tokenizer.get("added_tokens", ()):
-            yield str(token["content"]), int(token["id"]), bool(token["special"])
-        for number, token in config.get("added_tokens_decoder", {}).items():
-            yield str(token["content"]), int(number), bool(token.get("special", False))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}: added tokens cannot be read ({error!r}); download the tokenizer again") from error
-
-
-def special_token(checkpoint: Checkpoint, token: str) -> int:
-    """The id of a special token that config.json does not name.
-
-    Raises:
-        InputError: the checkpoint's tokenizer has no such token.
-    """
-    path = checkpoint.path / "tokenizer.json"
-    for added, number, _ in added_tokens(checkpoint.path, read_json(path) if path.exists() else {}):
-        if added == token:
-            return number
-    raise InputError(
-        f"{checkpoint.path}: the tokenizer has no added token {token}; use the one published with these weights"
-    )
-
-
 _UNDERLINED_SPACES: Final = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+
+QWEN_DEFAULTS: Final = dict.fromkeys(("eos", "unk", "pad"), "<|endoftext|>")
 
 QWEN2: Final = Tokenizer(
     "qwen2",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     normalizer="NFC",
     slow_class="Qwen2Tokenizer",
+    defaults=QWEN_DEFAULTS,
 )
 """The tokenizer of Qwen2 and Qwen3, and of what is made from them."""

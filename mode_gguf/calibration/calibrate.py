@@ -1,10 +1,11 @@
 """The calibration stage: layer-by-layer forward of the samples; statistics per expert and modality."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 
 import numpy as np
+import torch
 
 from mode_gguf.calibration.observers import Observer, unobserved_activations
 from mode_gguf.calibration.probe_prompts import SCORED, Prompt, probe_prompts, probes_of
@@ -76,7 +77,11 @@ def calibrate_and_probe(
     run_recorded(
         streamed,
         inputs,
-        LayerConsumer(key_tokens=key_tokens, leave=observer.observe, finish=lambda layer: observer.finish_layer()),
+        LayerConsumer(
+            key_tokens=key_tokens,
+            leave=observer.observe,
+            finish=lambda layer: _check_finite(checkpoint, observer.finish_layer(), streamed.dtype),
+        ),
         PredictedInputs(
             [prompt.inputs for prompt in prompts],
             SCORED,
@@ -101,6 +106,22 @@ def calibrate_and_probe(
     )
     probes, *_ = gathered([found[number] for number in sorted(found)])
     return statistics, probes_of(checkpoint, builder, streamed.dtype, probes)
+
+
+def _check_finite(checkpoint: Checkpoint, sums: Mapping[str, np.ndarray], dtype: torch.dtype) -> None:
+    """Refuse a model whose own forward leaves the range of its numbers: what it then says of importance is nothing.
+
+    Raises:
+        InputError: naming the first activation of the layer that is not finite.
+    """
+    for name, array in sums.items():
+        if not np.isfinite(array).all():
+            kind = str(dtype).rpartition(".")[2]
+            raise InputError(
+                f"{checkpoint.path}: what {name.removesuffix('.sum2')} reads is NaN or infinite, although all weights "
+                f"are finite: numbers grow beyond {kind} (up to {torch.finfo(dtype).max:.3g}) on the way there; see "
+                "whether transformers computes anything with this checkpoint, and use the one it was made from if not"
+            )
 
 
 def count_samples(inputs: Sequence[ModelInputs]) -> SampleCounts:

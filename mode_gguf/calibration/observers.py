@@ -33,10 +33,12 @@ class Observer:
         if trace.experts is not None:
             self._add_experts(trace.experts, trace.modality, layer)
 
-    def finish_layer(self) -> None:
-        """Move the sums to `arrays`."""
-        self.arrays |= {name: tensor.cpu().numpy() for name, tensor in self._sums.items()}
+    def finish_layer(self) -> dict[str, np.ndarray]:
+        """Move the sums to `arrays`; returns those of the layer, in the order in which its activations were read."""
+        finished = {name: tensor.cpu().numpy() for name, tensor in self._sums.items()}
+        self.arrays |= finished
         self._sums.clear()
+        return finished
 
     def _add_experts(self, call: ExpertsCall, modality: Tensor, layer: int) -> None:
         n_experts, squares = self._experts[layer], call.input.double().square()

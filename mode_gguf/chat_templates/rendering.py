@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Timer
 from typing import Any
@@ -20,6 +21,8 @@ MEMORY_BYTES = 2**29
 """What its process may have in memory, Python included."""
 MOST_CHARACTERS = 2**20
 """Of a template, and of what it may write besides four times what it is given."""
+
+_PROGRAM = Path(__file__).with_name("worker.py")
 
 
 class TemplateError(InputError):
@@ -98,8 +101,7 @@ class _Worker:
             environment |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8"}
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
-                    + [str(COMPUTE_SECONDS), str(MEMORY_BYTES)],
+                    [sys.executable, "-P", *map(str, (_PROGRAM, COMPUTE_SECONDS, MEMORY_BYTES))],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
@@ -119,10 +121,8 @@ class _Worker:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                try:
+                with suppress(OSError):  # of what could not be written any more
                     pipe.close()
-                except OSError:  # of what could not be written any more
-                    pass
 
 
 _WORKER = _Worker()

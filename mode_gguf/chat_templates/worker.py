@@ -22,7 +22,7 @@ from jinja2.utils import Namespace
 class Generation(Extension):
     """{% generation %}, which marks what the model is trained to write, and is rendered as if it were not there."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (declared so by Jinja)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -8,13 +8,13 @@ from mode_gguf.checkpoint.side_files import read_json
 from mode_gguf.errors import InputError
 
 _CONFIG: Final = "adapter_config.json"
-_FILES: Final = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES: Final = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 MERGE: Final = "merge it into its base model first (peft's merge_and_unload, then save_pretrained)"
 
 
 def found_in(folder: Path) -> tuple[Path, str, str] | None:
     """The folder, the name of a file of an adapter in it, and how to make it count; None where there is none."""
-    file = next((name for name in _FILES if (folder / name).is_file()), None)
+    file = next((name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     return None if file is None else (folder, file, f"to convert the model with it, {MERGE}")
 
 
@@ -24,7 +24,7 @@ def refuse_alone(folder: Path) -> None:
     Raises:
         InputError: naming the base model where the adapter does.
     """
-    file = next((name for name in _FILES if (folder / name).is_file()), None)
+    file = next((name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if file is None or has_weights(folder):
         return
     raise InputError(

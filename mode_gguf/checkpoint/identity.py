@@ -117,7 +117,7 @@ def _settings(path: Path | None) -> dict[str, Any] | None:
 def _front_matter(card: Path) -> str:
     """Digest of what gguf reads of a model card: the lines between the first two that are three hyphens."""
     try:
-        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = card.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except OSError as error:
         raise InputError(f"{card}: cannot be read ({error.strerror})") from error
     if lines[:1] != ["---"]:

@@ -60,15 +60,23 @@ def without_buffers(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTens
     return {name: tensor for name, tensor in tensors.items() if not _is_buffer(name, tensor)}
 
 
-def other_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name that differs from `name` in what stands before its last three parts or more; None for none."""
-    parts = name.split(".")
-    for start in range(max(len(parts) - 2, 1)):
-        rest = ".".join(parts[start:])
-        found = next((one for one in known if one == rest or one.endswith(f".{rest}")), None)
-        if found is not None and found != name:
-            return found
+def other_beginnings(names: Iterable[str], known: Iterable[str]) -> tuple[str, str] | None:
+    """The first of `names` that is a known one but for its beginning, and that one; None where there is none."""
+    endings: dict[str, str | None] = {}
+    for one in known:
+        for ending in _endings(one):
+            endings[ending] = None if ending in endings else one
+    for name in names:
+        for ending in _endings(name):
+            if found := endings.get(ending):
+                return name, found
     return None
+
+
+def _endings(name: str) -> list[str]:
+    """A name, and what is left of it without its first parts: two parts at least, which tell tensors apart."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(max(len(parts) - 1, 1))]
 
 
 def _is_buffer(name: str, tensor: StoredTensor) -> bool:

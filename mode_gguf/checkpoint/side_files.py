@@ -13,8 +13,8 @@ from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError
 
 _MAX_JSON_BYTES = 2**26
-_MARKED = (".json", ".jinja")
-_SIDE_FILES = (*_MARKED, ".txt", ".model", ".md")
+_MARKED = (".json", ".jinja", ".md")
+_SIDE_FILES = (*_MARKED, ".txt", ".model", ".tiktoken")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def unmarked(folder: Path) -> Iterator[Path]:
 
     The copy has the folder's name, and is there for as long as the context lasts.
     """
-    if not any(_is_marked(path) for path in folder.iterdir() if path.suffix in _MARKED):
+    if not folder.is_dir() or not any(_is_marked(path) for path in folder.iterdir() if path.suffix in _MARKED):
         yield folder
         return
     with TemporaryDirectory(prefix="mode-gguf-") as temporary:

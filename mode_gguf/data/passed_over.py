@@ -35,7 +35,7 @@ class PassedOver:
         said = []
         if self.rows:
             kinds = "; ".join(f"{count:,} with {kind} ({self.examples[kind]})" for kind, count in self.rows.items())
-            said.append(f"{self.rows.total():,} rows about media that is not loaded are passed over: {kinds}")
+            said.append(f"rows about media that is not loaded are passed over: {kinds}")
         if self.files:
             kinds = ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in self.files.items())
             said.append(f"files are passed over: {kinds}")

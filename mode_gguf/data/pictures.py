@@ -23,7 +23,7 @@ _SHOWN: Final = 80
 
 
 def pictures_in(value: Any, origin: str, folder: Path | None) -> tuple[ImageSource, ...]:
-    """The pictures of a value: none for null, one, or those of a list.
+    """The pictures of a value: none for null, one, or those of a list, nulls in it left out.
 
     A path relative to `folder` or absolute, an address (`file:` or `data:`), bytes, a PIL image, or an object that has
     one of these under `path`, `url`, `bytes`, `base64` or their like, as Hugging Face's and OpenAI's parts do.
@@ -38,7 +38,7 @@ def pictures_in(value: Any, origin: str, folder: Path | None) -> tuple[ImageSour
     if value is None or (isinstance(value, str) and not value):
         return ()
     values = value if isinstance(value, list | tuple) else (value,)
-    return tuple(_picture(one, origin, folder) for one in values)
+    return tuple(_picture(one, origin, folder) for one in values if one is not None)
 
 
 def _picture(value: Any, origin: str, folder: Path | None, depth: int = 0) -> ImageSource:

@@ -7,12 +7,16 @@ from typing import Any, Final
 from mode_gguf.errors import InputError
 
 _IMAGE_MARK: Final = re.compile(
-    r"<image>|<\|image\|>|<\|image_\d+\|>|<image[ _]?\d+>|<image_?(?:token|placeholder|here)>|\[IMG\]|<IMG_CONTEXT>"
-    r"|(?:<\|vision_start\|>)?<\|image_(?:pad|placeholder)\|>(?:<\|vision_end\|>)?|<start_of_image>|<image_soft_token>"
-    r"|<\|media_pad\|>|<\|begin_of_image\|>|<img>[^<\n]{0,300}</img>",
+    r"(?:<\|vision_start\|>|<\|begin_of_image\|>|<start_of_image>|<img>)?"
+    r"(?:<image>|<\|image\|>|<\|image_\d+\|>|<image[ _]?\d+>|<image_?(?:token|placeholder|here)>|\[IMG\]"
+    r"|<\|media_pad\|>|(?:<\|image_(?:pad|placeholder)\|>)+|(?:<IMG_CONTEXT>)+|(?:<image_soft_token>)+)"
+    r"(?:<\|vision_end\|>|<\|end_of_image\|>|<end_of_image>|</img>)?"
+    r"|<start_of_image>|<\|begin_of_image\|>|<img>[^<\n]{0,300}</img>",
     re.IGNORECASE,
 )
 """What data sets write where a picture belongs."""
+_PERHAPS: Final = re.compile(r"<\|?(image|img|vision|begin|media|start)", re.IGNORECASE)
+"""What is found fast, and must be there if a mark is that begins so."""
 _OTHER_MARKS: Final = re.compile(
     r"<\|?(video|vid|audio|speech|sound|voice|point_?cloud|pdf)"
     r"([_ ]?(\d+|pad|token|bos|eos|start|end|placeholder|here|soft_token))?\|?>",
@@ -69,6 +73,8 @@ def refuse_other_marks(text: str, origin: str) -> None:
 
 def image_marks(text: str) -> Iterator[tuple[int, str, int]]:
     """Marks that stand for pictures in a text: beginning, mark and end of each."""
+    if not _PERHAPS.search(text) and "[img]" not in text.lower():
+        return
     for found in _IMAGE_MARK.finditer(text):
         yield found.start(), found[0], found.end()
 

@@ -58,13 +58,15 @@ def sample_of_row(row: Any, origin: str, dataset: str, folder: Path | None) -> S
     if not isinstance(row, Mapping):
         raise InputError(f"{origin}: a JSON object was expected, found {type(row).__name__}")
     refuse_media_keys(row, origin)
-    own = (*pictures_in(row.get("image"), origin, folder), *pictures_in(row.get("images"), origin, folder))
+    own = _own_pictures(row, origin, folder)
     turns = row.get("conversations") or row.get("messages")
     if "text" in row and not own and turns is None:
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise InputError(f"{origin}: `text` must be a string that is not blank")
         _placed([_Turn("user", _marked(row["text"], origin))], (), origin)
         return Sample(origin, dataset, text=row["text"])
+    if own and "text" in row and not turns:
+        raise InputError(f"{origin}: a picture beside `text`; `conversations` or `messages` about it were expected")
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{origin}: neither `text` nor a list of `conversations` was found")
     said = [_turn(turn, origin, folder) for turn in turns]
@@ -76,6 +78,12 @@ def sample_of_row(row: Any, origin: str, dataset: str, folder: Path | None) -> S
     return Sample(
         origin, dataset, messages=_simplified(messages), image=pictures[0] if len(pictures) == 1 else pictures or None
     )
+
+
+def _own_pictures(row: Mapping[str, Any], origin: str, folder: Path | None) -> tuple[ImageSource, ...]:
+    """The row's pictures under keys of its own; the same under both is the same."""
+    one, several = (pictures_in(row.get(key), origin, folder) for key in ("image", "images"))
+    return several if all(picture in several for picture in one) else (*one, *several)
 
 
 def _turn(turn: Any, origin: str, folder: Path | None) -> _Turn:

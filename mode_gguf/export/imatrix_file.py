@@ -148,4 +148,8 @@ def _check(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> None:
         raise InputError(f"{path}: {name} has sums {sums.shape} and {len(counts)} counts; expected one count per row")
     for what, values in (("sums", sums), ("counts", counts)):
         if not (np.isfinite(values).all() and (values >= 0).all()):
-            raise InputError(f"{path}: {what} of {name} are negative or not finite; make the importance matrix again")
+            kind = "negative" if (values < 0).any() else "not finite"
+            raise InputError(
+                f"{path}: {what} of {name} are {kind}; make the importance matrix again, of a model whose activations "
+                "stay within float32"
+            )

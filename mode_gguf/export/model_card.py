@@ -13,6 +13,7 @@ import gguf
 import yaml  # what gguf reads model cards with
 
 from mode_gguf.checkpoint.folder import Checkpoint, read_json
+from mode_gguf.checkpoint.side_files import unmarked
 from mode_gguf.errors import InputError
 
 CARD, GENERATION = "README.md", "generation_config.json"
@@ -87,7 +88,8 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     try:
         if path.is_file() and (size := path.stat().st_size) > _MAX_CARD_BYTES:
             raise InputError(f"{path}: {size:,} bytes found, {_MAX_CARD_BYTES:,} at most are read; shorten it")
-        found: dict[str, Any] = gguf.Metadata.load_model_card(folder)
+        with unmarked(folder) as readable:
+            found: dict[str, Any] = gguf.Metadata.load_model_card(readable)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: its front matter cannot be read ({reason:.300}); correct or remove it") from error

@@ -65,8 +65,7 @@ def mtp_outline(checkpoint: Checkpoint, quant_type: str = "Q8_0") -> FileOutline
         writer.add_file_type(file_type(file_quant_type))
         add_metadata(writer, metadata)
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
-        special = family.tokenizer.special_tokens
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, special)
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, family.tokenizer)
 
     stored = [(tensor.name, tensor.shape, _stored_type(tensor, file_quant_type)) for tensor in tensors]
     return FileOutline(family.gguf_arch, add_keys, stored)

@@ -197,8 +197,7 @@ def _add_keys(
         vocabulary_size = next(tensor.shape[0] for tensor in tensors if tensor.role is Role.EMBEDDING)
         add_general_keys(writer, checkpoint, tensors, kind="model")
         add_metadata(writer, family.text_metadata(checkpoint))
-        special = family.tokenizer.special_tokens
-        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, special)
+        add_tokenizer_keys(writer, checkpoint.path, vocabulary_size, checkpoint.pre_tokenizer, family.tokenizer)
     add_metadata(writer, metadata)
 
 

@@ -1,9 +1,6 @@
 """A store of hidden states: in memory up to a limit, beyond it in files that are mapped when they are read."""
 
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -11,12 +8,8 @@ import torch
 from torch import Tensor
 
 from mode_gguf.errors import MissingResourceError
-from mode_gguf.locks import try_lock
 from mode_gguf.options import ComputeOptions
-
-_PREFIX = "mode-gguf-hidden-"
-_LOCK_GRACE_SECONDS = 60
-"""Age in seconds up to which a folder may not be locked yet."""
+from mode_gguf.temporary_folders import LockedFolder, remove_abandoned
 
 
 class HiddenStore:
@@ -24,7 +17,7 @@ class HiddenStore:
 
     The folder is removed when the store is closed or, as it is a context manager, left. Tensors that `get` or `take`
     gave stay valid: a mapped file lives on until nobody maps it. A process that is killed leaves its folder, which the
-    next store that needs one removes.
+    next run removes when it starts, or the next store that needs one (`temporary_folders`).
     """
 
     def __init__(self, limit_bytes: int = ComputeOptions.hidden_memory) -> None:
@@ -33,8 +26,7 @@ class HiddenStore:
         self._held_bytes = 0
         self._filed: dict[Hashable, tuple[Path, torch.Size, torch.dtype]] = {}
         self._files_made = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._lock: int | None = None
+        self._folder: LockedFolder | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -57,10 +49,9 @@ class HiddenStore:
             self._held_bytes += tensor.nbytes
             return
         if self._folder is None:
-            _remove_abandoned()
-            self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX)
-            self._lock = _locked(Path(self._folder.name))
-        path = Path(self._folder.name) / str(self._files_made)
+            remove_abandoned()
+            self._folder = LockedFolder()
+        path = self._folder.path / str(self._files_made)
         self._files_made += 1
         if tensor.numel():
             _reserve(path, tensor.nbytes)
@@ -98,11 +89,8 @@ class HiddenStore:
         self._held_bytes = 0
         self._filed.clear()
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.close()
             self._folder = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def __enter__(self) -> "HiddenStore":
         return self
@@ -127,25 +115,3 @@ def _reserve(path: Path, size: int) -> None:
             f"{path.parent}: no room for hidden states ({error}); free some space, or name a folder on a larger disk "
             "in TMPDIR"
         ) from error
-
-
-def _remove_abandoned() -> None:
-    """Remove the folders of killed processes: those that nobody has locked."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        try:
-            if time.time() - folder.stat().st_mtime < _LOCK_GRACE_SECONDS:
-                continue
-        except OSError:
-            continue
-        descriptor = _locked(folder)
-        if descriptor is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(descriptor)
-
-
-def _locked(folder: Path) -> int | None:
-    """The lock of a store's folder; None where another has it, or folders cannot be locked."""
-    try:
-        return try_lock(folder)
-    except OSError:
-        return None  # Windows; or another user's

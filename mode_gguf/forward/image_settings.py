@@ -8,6 +8,8 @@ from mode_gguf.architectures.hparams import Hparams, image_hparams
 from mode_gguf.checkpoint.folder import Checkpoint
 
 _LENGTHS = ("patch_size", "merge_size", "temporal_patch_size", "pooling_kernel_size", "spatial_merge_size")
+_SHARED = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
+"""Lengths that the vision tower has, too, by their names in both places."""
 _LONGEST = 1024
 """Pixels or patches, of what a picture is cut into; families have 2 to 32."""
 _LONGEST_SIDE = 2**14
@@ -27,6 +29,8 @@ def check_image_settings(checkpoint: Checkpoint) -> None:
     settings = image_hparams(checkpoint)
     for name in _LENGTHS:
         _check_counts(settings, name, _LONGEST)
+    for name, own in _SHARED.items():
+        _check_shared(settings, name, own)
     for name in ("image_mean", "image_std"):
         _check_colours(settings, name)
     _check_counts(settings, "size", _LARGEST_AREA)
@@ -43,6 +47,15 @@ def check_image_settings(checkpoint: Checkpoint) -> None:
         _check_counts(settings, name, _LARGEST_AREA)
     if (settings.get("min_pixels", None) or 0) > (settings.get("max_pixels", None) or math.inf):
         settings.refuse("min_pixels", f"at most max_pixels, which is {settings.get('max_pixels', None)}")
+
+
+def _check_shared(settings: Hparams, name: str, own: str) -> None:
+    """Refuse another length than the vision tower has: pictures would be cut into pieces that it does not take."""
+    vision = settings.checkpoint.config.get("vision_config")
+    wanted = vision.get(own) if isinstance(vision, Mapping) else None
+    found = settings.get(name, None)
+    if isinstance(wanted, int) and isinstance(found, int) and found != wanted:
+        settings.refuse(name, f"{wanted}, as vision_config of config.json has it")
 
 
 def _check_counts(settings: Hparams, name: str, most: int) -> None:

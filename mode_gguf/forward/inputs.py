@@ -1,6 +1,6 @@
 """Model inputs of a sample: token ids, pixels, and the role of every token."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -15,12 +15,13 @@ from mode_gguf.architectures.images import ImagePlace, PlacedImage, joined_argum
 from mode_gguf.chat_templates.rendering import TemplateError, render
 from mode_gguf.chat_templates.sources import chat_templates, log_choice
 from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.checkpoint.side_files import unmarked
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import InputError, foreign_errors
 from mode_gguf.forward.image_settings import check_image_settings
 from mode_gguf.forward.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.forward.modality import ANSWERS
-from mode_gguf.forward.tokenizer import open_tokenizer
+from mode_gguf.forward.tokenizer import check_tokens, open_tokenizer
 from mode_gguf.text_prefix import sufficient_prefix
 
 __all__ = ["ANSWERS", "InputBuilder", "ModelInputs", "model_inputs"]
@@ -116,6 +117,7 @@ class InputBuilder:
                 image_processor = _image_processor(checkpoint)
         if family.projector_type:
             image_token = family.vision.image_token(checkpoint)
+            _check_image_token(checkpoint, tokenizer, image_token)
         return cls(checkpoint, family, tokenizer, image_processor, image_token, max_tokens, max_image_pixels)
 
     def build(self, sample: Sample) -> ModelInputs:
@@ -188,7 +190,7 @@ class InputBuilder:
                 f"{opened.width} x {opened.height}"
             ):
                 placed.append(self._place(opened, self.max_image_pixels // len(places)))
-            tokens = torch.tensor(placed[-1].tokens, dtype=torch.int64)
+                tokens = torch.tensor(placed[-1].tokens, dtype=torch.int64)
             parts += [ids[start:place], tokens]
             owners += [owner[start:place], torch.full_like(tokens, _TEMPLATE)]
             ends.append(sum(len(part) for part in parts))
@@ -287,19 +289,25 @@ class InputBuilder:
         return True
 
 
-def check_inputs(checkpoint: Checkpoint, *, pictures: bool) -> None:
+def check_inputs(
+    checkpoint: Checkpoint, *, chats: bool = True, pictures: bool = True, tokens: Sequence[str] | None = None
+) -> None:
     """Make the inputs of one short chat, and of one about a picture: tokenizer, template and image processor work.
 
     Args:
-        pictures: whether samples with pictures are going to be used.
+        chats: whether samples with messages are going to be used, for which there must be a template.
+        pictures: whether samples with pictures are; a text-only model takes none.
+        tokens: of the GGUF file, by id, which must be what transformers reads, too; None to leave that out.
 
     Raises:
         InputError: as `InputBuilder.open` and `InputBuilder.build` do, of the checkpoint's files.
     """
     builder = InputBuilder.open(checkpoint)
+    if tokens is not None:
+        check_tokens(checkpoint, builder.tokenizer, tokens)
     chat = (Message("user", "What is this?"), Message("assistant", "A square."))
-    with_picture = pictures and builder.family.projector_type
-    for image in (None, Image.new("RGB", (64, 64))) if with_picture else (None,):
+    images = [None] * chats + [Image.new("RGB", (64, 64))] * bool(pictures and builder.family.projector_type)
+    for image in images:
         builder.build(Sample(str(checkpoint.path), "check", messages=chat, image=image))
 
 
@@ -309,14 +317,25 @@ def model_inputs(checkpoint: Checkpoint, samples: Iterable[Sample]) -> list[Mode
     return [builder.build(sample) for sample in samples]
 
 
+def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, number: int) -> None:
+    with foreign_errors(f"{checkpoint.path}: the tokenizer has no token {number}, the image token of config.json"):
+        token = tokenizer.convert_ids_to_tokens(number)
+    if not isinstance(token, str):
+        raise InputError(
+            f"{checkpoint.path}: the tokenizer has no token {number}, the image token of config.json; use the "
+            "tokenizer published with these weights"
+        )
+
+
 def _image_processor(checkpoint: Checkpoint) -> Any:
     """The image processor; for a model without a family its whole processor, which knows the tokens around images."""
-    if checkpoint.base is not None:
-        try:
-            return AutoProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
-        except (OSError, ValueError, ImportError, TypeError, AttributeError):
-            pass  # a part of it, such as one for video, cannot be used here
-    return AutoImageProcessor.from_pretrained(checkpoint.path, backend="pil", trust_remote_code=False)
+    with unmarked(checkpoint.path) as folder:
+        if checkpoint.base is not None:
+            try:
+                return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+            except (OSError, ValueError, ImportError, TypeError, AttributeError):
+                pass  # a part of it, such as one for video, cannot be used here
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
 
 
 def _written(content: str | list[dict[str, Any]], placeholder: str) -> str:

@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausa
 from mode_gguf.architectures import ModelFamily, find_family, text_tensors
 from mode_gguf.architectures.tensors import Array, Order, Role, SourceTensor
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.errors import InputError, MissingResourceError, UsageError
+from mode_gguf.errors import InputError, MissingResourceError, UsageError, foreign_errors
 from mode_gguf.forward.converted_weights import ConvertedWeights, as_tensor
 from mode_gguf.forward.distributed import local_rank
 from mode_gguf.forward.hooks import ATTENTION, EXPERTS
@@ -265,10 +265,11 @@ def open_streamed(checkpoint: Checkpoint, device: str = "auto", dtype: torch.dty
     model.eval()
     # Rotary frequencies and the like are computed, not stored: give them memory, then let the model's own
     # initialisation fill them, as from_pretrained does. Parameters are on the meta device, where it costs nothing.
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device=chosen))
-    model.initialize_weights()
+    with foreign_errors(f"{checkpoint.path}: transformers cannot initialise the model", _HINT):
+        for name, buffer in list(model.named_non_persistent_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device=chosen))
+        model.initialize_weights()
     experts: list[Any] = [module for module in model.modules() if is_experts(module)]
     if any(m.is_transposed or m.has_bias or not m.has_gate or m.has_post_expert_norm for m in experts):
         raise InputError(f"{checkpoint.path}: experts of this form are not supported by calibration; {_HINT}")
@@ -314,14 +315,8 @@ def empty_model(checkpoint: Checkpoint, config: Any, dtype: torch.dtype = torch.
     auto = AutoModelForImageTextToText
     if checkpoint.base is not None and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto = AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except (ValueError, ImportError) as error:
-        if checkpoint.base is None:
-            raise
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{checkpoint.path}: transformers cannot make the model ({reason}); {_HINT}") from error
+    with foreign_errors(f"{checkpoint.path}: transformers cannot make the model", _HINT), torch.device("meta"):
+        return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def _find_text_model(checkpoint: Checkpoint, model: nn.Module, tensors: Sequence[SourceTensor]) -> str:

@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer in transformers, without any code that is published with it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from mode_gguf.architectures import ModelFamily
 from mode_gguf.chat_templates.sources import chat_templates
 from mode_gguf.checkpoint import tiktoken_model
 from mode_gguf.checkpoint.folder import Checkpoint, read_json
-from mode_gguf.errors import foreign_errors
+from mode_gguf.checkpoint.side_files import unmarked
+from mode_gguf.errors import InputError, foreign_errors
 from mode_gguf.forward.model_config import model_config
 
 
@@ -32,11 +34,32 @@ def open_tokenizer(checkpoint: Checkpoint, family: ModelFamily) -> Any:
     return tokenizer
 
 
+def check_tokens(checkpoint: Checkpoint, tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Refuse a tokenizer whose ids stand for other tokens in transformers than in the GGUF file.
+
+    Args:
+        tokens: of the file, by id; ids that transformers has no token for are not compared.
+
+    Raises:
+        InputError: an id is another token's.
+    """
+    folder = checkpoint.path
+    with foreign_errors(f"{folder}: the tokenizer's vocabulary cannot be read"):
+        ids: dict[str, int] = tokenizer.get_vocab()
+    for token, number in ids.items():
+        if number < len(tokens) and tokens[number] != token:
+            raise InputError(
+                f"{folder}: transformers reads token {number} as {token!r:.100}, and its files name it "
+                f"{tokens[number]!r:.100}; use the tokenizer published with these weights"
+            )
+
+
 def _opened(checkpoint: Checkpoint, family: ModelFamily) -> Any:
     folder = checkpoint.path
     if not tiktoken_model.has_tiktoken_model(folder):
         config = model_config(checkpoint, family)
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        with unmarked(folder) as readable:
+            return AutoTokenizer.from_pretrained(readable, config=config, trust_remote_code=False)
     settings = read_json(folder / "tokenizer_config.json")
     named = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
     return PreTrainedTokenizerFast(

@@ -137,7 +137,7 @@ def _files(release: ModelRelease) -> Iterator[str]:
 def _how_to_run(release: ModelRelease, repository: str) -> Iterator[str]:
     mmproj = next((file.path.name for file in release.of_role("projector")), None)
     first = Path(release.first_file)
-    model = shell_line([first, *(["--mmproj", Path(mmproj)] if mmproj else [])])
+    model = shell_line([first, "--mmproj", Path(mmproj)] if mmproj else [first])
     ask = '--image picture.jpg -p "What is in this picture?"'
     yield "## How to run it"
     if release.has_expert_groups:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,12 +12,15 @@ from threading import Event, Thread
 from typing import Any
 
 from mode_gguf.artifacts import free_bytes
-from mode_gguf.checkpoint.folder import INDEX_FILE, SINGLE_FILE, read_json
+from mode_gguf.checkpoint.adapter import ADAPTER_FILES, MERGE
+from mode_gguf.checkpoint.index import INDEX_FILE, weight_files
+from mode_gguf.checkpoint.side_files import read_json
 from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.hub.client import hub_api, progress_bars_disabled
 from mode_gguf.hub.error_messages import hub_errors
 from mode_gguf.hub.names import HubModel, hub_model
 from mode_gguf.progress import Progress, silent
+from mode_gguf.temporary_folders import LockedFolder
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +112,13 @@ def checkpoint_outline(model: str | Path) -> Iterator[tuple[Path, Download | Non
     if named is None:
         yield Path(model), None
         return
-    with tempfile.TemporaryDirectory(prefix="mode-gguf-") as temporary:
+    with LockedFolder("outline") as temporary:
         with hub_errors(f"{named} (no folder here, so looked for on the hub)"):
             listing = _list_files(named)
             if listing is None:
                 folder, download = _fetch_small(named), None
             else:
-                folder, download = _outline(named, listing, Path(temporary))
+                folder, download = _outline(named, listing, temporary)
         yield folder, download
 
 
@@ -188,14 +190,14 @@ def _small_files(names: Iterable[str]) -> list[str]:
 
 def _weight_files(named: HubModel, folder: Path, listing: _Listing) -> list[str]:
     """The safetensors files of the model; others that a repository may have beside them are left out."""
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        listed = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        return [name for name in listing.sizes if name in listed]
-    if SINGLE_FILE in listing.sizes:
-        return [SINGLE_FILE]
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map") if (folder / INDEX_FILE).is_file() else {}
+    listed = [file for file in weight_map.values() if isinstance(file, str)] if isinstance(weight_map, dict) else []
+    if weights := weight_files(listing.sizes, listed):
+        return weights
     pickled = [name for name in listing.sizes if name.endswith((".bin", ".pt", ".pth"))]
     gguf = [name for name in listing.sizes if name.endswith(".gguf")]
+    if any(name in listing.sizes for name in ADAPTER_FILES):
+        raise InputError(f"{named}: only a LoRA adapter found, expected a whole model; {MERGE}, and convert the result")
     found = "pickled weights, which can run code when opened" if pickled else "GGUF files" if gguf else "no weights"
     raise InputError(f"{named}: {found} found, expected a checkpoint in safetensors; name the original model")
 

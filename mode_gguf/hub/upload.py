@@ -73,7 +73,7 @@ def upload_files(
         large = [(one, operation) for one, operation in pairs if isinstance(one.content, Path)]
         for one, operation in large:
             if operation.upload_info.sha256.hex() != one.sha256:
-                raise InputError(f"{one.content}: was changed while it was being published; run the command again")
+                raise InputError(f"{one.name}: was changed while it was being published; run the command again")
         with _upload_progress(progress, sum(one.size_bytes for one, _ in large)) as advance:
             for one, operation in large:
                 api.preupload_lfs_files(repository, [operation])

@@ -40,7 +40,8 @@ def balanced_imatrix(
 
     Raises:
         UsageError: weights are negative or all zero.
-        InputError: the statistics lack a tensor, or no token of a weighted modality reached its layer.
+        InputError: the statistics lack a tensor, no token of a weighted modality reached its layer, or sums of squares
+            are beyond float32.
     """
     if min(modality_weights) < 0 or max(modality_weights) == 0:
         raise UsageError(
@@ -82,4 +83,11 @@ def _balance(
     mean_squares[routed] = sums[routed] / counts[routed, None]
     mean_squares[~routed] = mean_squares[routed].mean(axis=0)
     whole = np.maximum(np.rint(counts), 1)
-    return (mean_squares * whole[:, None]).astype(np.float32), whole.astype(np.float32)
+    scaled = mean_squares * whole[:, None]
+    if (largest := float(scaled.max())) > np.finfo(np.float32).max:
+        raise InputError(
+            f"calibration: squares of what {activation} reads add up to {largest:.3g}, beyond float32, in which "
+            "importance matrices are stored; activations this large are a fault of the checkpoint: use the one it was "
+            "made from"
+        )
+    return scaled.astype(np.float32), whole.astype(np.float32)

@@ -17,7 +17,7 @@ import numpy as np
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.forward.modality import MODALITIES, TEXT
 from mode_gguf.importance.sensitivity_settings import SensitivityRequest
-from mode_gguf.importance.sensitivity_table import SensitivityTable
+from mode_gguf.importance.sensitivity_table import SensitivityTable, check_costs
 from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.libggml import is_storable
@@ -43,6 +43,9 @@ def imatrix_error(
         counts: tokens of every expert (E,), by layer; an expert without any counts as one token.
         request: candidates and how the file will be packed; its method is ignored.
         threads: that pack; None for all cores.
+
+    Raises:
+        InputError: an error is beyond float32, or a weight is NaN or infinite.
     """
     arrays: dict[str, np.ndarray] = {}
     measured = [tensor for tensor in tensors if tensor.role in (Role.EXPERT, Role.DENSE, Role.EMBEDDING, Role.OUTPUT)]
@@ -70,6 +73,7 @@ def imatrix_error(
                 arrays[f"{tensor.name}.expert"] = _text_only(share)
                 parts.setdefault(tensor.layer or 0, []).append(share)
                 part_errors.setdefault(tensor.layer or 0, []).append(relative)
+            check_costs(arrays, tensor, types, [is_storable(tensor, quant_type) for quant_type in types])
     for layer, shares in parts.items():
         arrays[f"blk.{layer}.ffn_exps.expert"] = _text_only(np.sum(shares, axis=0))
         arrays[f"blk.{layer}.ffn_exps.weight_error"] = np.sum(part_errors[layer], axis=0)

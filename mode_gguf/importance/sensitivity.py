@@ -19,11 +19,11 @@ from mode_gguf.importance.imatrix import Imatrix, Importance
 from mode_gguf.importance.imatrix_kind import chosen_imatrix
 from mode_gguf.importance.output_error import block_mse, expert_mse
 from mode_gguf.importance.sensitivity_settings import SensitivityRequest, SensitivitySettings
-from mode_gguf.importance.sensitivity_table import METHODS, SensitivityTable
+from mode_gguf.importance.sensitivity_table import METHODS, SensitivityTable, check_costs
 from mode_gguf.importance.token_weights import TokenWeights, tokens_digest
 from mode_gguf.options import ComputeOptions
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.fallback_types import fallback_types_of
+from mode_gguf.quantization.fallback_types import fallback_types_of, stored_as
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def measure_sensitivity(
     Raises:
         UsageError: no samples, fewer of them than processes, a method that runs no model, an importance matrix that
             does not go with the method, or no draws.
-        InputError: model or sample cannot be used, or the statistics belong to another checkpoint.
+        InputError: model or sample cannot be used, the statistics belong to another checkpoint, or a cost is beyond
+            float32.
     """
     started = time.monotonic()
     if not samples:
@@ -85,6 +86,9 @@ def measure_sensitivity(
     measure = {"fisher": fisher_sensitivity, "expert-mse": expert_mse, "block-mse": block_mse}[method]
     streamed = open_streamed(checkpoint, compute.device)
     measurement = measure(streamed, inputs, settings, progress)
+    for tensor in streamed.tensors:
+        types = request.expert_types if tensor.role is Role.EXPERT else request.dense_types
+        check_costs(measurement.arrays, tensor, types, [stored_as(tensor, one) is not None for one in types])
     table = SensitivityTable(
         model=checkpoint.name,
         fingerprint=checkpoint.fingerprint,

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from mode_gguf import __version__
+from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.artifacts import read_arrays, write_arrays
+from mode_gguf.errors import InputError
 from mode_gguf.forward.modality import ANSWERS, MODALITIES
 from mode_gguf.options import Packing
 from mode_gguf.quantization.packing import EXACT
+from mode_gguf.quantization.types import QuantType
 from mode_gguf.vocabulary import ImatrixKind, Method
 
 METHODS: tuple[Method, ...] = ("fisher", "expert-mse", "block-mse")
@@ -107,3 +110,31 @@ class SensitivityTable:
             packing=Packing(**metadata["packing"]) if "packing" in metadata else EXACT,
             fallback_types={key: tuple(value) for key, value in metadata.get("stand_ins", {}).items()},
         )
+
+
+def check_costs(
+    arrays: Mapping[str, np.ndarray], tensor: SourceTensor, types: Sequence[QuantType], fitting: Sequence[bool]
+) -> None:
+    """Refuse costs of a matrix that are beyond the range of the numbers they are added up in.
+
+    Args:
+        arrays: as in `SensitivityTable`.
+        types: along the last axis of the tensor's arrays.
+        fitting: which of them it was measured in.
+
+    Raises:
+        InputError: a cost in one of these types is NaN or infinite; it names tensor, expert and type.
+    """
+    for kind in ("unit", "expert", "weight_error"):
+        array = arrays.get(f"{tensor.name}.{kind}")
+        if array is None:
+            continue
+        broken = ~np.isfinite(array) & np.asarray(fitting)
+        if broken.any():
+            *_, expert, number = (int(axis[0]) for axis in np.nonzero(broken.reshape(-1, *broken.shape[-2:])))
+            where = f", expert {expert}," if kind != "unit" and tensor.role is Role.EXPERT else ""
+            raise InputError(
+                f"sensitivity: errors of {tensor.name}{where} in {types[number].name} are NaN or infinite: its weights "
+                "or what they are multiplied with are so large that squares are beyond float32 (3.4e+38); they are a "
+                "fault of the checkpoint, use the one it was made from"
+            )

@@ -85,7 +85,8 @@ def smoke_test(
         ]
     else:
         runtime = library_version()
-        arguments = [str(candidate), str(mmproj), str(image), SMOKE_QUESTION, *options]
+        # A path may begin with a dash.
+        arguments = [*options, "--", str(candidate), str(mmproj), str(image), SMOKE_QUESTION]
         command = [sys.executable, "-m", "mode_gguf.llama_cpp.ask", *arguments]
     started = time.monotonic()
     failed = f"{candidate} with {mmproj} does not work in {runtime}"

@@ -29,7 +29,6 @@ from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
 from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
 from mode_gguf.pipeline.stages.validate import Validate
 from mode_gguf.recipe import Recipe
-from mode_gguf.validation.questions import load_held_out
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +68,10 @@ class Conversion:
         """Check that the model is supported, options go together and the budget can be met.
 
         Raises:
-            InputError: the checkpoint cannot be converted, or the held-out set not be read.
+            InputError: the checkpoint cannot be converted.
             UsageError: options that do not go together.
             InfeasibleBudgetError: the budget is out of reach.
         """
-        validation = recipe.validation
-        if validation.validate and validation.samples:  # what cannot be validated on should stop the run now
-            load_held_out(validation.samples, outside=validation.allow_outside_samples)
         recipe = resolved(run.checkpoint, recipe)
         types = candidates_of(recipe, run.folder)
         settings = PlanSettings.of(recipe, types)

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from mode_gguf.artifacts import remove_parts
 from mode_gguf.errors import InputError, ModeGgufError
 from mode_gguf.locks import try_lock
 from mode_gguf.plain_text import PrintableFormatter
+from mode_gguf.temporary_folders import remove_abandoned
 from mode_gguf.workfolder import JOURNAL, WorkFolder
 
 library, journal = logging.getLogger("mode_gguf"), logging.getLogger(JOURNAL)
@@ -52,16 +54,27 @@ def folder_lock(folder: WorkFolder) -> Iterator[None]:
 
 def _lock(folder: WorkFolder) -> int:
     """Lock the folder and leave in the lock file who has it."""
-    descriptor = try_lock(folder.lock, create=True)
+    descriptor, before = try_lock(folder.lock, create=True), _temporary(folder.lock)
     if descriptor is None:
         raise InputError(
             f"{folder.path}: another mode-gguf works in this folder ({_owner(folder.lock)}); wait for it, or choose "
             "another folder with --out"
         )
-    owner = {"pid": os.getpid(), "command": shlex.join(sys.argv), "since": _now()}
+    # Hidden states of a run that was killed take as much space as those of the run that goes on.
+    remove_abandoned(*before)
+    here = str(Path(tempfile.gettempdir()).absolute())
+    owner = {"pid": os.getpid(), "command": shlex.join(sys.argv), "since": _now(), "temporary": here}
     os.ftruncate(descriptor, 0)
     os.write(descriptor, (json.dumps(owner) + "\n").encode())
     return descriptor
+
+
+def _temporary(lock: Path) -> list[Path]:
+    """The temporary folder of the last run here, which may have had another one."""
+    try:
+        return [Path(json.loads(lock.read_text(encoding="utf-8"))["temporary"])]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def _owner(lock: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mode_gguf.allocation.units import CandidateTypes
-from mode_gguf.architectures import find_family, text_tensors
+from mode_gguf.architectures import find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.calibration.coverage import calibration_warnings
 from mode_gguf.calibration.statistics import CalibrationStatistics, SampleCounts
@@ -31,12 +31,13 @@ def write_statistics(checkpoint: Checkpoint, folder: WorkFolder, options: Calibr
     """Write calibration.safetensors and the folder's importance matrix from one that llama-imatrix made.
 
     Raises:
-        InputError: it is none, or is of another model.
+        InputError: it is none, or is of another model; or a weight is NaN or infinite that nothing else reads early.
     """
     imatrix = options.from_imatrix
     assert imatrix is not None
     header = read_imatrix_header(imatrix)
     tensors = text_tensors(checkpoint)
+    _read_unmeasured(checkpoint, tensors)
     sums = _model_entries(imatrix, read_sums(imatrix), tensors)
     tokens = header.chunk_count * header.chunk_size
     statistics = CalibrationStatistics(
@@ -54,6 +55,13 @@ def write_statistics(checkpoint: Checkpoint, folder: WorkFolder, options: Calibr
     for warning in calibration_warnings(statistics):
         log.warning("%s", warning)
     write_imatrix(folder.imatrix, sums, header.datasets, header.chunk_count, header.chunk_size)
+
+
+def _read_unmeasured(checkpoint: Checkpoint, tensors: Sequence[SourceTensor]) -> None:
+    """Read what no error is measured of, so that a weight that is NaN there stops the work here and not at its end."""
+    unmeasured = [tensor for tensor in tensors if tensor.role in (Role.KEEP, Role.ABSORBED)]
+    for tensor in (*unmeasured, *projector_tensors(checkpoint)):
+        tensor.read(0)
 
 
 def measure_imatrix_error(run: Run, types: CandidateTypes, packing: Packing, threads: int | None = None) -> None:

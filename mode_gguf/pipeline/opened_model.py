@@ -58,10 +58,9 @@ def _opened(path: Path | None, out: Path | None, recipe: Recipe, progress: Progr
     options = recipe.checkpoint
     checkpoint = None if path is None else Checkpoint.open(path, options.pre_tokenizer)
     if options.base_gguf is not None:
-        # Where no model is run, nothing of the checkpoint but its name is used.
-        compared = weights and recipe.calibration.from_imatrix is None
         base = open_base(options.base_gguf, options.base_mmproj)
-        checkpoint = checkpoint_with_base(checkpoint, base, compared=compared)
+        measured = recipe.calibration.from_imatrix is None
+        checkpoint = checkpoint_with_base(checkpoint, base, compared=weights, measured=measured)
     assert checkpoint is not None
     folder = WorkFolder(out or Path.cwd() / f"{file_stem(checkpoint.name)}-mode-gguf", checkpoint.name)
     kept = replace(checkpoint.identity, kept=folder.digests)

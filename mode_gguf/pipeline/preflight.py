@@ -4,9 +4,6 @@ What would stop a conversion after hours, at its last stage, stops it in the fir
 and shapes of both files as llama.cpp reads them, the samples, and what validation will ask for.
 """
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from mode_gguf.architectures import find_family, projector_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -18,13 +15,17 @@ from mode_gguf.llama_cpp.installed_tools import find_llama_cpp
 from mode_gguf.llama_cpp.trial_load import refusal
 from mode_gguf.options import ExportOptions, ValidationOptions
 from mode_gguf.pipeline.run import Run
-from mode_gguf.pipeline.samples_key import calibration_samples
+from mode_gguf.pipeline.stages.calibrate import checked_samples
 from mode_gguf.pipeline.stages.export import reference_fits
 from mode_gguf.pipeline.stages.validate import run_settings
 from mode_gguf.recipe import Recipe
+from mode_gguf.temporary_folders import LockedFolder
 from mode_gguf.validation.bounds import check_measurable, given_limits
 from mode_gguf.validation.default_held_out import default_held_out
-from mode_gguf.validation.questions import load_held_out
+from mode_gguf.validation.questions import HeldOutSet, load_held_out
+
+_SHORT = 32
+"""Characters from which on a text has two tokens in any vocabulary, or is no text."""
 
 
 def check_before_measuring(run: Run, recipe: Recipe, *, inputs: bool = False) -> None:
@@ -48,9 +49,11 @@ def check_before_measuring(run: Run, recipe: Recipe, *, inputs: bool = False) ->
         check_parameter_shapes(checkpoint)
     check_files(checkpoint, recipe.export)
     if inputs and recipe.calibration.from_imatrix is None:
-        from mode_gguf.forward.inputs import model_inputs
+        from mode_gguf.forward.inputs import InputBuilder
 
-        model_inputs(checkpoint, calibration_samples(recipe.calibration))
+        builder = InputBuilder.open(checkpoint)
+        for sample in checked_samples(checkpoint, recipe.calibration):
+            builder.build(sample)
 
 
 def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
@@ -63,15 +66,15 @@ def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
     if options.mtp:
         mtp_outline(checkpoint, options.mtp)
     with_projector = bool(projector_tensors(checkpoint))
-    with TemporaryDirectory(prefix="mode-gguf-") as folder:
-        model, mmproj = Path(folder) / "model.gguf", None
+    with LockedFolder("outline") as folder:
+        model, mmproj = folder / "model.gguf", None
         text_outline(checkpoint).write(model)
         if with_projector:
             outline = projector_outline(checkpoint, options.mmproj_type)
-            outline.write(Path(folder) / "mmproj.gguf")
+            outline.write(folder / "mmproj.gguf")
             # llama.cpp reads a projector's weights, holes or not.
             if projector_bytes(checkpoint, options.mmproj_type) < available_memory() / 4:
-                mmproj = Path(folder) / "mmproj.gguf"
+                mmproj = folder / "mmproj.gguf"
         reason = refusal(model, mmproj)
     if reason is not None:
         raise InputError(
@@ -83,7 +86,9 @@ def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
 def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> None:
     run_settings(options)
     find_llama_cpp(options.llama_cpp)
-    held_out = load_held_out(options.samples) if options.samples else None
+    held_out = load_held_out(options.samples, outside=options.allow_outside_samples) if options.samples else None
+    if held_out is not None and checkpoint.base is None:
+        _check_short_texts(checkpoint, held_out)
     if given_limits(options.limits):
         check_measurable(
             options.limits,
@@ -91,3 +96,16 @@ def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> Non
             with_reference=reference_fits(checkpoint),
             with_images=bool(projector_tensors(checkpoint)),
         )
+
+
+def _check_short_texts(checkpoint: Checkpoint, held_out: HeldOutSet) -> None:
+    """Refuse held-out texts of a single token, after which nothing is predicted."""
+    short = [text for text in held_out.texts if len(text) < _SHORT]
+    if not short:
+        return
+    from mode_gguf.forward.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(checkpoint, find_family(checkpoint))
+    for text in short:
+        if len(tokenizer(text)["input_ids"]) < 2:
+            raise InputError(f"held-out set {held_out.name}: text {text!r} is shorter than two tokens; lengthen it")

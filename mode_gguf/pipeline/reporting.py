@@ -99,8 +99,10 @@ def _draw(folder: WorkFolder, record: ConversionRecord, report: ValidationReport
     """Write a work folder's page, and note of which report.json it is."""
     started = time.monotonic()
     page = write_page(folder.page, record, report, images)
+    cache = StageCache(folder)
     state = StageState("report", {folder.report.name: file_identity(folder.report)}, (page,))
-    StageCache(folder).record(state, round(time.monotonic() - started, 3))
+    if not cache.is_current(state):
+        cache.record(state, round(time.monotonic() - started, 3))
     return page
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from mode_gguf.artifacts import fingerprint
 from mode_gguf.checkpoint.identity import PROCESSOR, TEMPLATE, TOKENIZER, side_files
 from mode_gguf.file_digests import digests_of
-from mode_gguf.options import CalibrationOptions
+from mode_gguf.options import CalibrationOptions, ValidationOptions
 from mode_gguf.pipeline.run import Run
 
 if TYPE_CHECKING:
@@ -56,18 +56,19 @@ def calibration_key(run: Run, options: CalibrationOptions) -> dict[str, Any]:
     return {**side_files(run.checkpoint.path, *kinds), "calibration data": name, "its samples": digest}
 
 
-def held_out_contents(run: Run, source: Path | None) -> str | None:
+def held_out_contents(run: Run, options: ValidationOptions) -> str | None:
     """Digest of a held-out set, pictures included; None for the built-in one.
 
     Raises:
         InputError: it cannot be read.
     """
+    source = options.samples
     if source is None:
         return None
     if source not in run.known:
         from mode_gguf.validation.questions import load_held_out
 
-        run.known[source] = fingerprint(_content(load_held_out(source)))
+        run.known[source] = fingerprint(_content(load_held_out(source, outside=options.allow_outside_samples)))
     digest: str = run.known[source]
     return digest
 

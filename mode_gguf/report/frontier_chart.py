@@ -76,7 +76,8 @@ def frontier_svg(planned: Sequence[SizePoint], uniform: Sequence[SizePoint], ans
     ]
     for index, answer in enumerate(answers):
         drawing = frontier_chart(planned, uniform, index, ())
-        name = "predicted cost" if answer == "cost" else f"KL of {answer} answers, predicted, nats per token"
+        kind = escape(answer)
+        name = "predicted cost" if answer == "cost" else f"KL of {kind} answers, predicted, nats per token"
         parts.append(f'<g transform="translate({index * WIDTH} {2 * _TITLE})">')
         parts.append(f'<text class="title" x="{WIDTH / 2}" y="-4" text-anchor="middle">{name}</text>{drawing}</g>')
     return "".join([*parts, "</svg>\n"])

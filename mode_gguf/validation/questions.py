@@ -147,8 +147,8 @@ def _refuse_outside(file: Path, folder: Path, origin: str) -> None:
         inside = False
     if not inside:
         raise InputError(
-            f"{origin}: {file} lies outside {folder}, and the report would show it; copy it into the folder, or, if you "
-            "know what is there, give --allow-outside-samples (to convert: --set validation.allow_outside_samples=true)"
+            f"{origin}: {file} lies outside {folder}, and the report would show it; copy it there, or if you know what "
+            "it is, give --allow-outside-samples (to convert: --set validation.allow_outside_samples=true)"
         )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ import numpy as np
 from mode_gguf import __version__
 from mode_gguf.errors import InputError, UsageError, ValidationError
 from mode_gguf.gguf.header import read_header
+from mode_gguf.image_files import file_for_llama_cpp
 from mode_gguf.llama_cpp.engines import Engine, engine_for, has_expert_groups
 from mode_gguf.llama_cpp.http_model import ServerModel, ServerUrl
 from mode_gguf.llama_cpp.in_process import LlamaModel
@@ -24,6 +24,7 @@ from mode_gguf.options import Limits
 from mode_gguf.probes import Probes
 from mode_gguf.progress import Progress, silent
 from mode_gguf.quantization.types import QuantType
+from mode_gguf.temporary_folders import LockedFolder
 from mode_gguf.validation.against_transformers import compare_with_transformers
 from mode_gguf.validation.bounds import ALL_KINDS, check_measurable, checks_of
 from mode_gguf.validation.default_held_out import default_held_out
@@ -129,8 +130,8 @@ def validate(
             "the reference was not held against transformers: no calibration has left its predictions beside it"
         )
     if isinstance(candidate, Path) and mmproj and held_out.questions:
-        with _timed(seconds, "smoke"):
-            smoke_image = held_out.questions[0].image
+        with _timed(seconds, "smoke"), LockedFolder("reference") as pictures:
+            smoke_image = file_for_llama_cpp(held_out.questions[0].image, pictures)
             if settings.engine and settings.engine.folder and has_tools(settings.engine.folder):
                 tools = find_llama_cpp(settings.engine.folder)
             tools = tools or LlamaCppTools({}, None)
@@ -142,7 +143,7 @@ def validate(
                 assert isinstance(reference, Path)
                 measured = stored_reference(reference, held_out, settings)
             elif reference:
-                folder = reference_folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                folder = reference_folder or stack.enter_context(LockedFolder("reference"))
                 measured = measure_reference(reference, mmproj, held_out, folder, settings, progress)
         with _timed(seconds, "candidate"), settings.open(candidate, mmproj) as model:
             runtime = _runtime(model, settings)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 
 from mode_gguf.architectures import checkpoint_with_base, find_family, projector_tensors, text_tensors
 from mode_gguf.architectures.tensors import Role, as_float32
@@ -145,13 +147,27 @@ def other_weights(olmoe: Path, folder: Path) -> Checkpoint:
     return Checkpoint.open(write_pico_olmoe(folder, seed=1))
 
 
-def other_expert(olmoe: Path, folder: Path) -> Checkpoint:
-    from safetensors.torch import load_file, save_file
+def other(name: str, rows: slice = slice(None)) -> Callable[[Path, Path], Checkpoint]:
+    """A copy in which some rows of a tensor are a little larger."""
 
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[name][rows] *= 1.01
+
+    return partial(edited, change)
+
+
+def edited(change: Callable[[dict[str, torch.Tensor]], None], olmoe: Path, folder: Path) -> Checkpoint:
     shutil.copytree(olmoe, folder)
     stored = load_file(olmoe / "model.safetensors")
-    stored["model.layers.2.mlp.experts.3.up_proj.weight"] *= 2
+    change(stored)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    return Checkpoint.open(folder)
+
+
+def other_token(olmoe: Path, folder: Path) -> Checkpoint:
+    shutil.copytree(olmoe, folder)
+    text = (olmoe / "tokenizer.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|begin|>"), encoding="utf-8")
     return Checkpoint.open(folder)
 
 
@@ -159,7 +175,22 @@ def other_expert(olmoe: Path, folder: Path) -> Checkpoint:
     ("change", "message"),
     [
         (other_weights, "weights of token_embd.weight and model.embed_tokens.weight differ"),
-        (other_expert, "blk.2.ffn_up_exps.weight, expert 3: weights differ"),
+        (other("model.embed_tokens.weight", slice(77, 78)), "weights of token_embd.weight and model.embed_tokens"),
+        (other("model.layers.2.mlp.experts.3.up_proj.weight"), "blk.2.ffn_up_exps.weight, expert 3: weights differ"),
+        (other("model.layers.1.mlp.experts.2.down_proj.weight"), "blk.1.ffn_down_exps.weight, expert 2: weights"),
+        (other("model.layers.1.self_attn.q_proj.weight"), "weights of blk.1.attn_q.weight and .*q_proj.weight differ"),
+        (other("model.layers.2.self_attn.o_proj.weight", slice(9, 10)), "weights of blk.2.attn_output.weight and"),
+        (other("model.layers.0.mlp.gate.weight"), "weights of blk.0.ffn_gate_inp.weight and"),
+        (other("model.layers.0.self_attn.k_norm.weight"), "weights of blk.0.attn_k_norm.weight and"),
+        (other("model.norm.weight"), "weights of output_norm.weight and model.norm.weight differ"),
+        (other("lm_head.weight", slice(5, 6)), "weights of output.weight and lm_head.weight differ"),
+        (partial(changed, num_experts_per_tok=1), "experts per token: 2 there, 1 here"),
+        (partial(changed, rope_parameters={"rope_theta": 5e5}), "rope_theta 10000 there, 500000 here"),
+        (
+            partial(changed, rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}),
+            "rope_scaling factor 1 there, 4 here",
+        ),
+        (other_token, 'is "<|im_start|>" there, "<|begin|>" here'.replace("|", "[|]")),
         (partial(changed, num_hidden_layers=5), "layers 3 there, 5 here"),
         (partial(changed, num_experts=8), "experts per layer: 4 there, 8 here"),
         (partial(changed, hidden_size=512), "a hidden size of 256 there, 512 here"),
@@ -171,6 +202,48 @@ def test_the_base_of_another_model_is_refused(
     base = open_base(write_olmoe_base(olmoe.path, folder / "olmoe-BF16.gguf"))
     with pytest.raises(InputError, match=message):
         checkpoint_with_base(change(olmoe.path, tmp_path / "other"), base)
+
+
+def test_no_more_than_other_orders_and_forms_is_allowed(olmoe: Checkpoint, folder: Path, tmp_path: Path) -> None:
+    """Q, K and V merged, norms centred on 0, heads tied: what converters write, and the same of other weights."""
+    whole = write_olmoe_base(olmoe.path, folder / "olmoe-BF16.gguf", permute=True)
+
+    def centred(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.norm.weight"] = weights["model.norm.weight"].float() - 1
+
+    def merged(weights: dict[str, torch.Tensor]) -> None:
+        for layer in range(3):
+            place = f"model.layers.{layer}.self_attn"
+            parts = [weights.pop(f"{place}.{part}_proj.weight") for part in "qkv"]
+            weights[f"{place}.qkv_proj.weight"] = torch.cat(parts)
+
+    def merged_otherwise(weights: dict[str, torch.Tensor]) -> None:
+        merged(weights)
+        weights["model.layers.1.self_attn.qkv_proj.weight"][3] *= 1.01
+
+    def without_head(weights: dict[str, torch.Tensor]) -> None:
+        del weights["lm_head.weight"]
+
+    def tied(weights: dict[str, torch.Tensor]) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    for number, change in enumerate((centred, merged)):
+        same = edited(change, olmoe.path, tmp_path / str(number))
+        assert checkpoint_with_base(same, open_base(whole)).base is not None
+    for change, message in (
+        (merged_otherwise, "weights of blk.1.attn_q.weight and model.layers.1.self_attn.qkv_proj.weight differ"),
+        (without_head, "output.weight is not the embedding, which is the output head here"),
+    ):
+        with pytest.raises(InputError, match=message):
+            checkpoint_with_base(edited(change, olmoe.path, tmp_path / change.__name__), open_base(whole))
+    own = edited(tied, olmoe.path, tmp_path / "tied")
+    base = open_base(write_olmoe_base(own.path, tmp_path / "tied-BF16.gguf"))
+    assert checkpoint_with_base(edited(without_head, own.path, tmp_path / "without"), base).base is not None
+    shared = {name: info for name, info in base.text.tensors.items() if name != "output.weight"}
+    base = replace(base, text=replace(base.text, tensors=shared), tensors=base.tensors[:-1])
+    assert checkpoint_with_base(own, base).base is not None
+    with pytest.raises(InputError, match=r"the embedding is the output head there, lm_head.weight is another here"):
+        checkpoint_with_base(olmoe, base)
 
 
 def test_what_is_no_base_is_refused(family: tuple[Checkpoint, Path, Path], tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_quiet_goes_with_commands(command: list[str]) -> None:
 
 
 def test_results_are_not_wrapped_or_marked_up(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "model  /a/[bold]/" + "very" * 60
+    line = "model  /a/[bold]/:smile:/" + "very" * 60
     console.show(line)
     assert capsys.readouterr().out == line + "\n"
 

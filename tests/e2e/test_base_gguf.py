@@ -1,12 +1,14 @@
 """Converting what no family knows: from a base GGUF and the checkpoint, and from an importance matrix without torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mode_gguf.allocation.plan import Plan
 from mode_gguf.calibration.statistics import CalibrationStatistics
@@ -134,6 +136,26 @@ def test_what_cannot_be_had_is_refused(
 ) -> None:
     asked = ("convert", "--base-gguf", base, "--calibration-from", imatrix, "--out", tmp_path / "work")
     assert message in run(*asked, *extra, code=2)
+
+
+@pytest.mark.parametrize(
+    "tuned", ["self_attn.v_proj", "mlp.gate", "post_attention_layernorm", "mlp.experts.1.gate_proj"]
+)
+def test_a_fine_tune_is_not_converted_to_its_originals_weights(
+    tuned: str, olmoe: Path, base: Path, imatrix: Path, tmp_path: Path, run: Run
+) -> None:
+    tune, out = tmp_path / "tune", tmp_path / "work"
+    shutil.copytree(olmoe, tune)
+    weights = load_file(olmoe / "model.safetensors")
+    weights[f"model.layers.1.{tuned}.weight"] *= 1.01
+    save_file(weights, tune / "model.safetensors", {"format": "pt"})
+    asked = ("convert", tune, "--base-gguf", base, "--bpw", "4.5", "--out", out)
+    for extra in ((), ("--dry-run",), ("--calibration-from", imatrix)):
+        refused = run(*asked, *extra, code=4)
+        assert f"{base}: is not made from {tune}: " in refused
+        assert "blk.1." in refused
+        assert "convert this checkpoint with convert_hf_to_gguf.py" in refused
+    assert not out.exists()
 
 
 def test_what_is_missing_is_named(olmoe: Path, base: Path, imatrix: Path, pico: Path, tmp_path: Path, run: Run) -> None:

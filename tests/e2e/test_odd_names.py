@@ -8,8 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from gguf import GGUFWriter
 from markdown_it import MarkdownIt
 
 from mode_gguf.artifacts import write_json
@@ -93,6 +95,25 @@ def test_bytes_that_are_no_text(pico: Path, tmp_path: Path, run: Run, monkeypatc
         assert "not UTF-8; rename" in line
     monkeypatch.chdir(model)
     assert "not UTF-8; rename" in run("plan", ".", *UNIFORM, code=4)
+
+
+def test_names_of_tensors(tmp_path: Path, run: Run) -> None:
+    """A table takes them as they are: neither markup, nor lines, nor what steers a terminal."""
+    names = ["[red]blk.0[/nothing]", "blk.\x1b[2J\x1b]0;owned\x07", "a\nb:smile:", "\u202egpj"]
+    path = tmp_path / "[bold].gguf"
+    writer = GGUFWriter(path, "llama")
+    for name in names:
+        writer.add_tensor(name, np.zeros((1, 32), np.float32))
+    writer.add_string("general.name", "[/x]\x1b[31m:smile:")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for arguments in ((), (path,)):
+        shown = run("inspect", path, *arguments)
+        assert shown.replace("\n", "").isprintable()
+        for name in ("[red]blk.0[/nothing]", "blk.\\x1b[2J\\x1b]0;owned\\x07", "a\\nb:smile:", "\\u202egpj"):
+            assert name in shown
 
 
 CARD = {

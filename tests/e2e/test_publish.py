@@ -438,7 +438,7 @@ def test_what_lies_elsewhere_is_not_sent(logged_in: Hub, copy: WorkFolder, tmp_p
         changed = json.loads(json.dumps(stages))
         changed["export"]["outputs"][name] = file_identity(secret)
         copy.stages.write_text(json.dumps(changed))
-        assert "lies outside of the work folder" in run("publish", TARGET, copy.path, code=4)
+        assert "secret' is no name of a file in this folder" in run("publish", TARGET, copy.path, code=4)
     assert logged_in.requests == []
 
 

@@ -25,7 +25,7 @@ from mode_gguf.progress import Advance
 from mode_gguf.recipe import OptionLayer, Recipe
 
 KILLS = 24
-IGNORED = {"mode-gguf.log", ".mode-gguf.lock", "digests.json", "report.html"}  # the page shows times
+IGNORED = {"mode-gguf.log", ".mode-gguf.lock", ".mode-gguf.digests", "report.html"}  # the page shows times
 OF_TIMES = ("seconds", "finished", "text_identity", "image_identity")
 """Keys of JSON files; identities of reference.json hold the times of the files it was made from."""
 
@@ -151,6 +151,7 @@ def contents(out: Path) -> dict[str, Any]:
             found[name] = without_times(json.loads(path.read_text()))
             if path.name == "stages.json":
                 found[name].get("validate", {}).pop("outputs", None)  # the report has times
+                found[name].pop("report", None)  # so has the page
         elif path.parent.name == "reference":
             found[name] = {key: array.tobytes() for key, array in load_file(path).items()}
         else:

@@ -50,6 +50,22 @@ def test_reference_data_alone(run: Run, command: list[str], full: Files, tmp_pat
     assert again["reference"]["name"] == "pico-F32.gguf"
 
 
+def test_pictures_outside_the_held_out_folder(
+    run: Run, command: list[str], held_out_folder: Path, tmp_path: Path
+) -> None:
+    """A stranger's set puts no picture into the report but its own, unless it is allowed to."""
+    folder = tmp_path / "strange"
+    folder.mkdir()
+    question = {"image": str(held_out_folder / "images" / "0.png"), "question": "What colour?"}
+    (folder / "questions.jsonl").write_text(json.dumps(question))
+    command[command.index(str(held_out_folder))] = str(folder)
+    page = tmp_path / "report.html"
+    assert "lies outside" in run(*command, code=4)
+    assert not page.exists()
+    run(*command, "--allow-outside-samples")
+    assert "data:image/webp" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -87,13 +87,6 @@ def test_both_layouts_make_one_configuration(families: Families) -> None:
     assert configs[0] == configs[1]
 
 
-def test_scaling_beyond_the_trained_context_is_left_out(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Of what the model is built from; `cases` has the metadata."""
-    (change,) = INTERNVL.changes
-    scaled = changed(checkpoint.path, tmp_path / "other", change.section, **change.settings)
-    assert "rope_scaling" not in find_family(scaled).layout.model_config(scaled)["text_config"]
-
-
 def test_prompts_of_both_layouts_are_the_same(families: Families) -> None:
     """The authors' template knows only text, transformers' writes the image token; llama.cpp adds the same marks."""
     both = [families.inputs(layout) for layout in INTERNVL.layouts]

@@ -5,6 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mode_gguf.architectures import find_family
@@ -74,6 +75,14 @@ def scaled(checkpoint: Checkpoint, folder: Path, scaling: Mapping[str, Any]) -> 
     return changed(checkpoint.path, folder, section, **{name: {**own, **scaling}})
 
 
+def reference_of(case: FamilyCase, families: Families, folder: Path, scaling: Mapping[str, Any]) -> Reference:
+    """transformers' side of the case with other rotary settings."""
+    checkpoint = opened = scaled(families.checkpoint(case.layouts[0]), folder / "scaled", scaling)
+    if case.transformers_layout:
+        opened = scaled(families.checkpoint(case.transformers_layout), folder / "opened", scaling)
+    return Reference(case, checkpoint, opened, case.load(opened.path, checkpoint))
+
+
 @pytest.mark.parametrize(
     ("case", "scaling"),
     [
@@ -85,18 +94,26 @@ def scaled(checkpoint: Checkpoint, folder: Path, scaling: Mapping[str, Any]) -> 
 def test_logits_beyond_the_trained_context(
     case: FamilyCase, scaling: Mapping[str, Any], families: Families, tmp_path: Path
 ) -> None:
-    checkpoint = scaled(families.checkpoint(case.layouts[0]), tmp_path / "scaled", scaling)
-    opened = checkpoint
-    if case.transformers_layout:
-        opened = scaled(families.checkpoint(case.transformers_layout), tmp_path / "opened", scaling)
-    reference = Reference(case, checkpoint, opened, case.load(opened.path, checkpoint))
-    with exact(*exported(checkpoint, tmp_path)) as model:
+    reference = reference_of(case, families, tmp_path, scaling)
+    with exact(*exported(reference.checkpoint, tmp_path)) as model:
         tokens = [*model.beginning, *reference.tokens(TEXT * 6)]
         assert len(tokens) > 2.5 * TRAINED
         scores = text_scores(reference, model, tokens)
         without = text_scores(families.reference(case), model, tokens)
     assert scores.kl.max() < 1e-6
     assert without.kl.mean() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "qwen3.5", "glm4.5v", "internvl", "kimi-vl"])
+def test_dynamic_scaling_begins_where_the_file_ends(name: str, families: Families, tmp_path: Path) -> None:
+    """Before that, transformers computes the same without it."""
+    case, plain = BY_NAME[name], families.reference(BY_NAME[name])
+    dynamic = reference_of(case, families, tmp_path, {"rope_type": "dynamic", "factor": 4.0})
+    keys = [find_family(one.checkpoint).text_metadata(one.checkpoint) for one in (plain, dynamic)]
+    assert keys[0] == keys[1]
+    tokens = plain.tokens(TEXT)
+    assert len(tokens) < keys[0][f"{case.gguf_arch}.context_length"]
+    np.testing.assert_array_equal(dynamic.logits(tokens), plain.logits(tokens))
 
 
 @pytest.mark.parametrize("case", [BY_NAME["qwen3-vl"], BY_NAME["glm4.5v"]], ids=lambda case: case.name)

@@ -74,17 +74,17 @@ def test_folders_of_killed_processes_are_removed(temporary: Path) -> None:
     with HiddenStore(limit_bytes=0) as other:
         other.put("a", torch.ones(3))
         (alive,) = temporary.iterdir()
-        abandoned, young = temporary / "mode-gguf-hidden-dead", temporary / "mode-gguf-hidden-young"
+        abandoned, link = temporary / "mode-gguf-hidden-dead", temporary / "mode-gguf-hidden-link"
         foreign = temporary / "something-else"
-        for folder in (abandoned, young, foreign):
+        for folder in (abandoned, foreign):
             folder.mkdir()
             (folder / "0").write_bytes(b"hidden states")
-        for folder in (abandoned, alive, foreign):
-            os.utime(folder, (1, 1))
+        link.symlink_to(foreign)
         with HiddenStore(limit_bytes=0) as store:
             store.put("a", torch.zeros(3))
             assert not abandoned.exists()
-        assert {alive, young, foreign} == set(temporary.iterdir())
+        assert {alive, link, foreign} == set(temporary.iterdir())
+        assert (foreign / "0").exists()
         assert other.get("a").tolist() == [1, 1, 1]
 
 

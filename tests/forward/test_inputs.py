@@ -62,7 +62,7 @@ def test_a_template_that_knows_only_text(pico: Path) -> None:
     """Refused for a family whose templates write the image; see `test_internvl` for one whose do not."""
     builder = InputBuilder.open(Checkpoint.open(pico))
     builder.tokenizer.chat_template = "{% for message in messages %}{{ 'user: ' + message.content }}{% endfor %}"
-    with pytest.raises(InputError, match="the chat template of .* fails"):
+    with pytest.raises(InputError, match=r"the chat template of .* fails"):
         builder.build(chat("Describe the picture.", None))
 
 

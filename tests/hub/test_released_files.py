@@ -1,6 +1,9 @@
 """Commands on a model card, and local paths, which are removed."""
 
+import json
 from pathlib import Path
+
+from markupsafe import escape
 
 from mode_gguf.allocation.plan import Plan, PlannedTensor, Provenance
 from mode_gguf.hub.local_paths import without_local_paths
@@ -53,9 +56,31 @@ def test_the_stages_before_an_export(tmp_path: Path) -> None:
     ) == (f"mode-gguf calibrate Maker/Pico@{REVISION}", "mode-gguf plan Pico --bpw 4", "mode-gguf export Pico")
 
 
+def test_lines_of_a_log_that_are_no_command(tmp_path: Path) -> None:
+    """A log of before messages were one line each: what is left of a name with a line break is passed over."""
+    assert log(
+        tmp_path,
+        "mode-gguf 0.1.0: mode-gguf convert 'pi\nco' --bpw 3",
+        "mode-gguf 0.1.0: mode-gguf plan /data/-pico --bpw 3",
+        "mode-gguf 0.1.0: mode-gguf export 'pi\\nco'",
+        "export: begins with {}",
+    ) == ("mode-gguf plan ./-pico --bpw 3", "mode-gguf export 'pi\\nco'")
+
+
 def test_a_log_that_is_not_there_or_says_nothing(tmp_path: Path) -> None:
     assert commands_of(tmp_path / "none", PLAN) == ()
     assert log(tmp_path, "mode-gguf 0.1.0: mode-gguf convert Pico", "finished in 1.0 s") == ()
+
+
+def test_paths_are_cut_as_they_stand_in_pages_and_json(tmp_path: Path) -> None:
+    work = tmp_path / "private & öffentlich" / 'it\'s "odd" <b>'
+    for text, cut in (
+        (json.dumps({"file": f"{work}/m.gguf", "folder": str(work)}), {"file": "m.gguf", "folder": work.name}),
+        (json.dumps({"file": f"{work}/m.gguf"}, ensure_ascii=False), {"file": "m.gguf"}),
+    ):
+        assert json.loads(without_local_paths(text, [work])) == cut
+    page = without_local_paths(f"<p>{escape(f'{work}/m.gguf {work}')}</p>", [work])
+    assert page == f"<p>m.gguf {escape(work.name)}</p>"
 
 
 def test_paths_are_cut_and_the_rest_stays(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The user's llama.cpp tools, played by small scripts, and the embedded one."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mode_gguf.errors import InputError, ValidationError
 from mode_gguf.llama_cpp.installed_tools import LlamaCppTools, find_llama_cpp, smoke_test
@@ -82,3 +84,16 @@ def test_smoke_test_of_the_embedded_build(small: Files, held_out_folder: Path) -
     assert "xllamacpp" in test.runtime
     with pytest.raises(ValidationError, match=r"exit code 5: .*llama\.cpp cannot load it"):
         smoke_test(small.mmproj, small.mmproj, image, LlamaCppTools({}, None), threads=1)
+
+
+def test_paths_that_begin_with_a_dash(
+    small: Files, picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "-my work"
+    folder.mkdir()
+    for name, file in (("m.gguf", small.text), ("mmproj.gguf", small.mmproj)):
+        shutil.copyfile(file, folder / name)
+    picture.save(folder / "i.png")
+    monkeypatch.chdir(tmp_path)
+    model, mmproj, image = (Path("-my work", name) for name in ("m.gguf", "mmproj.gguf", "i.png"))
+    assert smoke_test(model, mmproj, image, LlamaCppTools({}, None), threads=1).answer

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,3 +93,53 @@ def test_a_folder_made_for_nothing_goes_again(tmp_path: Path) -> None:
     with pytest.raises(UsageError), folder_lock(folder):
         raise UsageError("no such type")
     assert folder.log.exists()
+
+
+SPILLING = """
+import sys, time
+import torch
+from pathlib import Path
+from mode_gguf.forward.hidden_store import HiddenStore
+from mode_gguf.pipeline.folder_lock import folder_lock
+from mode_gguf.workfolder import WorkFolder
+
+with folder_lock(WorkFolder(Path(sys.argv[1]), "pico")), HiddenStore(limit_bytes=0) as store:
+    store.put("a", torch.ones(1000))
+    print("there", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_hidden_states_of_killed_runs_go_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, whether the run goes on with the same TMPDIR or another; those of a run that is alive stay."""
+    places = {name: tmp_path / name for name in ("killed", "alive", "now")}
+    running = {}
+    for name, place in places.items():
+        place.mkdir()
+        if name != "now":
+            command = [sys.executable, "-c", SPILLING, str(tmp_path / f"work-{name}")]
+            environment = {**os.environ, "TMPDIR": str(place)}
+            running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        for process in running.values():
+            assert process.stdout is not None
+            assert process.stdout.readline() == "there\n"
+        (left,), (used,) = (list(places[name].iterdir()) for name in running)
+        assert left.stat().st_size
+        running["killed"].kill()
+        running["killed"].wait()
+        monkeypatch.setattr("tempfile.tempdir", str(places["alive"]))
+        with folder_lock(WorkFolder(tmp_path / "another", "pico")):
+            assert used.exists(), "another process uses it"
+            assert left.exists(), "nothing here says that it is there"
+        monkeypatch.setattr("tempfile.tempdir", str(places["now"]))
+        with folder_lock(WorkFolder(tmp_path / "work-killed", "pico")):
+            assert not left.exists()
+        assert used.exists()
+        shutil.copytree(used, again := places["now"] / "mode-gguf-hidden-again")
+        with folder_lock(WorkFolder(tmp_path / "another", "pico")):
+            assert not again.exists()
+    finally:
+        for process in running.values():
+            process.kill()
+            process.communicate()

@@ -118,6 +118,16 @@ def test_pictures_are_found_from_anywhere(
     assert run_report(folder.path, drawn.path / "held-out").read_text().count("data:image/webp") == 4
 
 
+def test_pictures_from_elsewhere_are_shown_if_they_are_asked_for(folder: WorkFolder, tmp_path: Path) -> None:
+    """A stranger's work folder names no private picture."""
+    images = folder.path / "held-out" / "images"
+    images.rename(tmp_path / "elsewhere")
+    images.symlink_to(tmp_path / "elsewhere")
+    held_out = folder.path / "held-out"
+    assert "data:image/webp" not in run_report(folder.path, held_out).read_text()
+    assert run_report(folder.path, held_out, outside=True).read_text().count("data:image/webp") == 4
+
+
 def test_a_report_that_somebody_edited_stays_edited(folder: WorkFolder) -> None:
     settings = json.loads(folder.stages.read_text())["validate"]["settings"]
     folder.report.write_text(folder.report.read_text().replace("llama.cpp b1", "llama.cpp b2"))

@@ -124,3 +124,47 @@ def test_empty_file(tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(InputError, match=r"none\.jsonl: holds no line"):
         load_held_out(tmp_path / "none.jsonl")
+
+
+def test_long_questions(held_out_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(held_out_folder, folder)
+    row = {"image": "images/0.png", "question": "What? " * 100_000}
+    (folder / "questions.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=r"questions\.jsonl:1: 'question' has 600,000 characters"):
+        load_held_out(folder)
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "questions.jsonl"])
+def test_arrays_do_as_well_as_lines(held_out_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(held_out_folder, folder)
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    (folder / name).write_text(json.dumps(rows, indent=1))
+    before, after = load_held_out(held_out_folder), load_held_out(folder)
+    assert after.texts == before.texts
+    assert [one.question for one in after.questions] == [one.question for one in before.questions]
+
+
+def test_files_in_the_folder_by_links_and_dots(held_out_folder: Path, tmp_path: Path) -> None:
+    """What stays in the folder is no harm, however it is named; nor is a folder that is a link itself."""
+    folder = tmp_path / "copy"
+    shutil.copytree(held_out_folder, folder)
+    (folder / "link.png").symlink_to("images/0.png")
+    rows = [{"image": name, "question": "?"} for name in ("link.png", "images/../images/0.png", f"{folder}/link.png")]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "linked").symlink_to(folder)
+    for one in (folder, tmp_path / "linked"):
+        assert len(load_held_out(one).questions) == 3
+
+
+@pytest.mark.parametrize("name", ["loop.png", "a\0b", "/dev/zero", "/proc/self/environ", "../copy2/x.png"])
+def test_hostile_names(held_out_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(held_out_folder, folder)
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "questions.jsonl").write_text(json.dumps({"image": name, "question": "?"}))
+    with pytest.raises(InputError, match=r"questions\.jsonl:1: .*lies outside"):
+        load_held_out(folder)
+    with pytest.raises(InputError, match=r"questions\.jsonl:1: "):
+        load_held_out(folder, outside=True)

@@ -53,8 +53,8 @@ def command(
 def _table(frontier: "Frontier") -> Table:
     """Planned and uniform points by size."""
     titles = ["cost"] if frontier.answers == ("cost",) else [f"{answer} KL" for answer in frontier.answers]
-    title = cell(f"predicted for {frontier.model}, preset {frontier.preset}")
-    table = Table("", box=None, title=title, title_justify="left")
+    above = cell(f"predicted for {frontier.model}, preset {frontier.preset}")
+    table = Table("", box=None, title=above, title_justify="left")
     for title in ("size", "bpw", *titles):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("types, % of experts' bytes")

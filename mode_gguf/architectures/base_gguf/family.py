@@ -8,8 +8,10 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from gguf import Keys
 
-from mode_gguf.architectures.base_gguf import match
 from mode_gguf.architectures.base_gguf.files import BaseGguf
+from mode_gguf.architectures.base_gguf.match import with_matches
+from mode_gguf.architectures.base_gguf.same_settings import check_settings
+from mode_gguf.architectures.base_gguf.same_weights import check_weights
 from mode_gguf.architectures.common_keys import Metadata
 from mode_gguf.architectures.family import ModelFamily, TextModel, VisionTower
 from mode_gguf.architectures.hparams import Hparams, config
@@ -26,12 +28,15 @@ _NO_IMAGE: Final = ("input_ids", "attention_mask", "token_type_ids", "mm_token_t
 """Outputs of a processor that are not the image."""
 
 
-def checkpoint_with_base(checkpoint: Checkpoint | None, base: BaseGguf, *, compared: bool = True) -> Checkpoint:
+def checkpoint_with_base(
+    checkpoint: Checkpoint | None, base: BaseGguf, *, compared: bool = True, measured: bool = True
+) -> Checkpoint:
     """A checkpoint whose text model and projector are those of a base GGUF, once they are known to go together.
 
     Args:
         checkpoint: None for a conversion that runs no model.
-        compared: whether weights are looked for in the checkpoint, which the statistics of dense matrices need.
+        compared: whether weights are compared, which have to be there.
+        measured: whether the model is run, so that dense matrices are looked for in it, too.
 
     Raises:
         InputError: the base is another model's, or lacks the projector of a model with a vision encoder.
@@ -44,8 +49,11 @@ def checkpoint_with_base(checkpoint: Checkpoint | None, base: BaseGguf, *, compa
             "--mmproj, and give it with --base-mmproj"
         )
     identity = replace(checkpoint.identity, files=(*checkpoint.identity.files, *base.files))
+    check_settings(checkpoint, base)
     if compared:
-        base = match.matched_base(checkpoint, base)
+        check_weights(checkpoint, base)
+    if compared and measured:
+        base = with_matches(checkpoint, base)
     return replace(checkpoint, base=base, identity=identity)
 
 

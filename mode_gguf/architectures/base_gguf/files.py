@@ -14,6 +14,7 @@ import numpy as np
 from gguf import Keys
 
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Order, Role, SourceTensor
+from mode_gguf.checkpoint.finite import check_finite
 from mode_gguf.errors import InputError
 from mode_gguf.gguf.header import GgufHeader, TensorInfo, read_header
 from mode_gguf.gguf.shards import COUNT_KEY, NUMBER_KEY, TENSORS_KEY
@@ -69,12 +70,18 @@ class GgufReader:
     by_expert: bool
 
     def __call__(self, index: int, rows: slice = ALL_ROWS, /) -> Array:
-        """Expert `index`, or the tensor itself; only those rows are read."""
+        """Expert `index`, or the tensor itself; only those rows are read.
+
+        Raises:
+            InputError: one of the weights is NaN or infinite, or the file cannot be read any more.
+        """
         try:
             stored = np.memmap(self.info.file, FLOAT_TYPES[self.info.type], "r", self.info.offset, self.info.shape)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.info.file}: tensor {self.info.name} cannot be read ({error})") from error
-        return np.array(stored[index][rows] if self.by_expert else stored[rows], order="C", subok=False)
+        read = np.array(stored[index][rows] if self.by_expert else stored[rows], order="C", subok=False)
+        parts = (index, rows) if self.by_expert else (rows,)
+        return check_finite(read, self.info.file, self.info.name, self.info.shape, parts)
 
 
 @dataclass(frozen=True, slots=True)

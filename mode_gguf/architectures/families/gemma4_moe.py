@@ -20,6 +20,7 @@ TOKENIZER = Tokenizer(
     visible=frozenset(
         {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
     ),
+    defaults={"unk": "<unk>", "bos": "<bos>", "eos": "<eos>", "pad": "<pad>"},
 )
 
 

@@ -2,7 +2,7 @@
 
 from mode_gguf.architectures.family import ModelFamily
 from mode_gguf.architectures.text import qwen3_5_moe
-from mode_gguf.architectures.tokenizer import Tokenizer
+from mode_gguf.architectures.tokenizer import QWEN_DEFAULTS, Tokenizer
 from mode_gguf.architectures.vision import qwen
 
 TOKENIZER = Tokenizer(
@@ -10,6 +10,7 @@ TOKENIZER = Tokenizer(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     normalizer="NFC",
+    defaults=QWEN_DEFAULTS,
 )
 
 FAMILY = ModelFamily(

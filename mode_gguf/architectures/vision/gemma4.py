@@ -16,6 +16,7 @@ from mode_gguf.architectures.common_keys import Metadata, MetadataValue, common_
 from mode_gguf.architectures.family import VisionTower
 from mode_gguf.architectures.hparams import Hparams, config, image_hparams, vision_hparams
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage
+from mode_gguf.architectures.rope import check_tower
 from mode_gguf.architectures.rules import ModuleRules, Ranges, TensorRule, View, check_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Array
 from mode_gguf.checkpoint.folder import Checkpoint
@@ -126,8 +127,7 @@ def _check(vision: Hparams) -> None:
         vision.int("hidden_size"),
         "divides the width among the heads (this is head_dim times heads)",
     )
-    rope = vision.get("rope_parameters") or {}
-    vision.require("rope_theta", rope.get("rope_theta", ROPE_THETA), ROPE_THETA, "knows no other")
+    check_tower(vision, ROPE_THETA)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -13,13 +13,11 @@ from gguf.constants import VisionProjectorType
 from mode_gguf.architectures.common_keys import Metadata, common_vision_keys
 from mode_gguf.architectures.family import VisionTower
 from mode_gguf.architectures.hparams import Hparams, text_hparams, vision_hparams
+from mode_gguf.architectures.rope import check_tower
 from mode_gguf.architectures.rules import ModuleRules
 from mode_gguf.architectures.vision import qwen
 
 PROJECTOR = VisionProjectorType.GLM4V
-
-ROPE_THETA = 10_000.0
-"""The base of the tower's rotary embedding: a constant in llama.cpp."""
 
 MERGE = 2
 """Patches a side that a token stands for."""
@@ -67,10 +65,7 @@ def _check(vision: Hparams) -> None:
     vision.expect("spatial_merge_size", MERGE, "merges two by two patches")
     hidden = text_hparams(vision.checkpoint).int("hidden_size")
     vision.expect("out_hidden_size", hidden, "makes images as wide as the text", default=OUTPUT_WIDTH)
-    if vision.get("rope_parameters"):
-        rope = vision.section("rope_parameters")
-        rope.expect("rope_type", "axial", "knows no other positions")
-        rope.expect("rope_theta", ROPE_THETA, "has this base")
+    check_tower(vision, qwen.ROPE_THETA)
 
 
 TOWER = VisionTower(

@@ -13,13 +13,13 @@ import numpy as np
 from gguf import Keys
 from gguf.constants import VisionProjectorType
 
+from mode_gguf.architectures.added_tokens import special_token
 from mode_gguf.architectures.common_keys import Metadata, common_vision_keys, vision_ranges
 from mode_gguf.architectures.family import VisionTower
 from mode_gguf.architectures.hparams import Hparams, config, image_hparams, vision_hparams
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage
 from mode_gguf.architectures.rules import ModuleRules, Ranges, View, as_stored, check_shape, refuse_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Array
-from mode_gguf.architectures.tokenizer import special_token
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 

@@ -20,12 +20,16 @@ from gguf import Keys
 from mode_gguf.architectures.common_keys import MetadataValue, common_vision_keys
 from mode_gguf.architectures.hparams import Hparams, config, image_hparams, vision_hparams
 from mode_gguf.architectures.images import ImagePlace, ImageSize, PlacedImage
+from mode_gguf.architectures.rope import check_tower
 from mode_gguf.architectures.rules import ModuleRules, TensorRule, Transform, View, refuse_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Array
 from mode_gguf.checkpoint.folder import Checkpoint
 
 LAYER_NORM_EPSILON = 1e-5
 """The epsilon of every LayerNorm of the tower: a constant in its model, not a hyperparameter."""
+
+ROPE_THETA = 10_000.0
+"""The base of rotary positions: a constant, too."""
 
 MERGE = 2
 """Patches that a token takes in each direction."""
@@ -163,6 +167,7 @@ def check(vision: Hparams) -> None:
     """Refuse what llama.cpp's projectors have no other value for, with an `InputError`."""
     side, merge = positions_per_side(vision), list(vision.get("merge_kernel_size", [MERGE, MERGE]))
     width = vision.get("pos_emb_width", vision.get("init_pos_emb_width", side))
+    check_tower(vision, ROPE_THETA)
     vision.require("merge_kernel_size", merge, [MERGE, MERGE], "merges so many")
     vision.require("init_pos_emb_width", width, side, "takes tables of positions with as many columns as rows")
     images = replace(image_hparams(vision.checkpoint), reader=vision.reader)

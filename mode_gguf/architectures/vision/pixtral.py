@@ -13,13 +13,14 @@ from math import sqrt
 from gguf import MODEL_TENSOR, TENSOR_NAMES, Keys
 from gguf.constants import VisionProjectorType
 
+from mode_gguf.architectures.added_tokens import special_token
 from mode_gguf.architectures.common_keys import Metadata, common_vision_keys, vision_ranges
 from mode_gguf.architectures.family import VisionTower
 from mode_gguf.architectures.hparams import Hparams, config, vision_hparams
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
+from mode_gguf.architectures.rope import check_tower
 from mode_gguf.architectures.rules import EMBEDDING, ModuleRules, Ranges, TensorRule, View, refuse_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Array, Role
-from mode_gguf.architectures.tokenizer import special_token
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
 
@@ -117,9 +118,7 @@ def _check(vision: Hparams) -> None:
     vision.expect("model_type", "pixtral", "has the projector of this tower", default=None)
     if vision.get("hidden_act") != "gelu":
         vision.expect("hidden_act", "silu", "has gelu and silu only")
-    rope = {"rope_theta": vision.get("rope_theta", ROPE_THETA), **(vision.get("rope_parameters") or {})}
-    vision.require("rope_theta", rope["rope_theta"], ROPE_THETA, "rotates with this base")
-    vision.require("rope_type", rope.get("rope_type", "axial"), "axial", "rotates rows and columns apart")
+    check_tower(vision, ROPE_THETA)
     vision.expect("num_channels", 3, "takes RGB")
     outside.expect("vision_feature_layer", -1, "takes the last block's output")
     outside.expect("projector_hidden_act", "gelu", "uses this activation")

@@ -9,6 +9,7 @@ from mode_gguf.architectures.common_keys import Metadata, common_vision_keys, vi
 from mode_gguf.architectures.family import VisionTower
 from mode_gguf.architectures.hparams import Hparams, text_hparams, vision_hparams
 from mode_gguf.architectures.images import ImagePlace, PlacedImage
+from mode_gguf.architectures.rope import check_tower
 from mode_gguf.architectures.rules import ModuleRules, Ranges, TensorRule, View, refuse_shape
 from mode_gguf.architectures.tensors import ALL_ROWS, Role
 from mode_gguf.checkpoint.folder import Checkpoint
@@ -18,6 +19,9 @@ PROJECTOR = VisionProjectorType.QWEN3VL
 
 LAYER_NORM_EPSILON = 1e-6
 """The epsilon of every LayerNorm of the tower: a constant in transformers' model, not a hyperparameter."""
+
+ROPE_THETA = 10_000.0
+"""The base of rotary positions: a constant in llama.cpp."""
 
 FRAMES = 2
 """Time steps of the patch convolution."""
@@ -111,6 +115,7 @@ def _check(vision: Hparams) -> None:
     """Refuse what llama.cpp's projector has one value for only, and more DeepStack mergers than it can run."""
     vision.expect("hidden_act", "gelu_pytorch_tanh", "uses this activation", default=None)
     vision.expect("temporal_patch_size", FRAMES, "takes two frames at a time")
+    check_tower(vision, ROPE_THETA)
     taps, layers = deepstack_taps(vision), text_hparams(vision.checkpoint).int("num_hidden_layers")
     if len(taps) >= layers:
         raise InputError(

@@ -1,7 +1,7 @@
 """Calibration: the model's statistics, the plain importance matrix and the probes, or llama-imatrix's file instead."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
-from mode_gguf.errors import InputError
+from mode_gguf.errors import InputError, reason
 from mode_gguf.export.imatrix_file import write_imatrix
+from mode_gguf.export.tokenizer import checked_vocabulary
 from mode_gguf.options import CalibrationOptions, ComputeOptions
 from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.samples_key import calibration_key, calibration_samples
@@ -19,6 +20,7 @@ from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
     from mode_gguf.calibration.statistics import CalibrationStatistics
+    from mode_gguf.data.sample import Sample
     from mode_gguf.importance.imatrix import Imatrix
 
 log = logging.getLogger(__name__)
@@ -88,11 +90,12 @@ class Calibrate(Stage):
         from mode_gguf.forward.modality import KeyTokens
         from mode_gguf.importance.imatrix import balanced_imatrix
 
+        samples = checked_samples(run.checkpoint, self.options)
         with unknown_model_errors(run.checkpoint, "give llama-imatrix's file of this model with --calibration-from"):
             statistics, probes = on_all_ranks(
                 calibrate_and_probe,
                 run.checkpoint.identified(),
-                calibration_samples(self.options),
+                samples,
                 device=self.compute.device,
                 key_tokens=KeyTokens.of(self.options),
                 hidden_bytes=self.compute.hidden_memory,
@@ -104,6 +107,24 @@ class Calibrate(Stage):
         for warning in calibration_warnings(statistics):
             log.warning("%s", warning)
         save_imatrix(run.folder.imatrix, balanced_imatrix(statistics, text_tensors(run.checkpoint)), statistics)
+
+
+def checked_samples(checkpoint: Checkpoint, options: CalibrationOptions) -> "Sequence[Sample]":
+    """The samples that the options stand for, of a checkpoint whose tokenizer, template and processor take them.
+
+    Raises:
+        InputError: a sample cannot be read, or one of the checkpoint's files cannot be used.
+    """
+    from mode_gguf.forward.inputs import check_inputs
+
+    samples, vocabulary = calibration_samples(options), checked_vocabulary(checkpoint)
+    check_inputs(
+        checkpoint,
+        chats=any(sample.messages for sample in samples),
+        pictures=any(sample.has_image for sample in samples),
+        tokens=vocabulary.tokens if vocabulary else None,
+    )
+    return samples
 
 
 def stored_statistics(run: Run, *, sums: bool = True) -> "CalibrationStatistics":
@@ -171,8 +192,9 @@ def unknown_model_errors(checkpoint: Checkpoint, way_out: str) -> Iterator[None]
     """
     try:
         yield
+    except (MemoryError, RecursionError, OverflowError) as error:
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason(error)})") from error
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         if checkpoint.base is None:
             raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason}); {way_out}") from error
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason(error)}); {way_out}") from error

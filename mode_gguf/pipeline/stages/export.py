@@ -37,6 +37,8 @@ from mode_gguf.workfolder import (
 
 log = logging.getLogger(__name__)
 
+_LEAST_OF_BUDGET = 0.8
+"""Part of a budget that a plan for it uses at least, even of the smallest models; one with less was edited."""
 REFERENCE_TYPE = QUANT_TYPES["BF16"]
 """Type of the full-precision reference: the checkpoint's own weights, unless they are stored in more bits."""
 
@@ -212,7 +214,8 @@ def model_path(folder: WorkFolder, plan: Plan) -> Path:
     """Path of the text model of `plan`: its name has the size that was asked for, or that an edited plan comes to."""
     if plan.budget is None:
         return folder.file(uniform_file_name(folder.name, plan.main_type))
-    bpw = plan.budget.value if plan.budget.kind == "bpw" and not plan.is_edited else plan.bpw
+    asked = plan.budget.value if plan.budget.kind == "bpw" and not plan.is_edited else plan.bpw
+    bpw = asked if _LEAST_OF_BUDGET * asked <= plan.bpw <= asked * (1 + 1e-9) else plan.bpw
     return folder.file(model_file_name(folder.name, bpw, plan.main_type, groups=plan.has_expert_groups))
 
 

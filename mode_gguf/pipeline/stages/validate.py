@@ -58,7 +58,7 @@ class Validate(Stage):
             "report schema": SCHEMAS["report"],
             "projector": self._projector(run),
             "held-out data": str(options.samples or "built-in"),
-            "its samples": held_out_contents(run, options.samples),
+            "its samples": held_out_contents(run, options),
             "transformers' predictions": file_identity(run.folder.probes),
             "llama.cpp": options.llama_cpp,
             **self._runtimes(run),

@@ -43,8 +43,9 @@ GLM4V = FamilyCase(
             VISION,
             r"(vision )?rope_\w+",
             {"rope_theta": 1e6},
-            {"rope_type": "default"},
+            {"rope_type": "yarn", "factor": 2.0},
         ),
+        *unlike(VISION, names="vision ", rope_theta=1e6),
         Refusal(VISION, {"rope_parameters": "axial"}, r"config\.json: (vision )?rope_\w+ is .*expected"),
         Refusal(
             None,

@@ -13,7 +13,7 @@ from mode_gguf.architectures.tensors import Role
 from mode_gguf.checkpoint.folder import Checkpoint
 from tests.families import prompts
 from tests.families.case.shared import DENSE_FFN, FEW, OUTSIDE, SHARED_EXPERTS, absorbed
-from tests.families.family_case import Conversion, FamilyCase, StockDifference, block, weights
+from tests.families.family_case import Change, Conversion, FamilyCase, StockDifference, block, weights
 from tests.families.pico import kimi as pico
 from tests.families.refusal import TEXT, VISION, Refusal, of_rope, refused_ropes, unlike
 
@@ -104,6 +104,10 @@ KIMI_VL = FamilyCase(
     # Only models of 26 or 27 layers may leave the rank out.
     text_keys={**KIMI_TEXT_KEYS, "attention.q_lora_rank": 0},
     projector_keys={"vision.image_max_pixels": None},
+    changes=(
+        Change("renormalised by default", TEXT, {"norm_topk_prob": None}, {"expert_weights_norm": True}),
+        Change("dynamic", TEXT, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    ),
     stock=(
         StockDifference(
             "columns and rows mixed",
@@ -125,6 +129,7 @@ KIMI_VL = FamilyCase(
 KIMI_K25 = FamilyCase(
     name="kimi-k2.5",
     refusals=(
+        *of_rope("rope_parameters", VISION, "vision rope_theta", {"rope_type": "axial", "rope_theta": 1e6}),
         *unlike(VISION, merge_kernel_size=[1, 1], init_pos_emb_width=4),
         # As many layers as llama.cpp expects none in.
         Refusal(TEXT, {"num_hidden_layers": 27}, "q_lora_rank is 256 with 27 layers"),

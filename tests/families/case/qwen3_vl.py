@@ -4,7 +4,7 @@ from mode_gguf.architectures import text_tensors
 from tests.families.case.shared import FRAMES, QWEN, QWEN3_LAYER, QWEN3_PARAMETERS, QWEN_VISION, table_gelu
 from tests.families.family_case import FamilyCase, weights
 from tests.families.pico import qwen3_vl_moe as pico
-from tests.families.refusal import TEXT, Refusal, of_rope, refused_ropes, unlike
+from tests.families.refusal import TEXT, VISION, Refusal, of_rope, refused_ropes, unlike
 
 DEEPSTACK = weights(" ".join(f"v.deepstack.{tap}.{part}.*" for tap in (0, 2) for part in ("norm", "fc1", "fc2")))
 QWEN3_VL = FamilyCase(
@@ -14,6 +14,8 @@ QWEN3_VL = FamilyCase(
         *unlike(TEXT, decoder_sparse_step=2),
         *of_rope("rope_scaling", TEXT, r"\w+", *refused_ropes(mrope_section=[12, 10, 10])),
         *of_rope("rope_scaling", TEXT, "mrope_section", {"mrope_section": [12, 10]}, {"mrope_section": [8, 8, 8, 8]}),
+        *of_rope("rope_parameters", VISION, r"vision rope_\w+", {"rope_theta": 1e6}, {"type": "linear", "factor": 2.0}),
+        *unlike(VISION, names="vision ", rope_theta=1e6),
         *unlike(TEXT, mrope_section=[24, 20, 20], partial_rotary_factor=0.5),
         Refusal(TEXT, {"num_hidden_layers": None}, r"num_hidden_layers \(int\) is missing", text_tensors),
         Refusal(TEXT, {"num_hidden_layers": 4}, r"layers\.3\.input_layernorm\.weight is missing", text_tensors),
