@@ -16,6 +16,8 @@ from mode_gguf.errors import InputError
 
 Array: TypeAlias = np.ndarray
 
+MOST_TOKENS: Final = 1 << 22
+"""Tokens of a vocabulary, at most: ten times the largest one known."""
 KIND: Final = "probes"
 """Kind of the artefact."""
 LISTED: Final = 1024
@@ -158,10 +160,10 @@ class Probes:
 
 def _probe(arrays: Mapping[str, Array], number: int, described: Mapping[str, Any]) -> Probe:
     place = described["place"]
-    return Probe(
+    probe = Probe(
         name=str(described["name"]),
         text=str(described["text"]),
-        tokens=tuple(arrays[f"{number}.tokens"].tolist()),
+        tokens=tuple(map(int, arrays[f"{number}.tokens"])),
         beginning=int(described["beginning"]),
         distributions=Distributions(
             arrays[f"{number}.listed"], arrays[f"{number}.log_probs"], int(described["vocabulary"])
@@ -169,4 +171,29 @@ def _probe(arrays: Mapping[str, Array], number: int, described: Mapping[str, Any
         is_chat=bool(described["is_chat"]),
         picture=arrays.get(f"{number}.picture"),
         place=None if place is None else (int(place[0]), int(place[1])),
+    )
+    if not _is_sound(probe):
+        raise ValueError(f"sizes or numbers of {probe.name!r:.40} do not go together")
+    return probe
+
+
+def _is_sound(probe: Probe) -> bool:
+    """Whether arrays have the shapes, and numbers the ranges, that `Probe` says."""
+    listed, log_probs = probe.distributions.tokens, probe.distributions.log_probs
+    vocabulary = probe.distributions.vocabulary
+    picture, place, length = probe.picture, probe.place, len(probe.tokens)
+    return (
+        0 < vocabulary <= MOST_TOKENS
+        and listed.ndim == 2
+        and listed.shape == log_probs.shape
+        and listed.dtype.kind == "i"
+        and log_probs.dtype.kind == "f"
+        and 0 < len(listed) <= length
+        and listed.shape[1] > 0
+        and bool((listed >= 0).all() and (listed < vocabulary).all() and not np.isnan(log_probs).any())
+        and 0 <= probe.beginning <= length
+        and all(0 <= token < vocabulary for token in probe.tokens)
+        and (picture is None) == (place is None)
+        and (picture is None or (picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8))
+        and (place is None or 0 <= place[0] < place[1] <= length - len(listed))
     )

@@ -1,5 +1,6 @@
 """What calibration stores of every family in transformers, beside the files that are exported, in llama.cpp."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,11 +126,38 @@ def test_save_and_load(first: tuple[Probes, Path, Path], tmp_path: Path) -> None
         np.testing.assert_array_equal(one.picture, other.picture)
 
 
-def test_another_file_holds_no_probes(first: tuple[Probes, Path, Path], tmp_path: Path) -> None:
+def without_tokens(arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+    del arrays["0.tokens"]
+
+
+def flat_picture(arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+    arrays["4.picture"] = arrays["4.picture"].ravel()
+
+
+def token_beyond(arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+    arrays["0.listed"][0, 0] = 1 << 20
+
+
+def place_beyond(arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+    metadata["probes"][4]["place"] = [0, 1 << 20]
+
+
+def huge_vocabulary(arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+    metadata["probes"][0]["vocabulary"] = 1 << 40
+
+
+def no_chat(arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+    metadata["chat"] = {"templates": 1}
+
+
+@pytest.mark.parametrize("change", [without_tokens, flat_picture, token_beyond, place_beyond, huge_vocabulary, no_chat])
+def test_a_file_of_another_form_holds_no_probes(
+    change: Callable[..., None], first: tuple[Probes, Path, Path], tmp_path: Path
+) -> None:
     path = tmp_path / "probes.safetensors"
     first[0].save(path)
     arrays, metadata = read_arrays(path)
-    del arrays["0.tokens"]
+    change(arrays, metadata)
     write_arrays(path, arrays, metadata)
     with pytest.raises(InputError, match="holds no probes as calibration writes them"):
         Probes.load(path)

@@ -40,7 +40,7 @@ from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.validate import ComparedModels, validate
 from mode_gguf.vocabulary import ProjectorType
-from mode_gguf.workfolder import WorkFolder, failure_path
+from mode_gguf.workfolder import WorkFolder, failure_path, uniform_file_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def probes_beside(reference: Path) -> Probes | None:
         probes = Probes.load(WorkFolder(reference.parent, "").probes)
     except InputError:
         return None
-    return probes if reference.name == f"{probes.model}-{REFERENCE_TYPE.name}.gguf" else None
+    return probes if reference.name == uniform_file_name(probes.model, REFERENCE_TYPE.name) else None
 
 
 def run_settings(options: ValidationOptions, threads: int | None = None) -> RunSettings:
