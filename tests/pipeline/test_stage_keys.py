@@ -254,7 +254,7 @@ def test_no_stage_opens_a_file_that_is_not_in_its_key(written: Inputs, out: Path
     assert {"tokenizer_config.json", "preprocessor_config.json", "config.json"} <= found["calibrate"]
     assert {"tokenizer.json", "README.md", "generation_config.json"} <= found["export"]
     for stage, names in found.items():
-        covered = " ".join(entries[stage]["settings"]) + " config.json model.safetensors.index.json"
+        covered = json.dumps(entries[stage]["settings"]) + " config.json model.safetensors.index.json"
         missing = {name for name in names if name not in covered and not name.endswith(".safetensors")}
         assert missing == set(), stage
 

@@ -65,7 +65,7 @@ class ExportText(Stage):
 
     def key(self, run: Run) -> dict[str, Any]:
         plan = self.resolved_plan(run)
-        settings = packed_key(run, plan, self.imatrix, self._feedback(run, plan))
+        settings = packed_key(run, plan, self.imatrix, self.feedback(run, plan))
         if not projector_tensors(run.checkpoint):
             settings["projector"] = "none"
         return {
@@ -85,7 +85,7 @@ class ExportText(Stage):
         path = model_path(run.folder, plan)
         return tuple(text_model_files(path, run.checkpoint, plan.types, plan.experts, self.options.shard_size))
 
-    def _feedback(self, run: Run, plan: Plan) -> Calibrate | None:
+    def feedback(self, run: Run, plan: Plan) -> Calibrate | None:
         """The stage on whose samples weights are rounded with feedback; None where they are rounded to nearest."""
         if (self.rounding or plan.rounding) == "nearest":
             return None
@@ -105,7 +105,7 @@ class ExportText(Stage):
         check_tensors(run.checkpoint, plan)
         if beyond := _beyond_budget(run.checkpoint, plan):
             log.warning("%s", beyond)
-        if calibrate := self._feedback(run, plan):
+        if calibrate := self.feedback(run, plan):
             run.ensure(RoundWithFeedback(plan, calibrate, self.imatrix))
         with run.recorded(self):
             self.write(run)
@@ -120,7 +120,7 @@ class ExportText(Stage):
         if kind == "fisher" and not packed_with.exists():
             raise MissingResourceError(f"{packed_with}: not there; `mode-gguf sensitivity` writes it")
         with_imatrix = packed_with.exists() and not plan.is_full_precision
-        calibrate = self._feedback(run, plan)
+        calibrate = self.feedback(run, plan)
         write_text_model(
             model_path(folder, plan),
             run.checkpoint,

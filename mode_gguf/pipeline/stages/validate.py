@@ -31,7 +31,7 @@ from mode_gguf.pipeline.stages.export import (
     projector_path,
     reference_fits,
 )
-from mode_gguf.pipeline.stages.feedback import warnings_of_rounding
+from mode_gguf.pipeline.stages.feedback import RoundWithFeedback, warnings_of_rounding
 from mode_gguf.probes import Probes
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.conversion_record import ConversionRecord
@@ -110,7 +110,7 @@ class Validate(Stage):
                 ),
                 folder.report,
                 self.options,
-                Notes((*base_warnings(run.checkpoint), *_warnings(folder, plan)), conversion_record(folder)),
+                Notes((*base_warnings(run.checkpoint), *_warnings(run, self.export, plan)), conversion_record(folder)),
                 reference_folder=folder.reference,
                 progress=run.progress,
             )
@@ -193,8 +193,12 @@ def _changed(options: ValidationOptions) -> dict[str, Any]:
     return {} if alike == plain else {"validation": repr(alike)}
 
 
-def _warnings(folder: WorkFolder, plan: Plan) -> list[str]:
-    return [*stored_warnings(folder), *(warnings_of_rounding(folder) if plan.rounding == "feedback" else [])]
+def _warnings(run: Run, export: ExportText, plan: Plan) -> list[str]:
+    """Warnings of calibration, and of the rounding that the file had: rounding.json may be of another one since."""
+    calibrate = export.feedback(run, plan)
+    rounded = calibrate and RoundWithFeedback(plan, calibrate, export.imatrix)
+    of_file = rounded is not None and run.cache.has_settings(rounded.state(run))
+    return [*stored_warnings(run.folder), *(warnings_of_rounding(run.folder) if of_file else [])]
 
 
 @contextmanager
