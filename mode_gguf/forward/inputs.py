@@ -156,7 +156,8 @@ class InputBuilder:
         )
         width, height = place.image.size
         with foreign_errors(
-            f"{sample.origin}: {self.checkpoint.path}'s image processor cannot take a picture of {width} x {height}"
+            f"{sample.origin}: {self.checkpoint.path}'s image processor cannot take a picture of {width} x {height}",
+            "leave the picture out, or see that preprocessor_config.json is the one published with these weights",
         ):
             placed = self.family.vision.place_image(place)
             tokens = torch.tensor(placed.tokens, dtype=torch.int64)
