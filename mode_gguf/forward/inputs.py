@@ -188,7 +188,8 @@ class InputBuilder:
         for place, opened in zip(places, sample.open_images(), strict=True):
             with foreign_errors(
                 f"{sample.origin}: {self.checkpoint.path}'s image processor cannot take a picture of "
-                f"{opened.width} x {opened.height}"
+                f"{opened.width} x {opened.height}",
+                "leave the picture out, or see that preprocessor_config.json is the one published with these weights",
             ):
                 placed.append(self._place(opened, self.max_image_pixels // len(places)))
                 tokens = torch.tensor(placed[-1].tokens, dtype=torch.int64)
