@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mode_gguf.errors import InputError, MissingResourceError
+from mode_gguf.regular_files import check_regular
 
 SCHEMAS: Final[Mapping[str, int]] = {
     "calibration": 2,
@@ -135,6 +136,7 @@ def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
         InputError: the file is missing, is not safetensors, was written by another schema version, or is of another
             kind.
     """
+    check_regular(path, "safetensors artefact")
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
@@ -184,6 +186,7 @@ def read_sample_text(path: Path) -> str:
         InputError: it is larger than `MAX_SAMPLE_BYTES`.
         OSError, UnicodeDecodeError: it cannot be read as UTF-8.
     """
+    check_regular(path, "file of samples")
     if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
         raise InputError(f"{path}: {size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it")
     return path.read_text(encoding="utf-8")
@@ -230,6 +233,7 @@ def read_record(path: Path, record: type[RecordT], what: str) -> RecordT:
     Raises:
         InputError: not there, not JSON, or a field that makes no sense; the message names it.
     """
+    check_regular(path, what)
     try:
         return record.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -248,6 +252,7 @@ def fingerprint(*parts: Any) -> str:
 
 def file_fingerprint(path: Path) -> str:
     """A digest of a file's whole content; meant for files that are small next to a model."""
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

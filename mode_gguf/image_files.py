@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from mode_gguf.errors import InputError
+from mode_gguf.regular_files import check_regular
 
 MAX_PIXELS = 2**26
 """Size limit of an image, which takes 200 MB decoded then; every model looks at far fewer pixels."""
@@ -21,6 +22,8 @@ def open_image_file(source: Path | bytes | Image.Image, name: str) -> Image.Imag
     """
     if isinstance(source, Image.Image):
         return source.convert("RGB")
+    if isinstance(source, Path):
+        check_regular(source, "picture")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
             width, height = opened.size

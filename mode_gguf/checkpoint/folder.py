@@ -17,6 +17,7 @@ import numpy as np
 
 from mode_gguf.checkpoint import compressed_tensors, fp8
 from mode_gguf.errors import InputError
+from mode_gguf.regular_files import check_regular
 
 if TYPE_CHECKING:
     from mode_gguf.architectures.base_gguf import BaseGguf
@@ -233,6 +234,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, is too large, is not UTF-8 JSON, or holds something other than an object.
     """
+    check_regular(path, "JSON file")
     try:
         if (size := path.stat().st_size) > _MAX_JSON_BYTES:
             raise InputError(f"{path}: {size:,} bytes of JSON found, {_MAX_JSON_BYTES:,} at most are read")
@@ -259,6 +261,7 @@ def _check_folder(folder: Path) -> None:
         return
     if not folder.exists():
         raise InputError(f"{folder}: no such folder; expected a Hugging Face checkpoint folder on disk")
+    check_regular(folder, "checkpoint folder")
     with folder.open("rb") as file:
         kind = "a GGUF file" if file.read(4) == b"GGUF" else "a file"
     raise InputError(
@@ -333,6 +336,7 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     Nothing is allocated for what the file does not hold: a length is compared with the file's before it is read, and
     shapes with the bytes that the tensor has.
     """
+    check_regular(path, "safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
