@@ -74,7 +74,7 @@ def imatrix_error(
                 arrays[f"{tensor.name}.expert"] = _text_only(share)
                 parts.setdefault(tensor.layer or 0, []).append(share)
                 part_errors.setdefault(tensor.layer or 0, []).append(relative)
-            check_costs(arrays, tensor, types, [is_storable(tensor, quant_type) for quant_type in types])
+            check_costs(arrays, tensor, types, [stored_as(tensor, one) is not None for one in types])
     for layer, shares in parts.items():
         arrays[f"blk.{layer}.ffn_exps.expert"] = _text_only(known_sum(shares))
         arrays[f"blk.{layer}.ffn_exps.weight_error"] = known_sum(part_errors[layer])

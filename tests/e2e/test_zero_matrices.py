@@ -16,7 +16,7 @@ from mode_gguf.architectures import text_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.importance.sensitivity_table import SensitivityTable
-from tests.e2e.conftest import SMALL, Ended, Run, samples, settings
+from tests.e2e.conftest import QUICK, SMALL, Ended, Run, samples, settings
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
 
 Weights = dict[str, torch.Tensor]
@@ -155,3 +155,17 @@ def test_weights_beyond_the_scales_of_types_are_refused(
     _, errors = ended("convert", written(tmp_path / "model", huge), *few, code=4)
     assert re.search(message + " cannot be stored as Q[0-9]_[0K]; choose F32", errors[0])
     assert not list((tmp_path / "work").glob("model-*.gguf"))
+
+
+def test_an_encoder_beyond_float16_is_refused_before_anything_is_measured(tmp_path: Path, run: Run) -> None:
+    def large(weights: Weights) -> None:
+        weights["model.visual.blocks.0.attn.proj.weight"][3, 5] = 1e5
+
+    out = tmp_path / "work"
+    few = ("--bpw", "4.0", "--out", out, *QUICK, "--no-validate", "--json")
+    model = written(tmp_path / "model", large)
+    line = run("convert", model, *few, code=4)
+    assert "model.visual.blocks.0.attn.proj.weight has weights up to 9.98e+04, which overflow F16" in line
+    assert "--mmproj-type BF16 or F32" in line
+    assert not list(out.glob("*.safetensors"))
+    checked_plan(out, run("convert", model, *few, "--mmproj-type", "BF16"))

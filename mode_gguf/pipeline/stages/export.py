@@ -26,6 +26,7 @@ from mode_gguf.pipeline.stages.calibrate import Calibrate, check_same_model
 from mode_gguf.pipeline.stages.feedback import RoundWithFeedback, forget_rounded, packed_sources
 from mode_gguf.pipeline.stages.packed_key import packed_key
 from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.sizes import binary_size
 from mode_gguf.vocabulary import ImatrixKind, MtpType, ProjectorType, Rounding
 from mode_gguf.workfolder import (
     WorkFolder,
@@ -250,11 +251,11 @@ def reference_fits(checkpoint: Checkpoint) -> bool:
     fits = fits_to_compare(checkpoint)
     if not fits:
         log.warning(
-            "the %s file to compare with would take %.0f GiB of this machine's %.0f GiB of memory, so the result is "
+            "the %s file to compare with would take %s of this machine's %s of memory, so the result is "
             "only loaded and asked; compare it with `mode-gguf validate --reference` on a larger machine",
             REFERENCE_TYPE.name,
-            _reference_bytes(checkpoint) / 2**30,
-            total_memory() / 2**30,
+            binary_size(_reference_bytes(checkpoint)),
+            binary_size(total_memory()),
         )
     return fits
 
