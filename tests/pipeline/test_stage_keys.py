@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from mode_gguf import pipeline
-from mode_gguf.checkpoint.folder import Checkpoint, StoredTensor
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.checkpoint.stored_tensor import StoredTensor
 from mode_gguf.pipeline.conversion import Conversion
 from mode_gguf.pipeline.run import Stage
 from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
