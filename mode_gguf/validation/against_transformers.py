@@ -9,6 +9,7 @@ model's weights or settings, which shows at most positions.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -100,7 +101,7 @@ class _Comparison:
             return False
         found = _rendered(lambda: self.model.chat_template)
         expected = [
-            _rendered(lambda source=source: ChatTemplate(source, chat.bos, chat.eos, "the checkpoint's template"))
+            _rendered(partial(ChatTemplate, source, chat.bos, chat.eos, "the checkpoint's template"))
             for source in chat.templates
         ]
         if found in expected:

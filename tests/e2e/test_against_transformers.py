@@ -153,7 +153,7 @@ def test_convert_stops_at_a_wrong_export(
     right = ModelFamily.text_metadata
 
     def wrong(self: ModelFamily, *arguments: Any) -> Mapping[str, Any]:
-        keys = right(self, *arguments)
+        keys: Mapping[str, Any] = right(self, *arguments)
         return {key: 4.0 * value if key.endswith("rope.freq_base") else value for key, value in keys.items()}
 
     monkeypatch.setattr(ModelFamily, "text_metadata", wrong)
