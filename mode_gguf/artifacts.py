@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mode_gguf.errors import InputError, MissingResourceError
+from mode_gguf.regular_files import check_regular
 
 SCHEMAS: Final[Mapping[str, int]] = {
-    "calibration": 2,
+    "calibration": 3,
     "probes": 1,
     "sensitivity": 2,
     "token-weights": 2,
@@ -134,6 +135,7 @@ def read_metadata(path: Path, kind: str | None = None) -> dict[str, Any]:
         InputError: the file is missing, is not safetensors, was written by another schema version, or is of another
             kind.
     """
+    check_regular(path, "safetensors artefact")
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
@@ -188,6 +190,7 @@ def read_record(path: Path, record: type[RecordT], what: str) -> RecordT:
     Raises:
         InputError: not there, not JSON, or a field that makes no sense; the message names it.
     """
+    check_regular(path, what)
     try:
         return record.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -206,5 +209,6 @@ def fingerprint(*parts: Any) -> str:
 
 def file_fingerprint(path: Path) -> str:
     """A digest of a file's whole content; meant for files that are small next to a model."""
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from mode_gguf.errors import UsageError
-from mode_gguf.sizes import parse_size
+from mode_gguf.sizes import EXPECTED, parse_size
 from mode_gguf.vocabulary import (
     BudgetScope,
     Combination,
@@ -78,12 +78,14 @@ class Flag:
 
 def _size(value: Any) -> Any:
     """Bytes; a size in words is read."""
+    if isinstance(value, bool):
+        raise ValueError(EXPECTED)
     if not isinstance(value, str):
         return value
     try:
         return parse_size(value)
     except UsageError:
-        raise ValueError("a number with MiB, GiB, MB or GB expected, such as 12GiB") from None
+        raise ValueError(EXPECTED) from None
 
 
 def _half_steps(value: float) -> float:
@@ -109,10 +111,19 @@ def _numbers(value: Any) -> Any:
         raise ValueError("numbers such as 3,1 expected") from None
 
 
+def _some_names(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Names without repetitions, of which there must be some, and none empty."""
+    if not value or not all(value):
+        raise ValueError("names with commas between them expected, such as Q2_K,Q4_K")
+    return tuple(dict.fromkeys(value))
+
+
 Size: TypeAlias = Annotated[int, Field(gt=0), BeforeValidator(_size)]
-"""Bytes, also written as 12GiB or 800MB."""
+"""Bytes, also written as 12GiB (2^30 bytes each) or 800MB (10^6)."""
 Names: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_names)]
 """Names, also written with commas."""
+SomeNames: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_some_names)]
+"""Names, at least one."""
 _Weights2: TypeAlias = Annotated[tuple[float, float], BeforeValidator(_numbers)]
 _Weights3: TypeAlias = Annotated[tuple[float, float, float], BeforeValidator(_numbers)]
 _Shares: TypeAlias = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
@@ -159,9 +170,9 @@ class CalibrationOptions:
     ] = None
     """Take statistics from llama-imatrix's GGUF file instead of running the model: needs no torch, and does not tell
     text from images."""
-    image_samples: Annotated[int, Field(ge=0), Flag(CALIBRATION, everyday=True)] = 128
+    image_samples: Annotated[int, Field(ge=0, le=1_000_000), Flag(CALIBRATION, everyday=True)] = 128
     """Samples with an image to use at most."""
-    text_samples: Annotated[int, Field(ge=0), Flag(CALIBRATION, everyday=True)] = 128
+    text_samples: Annotated[int, Field(ge=0, le=1_000_000), Flag(CALIBRATION, everyday=True)] = 128
     """Text samples to use at most."""
     key_tokens: KeyTokenRule = "text-attention"
     """Rule that chooses an image's key vision tokens. text-attention: those the text looks at (the paper's choice);
@@ -169,7 +180,7 @@ class CalibrationOptions:
     all, redundant (those the text looks at least), random."""
     key_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of an image's tokens that are key vision tokens."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Seed of everything drawn at random."""
 
 
@@ -179,7 +190,7 @@ class ComputeOptions:
 
     device: Annotated[Device, Flag(COMPUTE, everyday=True)] = "auto"
     """Device that torch computes on."""
-    threads: Annotated[int | None, Field(ge=1), Flag(COMPUTE, everyday=True)] = None
+    threads: Annotated[int | None, Field(ge=1, le=4096), Flag(COMPUTE, everyday=True)] = None
     """Threads that pack; default: all cores."""
     hidden_memory: Annotated[Size, Flag(COMPUTE, metavar="SIZE", everyday=True)] = 4 << 30
     """Memory for hidden states of the samples; further ones go to temporary files (in TMPDIR). Changes no result."""
@@ -219,10 +230,10 @@ class SensitivityOptions:
     imatrix: Annotated[ImatrixKind | None, Flag(MEASURING)] = None
     """Importance of a matrix's columns in packing. plain: mean squares of its inputs; fisher: those weighed by
     gradients; default: fisher where there are gradients."""
-    types: Annotated[Names | None, Flag(CANDIDATES, metavar="TYPE,TYPE")] = None
+    types: Annotated[SomeNames | None, Flag(CANDIDATES, metavar="TYPE,TYPE")] = None
     """Candidate types of expert tensors; default: Q2_K to Q6_K, with granularity expert IQ2_XXS, too, or what was
     measured in the work folder if that is more."""
-    dense_types: Annotated[Names | None, Flag(CANDIDATES, metavar="TYPE,TYPE")] = None
+    dense_types: Annotated[SomeNames | None, Flag(CANDIDATES, metavar="TYPE,TYPE")] = None
     """Candidate types of attention, embedding and output; default: Q2_K to Q6_K and Q8_0."""
     packing: Packing = Packing()
     """Packing of the candidates, and then of the file."""
@@ -255,7 +266,7 @@ class BudgetOptions:
     bpw: Annotated[float | None, Field(gt=0, allow_inf_nan=False), Flag(BUDGET, everyday=True)] = None
     """Bits per weight of the whole text model, all its tensor bits over all its weights."""
     size: Annotated[Size | None, Flag(BUDGET, metavar="SIZE", everyday=True)] = None
-    """Size of the text model's file, such as 12GiB."""
+    """Size of the text model's file, such as 12GB (10^9 bytes each) or 12GiB (2^30)."""
     expert_bpw: Annotated[float | None, Field(gt=0, allow_inf_nan=False), Flag(BUDGET)] = None
     """Bits per weight of the routed experts; everything else takes the largest of its candidates."""
     fit: Annotated[Size | None, Flag(BUDGET, metavar="SIZE", everyday=True)] = None
@@ -312,7 +323,7 @@ class PlanOptions:
     unit_kl: bool = False
     """Whether whole tensors' costs are those that `mode-gguf unit-kl` measures, shared out over experts by the
     sensitivity."""
-    refine: Annotated[int, Field(ge=0), Flag(MEASURING)] = 0
+    refine: Annotated[int, Field(ge=0, le=1000), Flag(MEASURING)] = 0
     """Rounds in which the plan is measured together with its neighbours and improved; 0 for none."""
 
 

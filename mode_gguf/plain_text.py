@@ -1,6 +1,7 @@
 """Text that strangers wrote, made fit for a terminal, a log, a shell and a file name."""
 
 import logging
+import re
 import shlex
 import unicodedata
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from typing import Final
 NAME_BYTES: Final = 120
 """Longest name of a model in file names: with what is put around it, a file name has 255 bytes at most."""
 _UNNAMED: Final = "model"
+_OTHER_FILES: Final = re.compile("(?<=mm)(?=proj)|(?<=i)(?=matrix)|(?<=^mtp)-")
+"""Within what names projectors, importance matrices and blocks for multi-token prediction."""
 _IN_NAMES: Final = frozenset(" ._-+()@=~")
 """What names of files have besides letters, marks and digits: nothing that a hub's address, a shell's pattern, a table
 or another system's disk takes for something else."""
@@ -42,12 +45,12 @@ def file_name_part(name: str) -> str:
     """`name` as a part of file names that every disk, the hub, a shell and llama.cpp take as it is.
 
     Ordinary names stay as they are. Runs of other characters become one `_`; dashes and dots are no beginning (an
-    option, a hidden file), blanks and dots no end.
+    option, a hidden file), blanks and dots no end. What llama.cpp knows other files by is broken up.
     """
     kept = "".join(char if _is_kept(char) else "\0" for char in name)
-    joined = "_".join(part for part in kept.split("\0") if part)
-    cut = joined.encode()[:NAME_BYTES].decode(errors="ignore")
-    return cut.lstrip(" .-").rstrip(" .") or _UNNAMED
+    joined = "_".join(part for part in kept.split("\0") if part).lstrip(" .-")
+    cut = _OTHER_FILES.sub("_", joined).encode()[:NAME_BYTES].decode(errors="ignore")
+    return cut.rstrip(" .") or _UNNAMED
 
 
 def _is_kept(char: str) -> bool:

@@ -27,6 +27,7 @@ from mode_gguf.options import (
     SensitivityOptions,
     ValidationOptions,
 )
+from mode_gguf.regular_files import check_regular
 
 PresetName: TypeAlias = Literal["mode", "paper", "pmq"]
 """`mode`: Fisher sensitivity and one budget; `paper`: MODE as published; `pmq`: MC-MoE's."""
@@ -123,6 +124,7 @@ def read_recipe(path: Path) -> OptionLayer:
     Raises:
         InputError: it cannot be read, or is no mapping in YAML.
     """
+    check_regular(path, "recipe")
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise InputError(

@@ -20,8 +20,8 @@ from mode_gguf.allocation.units import (
     Candidate,
     CandidateTypes,
     absorbed_type,
-    fitting_types,
     tensor_bytes,
+    type_or_any,
 )
 from mode_gguf.architectures.tensors import Role, SourceTensor
 from mode_gguf.errors import InfeasibleBudgetError
@@ -266,8 +266,8 @@ def uniform_type(tensor: SourceTensor, quant_type: QuantType) -> QuantType:
         case Role.ABSORBED:
             return quant_type if quant_type.block_size == 1 else absorbed_type(tensor)
         case Role.EXPERT:
-            return fitting_types(tensor, (quant_type,))[0]
-    return fitting_types(tensor, (uniform_dense(quant_type),))[0]
+            return type_or_any(tensor, quant_type)
+    return type_or_any(tensor, uniform_dense(quant_type))
 
 
 def uniform_plan(

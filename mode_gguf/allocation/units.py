@@ -17,6 +17,9 @@ them the type of everything else, which they are too small to be worth the risk 
 TYPE_WITHOUT_IMPORTANCE = QUANT_TYPES["Q8_0"]
 """The type of a tensor without importance where all candidates need one."""
 
+TYPE_OF_ANY_ROWS = QUANT_TYPES["F16"]
+"""The type of rows that are no multiple of 32 where types are not chosen from candidates, as of llama-quantize."""
+
 UNMEASURED = QUANT_TYPES["Q6_K"]
 """The type of dense matrices without statistics: nearly as good as full precision, and there are few."""
 
@@ -57,15 +60,28 @@ def fitting_types(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tupl
     Raises:
         InfeasibleBudgetError: not even 32-weight blocks divide the rows.
     """
+    fitting = _fitting(tensor, candidates)
+    if not fitting:
+        option = "types" if tensor.role is Role.EXPERT else "dense_types"
+        with_f16 = ",".join([*(candidate.name for candidate in candidates), TYPE_OF_ANY_ROWS.name])
+        raise InfeasibleBudgetError(
+            f"{tensor.name}: rows of {tensor.row_width} weights are not a multiple of any candidate's block "
+            f"({', '.join(f'{c.name} {c.block_size}' for c in candidates)}), nor of 32; add "
+            f"{TYPE_OF_ANY_ROWS.name} to them: --set sensitivity.{option}={with_f16}"
+        )
+    return fitting
+
+
+def type_or_any(tensor: SourceTensor, quant_type: QuantType) -> QuantType:
+    """The type asked for where rows fit it, else a fallback type, else the one that any rows fit."""
+    return next(iter(_fitting(tensor, (quant_type,))), TYPE_OF_ANY_ROWS)
+
+
+def _fitting(tensor: SourceTensor, candidates: Sequence[QuantType]) -> tuple[QuantType, ...]:
     stored = [stored_as(tensor, candidate) for candidate in candidates]
     fitting = [quant_type for quant_type in dict.fromkeys(stored) if quant_type is not None]
     if not fitting and TYPE_WITHOUT_IMPORTANCE.fits(tensor.row_width):
         fitting = [TYPE_WITHOUT_IMPORTANCE]
-    if not fitting:
-        raise InfeasibleBudgetError(
-            f"{tensor.name}: rows of {tensor.row_width} weights are not a multiple of any candidate's block "
-            f"({', '.join(f'{c.name} {c.block_size}' for c in candidates)}); add F16 to the candidates"
-        )
     return tuple(sorted(fitting, key=lambda quant_type: quant_type.bits_per_weight))
 
 
@@ -93,7 +109,7 @@ class CandidateTypes:
         if tensor.role is Role.ABSORBED:
             return fitting_types(tensor, self._above_floor(tensor.role, (absorbed_type(tensor),)))
         if tensor.role in (Role.DENSE, Role.OUTPUT) and not tensor.is_measured:
-            return fitting_types(tensor, (UNMEASURED,))
+            return (type_or_any(tensor, UNMEASURED),)
         fitting, floor = fitting_types(tensor, self.offered(tensor.role)), self.floors.get(tensor.role)
         if floor is None:
             return fitting

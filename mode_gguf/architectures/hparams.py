@@ -18,6 +18,8 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names of the number of routed experts."""
 _LARGEST = 2**1000
 """Integers below it have a float."""
+_MOST_REPEATED = 2**14
+"""Layers, or experts of a layer: many times what models have."""
 _AS_PUBLISHED = "use the configuration published with the model"
 
 
@@ -176,4 +178,8 @@ def _part(checkpoint: Checkpoint, name: str, defaults: Mapping[str, Any], reader
     file, value = checkpoint.path / "config.json", checkpoint.config.get(name)
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected an object {name}, found {value!r}")
+    for key, count in value.items():
+        repeated = key.endswith("num_hidden_layers") or key in (*EXPERT_COUNTS, "depth")
+        if repeated and isinstance(count, int) and count > _MOST_REPEATED:  # names of tensors would fill the memory
+            raise InputError(f"{file}: {key} is {count}, expected {_MOST_REPEATED:,} at most; {_AS_PUBLISHED}")
     return Hparams(checkpoint, file, {**defaults, **value}, reader)

@@ -28,6 +28,9 @@ SCALINGS: Final = (DEFAULT, DYNAMIC, LINEAR, YARN)
 YARN_BETAS: Final[Mapping[str, float]] = {"beta_fast": 32.0, "beta_slow": 1.0}
 """transformers' defaults, which it takes for null and 0, too; llama.cpp's only ones for the readers of our files."""
 
+LARGEST_BASE, LARGEST_CONTEXT = 1e30, 2**31 - 1
+"""What the types of llama.cpp hold."""
+
 PER_EFOLD: Final = 0.1
 """What YaRN adds to the length of queries and keys for every e-fold of the context."""
 
@@ -60,7 +63,7 @@ def rope_hparams(text: Hparams, defaults: Mapping[str, Any] = NOTHING) -> Hparam
     rope = replace(text, values=values)
     if values["rope_type"] == YARN:
         values[_TRAINED] = text.get(_TRAINED, within.get(_TRAINED, text.get("max_position_embeddings")))
-        if "factor" in values and values["factor"] is None and _positive(rope, _TRAINED):
+        if "factor" in values and values["factor"] is None and rope.int(_TRAINED) > 0:
             values["factor"] = text.int("max_position_embeddings") / rope.int(_TRAINED)
     return rope
 
@@ -86,8 +89,10 @@ def check_rope(text: Hparams, rope: Hparams, kinds: Sequence[str] = SCALINGS) ->
         rope.refuse(nested, "a plain setting: this model has one kind of attention only")
     if text.has("mrope_section") and text.get("mrope_section") != rope.get("mrope_section"):
         text.refuse("mrope_section", f"it within {_OLD} or {_NEW}, where transformers looks for it")
-    if kind in (LINEAR, YARN) and not 1.0 <= rope.float("factor") < math.inf:
-        rope.refuse("factor", "1 or more")
+    if not 1.0 < rope.float("rope_theta") < LARGEST_BASE:
+        rope.refuse("rope_theta", f"a number from 1 to {LARGEST_BASE:g}")
+    if kind in (LINEAR, YARN):
+        _check_lengths(rope)
     if kind == YARN:
         _check_yarn(rope)
     for contradiction in _contradictions(text, within):
@@ -220,13 +225,17 @@ def _beta(rope: Hparams, name: str) -> float:
     return rope.float(name) if rope.get(name) else YARN_BETAS[name]
 
 
-def _positive(rope: Hparams, name: str) -> bool:
-    return rope.int(name) > 0
+def _check_lengths(rope: Hparams) -> None:
+    if not 1.0 <= rope.float("factor") < LARGEST_CONTEXT:
+        rope.refuse("factor", f"a number from 1 to {LARGEST_CONTEXT}")
+    for name in ("mscale", "mscale_all_dim"):
+        if rope.get(name) and not 0.0 < rope.float(name) < math.inf:
+            rope.refuse(name, "null or a positive number")
 
 
 def _check_yarn(rope: Hparams) -> None:
-    if not _positive(rope, _TRAINED):
-        rope.refuse(_TRAINED, "a positive number")
+    if not 0 < rope.int(_TRAINED) < LARGEST_CONTEXT:
+        rope.refuse(_TRAINED, f"a number from 1 to {LARGEST_CONTEXT}")
     for name, value in YARN_BETAS.items():
         rope.require(name, _beta(rope, name), value, "has this one, whatever a file says")
     if not 0.0 < amplitude(rope) < math.inf:

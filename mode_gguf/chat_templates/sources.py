@@ -1,8 +1,10 @@
 """The chat template of a checkpoint: which of the places that may hold one counts."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from mode_gguf.checkpoint.text_files import read_text_file
 from mode_gguf.errors import InputError
 
 log = logging.getLogger(__name__)
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 DEFAULT = "default"
 JINJA = "chat_template.jinja"
@@ -65,6 +69,9 @@ def chat_templates(folder: Path) -> ChatTemplates:
     for _, templates in reversed(found):
         named |= templates
     named.pop(DEFAULT, None)
+    for file, templates in found:
+        if any(_SURROGATES.search(text) for text in (*templates, *templates.values())):
+            raise InputError(f"{file}: the chat template is no Unicode text; download the file again")
     defaults = [(file, templates[DEFAULT]) for file, templates in found if DEFAULT in templates]
     if not defaults:
         return ChatTemplates(None, folder / JINJA, named)
@@ -72,16 +79,12 @@ def chat_templates(folder: Path) -> ChatTemplates:
     return ChatTemplates(default, file, named, tuple(other for other, text in defaults[1:] if text != default))
 
 
-def log_choice(templates: ChatTemplates) -> None:
-    """Say which template is used where files of a checkpoint hold different ones."""
-    if templates.overruled:
-        others = ", ".join(path.name for path in templates.overruled)
-        log.warning(
-            "%s: the chat template of %s is used, in the GGUF file too; another one in %s is not",
-            templates.file.parent,
-            templates.file.name,
-            others,
-        )
+@cache
+def log_choice(file: Path, overruled: tuple[Path, ...]) -> None:
+    """Say once which template is used where files of a checkpoint hold different ones."""
+    text = "%s: the chat template of %s is used, in the GGUF file too; another one in %s is not"
+    if overruled:
+        log.warning(text, file.parent, file.name, ", ".join(path.name for path in overruled))
 
 
 def _all(folder: Path) -> list[tuple[Path, Mapping[str, str]]]:

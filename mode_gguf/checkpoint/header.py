@@ -10,6 +10,7 @@ from mode_gguf.checkpoint import fp8
 from mode_gguf.checkpoint.stored_tensor import DTYPES, WEIGHT_DTYPES, StoredTensor
 from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError
+from mode_gguf.regular_files import check_regular
 
 _MAX_HEADER_BYTES = 2**25
 """The format allows 100 MB; 100,000 tensors in one file take 15 MB, and as Python objects twenty times as much."""
@@ -27,6 +28,7 @@ def read_header(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     Raises:
         InputError: the file is none, is cut off, or its header contradicts itself.
     """
+    check_regular(path, "safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -15,6 +15,7 @@ from typing import Any
 from mode_gguf.checkpoint.folder import read_json
 from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError
+from mode_gguf.regular_files import check_regular
 
 FILE = "tiktoken.model"
 SPECIAL_TOKENS = 256
@@ -50,6 +51,7 @@ def read_ranks(path: Path) -> Mapping[bytes, int]:
     Raises:
         InputError: the file cannot be read so, or the ranks are not 0, 1, 2, ...
     """
+    check_regular(path, "vocabulary")
     ranks: dict[bytes, int] = {}
     try:
         for line in path.read_bytes().splitlines():

@@ -8,6 +8,7 @@ from pathlib import Path
 from mode_gguf.artifacts import existing_parent, free_bytes
 from mode_gguf.estimate.machine import available_memory
 from mode_gguf.estimate.stage_estimates import StageEstimate
+from mode_gguf.sizes import binary_size, decimal_size
 from mode_gguf.workfolder import WorkFolder
 
 
@@ -64,13 +65,14 @@ def shortages(stages: Sequence[StageEstimate], free: FreeResources) -> list[str]
         working, temporary = working + temporary, 0
     if working > free.disk:
         found.append(
-            f"{free.folder}: about {gigabytes(working)} are needed, {gigabytes(free.disk)} are free; choose another "
-            "disk with --out (and TMPDIR), or leave out what is compared with (--no-validate)"
+            f"{free.folder}: about {decimal_size(working)} are needed, {decimal_size(free.disk)} are free; choose "
+            "another disk with --out (and TMPDIR), or leave out what is compared with (--no-validate)"
         )
     if free.temporary is not None and temporary > free.temporary:
         found.append(
-            f"{free.temporary_folder}: about {gigabytes(temporary)} are needed for hidden states, "
-            f"{gigabytes(free.temporary)} are free; name a folder on a larger disk in TMPDIR, or raise --hidden-memory"
+            f"{free.temporary_folder}: about {decimal_size(temporary)} are needed for hidden states, "
+            f"{decimal_size(free.temporary)} are free; name a folder on a larger disk in TMPDIR, or raise "
+            "--hidden-memory"
         )
     return found
 
@@ -81,11 +83,6 @@ def memory_warning(stages: Sequence[StageEstimate], free: FreeResources) -> str 
     if largest.memory <= free.memory:
         return None
     return (
-        f"`{largest.stage}` may take {largest.memory / 2**30:.1f} GiB of memory, {free.memory / 2**30:.1f} GiB are "
+        f"`{largest.stage}` may take {binary_size(largest.memory)} of memory, {binary_size(free.memory)} are "
         "free; lower --hidden-memory, or use fewer samples"
     )
-
-
-def gigabytes(count: int) -> str:
-    """Text of a byte count in decimal gigabytes."""
-    return f"{count / 1e9:,.1f} GB"

@@ -19,6 +19,7 @@ from mode_gguf.errors import InputError, MissingResourceError
 from mode_gguf.gguf.shards import COUNT_KEY, NUMBER_KEY, TENSORS_KEY, assign_to_shards, earlier_shards, shard_paths
 from mode_gguf.progress import Advance, Progress, silent
 from mode_gguf.quantization.types import QuantType
+from mode_gguf.sizes import decimal_size
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +250,6 @@ def check_disk_space(path: Path, weight_bytes: int) -> None:
     needed, free = weight_bytes + _METADATA_BYTES, free_bytes(path.absolute().parent)
     if free < needed:
         raise MissingResourceError(
-            f"{path}: {needed / 2**30:.2f} GiB needed on disk, {free / 2**30:.2f} GiB free; "
+            f"{path}: {decimal_size(needed)} needed on disk, {decimal_size(free)} free; "
             "free some space or write to another disk"
         )

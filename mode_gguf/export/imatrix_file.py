@@ -121,7 +121,7 @@ def read_imatrix_header(path: Path) -> ImatrixHeader:
 
 
 def _open(path: Path) -> tuple[GgufHeader, ImatrixHeader]:
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such file; expected an importance matrix (imatrix GGUF)")
     header = read_header(path)
     values = []

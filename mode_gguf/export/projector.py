@@ -1,12 +1,13 @@
 """The projector file: vision tower and merger, for llama.cpp's --mmproj."""
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, Keys, quants
+from gguf import GGUFWriter, Keys, quants
 
 from mode_gguf.architectures import find_family, projector_tensors
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
@@ -19,6 +20,8 @@ from mode_gguf.quantization.types import QUANT_TYPES, QuantType
 
 PROJECTOR_TYPES = ("F16", "BF16", "F32", "Q8_0")
 ARCHITECTURE = "clip"
+_LIMITS = {"F16": 65520.0, "Q8_0": 127 * 65520.0}
+"""Magnitudes that round to infinity in a type, or whose scale does."""
 
 
 def write_projector(
@@ -72,6 +75,16 @@ def projector_outline(checkpoint: Checkpoint, quant_type: str = "F16") -> FileOu
     return FileOutline(ARCHITECTURE, add_keys, stored)
 
 
+def check_projector_weights(checkpoint: Checkpoint, quant_type: str = "F16") -> None:
+    """Pack all of the projector without writing it: before hours of measuring, and it takes seconds.
+
+    Raises:
+        InputError: a weight is not finite or overflows its type.
+    """
+    for tensor in projector_tensors(checkpoint):
+        deque(_packed(checkpoint, tensor, _stored_type(tensor, QUANT_TYPES[quant_type.upper()])), maxlen=0)
+
+
 def projector_bytes(checkpoint: Checkpoint, quant_type: str = "F16") -> int:
     """Bytes of the projector's tensors; the arguments are those of `write_projector`."""
     tensors = projector_tensors(checkpoint)
@@ -94,9 +107,10 @@ def _packed(checkpoint: Checkpoint, tensor: SourceTensor, quant_type: QuantType)
     weights = finite(checkpoint, tensor, as_float32(tensor.read(0)))
     with np.errstate(over="ignore"):
         packed = quants.quantize(weights, quant_type.ggml_type)
-    if quant_type.ggml_type is GGMLQuantizationType.F16 and not np.isfinite(packed).all():
+    largest = float(np.abs(weights).max(initial=0))
+    if largest >= _LIMITS.get(quant_type.name, np.inf):
         raise InputError(
-            f"{checkpoint.path}: tensor {tensor.sources[0]} has weights up to {np.abs(weights).max():.3g}, which "
-            "overflow F16; write the projector as BF16 or F32"
+            f"{checkpoint.path}: tensor {tensor.sources[0]} has weights up to {largest:.3g}, which "
+            f"overflow {quant_type.name}; write the projector with --mmproj-type BF16 or F32"
         )
     yield packed

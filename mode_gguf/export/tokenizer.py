@@ -16,11 +16,14 @@ from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.chat_templates.sources import ChatTemplates, chat_templates
 from mode_gguf.checkpoint import tiktoken_model
 from mode_gguf.checkpoint.folder import Checkpoint, read_json
+from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError, foreign_errors
 
 log = logging.getLogger(__name__)
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 _NO_SCORE = -1000.0
 """The score of tokens whose merges say all; what llama.cpp's converter writes."""
@@ -66,16 +69,19 @@ def add_tokenizer_keys(
     vocabulary = read_vocabulary(folder, vocabulary_size, pre_tokenizer, expected)
     templates = chat_templates(folder)
     tiktoken = tiktoken_model.has_tiktoken_model(folder)
-    post_processor = {} if tiktoken else _read_tokenizer(folder, expected).get("post_processor") or {}
+    tokenizer = {} if tiktoken else _read_tokenizer(folder, expected)
     with foreign_errors(
         f"{folder}: special tokens or merges cannot be read from tokenizer.json, tokenizer_config.json and config.json",
         "download them again",
     ):
+        refuse_lfs_pointer(folder / "merges.txt")
         special = SpecialVocab(folder, load_merges=not tiktoken, n_vocab=vocabulary_size)
     if tiktoken:
         ranks = tiktoken_model.read_ranks(folder / tiktoken_model.FILE)
         special.merges = [" ".join(merge) for merge in tiktoken_model.last_merges(ranks)]
-    if not special.merges:
+    elif not tokenizer["model"].get("merges", True):
+        special.merges = []  # gguf's reader looks into merges.txt then, transformers does not
+    if not special.merges or not all(isinstance(merge, str) and _is_unicode(merge) for merge in special.merges):
         raise InputError(f"{folder / 'tokenizer.json'}: no merges found, expected byte-level BPE; download it again")
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
     # gguf's reader takes ids from config.json, too, where the tokenizer's own files name no token for a purpose
@@ -94,7 +100,10 @@ def add_tokenizer_keys(
         special.add_special_token["bos"] = True  # llama.cpp insists on it
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.token_types)
-    if post_processor.get("type") == "ByteLevel":  # it adds no token, which gguf's reader does not conclude
+    post_processor = tokenizer.get("post_processor")
+    if (
+        isinstance(post_processor, Mapping) and post_processor.get("type") == "ByteLevel"
+    ):  # it adds no token, which gguf's reader does not conclude
         for kind in ("bos", "eos"):
             special.add_special_token.setdefault(kind, False)
     special.chat_template = None
@@ -160,10 +169,17 @@ def _check_ids(path: Path, ids: Iterable[tuple[str, Any]], size: int) -> dict[in
                 f"{path}: token {token!r:.100} has id {number!r:.20}, expected less than the {size} rows of the token "
                 "embedding; use the tokenizer published with these weights"
             )
+        if not _is_unicode(token):
+            raise InputError(f"{path}: token {number} is no Unicode text ({token!a:.100}); download it again")
         if number in by_id:
             raise InputError(f"{path}: tokens {by_id[number]!r} and {token!r} share id {number}; download it again")
         by_id[number] = token
     return by_id
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there are no halves of characters in it, which JSON allows and GGUF does not."""
+    return text.isascii() or not _SURROGATES.search(text)
 
 
 def _add_chat_templates(writer: GGUFWriter, templates: ChatTemplates) -> None:
@@ -232,7 +248,8 @@ def _recognised(path: Path, tokenizer: Mapping[str, Any]) -> Tokenizer:
     Raises:
         InputError: they are none that is known.
     """
-    known = next((kind for kind in TOKENIZERS if kind.reads(tokenizer)), None)
+    with foreign_errors(f"{path}: normaliser or pre-tokenizer cannot be read", "download it again"):
+        known = next((kind for kind in TOKENIZERS if kind.reads(tokenizer)), None)
     if known is None:
         names = ", ".join(kind.pre_tokenizer for kind in TOKENIZERS)
         raise InputError(

@@ -8,7 +8,10 @@ from mode_gguf.architectures.hparams import Hparams, image_hparams
 from mode_gguf.checkpoint.folder import Checkpoint
 
 _LENGTHS = ("patch_size", "merge_size", "temporal_patch_size", "pooling_kernel_size", "spatial_merge_size")
-_SHARED = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
+_SHARED = {
+    **{name: name for name in ("patch_size", "temporal_patch_size", "pooling_kernel_size")},
+    "merge_size": "spatial_merge_size",
+}
 """Lengths that the vision tower has, too, by their names in both places."""
 _LONGEST = 1024
 """Pixels or patches, of what a picture is cut into; families have 2 to 32."""

@@ -108,7 +108,8 @@ class InputBuilder:
         family = find_family(checkpoint)
         image_processor, image_token = None, -1
         tokenizer = open_tokenizer(checkpoint, family)
-        log_choice(chat_templates(checkpoint.path))
+        templates = chat_templates(checkpoint.path)
+        log_choice(templates.file, templates.overruled)
         if family.projector_type and family.vision.needs_processor:
             check_image_settings(checkpoint)
             with foreign_errors(
@@ -187,7 +188,8 @@ class InputBuilder:
         for place, opened in zip(places, sample.open_images(), strict=True):
             with foreign_errors(
                 f"{sample.origin}: {self.checkpoint.path}'s image processor cannot take a picture of "
-                f"{opened.width} x {opened.height}"
+                f"{opened.width} x {opened.height}",
+                "leave the picture out, or see that preprocessor_config.json is the one published with these weights",
             ):
                 placed.append(self._place(opened, self.max_image_pixels // len(places)))
                 tokens = torch.tensor(placed[-1].tokens, dtype=torch.int64)

@@ -42,7 +42,7 @@ SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     _SSM.GROUP_COUNT: ("linear_num_key_heads",),
     _SSM.TIME_STEP_RANK: ("linear_num_value_heads",),
 }
-"""transformers' names by GGUF key: the first that a class of configurations declares."""
+"""transformers' names by GGUF key, of which a class of configurations declares one at most."""
 
 TOWER: Final[Mapping[str, tuple[str, ...]]] = {
     Keys.ClipVision.BLOCK_COUNT: ("depth", "num_hidden_layers"),
@@ -80,20 +80,18 @@ def check_resolved(checkpoint: Checkpoint, family: ModelFamily, config: PreTrain
         if name in rotary:
             _compare(checkpoint, name, written.get(key.format(arch=family.gguf_arch)), rotary[name])
     for key, names in SETTINGS.items():
-        name = declared_name(text, names)
-        if name is not None:
+        for name in declared_names(text, names):
             _compare(checkpoint, name, written.get(key.format(arch=family.gguf_arch)), getattr(text, name))
     tower, written = config.vision_config, family.projector_metadata(checkpoint)
     for key, names in TOWER.items():
-        name = declared_name(tower, names)
-        if name is not None:
+        for name in declared_names(tower, names):
             _compare(checkpoint, f"vision {name}", written.get(key), getattr(tower, name))
 
 
-def declared_name(text: PreTrainedConfig, names: Sequence[str]) -> str | None:
-    """The one of `names` that a class of configurations declares: others in config.json count for nothing."""
-    declared = {field.name for field in fields(text)}
-    return next((name for name in names if name in declared), None)
+def declared_names(part: PreTrainedConfig, names: Sequence[str]) -> list[str]:
+    """Those of `names` that a class of configurations declares: others in config.json count for nothing."""
+    declared = {field.name for field in fields(part)}
+    return [name for name in names if name in declared]
 
 
 def _compare(checkpoint: Checkpoint, name: str, written: Any, resolved: Any) -> None:

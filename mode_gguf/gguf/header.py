@@ -15,6 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mode_gguf.errors import InputError
 from mode_gguf.gguf.shards import COUNT_KEY, MAX_SHARDS, NUMBER_KEY, TENSORS_KEY, sibling_shards
+from mode_gguf.regular_files import check_regular
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -120,6 +121,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, tuple[int, ...]]]:
+    check_regular(path, "GGUF file")
     try:
         with path.open("rb") as file:
             return _Reader(path, file, path.stat().st_size).read()

@@ -11,6 +11,7 @@ from mode_gguf.hub.names import HubModel, is_repository
 from mode_gguf.hub.released_files import ModelRelease
 from mode_gguf.llama_cpp.runtime.pinned_release import B11434
 from mode_gguf.plain_text import one_line, shell_line
+from mode_gguf.sizes import decimal_size
 from mode_gguf.validation.report import Accuracy, Divergence, ValidationReport
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ def _licence(release: ModelRelease, base: str | None) -> Iterator[str]:
 
 
 def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+    return decimal_size(n_bytes, 2 if n_bytes >= 1e9 else 1)
 
 
 def _share(accuracy: Accuracy) -> str:

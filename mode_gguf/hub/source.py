@@ -20,6 +20,7 @@ from mode_gguf.hub.client import hub_api, progress_bars_disabled
 from mode_gguf.hub.error_messages import hub_errors
 from mode_gguf.hub.names import HubModel, hub_model
 from mode_gguf.progress import Progress, silent
+from mode_gguf.sizes import decimal_size
 from mode_gguf.temporary_folders import LockedFolder
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,9 @@ class Download:
 
     def __str__(self) -> str:
         there = self.size_bytes - self.missing_bytes
-        known = f", {there / 1e9:,.2f} GB of it here already" if there else ""
-        return (
-            f"{self.repository} at {self.revision}: {self.size_bytes / 1e9:,.2f} GB in {len(self.files)} files{known}"
-        )
+        known = f", {decimal_size(there, 2)} of it here already" if there else ""
+        size = decimal_size(self.size_bytes, 2)
+        return f"{self.repository} at {self.revision}: {size} in {len(self.files)} files{known}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def _check_disk_space(named: HubModel, needed: int) -> None:
     free = free_bytes(cache)
     if needed > free:
         raise MissingResourceError(
-            f"{named}: {needed / 1e9:,.1f} GB to download, {free / 1e9:,.1f} GB free in {cache}; free some space, or "
+            f"{named}: {decimal_size(needed)} to download, {decimal_size(free)} free in {cache}; free some space, or "
             "set HF_HOME to a larger disk"
         )
 

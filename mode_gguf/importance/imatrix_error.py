@@ -16,11 +16,12 @@ import numpy as np
 
 from mode_gguf.architectures.tensors import Role, SourceTensor, as_float32
 from mode_gguf.forward.modality import MODALITIES, TEXT
+from mode_gguf.importance.known_sums import known_sum
 from mode_gguf.importance.sensitivity_settings import SensitivityRequest
 from mode_gguf.importance.sensitivity_table import SensitivityTable, check_costs
 from mode_gguf.options import Packing
 from mode_gguf.progress import Progress, silent
-from mode_gguf.quantization.libggml import is_storable
+from mode_gguf.quantization.fallback_types import fallback_types_of, stored_as
 from mode_gguf.quantization.ordered_parallel import ordered_parallel
 from mode_gguf.quantization.packer import pack_matrix, unpack_matrix
 from mode_gguf.quantization.types import QuantType
@@ -73,10 +74,10 @@ def imatrix_error(
                 arrays[f"{tensor.name}.expert"] = _text_only(share)
                 parts.setdefault(tensor.layer or 0, []).append(share)
                 part_errors.setdefault(tensor.layer or 0, []).append(relative)
-            check_costs(arrays, tensor, types, [is_storable(tensor, quant_type) for quant_type in types])
+            check_costs(arrays, tensor, types, [stored_as(tensor, one) is not None for one in types])
     for layer, shares in parts.items():
-        arrays[f"blk.{layer}.ffn_exps.expert"] = _text_only(np.sum(shares, axis=0))
-        arrays[f"blk.{layer}.ffn_exps.weight_error"] = np.sum(part_errors[layer], axis=0)
+        arrays[f"blk.{layer}.ffn_exps.expert"] = _text_only(known_sum(shares))
+        arrays[f"blk.{layer}.ffn_exps.weight_error"] = known_sum(part_errors[layer])
     return SensitivityTable(
         model=model,
         fingerprint=fingerprint,
@@ -90,6 +91,10 @@ def imatrix_error(
         estimated={},
         imatrix="plain",
         packing=request.packing,
+        fallback_types=fallback_types_of(
+            [tensor for tensor in measured if tensor.role is Role.EXPERT], request.expert_types
+        )
+        | fallback_types_of([tensor for tensor in measured if tensor.role is not Role.EXPERT], request.dense_types),
     )
 
 
@@ -101,15 +106,17 @@ def _errors(
     threads: int,
 ) -> Iterator[np.ndarray]:
     """Errors by type and energy of each matrix, weighed by importance; then the same without."""
-    fitting = [is_storable(tensor, quant_type) for quant_type in types]
+    stored = [stored_as(tensor, quant_type) for quant_type in types]
 
     def measure(index: int) -> np.ndarray:
         matrix = as_float32(tensor.read(index)).reshape(-1, tensor.row_width)
         columns = None if importance is None else importance[index]
         weights = np.ones(tensor.row_width) if columns is None else columns.astype(np.float64)
         errors = np.full((2, len(types)), np.nan)
-        for number, quant_type in enumerate(types):
-            if fitting[number]:
+        for number, quant_type in enumerate(stored):
+            if number and quant_type == stored[number - 1]:  # neighbouring candidates may share a fallback type
+                errors[:, number] = errors[:, number - 1]
+            elif quant_type is not None:
                 packed = pack_matrix(matrix, quant_type, columns, name=tensor.name, packing=packing)
                 errors[:, number] = _squares(unpack_matrix(packed, quant_type, tensor.row_width) - matrix, weights)
         weighted, plain = _squares(matrix, weights)

@@ -10,6 +10,7 @@ from mode_gguf import __version__
 from mode_gguf.artifacts import read_arrays, write_arrays
 from mode_gguf.errors import InputError
 from mode_gguf.forward.modality import ANSWERS, MODALITIES
+from mode_gguf.importance.known_sums import known_sum
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.options import Packing
 from mode_gguf.vocabulary import ImatrixKind
@@ -107,7 +108,7 @@ def compare_kl(measured: UnitKl, predicted: SensitivityTable) -> list[KlComparis
             if quant_type in of_predicted and name in predicted.arrays:
                 costs = predicted.arrays[name][..., of_predicted.index(quant_type)], values[..., t]
                 total = sums.setdefault((part, quant_type), np.zeros((2, len(values))))
-                total += [array.sum(axis=-1) for array in costs]
+                total += [np.nansum(array, axis=-1) for array in costs]
     return [
         KlComparison(part, quant_type, tuple(total[0].tolist()), tuple(total[1].tolist()))
         for (part, quant_type), total in sums.items()
@@ -143,8 +144,8 @@ def split_over_experts(measured: UnitKl, by: SensitivityTable) -> SensitivityTab
             projections.setdefault(_layer_of(tensor), []).append(tensor)
     for layer, tensors in projections.items():
         whole = by.arrays[f"{layer}.ffn_exps.expert"]
-        unit = sum((measured.arrays[f"{tensor}.unit"] for tensor in tensors), np.zeros(()))
-        total = sum((by.arrays[f"{tensor}.expert"].sum(axis=2) for tensor in tensors), np.zeros(()))
+        unit = known_sum([measured.arrays[f"{tensor}.unit"] for tensor in tensors])
+        total = known_sum([by.arrays[f"{tensor}.expert"].sum(axis=2) for tensor in tensors])
         arrays[f"{layer}.ffn_exps.expert"] = _scaled(whole, unit, total)
     return replace(by, arrays=arrays, positions=measured.positions)
 

@@ -149,9 +149,11 @@ def expert_changes(
                 outputs[name] = linear(module._apply_gate(alone) - hidden, down)
             if "down" in change:
                 outputs["down"] = linear(hidden, change["down"])
-            if len(change) == len(projections):
+            if change:  # projections whose rows no block fits stay as good as they are
                 new_hidden = module._apply_gate(after)
-                outputs[WHOLE_EXPERT] = linear(new_hidden - hidden, down) + linear(new_hidden, change["down"])
+                outputs[WHOLE_EXPERT] = linear(new_hidden - hidden, down)
+                if "down" in change:
+                    outputs[WHOLE_EXPERT] = outputs[WHOLE_EXPERT] + linear(new_hidden, change["down"])
             for part, output in outputs.items():
                 total = sum(error.values()) if part == WHOLE_EXPERT else error[part]
                 yield ExpertChange(expert, part, type_index, token, slot, output, total)

@@ -8,6 +8,7 @@ from pathlib import Path
 from mode_gguf.architectures import projector_tensors
 from mode_gguf.errors import MissingResourceError
 from mode_gguf.estimate.free_resources import memory_warning, shortages
+from mode_gguf.export.projector import check_projector_weights
 from mode_gguf.pipeline.estimating import ConversionEstimate, estimate
 from mode_gguf.pipeline.folder_lock import folder_lock
 from mode_gguf.pipeline.followed_plan import followed_plan
@@ -136,6 +137,9 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
         run.identify()
         if not restart:
             run.cache.check_unchanged([stage.state(run) for stage in conversion.measuring_stages()])
+        projector = ExportProjector(conversion.recipe.export.mmproj_type)
+        if projector_tensors(run.checkpoint) and not projector.is_current(run):
+            check_projector_weights(run.checkpoint, projector.type)
         run.ensure(*conversion.measuring_stages())
         with_types(recipe, conversion.settings.types).save(run.folder.recipe)
         run.ensure(*conversion.writing_stages(run))

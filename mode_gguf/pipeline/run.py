@@ -19,7 +19,7 @@ from mode_gguf.workfolder import WorkFolder
 class Run:
     """A checkpoint, the folder of everything written about it, and how long each stage took.
 
-    `seconds` has 0 for a stage that was reused. `known` has parts of keys that take long to find out, for all stages.
+    `seconds` has 0 for a stage that was reused. `known` has what keys take long to find out.
     """
 
     checkpoint: Checkpoint

@@ -43,17 +43,19 @@ def calibration_key(run: Run, options: CalibrationOptions) -> dict[str, Any]:
     Raises:
         InputError: a sample cannot be read.
     """
-    source, chosen = options.source, (options.source, options.image_samples, options.text_samples, options.seed)
+    source = options.source
     if source is None or not Path(source).exists():
-        name, digest, kinds = source or "built-in", None, (TOKENIZER, TEMPLATE, PROCESSOR)
-    else:
-        if chosen not in run.known:
-            samples = calibration_samples(options)
-            chats, pictures = any(one.messages for one in samples), any(one.has_image for one in samples)
-            read = (TOKENIZER, *([TEMPLATE] if chats else []), *([PROCESSOR] if pictures else []))
-            run.known[chosen] = fingerprint(_content(samples)), read
-        name, (digest, kinds) = Path(source).name, run.known[chosen]
-    return {**side_files(run.checkpoint.path, *kinds), "calibration data": name, "its samples": digest}
+        read = side_files(run.checkpoint.path, TOKENIZER, TEMPLATE, PROCESSOR)
+        return {**read, "calibration data": source or "built-in", "its samples": None}
+    chosen = (source, options.image_samples, options.text_samples, options.seed, _stamps(Path(source)))
+    if chosen not in run.known:
+        run.known[chosen] = calibration_samples(options)
+    samples: Sequence[Sample] = run.known[chosen]
+    kinds = [TOKENIZER]
+    kinds += [TEMPLATE] if any(one.messages for one in samples) else []
+    kinds += [PROCESSOR] if any(one.has_image for one in samples) else []
+    read = side_files(run.checkpoint.path, *kinds)
+    return {**read, "calibration data": Path(source).name, "its samples": fingerprint(_content(samples))}
 
 
 def held_out_contents(run: Run, options: ValidationOptions) -> str | None:
@@ -65,12 +67,18 @@ def held_out_contents(run: Run, options: ValidationOptions) -> str | None:
     source = options.samples
     if source is None:
         return None
-    if source not in run.known:
+    chosen = (source, _stamps(source))
+    if chosen not in run.known:
         from mode_gguf.validation.questions import load_held_out
 
-        run.known[source] = fingerprint(_content(load_held_out(source, outside=options.allow_outside_samples)))
-    digest: str = run.known[source]
-    return digest
+        run.known[chosen] = load_held_out(source, outside=options.allow_outside_samples)
+    return fingerprint(_content(run.known[chosen]))
+
+
+def _stamps(source: Path) -> tuple[tuple[str, int, int], ...]:
+    """Sizes and times of the files in a folder, or of a file: while they stay, samples are not read again."""
+    files = (file for file in source.rglob("*") if file.is_file()) if source.is_dir() else [source]
+    return tuple(sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()))
 
 
 def _content(value: Any) -> Any:

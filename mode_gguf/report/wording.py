@@ -3,6 +3,7 @@
 import math
 
 from mode_gguf.report import colours
+from mode_gguf.sizes import decimal_size
 
 NONE = "\N{EN DASH}"
 STAGES = {
@@ -43,10 +44,7 @@ PARTS = {
 
 def size(n_bytes: float) -> str:
     """`12.3 GB`, `6.7 MB` or `81 kB`, decimal as on a download page."""
-    for divisor, unit in ((1e9, "GB"), (1e6, "MB")):
-        if n_bytes >= divisor:
-            return f"{n_bytes / divisor:.1f} {unit}"
-    return f"{n_bytes / 1e3:.0f} kB"
+    return decimal_size(n_bytes)
 
 
 def count(number: float) -> str:

@@ -136,7 +136,9 @@ def test_gate_and_up_that_are_one_tensor_cost_what_the_family_says(pico_gemma4: 
         np.testing.assert_allclose(through[name], array, rtol=1e-5, err_msg=name)
 
 
-def test_a_form_that_was_never_seen_is_named(olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_form_that_was_never_seen_is_named(
+    olmoe: Path, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*arguments: object, **options: object) -> None:
         raise TypeError("forward() got an unexpected keyword argument 'use_cache'\nand more")
 
@@ -145,7 +147,7 @@ def test_a_form_that_was_never_seen_is_named(olmoe: Path, tmp_path: Path, monkey
     with pytest.raises(InputError, match=r"unexpected keyword argument 'use_cache'\); give llama-imatrix's file"):
         Run(based(olmoe), WorkFolder(tmp_path, "m")).ensure(Calibrate(options))
     with pytest.raises(TypeError):
-        Run(Checkpoint.open(olmoe), WorkFolder(tmp_path, "m")).ensure(Calibrate(options))
+        Run(Checkpoint.open(pico), WorkFolder(tmp_path, "m")).ensure(Calibrate(options))
 
 
 def test_text_only_models_take_no_image(olmoe: Path) -> None:

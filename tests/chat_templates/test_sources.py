@@ -133,6 +133,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a list without names": (configured([{"template": "x"}]), r"tokenizer_config\.json: chat_template is list"),
     "no UTF-8": (lambda folder: void((folder / "chat_template.jinja").write_bytes(b"\xff\xfe")), "UTF-8"),
     "a folder": (lambda folder: (folder / "chat_template.jinja").mkdir(), "expected a file"),
+    "half a character": (configured(CHAT_TEMPLATE + "\ud800"), "no Unicode text"),
     "Git LFS": (jinja("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"), "git lfs pull"),
     "no picture": (
         jinja("{% for m in messages %}{{ m.content if m.content is string else m.content[1].text }}{% endfor %}"),

@@ -43,6 +43,10 @@ def preprocessor(**settings: Any) -> Callable[[Path], None]:
     return edited("preprocessor_config.json", lambda found: found.update(settings))
 
 
+def sized(part: str, **settings: int) -> Callable[[Path], None]:
+    return edited("config.json", lambda config: config[part].update(settings))
+
+
 SHARD = "model-00001-of-00002.safetensors"
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "model type": (edited("tokenizer.json", lambda t: t["model"].update(type="BPEv2")), "tokenizer.json"),
@@ -79,6 +83,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "image token": (edited("config.json", lambda c: c.update(image_token_id=10**6)), "no token 1000000"),
     "negative image token": (edited("config.json", lambda c: c.update(image_token_id=-7)), "no token -7"),
     "wordy config": (edited("config.json", lambda c: c["text_config"].update(rms_norm_eps="x")), "config.json"),
+    "layers without end": (sized("text_config", num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected"),
+    "experts without end": (sized("text_config", num_experts=10**9), "num_experts is 1000000000, expected"),
+    "blocks without end": (sized("vision_config", depth=10**9), "depth is 1000000000, expected"),
+    "widths without end": (sized("text_config", hidden_size=10**12), "expected .*1000000000000"),
+    "patches without end": (sized("vision_config", patch_size=10**9), "overflowed|expected"),
+    "no heads": (sized("text_config", num_key_value_heads=0), "num_key_value_heads|ZeroDivisionError"),
+    "heads without end": (sized("text_config", head_dim=10**12), "head_dim|initialise|expected|configuration"),
     "list of settings": (replaced("generation_config.json", "[1]"), "generation_config.json"),
 }
 

@@ -4,9 +4,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +14,9 @@ from hypothesis import strategies as st
 from mode_gguf_cli.main import main
 from tests.e2e.conftest import samples
 from tests.families.pico.qwen3_vl_moe import write_pico_qwen3vlmoe
+
+Damage: TypeAlias = bytes | str
+"""Other bytes, or `gone`, or `folder`."""
 
 EXAMPLES = int(os.environ.get("MODE_GGUF_MUTATIONS", "40"))
 REFUSALS = {2, 3, 4}
@@ -35,20 +37,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mutated_json(draw: st.DrawFn, content: bytes) -> bytes:
     """JSON with one value changed, left out, or in the place of another; strings may be halves of characters."""
     root = json.loads(content)
-    parent, key, value = {"": root}, "", root
-    while isinstance(value, dict | list) and value and (parent == {"": root} or draw(st.booleans())):
-        parent, value = value, None
-        key = (
-            draw(st.sampled_from(sorted(parent))) if isinstance(parent, dict) else draw(st.integers(0, len(parent) - 1))
-        )
-        value = parent[key]
-    how = draw(st.sampled_from(["value", "value", "value", "remove", "number", "nested"]))
+    parent: Any = {"": root}
+    key: Any = ""
+    while isinstance(parent[key], dict | list) and parent[key] and (parent == {"": root} or draw(st.booleans())):
+        parent = parent[key]
+        key = draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
+    how, value = draw(st.sampled_from(["value", "value", "value", "remove", "number", "nested"])), parent[key]
     if how == "remove":
         del parent[key]
     elif how == "number" and isinstance(value, int | float):
-        parent[key] = draw(
-            st.sampled_from([value + 1, value - 1, -value, value * 2, value // 2, float(value), str(value)])
-        )
+        others = [value + 1, value - 1, -value, value * 2, value // 2, float(value), str(value)]
+        parent[key] = draw(st.sampled_from(others))
     elif how == "nested":
         parent[key] = {str(key): value}
     else:
@@ -70,22 +69,23 @@ def mutated_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 @st.composite
-def mutations(draw: st.DrawFn) -> tuple[str, Callable[[Path], None]]:
-    """A file's name, and what is done to it."""
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "README.md")
-    weights = ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    name = draw(st.sampled_from((*names, names[0], "generation_config.json", *weights)))
-    how = draw(st.sampled_from(["json", "json", "json", "bytes", "remove", "folder"]))
-    if how in ("remove", "folder"):
+def mutations(draw: st.DrawFn) -> tuple[str, Damage]:
+    """A file's name, and what it holds instead."""
+    settings = [name for name in CONTENT if not name.startswith("model")]
+    name = draw(st.sampled_from([*settings, *CONTENT, "config.json", "config.json", "preprocessor_config.json"]))
+    how = draw(st.sampled_from(["json", "json", "json", "bytes", "gone", "folder"]))
+    if how in ("gone", "folder"):
+        return name, how
+    changed = mutated_json if how == "json" and name.endswith(".json") else mutated_bytes
+    return name, changed(draw, CONTENT[name])
 
-        def gone(path: Path) -> None:
-            path.unlink(missing_ok=True)
-            if how == "folder":
-                path.mkdir()
 
-        return name, gone
-    changed = (mutated_json if how == "json" and name.endswith(".json") else mutated_bytes)(draw, CONTENT[name])
-    return name, lambda path: path.write_bytes(changed) and None
+def damage(path: Path, by: Damage) -> None:
+    path.unlink()
+    if by == "folder":
+        path.mkdir()
+    elif isinstance(by, bytes):
+        path.write_bytes(by)
 
 
 CONTENT: dict[str, bytes] = {}
@@ -118,11 +118,11 @@ def test_damage_is_converted_or_refused(
         suppress_health_check=list(HealthCheck),
     )
     @given(mutation=mutations())
-    def check(mutation: tuple[str, Callable[[Path], None]]) -> None:
-        name, change = mutation
+    def check(mutation: tuple[str, Damage]) -> None:
+        name, by = mutation
         place = tmp_path_factory.mktemp("damaged")
         folder, out = Path(shutil.copytree(whole, place / "model")), place / "out"
-        change(folder / name)
+        damage(folder / name, by)
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         codes = []
         for asked in (("--dry-run",), ()):

@@ -15,6 +15,8 @@ from gguf import GGUFWriter
 from markdown_it import MarkdownIt
 
 from mode_gguf.artifacts import write_json
+from mode_gguf.hub.names import is_model_file
+from mode_gguf.pipeline import find_model_files
 from mode_gguf_cli.main import main
 from tests.e2e.conftest import QUICK, Run, settings
 
@@ -34,6 +36,7 @@ NAMES = [
     "$(touch owned);&",
     ".hidden",
     "[red]x[/y]",
+    "mmproj-imatrix",
 ]
 
 
@@ -63,6 +66,8 @@ def test_from_the_folder_to_the_card(name: str, pico: Path, tmp_path: Path, run:
     page = Path(json.loads(run("report", out, "--json"))["page"]).read_text()
     assert "<script>alert" not in page
     run("inspect", made["model"])
+    assert find_model_files(out).model == Path(made["model"])
+    assert is_model_file(made["model"])
     assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in (out / "mode-gguf.log").read_text().splitlines()), (
         "a line a message"
     )

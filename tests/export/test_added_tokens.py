@@ -153,6 +153,15 @@ def test_as_transformers_says(request: pytest.FixtureRequest, tmp_path: Path, of
     check_inputs(checkpoint, tokens=ours.tokens)
 
 
+def in_json(change: Callable[[Tokens], Any]) -> Change:
+    return lambda folder: edit(folder, "tokenizer.json", change)
+
+
+def pointer(folder: Path) -> None:
+    in_pieces(folder)
+    (folder / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+
+
 def hole(folder: Path) -> None:
     in_pieces(folder)
     write(folder, "added_tokens.json", IDS | {"<late>": VOCAB - 20})
@@ -171,6 +180,16 @@ def shared(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (
+            lambda folder: edit(folder, "tokenizer.json", lambda t: t["model"]["vocab"].update({"\ud800": 450})),
+            "Unicode",
+        ),
+        (
+            lambda folder: edit(folder, "tokenizer.json", lambda t: t["model"]["merges"].append(["\ud800", "a"])),
+            "merges",
+        ),
+        (lambda folder: edit(folder, "tokenizer.json", lambda t: t["model"].update(merges=[])), "no merges found"),
+        (pointer, "merges.txt: a Git LFS pointer"),
         (hole, f"added_tokens.json: token '<late>' has id {VOCAB - 20}, and transformers gives it 407"),
         (beyond, f"added_tokens.json: token '<late>' has id {VOCAB}, expected less than the {VOCAB} rows"),
         (shared, f"token '<late>' has id {TRAINED}, and transformers gives it {TRAINED + 1}"),
@@ -178,9 +197,22 @@ def shared(folder: Path) -> None:
         (configured(eos_token=7), "tokenizer_config.json: added tokens cannot be read"),
         (with_map(eos_token=["<|im_end|>"]), "added tokens cannot be read"),
         (list_of_tokens, "a JSON object"),
-        (lambda folder: edit(folder, "tokenizer.json", lambda t: t["model"]["vocab"].update(zzz=VOCAB)), "512 rows"),
+        (in_json(lambda t: t["model"]["vocab"].update(zzz=VOCAB)), "512 rows"),
     ],
-    ids=["hole", "beyond", "shared", "decoder", "end", "map", "list", "vocabulary"],
+    ids=[
+        "half a character",
+        "a merge of half one",
+        "no merges",
+        "merges pointer",
+        "hole",
+        "beyond",
+        "shared",
+        "decoder",
+        "end",
+        "map",
+        "list",
+        "vocabulary",
+    ],
 )
 def test_refusals(run: Run, pico: Path, tmp_path: Path, change: Change, says: str) -> None:
     """By the public command, before anything is measured."""

@@ -1,5 +1,6 @@
 """Checkpoints that a family must refuse, as other settings in config.json, and what the refusal says."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,12 @@ def refused_ropes(**settings: Any) -> list[dict[str, Any]]:
         {"rope_type": "yarn", "factor": 4.0, "attention_factor": -1.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0},
         {"rope_type": "yarn", "factor": "4"},
+        {"rope_type": "yarn", "factor": math.nan},
+        {"rope_type": "linear", "factor": 10**400},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10**12},
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": -10 / math.log(4.0)},
+        {"rope_type": "default", "rope_theta": 0.0},
+        {"rope_type": "default", "rope_theta": math.inf},
     ]
     return [{**settings, **scaling} for scaling in scalings]
 

@@ -109,10 +109,11 @@ def test_dynamic_scaling_begins_where_the_file_ends(name: str, families: Familie
     """Before that, transformers computes the same without it."""
     case, plain = BY_NAME[name], families.reference(BY_NAME[name])
     dynamic = reference_of(case, families, tmp_path, {"rope_type": "dynamic", "factor": 4.0})
-    keys = [find_family(one.checkpoint).text_metadata(one.checkpoint) for one in (plain, dynamic)]
-    assert keys[0] == keys[1]
-    tokens = plain.tokens(TEXT)
-    assert len(tokens) < keys[0][f"{case.gguf_arch}.context_length"]
+    before, after = (find_family(one.checkpoint).text_metadata(one.checkpoint) for one in (plain, dynamic))
+    assert before == after
+    tokens, context = plain.tokens(TEXT), after[f"{case.gguf_arch}.context_length"]
+    assert isinstance(context, int)
+    assert len(tokens) < context
     np.testing.assert_array_equal(dynamic.logits(tokens), plain.logits(tokens))
 
 

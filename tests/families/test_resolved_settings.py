@@ -9,7 +9,7 @@ from gguf import Keys
 from mode_gguf.architectures import find_family
 from mode_gguf.errors import InputError
 from mode_gguf.forward.model_config import model_config
-from mode_gguf.forward.resolved_settings import SETTINGS, TOWER, check_resolved, declared_name
+from mode_gguf.forward.resolved_settings import SETTINGS, TOWER, check_resolved, declared_names
 from tests.families.cases import every_case, every_layout
 from tests.families.changed import changed
 from tests.families.conftest import Families
@@ -28,7 +28,7 @@ def test_published_settings_are_the_same(case: FamilyCase, layout: str, families
     compared = {
         key.removeprefix("{arch}.")
         for key, names in SETTINGS.items()
-        if key.format(arch=family.gguf_arch) in written and declared_name(config.text_config, names)
+        if key.format(arch=family.gguf_arch) in written and declared_names(config.text_config, names)
     }
     assert compared > SIZES
 
@@ -39,8 +39,7 @@ def test_heads_of_the_tower_are_compared(case: FamilyCase, layout: str, families
     checkpoint = families.checkpoint(layout)
     family = find_family(checkpoint)
     config = model_config(checkpoint, family)
-    name = declared_name(config.vision_config, TOWER[Keys.ClipVision.Attention.HEAD_COUNT])
-    assert name is not None
+    (name,) = declared_names(config.vision_config, TOWER[Keys.ClipVision.Attention.HEAD_COUNT])
     setattr(config.vision_config, name, 3)
     with pytest.raises(InputError, match=rf"vision {name} would be \d+ in the file, and transformers makes it 3"):
         check_resolved(checkpoint, family, config)

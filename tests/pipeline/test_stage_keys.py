@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from mode_gguf import pipeline
 from mode_gguf.checkpoint.folder import Checkpoint, StoredTensor
 from mode_gguf.pipeline.conversion import Conversion
 from mode_gguf.pipeline.run import Stage
-from mode_gguf.pipeline.stage_cache import file_identity
+from mode_gguf.pipeline.stage_cache import StageCache, StageState, file_identity
 from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
 from mode_gguf.recipe import OptionLayer, Recipe, nested
 
@@ -66,12 +68,35 @@ def written(tmp_path_factory: pytest.TempPathFactory, pico: Path) -> Inputs:
     return inputs
 
 
+OPENED: dict[str, set[Path]] = {}
+"""Files that Python opened while a stage ran, by stage: filled by `out`."""
+
+
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory, written: Inputs) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, written: Inputs) -> Iterator[Path]:
     """The work folder of a conversion of these inputs."""
+    running: list[str] = []
+    recorded = StageCache.recorded
+
+    @contextmanager
+    def noted(cache: StageCache, stage: StageState) -> Iterator[None]:
+        with recorded(cache, stage):
+            running.append(stage.name)
+            yield
+            running.pop()
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if running and event == "open" and isinstance(arguments[0], str | os.PathLike):
+            OPENED.setdefault(running[-1], set()).add(Path(arguments[0]))
+
     out = tmp_path_factory.mktemp("out") / "work"
-    pipeline.convert(pipeline.open_model(written.model, out), recipe(written))
-    return out
+    sys.addaudithook(audit)  # for good, and without effect where no stage is running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageCache, "recorded", noted)
+        unit_kl = {"plan": {"unit_kl": True}, "sensitivity": {"measured_samples": 1}}
+        pipeline.convert(pipeline.open_model(written.model, out), recipe(written, unit_kl))
+    yield out
+    OPENED.clear()
 
 
 @pytest.fixture
@@ -217,6 +242,21 @@ def test_a_changed_file_is_seen_by_its_stages(name: str, written: Inputs, copy: 
     change(copy)
     now = keys(copy, out, recipe(copy))
     assert changed(before, now) == expected
+
+
+def test_no_stage_opens_a_file_that_is_not_in_its_key(written: Inputs, out: Path) -> None:
+    entries = json.loads((out / "stages.json").read_text())
+    assert OPENED.keys() == entries.keys() - {"report"}  # a drawing of what the others left
+    found = {
+        stage: {str(path.relative_to(written.model)) for path in opened if path.is_relative_to(written.model)}
+        for stage, opened in OPENED.items()
+    }
+    assert {"tokenizer_config.json", "preprocessor_config.json", "config.json"} <= found["calibrate"]
+    assert {"tokenizer.json", "README.md", "generation_config.json"} <= found["export"]
+    for stage, names in found.items():
+        covered = json.dumps(entries[stage]["settings"]) + " config.json model.safetensors.index.json"
+        missing = {name for name in names if name not in covered and not name.endswith(".safetensors")}
+        assert missing == set(), stage
 
 
 def test_prose_of_the_model_card_is_not_read(copy: Inputs, out: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 from mode_gguf.options import RUN
 from mode_gguf.plain_text import shell_line
 from mode_gguf.recipe import Recipe
+from mode_gguf.sizes import binary_size, decimal_size
 from mode_gguf_cli import arguments
 from mode_gguf_cli.console import duration, emit_json, progress, say, show
 from mode_gguf_cli.generated import with_recipe
@@ -87,7 +88,7 @@ def _emit(result: "ConvertResult") -> None:
 
 
 def _show(result: "ConvertResult", folder: Path) -> None:
-    show(f"model    {result.model}  ({result.bpw:.3f} bpw, {result.size_bytes / 1e6:,.1f} MB)")
+    show(f"model    {result.model}  ({result.bpw:.3f} bpw, {decimal_size(result.size_bytes)})")
     if result.mmproj:
         show(f"mmproj   {result.mmproj}")
     show(f"report   {result.page}")
@@ -98,7 +99,7 @@ def _show(result: "ConvertResult", folder: Path) -> None:
 
 
 def _show_estimate(estimate: "ConversionEstimate", download: "Download | None", *, as_json: bool) -> None:
-    from mode_gguf.estimate.free_resources import disk_use, gigabytes, memory_warning, shortages
+    from mode_gguf.estimate.free_resources import disk_use, memory_warning, shortages
 
     reach, free = estimate.reach, estimate.free
     working, temporary = disk_use(estimate.stages)
@@ -139,21 +140,22 @@ def _show_estimate(estimate: "ConversionEstimate", download: "Download | None", 
     show(f"bpw        {bpw:.4g}; {reach.lowest_bpw:.3f} to {reach.highest_bpw:.3f} can be reached")
     for limit in reach.limits:
         show(f"           {limit}")
-    show(f"text file  {estimate.model_bytes / 1e6:,.1f} MB")
+    show(f"text file  {decimal_size(estimate.model_bytes)}")
     show_memory(estimate.memory)
     show("")
     rows = [("stage", "about", "memory", "GPU memory", "written")]
     for stage in estimate.stages:
-        memory, on_gpu = (f"{count / 2**30:.1f} GiB" for count in (stage.memory, stage.device_memory))
-        written = gigabytes(stage.temporary + stage.working + stage.written)
+        memory, on_gpu = (binary_size(count) for count in (stage.memory, stage.device_memory))
+        written = decimal_size(stage.temporary + stage.working + stage.written)
         rows.append((stage.stage, duration(stage.seconds or 0), memory, on_gpu, written))
     on_device = any(stage.device_memory for stage in estimate.stages)
     for name, *cells in rows:
         show(f"{name:<12}" + "".join(f"{cell:>12}" for column, cell in enumerate(cells) if on_device or column != 2))
     show(f"{'in all':<12}{duration(sum(stage.seconds or 0 for stage in estimate.stages)):>12}")
     show("")
-    show(f"disk       {gigabytes(working)} at one time, {gigabytes(temporary)} in TMPDIR; {gigabytes(free.disk)} free")
-    show(f"memory     {free.memory / 2**30:.1f} GiB free")
+    on_disk, in_temporary, left = map(decimal_size, (working, temporary, free.disk))
+    show(f"disk       {on_disk} at one time, {in_temporary} in TMPDIR; {left} free")
+    show(f"memory     {binary_size(free.memory)} free")
     for problem in problems:
         show(f"problem    {problem}")
     show("nothing was written")

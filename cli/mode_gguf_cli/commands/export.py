@@ -6,6 +6,7 @@ import typer
 
 from mode_gguf.options import OUTPUT
 from mode_gguf.recipe import Recipe
+from mode_gguf.sizes import decimal_size
 from mode_gguf.vocabulary import ImatrixKind, Rounding
 from mode_gguf_cli import arguments
 from mode_gguf_cli.console import emit_json, progress, show
@@ -63,7 +64,7 @@ def command(
         optional = {"mmproj": str(mmproj) if mmproj else None, "mtp": str(drafts) if drafts else None}
         emit_json({"model": str(files[0]), **optional, "bpw": followed.bpw, "size_bytes": size})
         return
-    show(f"model    {files[0]}  ({followed.bpw:.3f} bpw, {size / 1e6:,.1f} MB)")
+    show(f"model    {files[0]}  ({followed.bpw:.3f} bpw, {decimal_size(size)})")
     for name, path in (("mmproj", mmproj), ("mtp", drafts)):
         if path:
             show(f"{name:<8} {path}")

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from mode_gguf.options import OUTPUT
 from mode_gguf.recipe import Recipe
+from mode_gguf.sizes import binary_size
 from mode_gguf_cli import arguments
 from mode_gguf_cli.console import cell, progress, show, stdout
 from mode_gguf_cli.generated import with_recipe
@@ -74,5 +75,4 @@ def _shares(point: "FrontierPoint") -> str:
 
 
 def _size(size_bytes: int) -> str:
-    unit, divisor = ("GiB", 2**30) if size_bytes >= 2**30 else ("MiB", 2**20)
-    return f"{size_bytes / divisor:.2f} {unit}"
+    return binary_size(size_bytes, 2)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mode_gguf.sizes import decimal_size
 from mode_gguf_cli import arguments
 from mode_gguf_cli.console import cell, emit_json, progress, show, stdout
 
@@ -70,7 +71,7 @@ def _compare(first: Path, second: Path, threads: int | None, *, as_json: bool) -
         if only:
             show(f"only in {name}  {', '.join(only)}")
     for name, file in zip("AB", found.files, strict=True):
-        show(f"{name}          {file.name}  ({file.bpw:.3f} bpw, {file.size_bytes / 1e6:,.1f} MB)")
+        show(f"{name}          {file.name}  ({file.bpw:.3f} bpw, {decimal_size(file.size_bytes)})")
     total = found.total
     show(f"error      {_error(total.error)} over all {total.n_weights:,} weights of {total.tensors} tensors")
 

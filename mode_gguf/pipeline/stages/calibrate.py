@@ -197,4 +197,5 @@ def unknown_model_errors(checkpoint: Checkpoint, way_out: str) -> Iterator[None]
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         if checkpoint.base is None:
             raise
-        raise InputError(f"{checkpoint.path}: this model cannot be measured ({reason(error)}); {way_out}") from error
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"{checkpoint.path}: this model cannot be measured ({said}); {way_out}") from error

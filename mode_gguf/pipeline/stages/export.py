@@ -26,6 +26,7 @@ from mode_gguf.pipeline.stages.calibrate import Calibrate, check_same_model
 from mode_gguf.pipeline.stages.feedback import RoundWithFeedback, forget_rounded, packed_sources
 from mode_gguf.pipeline.stages.packed_key import packed_key
 from mode_gguf.quantization.types import QUANT_TYPES
+from mode_gguf.sizes import binary_size
 from mode_gguf.vocabulary import ImatrixKind, MtpType, ProjectorType, Rounding
 from mode_gguf.workfolder import (
     WorkFolder,
@@ -65,7 +66,7 @@ class ExportText(Stage):
 
     def key(self, run: Run) -> dict[str, Any]:
         plan = self.resolved_plan(run)
-        settings = packed_key(run, plan, self.imatrix, self._feedback(run, plan))
+        settings = packed_key(run, plan, self.imatrix, self.feedback(run, plan))
         if not projector_tensors(run.checkpoint):
             settings["projector"] = "none"
         return {
@@ -85,7 +86,7 @@ class ExportText(Stage):
         path = model_path(run.folder, plan)
         return tuple(text_model_files(path, run.checkpoint, plan.types, plan.experts, self.options.shard_size))
 
-    def _feedback(self, run: Run, plan: Plan) -> Calibrate | None:
+    def feedback(self, run: Run, plan: Plan) -> Calibrate | None:
         """The stage on whose samples weights are rounded with feedback; None where they are rounded to nearest."""
         if (self.rounding or plan.rounding) == "nearest":
             return None
@@ -105,7 +106,7 @@ class ExportText(Stage):
         check_tensors(run.checkpoint, plan)
         if beyond := _beyond_budget(run.checkpoint, plan):
             log.warning("%s", beyond)
-        if calibrate := self._feedback(run, plan):
+        if calibrate := self.feedback(run, plan):
             run.ensure(RoundWithFeedback(plan, calibrate, self.imatrix))
         with run.recorded(self):
             self.write(run)
@@ -120,7 +121,7 @@ class ExportText(Stage):
         if kind == "fisher" and not packed_with.exists():
             raise MissingResourceError(f"{packed_with}: not there; `mode-gguf sensitivity` writes it")
         with_imatrix = packed_with.exists() and not plan.is_full_precision
-        calibrate = self._feedback(run, plan)
+        calibrate = self.feedback(run, plan)
         write_text_model(
             model_path(folder, plan),
             run.checkpoint,
@@ -250,11 +251,11 @@ def reference_fits(checkpoint: Checkpoint) -> bool:
     fits = fits_to_compare(checkpoint)
     if not fits:
         log.warning(
-            "the %s file to compare with would take %.0f GiB of this machine's %.0f GiB of memory, so the result is "
+            "the %s file to compare with would take %s of this machine's %s of memory, so the result is "
             "only loaded and asked; compare it with `mode-gguf validate --reference` on a larger machine",
             REFERENCE_TYPE.name,
-            _reference_bytes(checkpoint) / 2**30,
-            total_memory() / 2**30,
+            binary_size(_reference_bytes(checkpoint)),
+            binary_size(total_memory()),
         )
     return fits
 

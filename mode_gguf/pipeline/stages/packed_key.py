@@ -3,7 +3,6 @@
 from typing import Any
 
 from mode_gguf.allocation.plan import Plan
-from mode_gguf.artifacts import fingerprint
 from mode_gguf.pipeline.run import Run, base_key
 from mode_gguf.pipeline.stages.calibrate import Calibrate
 from mode_gguf.vocabulary import ImatrixKind
@@ -25,7 +24,7 @@ def packed_key(run: Run, plan: Plan, imatrix: ImatrixKind | None, calibrate: Cal
         "rounding": "nearest" if calibrate is None else "feedback",
     }
     if calibrate is not None:
-        settings["calibration"] = fingerprint(calibrate.key(run))
+        settings["calibration"] = calibrate.key(run)
     if calibrate is not None and kind == "fisher":
         settings["token weights"] = run.cache.identity(folder.token_weights)
     return settings

@@ -20,7 +20,7 @@ from mode_gguf.pipeline.report_data import conversion_record
 from mode_gguf.pipeline.run import Run, Stage
 from mode_gguf.pipeline.samples_key import held_out_contents
 from mode_gguf.pipeline.settings import base_warnings
-from mode_gguf.pipeline.stage_cache import StageCache, file_identity
+from mode_gguf.pipeline.stage_cache import StageCache
 from mode_gguf.pipeline.stages.calibrate import stored_probes, stored_warnings
 from mode_gguf.pipeline.stages.export import (
     REFERENCE_TYPE,
@@ -31,7 +31,7 @@ from mode_gguf.pipeline.stages.export import (
     projector_path,
     reference_fits,
 )
-from mode_gguf.pipeline.stages.feedback import warnings_of_rounding
+from mode_gguf.pipeline.stages.feedback import RoundWithFeedback, warnings_of_rounding
 from mode_gguf.probes import Probes
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.conversion_record import ConversionRecord
@@ -39,6 +39,7 @@ from mode_gguf.validation.questions import load_held_out
 from mode_gguf.validation.reference import RunSettings
 from mode_gguf.validation.report import ValidationReport
 from mode_gguf.validation.validate import ComparedModels, validate
+from mode_gguf.vocabulary import ProjectorType
 from mode_gguf.workfolder import WorkFolder, failure_path, uniform_file_name
 
 
@@ -48,7 +49,7 @@ class Validate(Stage):
 
     export: ExportText
     options: ValidationOptions = ValidationOptions()
-    mmproj_type: str = ExportOptions.mmproj_type
+    mmproj_type: ProjectorType = ExportOptions.mmproj_type
     name: ClassVar[str] = "validate"
 
     def key(self, run: Run) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class Validate(Stage):
             "projector": self._projector(run),
             "held-out data": str(options.samples or "built-in"),
             "its samples": held_out_contents(run, options),
-            "transformers' predictions": file_identity(run.folder.probes),
+            "transformers' predictions": run.cache.identity(run.folder.probes),
             "llama.cpp": options.llama_cpp,
             **self._runtimes(run),
             **_changed(options),
@@ -109,7 +110,7 @@ class Validate(Stage):
                 ),
                 folder.report,
                 self.options,
-                Notes((*base_warnings(run.checkpoint), *_warnings(folder, plan)), conversion_record(folder)),
+                Notes((*base_warnings(run.checkpoint), *_warnings(run, self.export, plan)), conversion_record(folder)),
                 reference_folder=folder.reference,
                 progress=run.progress,
             )
@@ -192,8 +193,12 @@ def _changed(options: ValidationOptions) -> dict[str, Any]:
     return {} if alike == plain else {"validation": repr(alike)}
 
 
-def _warnings(folder: WorkFolder, plan: Plan) -> list[str]:
-    return [*stored_warnings(folder), *(warnings_of_rounding(folder) if plan.rounding == "feedback" else [])]
+def _warnings(run: Run, export: ExportText, plan: Plan) -> list[str]:
+    """Warnings of calibration, and of the rounding that the file had: rounding.json may be of another one since."""
+    calibrate = export.feedback(run, plan)
+    rounded = calibrate and RoundWithFeedback(plan, calibrate, export.imatrix)
+    of_file = rounded is not None and run.cache.has_settings(rounded.state(run))
+    return [*stored_warnings(run.folder), *(warnings_of_rounding(run.folder) if of_file else [])]
 
 
 @contextmanager
