@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """Configuration, tokenizer, chat template. No pickles, no code."""
+_TEMPLATES = "additional_chat_templates/"
 _CARDS = ("README", "LICENSE", "LICENCE", "NOTICE")
 _POLL_SECONDS = 0.5
 _CONNECTIONS = 8
@@ -97,7 +98,7 @@ def checkpoint_folder(model: str | Path, progress: Progress = silent) -> Path:
         _check_disk_space(named, weights.missing_bytes)
         log.info("%s", listing.download([*_small_files(listing.sizes), *weights.files]))
         with _download_progress(folder.parents[1] / "blobs", weights.missing_bytes, progress):
-            return _fetch(listing, weights.files)
+            return _fetch(listing, [*_templates(listing.sizes), *weights.files])
 
 
 @contextmanager
@@ -185,7 +186,13 @@ def _snapshot(source: HubModel | _Listing, patterns: list[str], **options: Any) 
 
 
 def _small_files(names: Iterable[str]) -> list[str]:
-    return [name for name in names if "/" not in name and (name.endswith(_SMALL) or name.startswith(_CARDS))]
+    """Everything but the weights, templates in their folder included."""
+    small = [name for name in names if "/" not in name and (name.endswith(_SMALL) or name.startswith(_CARDS))]
+    return [*small, *_templates(names)]
+
+
+def _templates(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(_TEMPLATES) and name.endswith(".jinja")]
 
 
 def _weight_files(named: HubModel, folder: Path, listing: _Listing) -> list[str]:

@@ -20,6 +20,7 @@ from mode_gguf.pipeline import PlanSettings
 from tests.hub_server import READER, WRITER, Hub
 
 NAME = "Maker/Pico-VL-MoE"
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
 
 
 @pytest.fixture
@@ -29,6 +30,8 @@ def published(hub: Hub, pico: Path, tmp_path: Path) -> Hub:
     for name in ("pytorch_model.bin", "consolidated.safetensors", "modeling.py", "picture.png", "original/a.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not wanted")
+    (folder / TEMPLATE).parent.mkdir()
+    (folder / TEMPLATE).write_text("{{ messages }}")
     hub.add(NAME, folder)
     return hub
 
@@ -40,7 +43,7 @@ def names(folder: Path) -> set[str]:
 def test_only_what_is_needed_is_fetched(published: Hub, pico: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mode_gguf")
     folder = checkpoint_folder(NAME)
-    assert names(folder) == names(pico)
+    assert names(folder) == {*names(pico), TEMPLATE}
     for name in names(pico):
         assert (folder / name).read_bytes() == (pico / name).read_bytes()
     fetched, local = Checkpoint.open(folder), Checkpoint.open(pico)
