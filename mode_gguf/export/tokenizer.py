@@ -13,6 +13,7 @@ from mode_gguf.architectures import TOKENIZERS
 from mode_gguf.architectures.tokenizer import Tokenizer, added_tokens
 from mode_gguf.checkpoint import tiktoken_model
 from mode_gguf.checkpoint.folder import read_json
+from mode_gguf.checkpoint.side_files import unmarked
 from mode_gguf.errors import InputError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -51,7 +52,8 @@ def add_tokenizer_keys(
     tiktoken = tiktoken_model.has_tiktoken_model(folder)
     post_processor = {} if tiktoken else _read_tokenizer(folder).get("post_processor") or {}
     try:
-        special = SpecialVocab(folder, load_merges=not tiktoken, n_vocab=vocabulary_size)
+        with unmarked(folder) as readable:
+            special = SpecialVocab(readable, load_merges=not tiktoken, n_vocab=vocabulary_size)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise InputError(
             f"{folder}: special tokens or merges cannot be read from tokenizer.json and tokenizer_config.json "

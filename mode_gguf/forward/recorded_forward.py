@@ -28,7 +28,7 @@ class LayerConsumer:
     """
 
     leave: Callable[[SampleTrace, int], None]
-    finish: Callable[[int], None] = no_callback
+    finish: Callable[[int], object] = no_callback
     key_tokens: KeyTokens | None = None
     keep_hidden: bool = True
 
