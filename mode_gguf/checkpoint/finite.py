@@ -1,15 +1,15 @@
 """Weights that are NaN or infinite, found where they are read."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from mode_gguf.errors import InputError
 
-_EXPONENT: Final = {
+_EXPONENT: Final[Mapping[str, tuple[np.dtype[Any], int]]] = {
     "uint16": (np.dtype("<u2"), 0x7F80),
     "float16": (np.dtype("<u2"), 0x7C00),
     "float32": (np.dtype("<u4"), 0x7F800000),

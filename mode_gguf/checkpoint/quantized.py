@@ -30,7 +30,7 @@ def taken_settings(config: dict[str, Any]) -> dict[str, Any]:
             text = dict(config[section])
             found += [text.pop(name, None) for name in _SETTINGS]
             config[section] = text
-    settings = next((one for one in found if one), {})
+    settings: Any = next((one for one in found if one), {})
     return settings if isinstance(settings, dict) else {"quant_method": settings}
 
 

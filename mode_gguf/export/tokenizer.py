@@ -16,6 +16,7 @@ from mode_gguf.architectures.tokenizer import Tokenizer
 from mode_gguf.chat_templates.sources import ChatTemplates, chat_templates
 from mode_gguf.checkpoint import tiktoken_model
 from mode_gguf.checkpoint.folder import Checkpoint, read_json
+from mode_gguf.checkpoint.side_files import unmarked
 from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError, foreign_errors
 
@@ -75,7 +76,8 @@ def add_tokenizer_keys(
         "download them again",
     ):
         refuse_lfs_pointer(folder / "merges.txt")
-        special = SpecialVocab(folder, load_merges=not tiktoken, n_vocab=vocabulary_size)
+        with unmarked(folder) as readable:
+            special = SpecialVocab(readable, load_merges=not tiktoken, n_vocab=vocabulary_size)
     if tiktoken:
         ranks = tiktoken_model.read_ranks(folder / tiktoken_model.FILE)
         special.merges = [" ".join(merge) for merge in tiktoken_model.last_merges(ranks)]

@@ -1,5 +1,6 @@
 """Weights that no file can hold: NaN, infinity and what overflows stop at the first stage that reads them, by name."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -159,9 +160,9 @@ def large_expert(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (large_key, "what blk.1.attn_output.weight reads is NaN or infinite, although all weights are finite"),
-        (large_norm, "what blk.1.ffn_"),
-        (large_expert, "errors of blk.1.ffn_down_exps.weight, expert 0, in Q"),
+        (large_key, r"what blk\.1\.attn_output\.weight reads is NaN or infinite, although .* beyond float32"),
+        (large_norm, r"what blk\.1\.ffn_.* beyond float32"),
+        (large_expert, r"blk\.1\.ffn_down_exps\.weight.* in row .* cannot be stored as Q"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -172,6 +173,5 @@ def test_what_overflows_is_said_to(
     change(weights)
     save_alone(copy, weights)
     line = stopped(run, copy, tmp_path / "out", *samples(2, 2))
-    assert says in line
-    assert "beyond float32" in line
-    assert "importance matrix again" not in line
+    assert re.search(says, line), line
+    assert "importance matrix" not in line
