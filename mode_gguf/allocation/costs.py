@@ -81,7 +81,7 @@ def tensor_units(
     for tensor in tensors:
         if tensor.role is Role.KEEP:
             continue
-        offered = types.of(tensor)
+        offered: Sequence[QuantType] = types.of(tensor)
         is_expert = tensor.role is Role.EXPERT
         axis = _measured_types(tensor, measured)
         if tensor.is_measured:
