@@ -47,7 +47,7 @@ def empty(folder: Path) -> Path:
     return folder / "empty"
 
 
-KINDS = {
+KINDS: dict[Make, str] = {
     pipe: "a named pipe found",
     link_to_pipe: "a named pipe found",
     device: "a device found",

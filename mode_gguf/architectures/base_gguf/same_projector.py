@@ -62,8 +62,8 @@ def _unknown_matrices(checkpoint: Checkpoint, base: BaseGguf, encoder: list[str]
         shape = checkpoint.shape(source)
         for (kind, width), rows in wanted.items():
             if rows and len(shape) > 1 and width in (shape[-1], shape[0], prod(shape[1:])):
-                for row in _rows_and_columns(rounded(checkpoint.read(source), kind), width):
-                    rows.pop(row.tobytes(), None)
+                for values in _rows_and_columns(rounded(checkpoint.read(source), kind), width):
+                    rows.pop(values.tobytes(), None)
     return sorted({name for rows in wanted.values() for name in rows.values()})
 
 

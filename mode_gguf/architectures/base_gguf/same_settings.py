@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from gguf import Keys
 
@@ -80,7 +80,7 @@ def _first(config: Mapping[str, Any], names: Iterable[str]) -> Any:
     return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

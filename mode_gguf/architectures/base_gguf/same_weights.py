@@ -179,8 +179,6 @@ def _check_experts(checkpoint: Checkpoint, base: BaseGguf) -> None:
 def _check_expert(
     checkpoint: Checkpoint, base: BaseGguf, tensor: SourceTensor, expert: int, names: Sequence[str]
 ) -> None:
-    kind = base.text.tensors[tensor.name].type
-    wanted = {row: as_float32(tensor.read(expert, slice(row, row + 1)))[0] for row in sampled_rows(tensor.shape[1])}
     if any(_has_rows(checkpoint, base, tensor, expert, name) for name in names):
         return
     wanted = [as_float32(tensor.read(expert, slice(row, row + 1)))[0] for row in sampled_rows(tensor.shape[1])]
