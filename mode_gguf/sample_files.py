@@ -2,12 +2,12 @@
 
 import json
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from mode_gguf.errors import InputError
+from mode_gguf.regular_files import check_regular
 
 MAX_SAMPLE_BYTES: Final = 2**30
 """Size limit of a sample file in bytes; a few hundred samples are used."""
@@ -34,14 +34,10 @@ def read_sample_text(path: Path) -> str:
     Raises:
         InputError: it is no regular file, is larger than `MAX_SAMPLE_BYTES`, or cannot be read as UTF-8.
     """
+    check_regular(path, "file of samples")
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path}: is no regular file; name a file or a folder of samples")
-        if status.st_size > MAX_SAMPLE_BYTES:
-            raise InputError(
-                f"{path}: {status.st_size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it"
-            )
+        if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
+            raise InputError(f"{path}: {size:,} bytes, {MAX_SAMPLE_BYTES:,} at most are read; use a part of it")
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         kind = "JSON" if path.suffix.lower() in JSON_SUFFIXES else "text"

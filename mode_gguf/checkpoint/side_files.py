@@ -11,6 +11,7 @@ from typing import Any
 
 from mode_gguf.checkpoint.text_files import refuse_lfs_pointer
 from mode_gguf.errors import InputError
+from mode_gguf.regular_files import check_regular
 
 _MAX_JSON_BYTES = 2**26
 _MARKED = (".json", ".jinja", ".md")
@@ -23,9 +24,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, is too large, is not UTF-8 JSON, or holds something other than an object.
     """
+    check_regular(path, "JSON file")
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: expected a file of JSON, found something else; download it again")
         if (size := path.stat().st_size) > _MAX_JSON_BYTES:
             raise InputError(f"{path}: {size:,} bytes of JSON found, {_MAX_JSON_BYTES:,} at most are read")
         value = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -1,9 +1,9 @@
 """Small text files of a checkpoint: Git LFS pointers in their places are named."""
 
-import stat
 from pathlib import Path
 
 from mode_gguf.errors import InputError
+from mode_gguf.regular_files import check_regular
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_BYTES = 2**24
@@ -33,12 +33,10 @@ def read_text_file(path: Path) -> str:
     Raises:
         InputError: it cannot be read, is no file, is too large, is not UTF-8, or is a Git LFS pointer.
     """
+    check_regular(path, "text file")
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path}: expected a file; download it again")
-        if found.st_size > _MAX_BYTES:
-            raise InputError(f"{path}: {found.st_size:,} bytes found, {_MAX_BYTES:,} of text at most are read")
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise InputError(f"{path}: {size:,} bytes found, {_MAX_BYTES:,} of text at most are read")
         refuse_lfs_pointer(path)
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
