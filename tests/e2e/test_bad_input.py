@@ -103,8 +103,7 @@ def test_nan_weights_stop_the_export_and_are_named(copy: Path, tmp_path: Path, r
     out = tmp_path / "out"
     run("plan", copy, "--uniform", "Q2_K", "--out", out)
     line = run("export", copy, "--out", out, code=4)
-    assert "blk.0.ffn_down_exps.weight" in line
-    assert "expert 1" in line
+    assert f"tensor {name} is NaN at expert 1, row 2, column 3" in line
     assert list(out.glob("*.gguf")) == []
     assert list(out.glob("*.part")) == []
 
