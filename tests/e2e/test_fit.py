@@ -87,10 +87,10 @@ def test_what_does_not_fit_says_what_does(pico: Path, run: Run) -> None:
         (("--ctx", "4096"), "--ctx goes with --fit"),
         (("--kv-type", "q8_0"), "--kv-type goes with --fit"),
         (("--fit", "24GiB", "--ctx", "4096", "--bpw", "3"), "--bpw and --fit are different budgets"),
-        (("--fit", "24potatoes", "--ctx", "4096"), "--fit: a number with MiB"),
+        (("--fit", "24potatoes", "--ctx", "4096"), "--fit: a number with GB"),
         (
             ("--fit", "24GiB", "--ctx", "4096", *settings("plan.budget.gpu.reserve=much")),
-            "plan.budget.gpu.reserve: a number with MiB",
+            "plan.budget.gpu.reserve: a number with GB",
         ),
     ],
 )

@@ -142,6 +142,6 @@ def test_convert_stops_before_a_full_disk(pico_module: Path, tmp_path: Path, mon
     run = pipeline.open_model(pico_module, tmp_path / "out")
     full = FreeResources(tmp_path, 1000, tmp_path, None, GB)
     monkeypatch.setattr("mode_gguf.pipeline.estimating.free_resources", lambda folder: full)
-    with pytest.raises(MissingResourceError, match=r"are needed, 0 kB are free; choose another disk with --out"):
+    with pytest.raises(MissingResourceError, match=r"are needed, 1 kB are free; choose another disk with --out"):
         pipeline.convert(run, Recipe.of(settings_layer(["plan.budget.bpw=4.0"])))
     assert not run.folder.path.exists()

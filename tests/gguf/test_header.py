@@ -83,7 +83,7 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
 
 
 def test_folders_and_other_versions(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="a folder found, a GGUF file expected"):
         read_header(tmp_path)
     (tmp_path / "old.gguf").write_bytes(b"GGUF\x01\x00\x00\x00" + bytes(64))
     with pytest.raises(InputError, match="version 1 found"):

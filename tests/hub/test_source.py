@@ -52,7 +52,7 @@ def test_only_what_is_needed_is_fetched(published: Hub, pico: Path, caplog: pyte
     assert (local.repository, local.revision) == (None, None)
     assert fetched.fingerprint == local.fingerprint
     assert f"{NAME} at {sha}" in caplog.text
-    assert "GB in" in caplog.text
+    assert "MB in" in caplog.text
 
 
 def test_what_is_there_is_not_fetched_again(published: Hub) -> None:
