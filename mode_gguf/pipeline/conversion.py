@@ -124,7 +124,7 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
         ModeGgufError: whatever the stages raise; what earlier stages wrote stays and is reused next time.
     """
     conversion = Conversion.of(run, recipe)
-    if not conversion.calibrate.is_current(run):  # else it was checked when that ran
+    if not _has_calibrated(run, conversion):  # else it was checked when that ran
         check_before_measuring(run, conversion.recipe)
     expected = estimate(run, conversion.recipe, conversion.settings, conversion.target)
     for shortage in shortages(expected.stages, expected.free):
@@ -144,6 +144,13 @@ def convert(run: Run, recipe: Recipe, *, restart: bool = False) -> ConvertResult
         with_types(recipe, conversion.settings.types).save(run.folder.recipe)
         run.ensure(*conversion.writing_stages(run))
         return _result(run, conversion)
+
+
+def _has_calibrated(run: Run, conversion: Conversion) -> bool:
+    if not run.folder.stages.exists():
+        return False
+    run.identify()
+    return conversion.calibrate.is_current(run)
 
 
 def _result(run: Run, conversion: Conversion) -> ConvertResult:
