@@ -8,6 +8,7 @@ import difflib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -35,6 +36,8 @@ PRESET_NAMES: Final[tuple[PresetName, ...]] = get_args(PresetName)
 SHIPPED: Final = Path(__file__).with_name("recipes")
 MAX_RECIPE_BYTES: Final = 1 << 20
 _COMMENT_WIDTH: Final = 118
+_LINE_ENDS: Final = frozenset("\x85\u2028\u2029")
+"""Characters that YAML reads as the end of a line, and writes as they are unless it writes ASCII."""
 
 KeyPath: TypeAlias = tuple[str, ...]
 """Keys that lead to an option in a recipe, such as ("plan", "budget", "bpw")."""
@@ -200,7 +203,10 @@ def _comment(text: str, indent: str) -> Iterator[str]:
 def yaml_scalar(value: Any) -> str:
     """A value on one line of YAML."""
     plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-    text: str = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    dump = partial(yaml.safe_dump, plain, default_flow_style=True, width=float("inf"))
+    text: str = dump(allow_unicode=True)
+    if not _LINE_ENDS.isdisjoint(text):
+        text = dump(allow_unicode=False)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

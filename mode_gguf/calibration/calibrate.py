@@ -82,11 +82,7 @@ def calibrate_and_probe(
             leave=observer.observe,
             finish=lambda layer: _check_finite(checkpoint, observer.finish_layer(), streamed.dtype),
         ),
-        PredictedInputs(
-            [prompt.inputs for prompt in prompts],
-            SCORED,
-            lambda number, logits: found.update({number: prompts[number].predicted(logits)}),
-        ),
+        _predictions(prompts, found),
         hidden_bytes=hidden_bytes,
         description="calibrating",
         progress=progress,
@@ -106,6 +102,38 @@ def calibrate_and_probe(
     )
     probes, *_ = gathered([found[number] for number in sorted(found)])
     return statistics, probes_of(checkpoint, builder, streamed.dtype, probes)
+
+
+@denormals_flushed()
+def measure_probes(
+    checkpoint: Checkpoint,
+    *,
+    with_picture: bool = True,
+    device: str = "auto",
+    hidden_bytes: int = ComputeOptions.hidden_memory,
+    progress: Progress = silent,
+) -> Probes:
+    """The checkpoint's probes alone, in one process; arguments and errors as of `calibrate_and_probe`.
+
+    Args:
+        with_picture: whether a question about a picture is among them, if the model takes pictures.
+    """
+    builder = InputBuilder.open(checkpoint)
+    prompts, found = list(probe_prompts(builder, with_picture=with_picture)), dict[int, Probe]()
+    streamed = open_streamed(checkpoint, device)
+    consumer = LayerConsumer(leave=lambda trace, layer: None, keep_hidden=False)
+    predicted = _predictions(prompts, found)
+    run_recorded(streamed, [], consumer, predicted, hidden_bytes=hidden_bytes, description="probing", progress=progress)
+    return probes_of(checkpoint, builder, streamed.dtype, [found[number] for number in sorted(found)])
+
+
+def _predictions(prompts: Sequence[Prompt], found: dict[int, Probe]) -> PredictedInputs:
+    """Prompts to run along, whose probes are put into `found` by number."""
+    return PredictedInputs(
+        [prompt.inputs for prompt in prompts],
+        SCORED,
+        lambda number, logits: found.update({number: prompts[number].predicted(logits)}),
+    )
 
 
 def _check_finite(checkpoint: Checkpoint, sums: Mapping[str, np.ndarray], dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mode_gguf.architectures.hparams import Hparams, image_hparams
 from mode_gguf.checkpoint.folder import Checkpoint
+from mode_gguf.errors import InputError
 
 _LENGTHS = ("patch_size", "merge_size", "temporal_patch_size", "pooling_kernel_size", "spatial_merge_size")
 _SHARED = {
@@ -32,8 +33,6 @@ def check_image_settings(checkpoint: Checkpoint) -> None:
     settings = image_hparams(checkpoint)
     for name in _LENGTHS:
         _check_counts(settings, name, _LONGEST)
-    for name, own in _SHARED.items():
-        _check_shared(settings, name, own)
     for name in ("image_mean", "image_std"):
         _check_colours(settings, name)
     _check_counts(settings, "size", _LARGEST_AREA)
@@ -52,13 +51,23 @@ def check_image_settings(checkpoint: Checkpoint) -> None:
         settings.refuse("min_pixels", f"at most max_pixels, which is {settings.get('max_pixels', None)}")
 
 
-def _check_shared(settings: Hparams, name: str, own: str) -> None:
-    """Refuse another length than the vision tower has: pictures would be cut into pieces that it does not take."""
-    vision = settings.checkpoint.config.get("vision_config")
-    wanted = vision.get(own) if isinstance(vision, Mapping) else None
-    found = settings.get(name, None)
-    if isinstance(wanted, int) and isinstance(found, int) and found != wanted:
-        settings.refuse(name, f"{wanted}, as vision_config of config.json has it")
+def check_shared_lengths(checkpoint: Checkpoint, processor: Any) -> None:
+    """Refuse lengths other than the vision tower has: pictures would be cut into pieces that it does not take.
+
+    Args:
+        processor: transformers' image processor, which has a value of its own for what its file leaves out.
+
+    Raises:
+        InputError: naming the length, and both values.
+    """
+    vision = checkpoint.config.get("vision_config")
+    for name, own in _SHARED.items():
+        wanted, found = vision.get(own) if isinstance(vision, Mapping) else None, getattr(processor, name, None)
+        if isinstance(wanted, int) and isinstance(found, int) and found != wanted:
+            raise InputError(
+                f"{checkpoint.path}: the image processor's {name} is {found}, expected {wanted}, as vision_config of "
+                "config.json has it; use the preprocessor_config.json published with these weights"
+            )
 
 
 def _check_counts(settings: Hparams, name: str, most: int) -> None:

@@ -18,7 +18,7 @@ from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.checkpoint.side_files import unmarked
 from mode_gguf.data.sample import Message, Sample
 from mode_gguf.errors import InputError, foreign_errors
-from mode_gguf.forward.image_settings import check_image_settings
+from mode_gguf.forward.image_settings import check_image_settings, check_shared_lengths
 from mode_gguf.forward.limits import MAX_IMAGE_PIXELS, MAX_TOKENS
 from mode_gguf.forward.modality import ANSWERS
 from mode_gguf.forward.tokenizer import check_tokens, open_tokenizer
@@ -116,6 +116,7 @@ class InputBuilder:
                 f"{checkpoint.path}: the image processor cannot be read", "use the one published with these weights"
             ):
                 image_processor = _image_processor(checkpoint)
+            check_shared_lengths(checkpoint, image_processor)
         if family.projector_type:
             image_token = family.vision.image_token(checkpoint)
             _check_image_token(checkpoint, tokenizer, image_token)

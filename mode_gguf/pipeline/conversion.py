@@ -26,6 +26,7 @@ from mode_gguf.pipeline.settings import (
 from mode_gguf.pipeline.stages.calibrate import Calibrate
 from mode_gguf.pipeline.stages.export import ExportMtp, ExportProjector, ExportText, projector_path
 from mode_gguf.pipeline.stages.plan import MakePlan
+from mode_gguf.pipeline.stages.probes import MeasureProbes
 from mode_gguf.pipeline.stages.sensitivity import MeasureSensitivity
 from mode_gguf.pipeline.stages.unit_kl import MeasureUnitKl
 from mode_gguf.pipeline.stages.validate import Validate
@@ -99,6 +100,8 @@ class Conversion:
         if options.mtp:
             stages.append(ExportMtp(options.mtp, self.recipe.compute))
         if self.recipe.validation.validate:
+            if self.recipe.calibration.from_imatrix is None:
+                stages.append(MeasureProbes(self.recipe.calibration, self.recipe.compute))
             stages.append(Validate(export, self.recipe.validation, options.mmproj_type))
         return stages
 

@@ -4,6 +4,9 @@ What would stop a conversion after hours, at its last stage, stops it in the fir
 and shapes of both files as llama.cpp reads them, the samples, and what validation will ask for.
 """
 
+import logging
+from pathlib import Path
+
 from mode_gguf.architectures import find_family, projector_tensors
 from mode_gguf.checkpoint.folder import Checkpoint
 from mode_gguf.errors import InputError
@@ -23,6 +26,8 @@ from mode_gguf.temporary_folders import LockedFolder
 from mode_gguf.validation.bounds import check_measurable, given_limits
 from mode_gguf.validation.default_held_out import default_held_out
 from mode_gguf.validation.questions import HeldOutSet, load_held_out
+
+log = logging.getLogger(__name__)
 
 _SHORT = 32
 """Characters from which on a text has two tokens in any vocabulary, or is no text."""
@@ -63,19 +68,13 @@ def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
         InputError: a key, the tokenizer or a tensor cannot be written, or llama.cpp refuses what would be.
         UsageError: an unknown type.
     """
-    if options.mtp:
-        mtp_outline(checkpoint, options.mtp)
-    with_projector = bool(projector_tensors(checkpoint))
     with LockedFolder("outline") as folder:
-        model, mmproj = folder / "model.gguf", None
-        text_outline(checkpoint).write(model)
-        if with_projector:
-            outline = projector_outline(checkpoint, options.mmproj_type)
-            outline.write(folder / "mmproj.gguf")
-            # llama.cpp reads a projector's weights, holes or not.
-            if projector_bytes(checkpoint, options.mmproj_type) < available_memory() / 4:
-                mmproj = folder / "mmproj.gguf"
-        reason = refusal(model, mmproj)
+        try:
+            written = _write_outlines(checkpoint, options, folder)
+        except OSError as error:  # holes take no space, but not on every disk
+            log.warning("whether llama.cpp opens the files could not be tried: %s (%s)", folder, error.strerror)
+            return
+        reason = refusal(*written)
     if reason is not None:
         raise InputError(
             f"{checkpoint.path}: llama.cpp would not open the files of this model ({find_family(checkpoint).gguf_arch}"
@@ -83,12 +82,26 @@ def check_files(checkpoint: Checkpoint, options: ExportOptions) -> None:
         )
 
 
+def _write_outlines(checkpoint: Checkpoint, options: ExportOptions, folder: Path) -> list[Path]:
+    """Both files without their weights; the projector is left out where it is large."""
+    model, mmproj = folder / "model.gguf", folder / "mmproj.gguf"
+    text_outline(checkpoint).write(model)
+    if options.mtp:
+        mtp_outline(checkpoint, options.mtp).write(folder / "mtp.gguf")
+    if not projector_tensors(checkpoint):
+        return [model]
+    projector_outline(checkpoint, options.mmproj_type).write(mmproj)
+    # llama.cpp reads a projector's weights, holes or not.
+    small = projector_bytes(checkpoint, options.mmproj_type) < available_memory() / 4
+    return [model, mmproj] if small else [model]
+
+
 def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> None:
     run_settings(options)
     find_llama_cpp(options.llama_cpp)
     held_out = load_held_out(options.samples, outside=options.allow_outside_samples) if options.samples else None
-    if held_out is not None and checkpoint.base is None:
-        _check_short_texts(checkpoint, held_out)
+    if checkpoint.base is None:
+        _check_asked(checkpoint, held_out or default_held_out())
     if given_limits(options.limits):
         check_measurable(
             options.limits,
@@ -98,8 +111,12 @@ def _check_validation(checkpoint: Checkpoint, options: ValidationOptions) -> Non
         )
 
 
-def _check_short_texts(checkpoint: Checkpoint, held_out: HeldOutSet) -> None:
-    """Refuse held-out texts of a single token, after which nothing is predicted."""
+def _check_asked(checkpoint: Checkpoint, held_out: HeldOutSet) -> None:
+    """Refuse a checkpoint that questions cannot be put to, and texts of a single token, after which nothing follows."""
+    if held_out.questions and projector_tensors(checkpoint):
+        from mode_gguf.forward.inputs import check_inputs
+
+        check_inputs(checkpoint)
     short = [text for text in held_out.texts if len(text) < _SHORT]
     if not short:
         return

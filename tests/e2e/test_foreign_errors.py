@@ -115,7 +115,7 @@ def test_pictures_that_no_processor_takes_are_named_with_file_and_line(
     chat = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]
     (folder / "a.jsonl").write_text("\n" + json.dumps({"image": "p.png", "conversations": chat}))
     line = run("calibrate", pico, "--calibration", folder, "--out", tmp_path / "out", code=4)
-    assert re.search(rf"a\.jsonl.*2.*picture of {size[0]} x {size[1]}", line), line
+    assert re.search(rf"a\.jsonl:2: image .*p\.png: {size[0]} x {size[1]} pixels", line), line
 
 
 @pytest.mark.parametrize("length", [10**40, 1, 0, -3, "many"])

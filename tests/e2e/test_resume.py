@@ -217,7 +217,7 @@ def convert_limited(model: Path, out: Path, data: Path, size: int, said: Path) -
 def test_a_full_disk(tmp_path: Path, pico: Path, data: Path) -> None:
     """A full disk at three points of a conversion; then there is space again."""
     work, said = tmp_path / "work", tmp_path / "said.txt"
-    for size, name in ((30_000, "calibration.safetensors"), (400_000, "blk.0.safetensors"), (2_000_000, "3.60bpw")):
+    for size, name in ((30_000, "calibration.safetensors"), (400_000, "probes.safetensors"), (2_000_000, "3.60bpw")):
         assert exit_code(convert_limited, pico, work, data, size, said) == 0
         assert name in said.read_text()
         assert "the disk is full" in said.read_text()
@@ -241,7 +241,7 @@ def test_a_shard_that_vanishes(pico: Path, tmp_path: Path, data: Path) -> None:
     folder = run.folder
     with pytest.raises(InputError, match=shard.name):
         pipeline.convert(run, options(data))
-    assert set(json.loads(folder.stages.read_text())) == {"calibrate", "sensitivity"}
+    assert set(json.loads(folder.stages.read_text())) == {"calibrate", "probes", "sensitivity"}
     assert not folder.unit_kl.exists()
     log = folder.log.read_text()
     assert "calibrate: done in" in log

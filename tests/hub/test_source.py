@@ -20,7 +20,7 @@ from mode_gguf.pipeline import PlanSettings
 from tests.hub_server import READER, WRITER, Hub
 
 NAME = "Maker/Pico-VL-MoE"
-TEMPLATE = "additional_chat_templates/tool_use.jinja"
+TEMPLATE, CONTENT = "additional_chat_templates/tool_use.jinja", "{{ messages }}"
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def published(hub: Hub, pico: Path, tmp_path: Path) -> Hub:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not wanted")
     (folder / TEMPLATE).parent.mkdir()
-    (folder / TEMPLATE).write_text("{{ messages }}")
+    (folder / TEMPLATE).write_text(CONTENT)
     hub.add(NAME, folder)
     return hub
 
@@ -164,10 +164,9 @@ def test_a_dry_run_fetches_headers(published: Hub, pico: Path, tmp_path: Path) -
     with checkpoint_outline(NAME) as (folder, download):
         outline = Checkpoint.open(folder)
         assert download is not None
-        assert set(download.files) == names(pico)
-        assert (
-            download.size_bytes == download.missing_bytes == sum((pico / name).stat().st_size for name in names(pico))
-        )
+        assert set(download.files) == {*names(pico), TEMPLATE}
+        size = sum((pico / name).stat().st_size for name in names(pico)) + len(CONTENT)
+        assert download.size_bytes == download.missing_bytes == size
         assert (outline.name, outline.repository, outline.revision) == ("Pico-VL-MoE", NAME, download.revision)
         assert outline.config == local.config
         assert {name: (found.shape, found.dtype) for name, found in outline.tensors.items()} == {

@@ -15,7 +15,7 @@ from mode_gguf.export.tokenizer import checked_vocabulary
 from mode_gguf.options import CalibrationOptions, ComputeOptions
 from mode_gguf.pipeline.run import Run, Stage, base_key
 from mode_gguf.pipeline.samples_key import calibration_key, calibration_samples
-from mode_gguf.probes import Probes
+from mode_gguf.pipeline.stages.probes import MeasureProbes
 from mode_gguf.workfolder import WorkFolder
 
 if TYPE_CHECKING:
@@ -61,14 +61,7 @@ class Calibrate(Stage):
         }
 
     def outputs(self, run: Run) -> tuple[Path, ...]:
-        measured = () if self.options.from_imatrix is not None else (run.folder.probes,)
-        return run.folder.calibration, run.folder.imatrix, *measured
-
-    def is_current(self, run: Run) -> bool:
-        """Whether the outputs are current; probes of another form of the file are not, and no settings of a stage."""
-        return Stage.is_current(self, run) and (
-            self.options.from_imatrix is not None or stored_probes(run.folder, run.checkpoint.fingerprint) is not None
-        )
+        return run.folder.calibration, run.folder.imatrix
 
     def execute(self, run: Run) -> None:
         """Raises:
@@ -80,6 +73,7 @@ class Calibrate(Stage):
 
                 write_statistics(run.checkpoint, run.folder, self.options)
                 run.folder.probes.unlink(missing_ok=True)
+                run.cache.forget(MeasureProbes.name)
             else:
                 self._measure(run)
 
@@ -104,6 +98,7 @@ class Calibrate(Stage):
         statistics = replace(statistics, options=self.options, device=self.compute.device)
         statistics.save(run.folder.calibration)
         probes.save(run.folder.probes)
+        run.cache.record(MeasureProbes(self.options, self.compute).state(run), 0.0)
         for warning in calibration_warnings(statistics):
             log.warning("%s", warning)
         save_imatrix(run.folder.imatrix, balanced_imatrix(statistics, text_tensors(run.checkpoint)), statistics)
@@ -138,15 +133,6 @@ def stored_statistics(run: Run, *, sums: bool = True) -> "CalibrationStatistics"
     statistics = CalibrationStatistics.load(run.folder.calibration, sums=sums)
     check_same_model(run.checkpoint, run.folder.calibration, statistics.fingerprint)
     return statistics
-
-
-def stored_probes(folder: WorkFolder, fingerprint: str) -> Probes | None:
-    """The probes of a checkpoint that `calibrate` left in the folder; None where there are none, or another's."""
-    try:
-        probes = Probes.load(folder.probes)
-    except InputError:
-        return None
-    return probes if probes.fingerprint == fingerprint else None
 
 
 def stored_warnings(folder: WorkFolder) -> list[str]:

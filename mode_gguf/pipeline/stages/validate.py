@@ -21,7 +21,7 @@ from mode_gguf.pipeline.run import Run, Stage
 from mode_gguf.pipeline.samples_key import held_out_contents
 from mode_gguf.pipeline.settings import base_warnings
 from mode_gguf.pipeline.stage_cache import StageCache
-from mode_gguf.pipeline.stages.calibrate import stored_probes, stored_warnings
+from mode_gguf.pipeline.stages.calibrate import stored_warnings
 from mode_gguf.pipeline.stages.export import (
     REFERENCE_TYPE,
     ExportProjector,
@@ -32,6 +32,7 @@ from mode_gguf.pipeline.stages.export import (
     reference_fits,
 )
 from mode_gguf.pipeline.stages.feedback import RoundWithFeedback, warnings_of_rounding
+from mode_gguf.pipeline.stages.probes import stored_probes
 from mode_gguf.probes import Probes
 from mode_gguf.progress import Progress, silent
 from mode_gguf.validation.conversion_record import ConversionRecord
