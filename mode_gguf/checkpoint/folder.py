@@ -23,6 +23,7 @@ from mode_gguf.checkpoint.stored_tensor import WEIGHT_DTYPES, Index, StoredTenso
 from mode_gguf.checkpoint.weights import equal_weights, read_weights
 from mode_gguf.errors import InputError
 from mode_gguf.plain_text import file_name_part
+from mode_gguf.regular_files import check_regular
 
 if TYPE_CHECKING:
     from mode_gguf.architectures.base_gguf import BaseGguf
@@ -155,6 +156,7 @@ def _check_folder(folder: Path) -> None:
         return
     if not folder.exists():
         raise InputError(f"{folder}: no such folder; expected a Hugging Face checkpoint folder on disk")
+    check_regular(folder, "checkpoint folder")
     with folder.open("rb") as file:
         kind = "a GGUF file" if file.read(4) == b"GGUF" else "a file"
     raise InputError(
