@@ -132,7 +132,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a list of numbers": (configured([3]), r"tokenizer_config\.json: chat_template is list"),
     "a list without names": (configured([{"template": "x"}]), r"tokenizer_config\.json: chat_template is list"),
     "no UTF-8": (lambda folder: void((folder / "chat_template.jinja").write_bytes(b"\xff\xfe")), "UTF-8"),
-    "a folder": (lambda folder: (folder / "chat_template.jinja").mkdir(), "expected a file"),
+    "a folder": (lambda folder: (folder / "chat_template.jinja").mkdir(), "a text file expected"),
     "half a character": (configured(CHAT_TEMPLATE + "\ud800"), "no Unicode text"),
     "Git LFS": (jinja("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"), "git lfs pull"),
     "no picture": (

@@ -181,7 +181,7 @@ def test_an_index_in_an_odd_form(folder: Path, content: str) -> None:
 def test_an_index_that_is_a_folder(folder: Path) -> None:
     (folder / INDEX_FILE).unlink()
     (folder / INDEX_FILE).mkdir()
-    refused(folder, f"{INDEX_FILE}: expected a file")
+    refused(folder, f"{INDEX_FILE}: a folder found, a JSON file expected")
 
 
 def test_other_forms_beside_the_weights_change_nothing(folder: Path, pico: Path) -> None:

@@ -35,7 +35,7 @@ def test_convert_writes_everything_and_validates_it(pico: Path, out: Path, run: 
     assert Path(result["mmproj"]).name == f"mmproj-{pico.name}-F16.gguf"
     assert Path(result["imatrix"]).name == f"imatrix-fisher-{pico.name}.gguf"
     assert model.stat().st_size == result["size_bytes"]
-    stages = {"calibrate", "sensitivity", "plan", "round", "export", "projector", "reference", "validate"}
+    stages = {"calibrate", "probes", "sensitivity", "plan", "round", "export", "projector", "reference", "validate"}
     assert set(result["seconds"]) == stages
     for name in (
         "plan.json",
@@ -72,10 +72,8 @@ def test_the_page_says_how_the_file_was_made_and_how_it_behaves(
     assert "calibrate, sensitivity, plan, round, export, projector, reference" in page.text("command")
     assert sum(str(found.get("src")).startswith("data:image/webp") for _, found in page.tags) > 3
     conversion = json.loads((copy / "report.json").read_text())["conversion"]
-    assert {run["name"] for run in conversion["stages"]} == set(json.loads(before["stages.json"])) - {
-        "report",
-        "validate",
-    }
+    made = set(json.loads(before["stages.json"])) - {"probes", "validate", "report"}
+    assert {run["name"] for run in conversion["stages"]} == made
     assert len(conversion["prediction"]["this"]) == 2
 
     (model,) = copy.glob("*MODE*.gguf")
